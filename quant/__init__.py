@@ -1,0 +1,98 @@
+"""Quantization for mixed-precision federations: grids, packing, layers, dequantizer, masks.
+
+Tensors and bytes in, tensors and bytes out; nothing here knows of Flower.
+"""
+
+from quant.dequantizer import (
+    GlobalReference,
+    ProgressiveDequantizer,
+    Reference,
+    Rungs,
+    StartReference,
+    ladder_of,
+)
+from quant.finetuning import FineTuning, Losses, fine_tune
+from quant.grid import (
+    FLOAT_BITS,
+    MAX_BITS,
+    MIN_BITS,
+    absmax_scale,
+    check_bits,
+    dequantize,
+    fake_quantize,
+    fit_scale,
+    largest_code,
+    mse_scale,
+    quantize_nearest,
+    quantize_stochastic,
+)
+from quant.layers import (
+    QuantConfig,
+    QuantConv2d,
+    QuantLinear,
+    prepare,
+    quantized_layers,
+    refit_scales,
+    weight_scales,
+)
+from quant.optimizer import StrictSGD
+from quant.packing import PackingError, pack, packed_size, unpack
+from quant.relevancy import cosine, relevancy_mask
+from quant.update import (
+    STYPE,
+    QuantizedTensor,
+    Update,
+    UpdateError,
+    UpdateSpec,
+    decode_update,
+    encode_update,
+    is_quantized,
+    quantize_state,
+)
+
+__all__ = [
+    "FLOAT_BITS",
+    "MAX_BITS",
+    "MIN_BITS",
+    "STYPE",
+    "FineTuning",
+    "GlobalReference",
+    "Losses",
+    "PackingError",
+    "ProgressiveDequantizer",
+    "QuantConfig",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantizedTensor",
+    "Reference",
+    "Rungs",
+    "StartReference",
+    "StrictSGD",
+    "Update",
+    "UpdateError",
+    "UpdateSpec",
+    "absmax_scale",
+    "check_bits",
+    "cosine",
+    "decode_update",
+    "dequantize",
+    "encode_update",
+    "fake_quantize",
+    "fine_tune",
+    "fit_scale",
+    "is_quantized",
+    "ladder_of",
+    "largest_code",
+    "mse_scale",
+    "pack",
+    "packed_size",
+    "prepare",
+    "quantize_nearest",
+    "quantize_state",
+    "quantize_stochastic",
+    "quantized_layers",
+    "refit_scales",
+    "relevancy_mask",
+    "unpack",
+    "weight_scales",
+]

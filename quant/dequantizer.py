@@ -1,0 +1,214 @@
+"""The progressive dequantizer: low-bit weights to float32, one trained block per rung of a ladder.
+
+A block maps a weight on rung ``pi_j`` to rung ``pi_{j+1}``. It works element by element and adds a
+correction, measured in steps of the lower grid, to a base value::
+
+    phi_j(q) = base_j(q) + step_j * MLP(features of q)
+
+What the base and the features are is the dequantizer's `Reference`:
+
+``GlobalReference``
+    the poster's form: the base is ``q`` itself and the block sees the code, its scale and its layer.
+``StartReference``
+    the server also knows the model that the client started from, on every rung. The base is
+    ``q + (start_{j+1} - start_j)``, which removes the rounding error of the start, and the block
+    also sees how far the weight moved from its start and where the finer start lies in its cell.
+
+With untrained blocks (the last layer starts at zero) a lift is exactly the sum of the bases.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quant.grid import (
+    FLOAT_BITS,
+    check_bits,
+    dequantize,
+    fit_scale,
+    largest_code,
+    per_channel,
+    quantize_nearest,
+)
+
+_HIDDEN = 16
+_GLOBAL_FEATURES = 4
+_START_FEATURES = 6
+
+
+def ladder_of(widths: Sequence[int]) -> tuple[int, ...]:
+    """Return the ladder for a federation: its widths, and between them every doubling up to 32.
+
+    >>> ladder_of([4, 32])
+    (4, 8, 16, 32)
+    """
+    rungs = set(widths) | {FLOAT_BITS}
+    bits = min(widths)
+    while bits < FLOAT_BITS:
+        rungs.add(bits)
+        bits *= 2
+    return tuple(sorted(rungs))
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """One model on every rung of the ladder.
+
+    Attributes
+    ----------
+    ladder : tuple of int
+        Widths, rising, the last 32.
+    scales : mapping of int to mapping of str to Tensor
+        Per rung below 32, the scale ``[channels]`` of each quantized tensor.
+    values : mapping of int to mapping of str to Tensor
+        Per rung, the tensors rounded to nearest on that rung, as float32.
+    """
+
+    ladder: tuple[int, ...]
+    scales: Mapping[int, Mapping[str, Tensor]]
+    values: Mapping[int, Mapping[str, Tensor]]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor], ladder: Sequence[int]) -> "Rungs":
+        """Quantize float tensors of two and more dimensions to every rung, with `fit_scale`."""
+        ladder = tuple(ladder)
+        if list(ladder) != sorted(set(ladder)) or ladder[-1] != FLOAT_BITS:
+            raise ValueError(f"a ladder rises to {FLOAT_BITS}; got {ladder}")
+        scales, values = {}, {FLOAT_BITS: dict(weights)}
+        for bits in ladder[:-1]:
+            check_bits(bits)
+            scales[bits] = {name: fit_scale(w, bits) for name, w in weights.items()}
+            values[bits] = {
+                name: dequantize(quantize_nearest(w, scales[bits][name], bits), scales[bits][name])
+                for name, w in weights.items()
+            }
+        return cls(ladder, scales, values)
+
+    def channels(self, rows: Mapping[str, Tensor]) -> "Rungs":
+        """Return the same model cut down to some output channels of each tensor."""
+        scales = {b: {n: t[rows[n]] for n, t in s.items()} for b, s in self.scales.items()}
+        values = {b: {n: t[rows[n]] for n, t in v.items()} for b, v in self.values.items()}
+        return Rungs(self.ladder, scales, values)
+
+
+@dataclass(frozen=True)
+class GlobalReference:
+    """Blocks that see a code, its scale and its layer only (the poster's form)."""
+
+    start: Rungs
+    num_features = _GLOBAL_FEATURES
+
+    def base(self, q: Tensor, name: str, low: int, high: int) -> Tensor:
+        """Value that the block between rungs `low` and `high` corrects."""
+        return q
+
+    def features(self, q: Tensor, name: str, low: int, high: int, depth: float) -> Tensor:
+        """Inputs of the block, ``[q.numel(), 4]``: code, magnitude, log of the step, depth."""
+        step = per_channel(self.start.scales[low][name], q.ndim)
+        code = q / (step * largest_code(low))
+        log_step = step.log2().expand_as(q) / 8
+        return torch.stack([code, code.abs(), log_step, torch.full_like(q, depth)], -1).flatten(0, -2)
+
+
+@dataclass(frozen=True)
+class StartReference(GlobalReference):
+    """Blocks that also know the model, on every rung, from which the client started."""
+
+    num_features = _START_FEATURES
+
+    def base(self, q: Tensor, name: str, low: int, high: int) -> Tensor:
+        """Value that the block between rungs `low` and `high` corrects."""
+        return q + (self.start.values[high][name] - self.start.values[low][name])
+
+    def features(self, q: Tensor, name: str, low: int, high: int, depth: float) -> Tensor:
+        """Inputs of the block, ``[q.numel(), 6]``: as before, then movement and place in the cell."""
+        step = per_channel(self.start.scales[low][name], q.ndim)
+        start = self.start.values[low][name]
+        moved = ((q - start) / step).clamp(-4, 4)
+        place = ((self.start.values[high][name] - start) / step).clamp(-1, 1)
+        known = torch.stack([moved, place], -1).flatten(0, -2)
+        return torch.cat([super().features(q, name, low, high, depth), known], 1)
+
+
+Reference = GlobalReference | StartReference
+
+
+class ProgressiveDequantizer(nn.Module):
+    """A ladder of trained blocks.
+
+    Parameters
+    ----------
+    ladder : sequence of int
+        Widths, rising, the last 32 (`ladder_of`).
+    num_features : int
+        Features of the reference that it will be used with.
+    names : sequence of str
+        Quantized tensors of the model, in the order of its layers.
+    seed : int
+        Seeds the blocks' first layers; their last layers start at zero.
+
+    Notes
+    -----
+    ``phi`` of the section "Progressive Dequantizer" in the ProWD poster.
+    """
+
+    def __init__(
+        self, ladder: Sequence[int], num_features: int, names: Sequence[str], seed: int
+    ) -> None:
+        super().__init__()
+        self.ladder = tuple(ladder)
+        self.depth = {name: i / max(len(names) - 1, 1) for i, name in enumerate(names)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            blocks = [_block(num_features) for _ in self.ladder[:-1]]
+        self.blocks = nn.ModuleDict(
+            {str(bits): block for bits, block in zip(self.ladder, blocks, strict=False)}
+        )
+
+    def step_up(
+        self, values: Mapping[str, Tensor], bits: int, reference: Reference
+    ) -> dict[str, Tensor]:
+        """Apply the block of rung `bits`: values on that rung to values on the next."""
+        high = self.ladder[self.ladder.index(bits) + 1]
+        block = self.blocks[str(bits)]
+        lifted = {}
+        for name, q in values.items():
+            inputs = reference.features(q, name, bits, high, self.depth[name])
+            step = per_channel(reference.start.scales[bits][name], q.ndim)
+            correction = block(inputs).reshape(q.shape)
+            lifted[name] = reference.base(q, name, bits, high) + step * correction
+        return lifted
+
+    def forward(
+        self, values: Mapping[str, Tensor], bits: int, reference: Reference
+    ) -> dict[str, Tensor]:
+        """Lift float32 values on rung `bits` to rung 32, block by block.
+
+        Parameters
+        ----------
+        values : mapping of str to Tensor
+            Dequantized values ``codes * scale``, or the mean of several clients' values.
+        bits : int
+            A rung of the ladder.
+        reference : Reference
+            What the server knows besides.
+
+        Returns
+        -------
+        dict of str to Tensor
+            Float32 weights. At 32 bits, `values` themselves.
+        """
+        for rung in self.ladder[self.ladder.index(bits) : -1]:
+            values = self.step_up(values, rung, reference)
+        return dict(values)
+
+
+def _block(num_features: int) -> nn.Sequential:
+    last = nn.Linear(_HIDDEN, 1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(
+        nn.Linear(num_features, _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, _HIDDEN), nn.SiLU(), last
+    )

@@ -1,0 +1,171 @@
+"""The symmetric, zero-point-free grid of a bit-width: scales, rounding and their inverse.
+
+A tensor of bit-width ``k`` is stored as codes in ``[-(2**(k-1) - 1), 2**(k-1) - 1]`` and one
+float32 scale per output channel (dimension 0). This file is the only place that says so.
+"""
+
+import torch
+from torch import Tensor
+
+MIN_BITS = 2
+MAX_BITS = 16
+FLOAT_BITS = 32
+
+# At these widths the few levels are worth more near zero than at the extremes.
+_CLIPPED_BITS = 4
+_CLIP_CANDIDATES = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44, 0.36, 0.28, 0.2)
+_CLIP_REFINEMENTS = 3
+# Keeps 1 / scale finite in float32 even for an all-zero channel.
+_SMALLEST_SCALE = 2.0**-100
+
+
+def check_bits(bits: int) -> int:
+    """Return `bits` if it is a width that a grid exists for.
+
+    Raises
+    ------
+    ValueError
+        If `bits` is not an integer from 2 to 16.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits is {bits!r}; allowed are the integers {MIN_BITS} to {MAX_BITS}")
+    return bits
+
+
+def largest_code(bits: int) -> int:
+    """Return the largest code of the grid, ``2**(bits - 1) - 1``."""
+    return 2 ** (check_bits(bits) - 1) - 1
+
+
+def per_channel(scale: Tensor, ndim: int) -> Tensor:
+    """Shape a scale ``[channels]`` so that it broadcasts over a tensor of `ndim` dimensions."""
+    return scale.reshape(-1, *[1] * (ndim - 1))
+
+
+def absmax_scale(weight: Tensor, bits: int) -> Tensor:
+    """Scale that places every channel's largest magnitude on the largest code.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Float tensor ``[channels, ...]``.
+    bits : int
+        Bit-width, 2 to 16.
+
+    Returns
+    -------
+    Tensor
+        Float32 scales ``[channels]``, positive.
+    """
+    absmax = weight.detach().flatten(1).abs().amax(dim=1)
+    return (absmax / largest_code(bits)).clamp_(min=_SMALLEST_SCALE)
+
+
+def mse_scale(weight: Tensor, bits: int) -> Tensor:
+    """Scale whose grid, clipping included, is nearest to the weights in mean squared error.
+
+    Several clipping points are tried; from each the closed-form scale ``<w, q> / <q, q>`` for
+    the codes ``q`` at hand is alternated with new codes (Lloyd's iteration), and every channel
+    keeps the best scale seen.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Float tensor ``[channels, ...]``.
+    bits : int
+        Bit-width, 2 to 16.
+
+    Returns
+    -------
+    Tensor
+        Float32 scales ``[channels]``, positive.
+    """
+    rows = weight.detach().flatten(1)
+    absmax = absmax_scale(weight, bits)
+    best_scale, best_error = absmax, _squared_error(rows, absmax, bits)
+    for fraction in _CLIP_CANDIDATES:
+        scale = absmax * fraction
+        for _ in range(_CLIP_REFINEMENTS):
+            codes = _nearest(rows, scale, bits)
+            norm = codes.square().sum(dim=1)
+            scale = torch.where(norm > 0, (rows * codes).sum(dim=1) / norm.clamp(min=1), scale)
+            scale = scale.clamp(min=_SMALLEST_SCALE)
+        error = _squared_error(rows, scale, bits)
+        better = error < best_error
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
+    return best_scale
+
+
+def fit_scale(weight: Tensor, bits: int) -> Tensor:
+    """Scale that a client and the server both use for a weight: MSE-optimal up to 4 bits, else absmax."""
+    return mse_scale(weight, bits) if bits <= _CLIPPED_BITS else absmax_scale(weight, bits)
+
+
+def quantize_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Round to the nearest code, ties to even.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Float tensor ``[channels, ...]``.
+    scale : Tensor
+        Float32 scales ``[channels]``.
+    bits : int
+        Bit-width, 2 to 16.
+
+    Returns
+    -------
+    Tensor
+        Codes, int16, shape of `weight`.
+    """
+    return _nearest(weight.detach(), scale, bits).to(torch.int16)
+
+
+def quantize_stochastic(
+    weight: Tensor, scale: Tensor, bits: int, generator: torch.Generator
+) -> Tensor:
+    """Round up or down at random so that, off the clipped ends, the expected code is ``weight / scale``.
+
+    Parameters
+    ----------
+    weight, scale, bits
+        As in `quantize_nearest`.
+    generator : torch.Generator
+        Seeded source of the rounding noise.
+
+    Returns
+    -------
+    Tensor
+        Codes, int16, shape of `weight`.
+    """
+    limit = largest_code(bits)
+    noise = torch.rand(weight.shape, generator=generator, device=weight.device)
+    codes = (weight.detach() / per_channel(scale, weight.ndim)).add_(noise).floor_()
+    return codes.clamp_(-limit, limit).to(torch.int16)
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 values ``codes * scale`` that the codes stand for."""
+    return codes.to(torch.float32).mul_(per_channel(scale, codes.ndim))
+
+
+def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Put weights on the grid but keep them float32, with a straight-through gradient.
+
+    The result equals ``dequantize(quantize_nearest(weight, scale, bits), scale)`` bit for bit. The
+    gradient passes unchanged where the weight is not clipped and is zero where it is.
+    """
+    limit = largest_code(bits)
+    zero_point = torch.zeros(scale.numel(), dtype=torch.int32, device=scale.device)
+    return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -limit, limit)
+
+
+def _nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    # Multiplies by the inverse, as torch's fake-quantize kernels do: the same codes to the bit.
+    limit = largest_code(bits)
+    return (weight * per_channel(scale.reciprocal(), weight.ndim)).round_().clamp_(-limit, limit)
+
+
+def _squared_error(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return (rows - _nearest(rows, scale, bits) * scale[:, None]).square().sum(dim=1)

@@ -1,0 +1,176 @@
+"""Quantization-aware convolution and linear layers, made from an ordinary model by one call.
+
+`prepare` swaps every `nn.Conv2d` and `nn.Linear` for a layer that computes with fake-quantized
+weights and activations, on torch's own operators, and keeps parameter names, so that a state dict
+fits both models. With `QuantConfig(gradient_bits=8)` the errors that flow back through each layer
+are quantized too.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quant.grid import FLOAT_BITS, check_bits, fake_quantize, fit_scale, largest_code
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Widths that a layer computes with.
+
+    Attributes
+    ----------
+    weight_bits : int
+        Per-channel grid of the weights, 2 to 16.
+    activation_bits : int
+        Per-tensor grid of each layer's input, 2 to 16; 32 leaves it float32.
+    gradient_bits : int
+        Per-tensor grid of the errors that reach each layer's output, 2 to 16; 32 leaves them
+        float32.
+    """
+
+    weight_bits: int
+    activation_bits: int = FLOAT_BITS
+    gradient_bits: int = FLOAT_BITS
+
+    def __post_init__(self) -> None:
+        check_bits(self.weight_bits)
+        for bits in (self.activation_bits, self.gradient_bits):
+            if bits != FLOAT_BITS:
+                check_bits(bits)
+
+
+class _QuantLayer(nn.Module):
+    """What the quantization-aware layers share: the scale, and the three fake quantizations."""
+
+    weight: nn.Parameter
+    weight_scale: Tensor
+    config: QuantConfig
+
+    def attach(self, config: QuantConfig) -> None:
+        self.config = config
+        # Not persistent: the state dict stays that of the ordinary layer.
+        self.register_buffer("weight_scale", torch.empty(0), persistent=False)
+        self.refit_scale()
+
+    @torch.no_grad()
+    def refit_scale(self) -> None:
+        """Fit the scale to the weights as they are now."""
+        self.weight_scale = fit_scale(self.weight, self.config.weight_bits)
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weight on its grid, with a straight-through gradient."""
+        return fake_quantize(self.weight, self.weight_scale, self.config.weight_bits)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Return a layer's input on its grid."""
+        bits = self.config.activation_bits
+        return x if bits == FLOAT_BITS else fake_quantize_activation(x, bits)
+
+    def quantized_error(self, y: Tensor) -> Tensor:
+        """Return `y`; its gradient is quantized on the way back."""
+        bits = self.config.gradient_bits
+        return y if bits == FLOAT_BITS else _QuantizeError.apply(y, bits)
+
+
+class QuantConv2d(_QuantLayer, nn.Conv2d):
+    """`nn.Conv2d` that computes with fake-quantized weights and input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return self.quantized_error(y)
+
+
+class QuantLinear(_QuantLayer, nn.Linear):
+    """`nn.Linear` that computes with fake-quantized weights and input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return self.quantized_error(y)
+
+
+_QUANTIZED_CLASS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+
+
+def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
+    """Make a model quantization-aware, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model; its `nn.Conv2d` and `nn.Linear` modules change their class and keep their
+        parameters, hooks and names. Subclasses of the two are left alone.
+    config : QuantConfig
+        Widths.
+
+    Returns
+    -------
+    nn.Module
+        The same model. Scales are fitted to its present weights.
+    """
+    for module in model.modules():
+        quantized_class = _QUANTIZED_CLASS.get(type(module))
+        if quantized_class is not None:
+            module.__class__ = quantized_class
+            module.attach(config)
+    return model
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
+    """Yield the names and quantization-aware layers of a prepared model."""
+    for name, module in model.named_modules():
+        if isinstance(module, _QuantLayer):
+            yield name, module
+
+
+def refit_scales(model: nn.Module) -> None:
+    """Fit the scales of a prepared model to its present weights."""
+    for _, layer in quantized_layers(model):
+        layer.refit_scale()
+
+
+def weight_scales(model: nn.Module) -> dict[str, Tensor]:
+    """Return the scales of a prepared model by the names of the weights they belong to."""
+    return {
+        f"{name}.weight" if name else "weight": layer.weight_scale
+        for name, layer in quantized_layers(model)
+    }
+
+
+def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:
+    """Put a tensor on one grid of `bits` bits, its range taken from the tensor itself.
+
+    A tensor without negative entries, as after a ReLU, uses the unsigned grid
+    ``[0, 2**bits - 1]``; any other the symmetric one. Neither has a zero point.
+    """
+    limit, unsigned = largest_code(bits), 2**bits - 1
+    low, high = torch.aminmax(x.detach())
+    # Written without a branch on a value, which would stall a GPU.
+    scale = torch.where(low < 0, torch.maximum(high, -low) / limit, high / unsigned)
+    scale = scale.float().clamp(min=torch.finfo(torch.float32).tiny * 2**16)
+    zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return torch.fake_quantize_per_tensor_affine(
+        x, scale.reshape(1), zero_point, -limit, unsigned
+    )
+
+
+def fake_quantize_gradient(gradient: Tensor, bits: int) -> Tensor:
+    """Put a gradient on one symmetric grid of `bits` bits that spans its largest magnitude."""
+    limit = largest_code(bits)
+    scale = gradient.abs().amax().float() / limit
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny * 2**16).reshape(1)
+    zero_point = torch.zeros(1, dtype=torch.int32, device=gradient.device)
+    return torch.fake_quantize_per_tensor_affine(gradient, scale, zero_point, -limit, limit)
+
+
+class _QuantizeError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, bits: int) -> Tensor:
+        ctx.bits = bits
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return fake_quantize_gradient(gradient, ctx.bits), None

@@ -1,0 +1,71 @@
+"""Strict low-bit training: SGD whose weights never leave their grid.
+
+After every step the new weights are rounded stochastically back to the grid, so that a step
+smaller than the distance between two levels still moves the weight by its size on average. The
+scale is fixed for as long as the optimizer lives, one round of federated training: the server,
+which knows the model that it sent, knows the grid exactly. The momentum buffer is float32.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quant.grid import FLOAT_BITS, dequantize, quantize_nearest, quantize_stochastic
+from quant.layers import fake_quantize_gradient
+
+
+class StrictSGD(torch.optim.SGD):
+    """SGD on the grid.
+
+    Parameters
+    ----------
+    named_parameters : iterable of (str, nn.Parameter)
+        All parameters of the model.
+    scales : mapping of str to Tensor
+        Float32 scales ``[channels]`` of the parameters that live on a grid; those are brought
+        onto it, to the nearest level, at once. The others are trained in float32.
+    bits : int
+        Bit-width of the grid, 2 to 16.
+    gradient_bits : int
+        Width of the weight gradients, 2 to 16, or 32 for float32.
+    generator : torch.Generator
+        Seeded source of the rounding noise.
+    lr, momentum, weight_decay : float
+        As in `torch.optim.SGD`.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        scales: Mapping[str, Tensor],
+        bits: int,
+        *,
+        gradient_bits: int = FLOAT_BITS,
+        generator: torch.Generator,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        named = dict(named_parameters)
+        super().__init__(named.values(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self._on_grid = [(named[name], scale) for name, scale in scales.items()]
+        self._bits = bits
+        self._gradient_bits = gradient_bits
+        self._generator = generator
+        with torch.no_grad():
+            for weight, scale in self._on_grid:
+                weight.copy_(dequantize(quantize_nearest(weight, scale, bits), scale))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take one SGD step and round the weights back to their grid."""
+        if self._gradient_bits != FLOAT_BITS:
+            for weight, _ in self._on_grid:
+                if weight.grad is not None:
+                    weight.grad = fake_quantize_gradient(weight.grad, self._gradient_bits)
+        loss = super().step(closure)
+        for weight, scale in self._on_grid:
+            codes = quantize_stochastic(weight, scale, self._bits, self._generator)
+            weight.copy_(dequantize(codes, scale))
+        return loss

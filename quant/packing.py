@@ -1,0 +1,169 @@
+"""Bit-packing: signed codes of any width to bytes and back, without a wasted bit.
+
+The codes are taken in blocks. A block of ``n`` codes is cut into ``g = 8 / gcd(8, k)`` contiguous
+slices; the ``i``-th codes of all slices make one word of ``g * k`` bits, whose bytes go to
+``g * k / 8`` contiguous planes. Every access runs over contiguous memory, which is what makes
+packing in NumPy nearly as fast as copying. Widths above 8 keep their low bytes as one raw plane
+and pack the remaining ``k - 8`` bits the same way.
+
+Codes are stored with an offset of ``2**(k-1)``. The pattern 0, which would stand for a code below
+the symmetric grid, never occurs, and `unpack` refuses it, as it refuses padding that is not zero.
+"""
+
+from math import gcd
+
+import numpy as np
+
+from quant.grid import check_bits, largest_code
+
+_BLOCK = 1 << 17  # codes at a time: the working set stays in the cache
+
+
+class PackingError(ValueError):
+    """Packed bytes that `pack` cannot have written."""
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Return the number of bytes that `count` codes of width `bits` take.
+
+    This is ``count * bits / 8`` plus at most `bits` bytes of padding.
+    """
+    full, rest = divmod(count, _BLOCK)
+    return full * _BLOCK * check_bits(bits) // 8 + _block_size(rest, bits)
+
+
+def pack(codes: np.ndarray, bits: int) -> bytes:
+    """Pack signed codes into bytes.
+
+    Parameters
+    ----------
+    codes : ndarray
+        Integer array of any shape, taken in C order; entries within the grid of `bits`.
+    bits : int
+        Bit-width, 2 to 16.
+
+    Returns
+    -------
+    bytes
+        `packed_size(codes.size, bits)` bytes.
+
+    Raises
+    ------
+    ValueError
+        If a code lies off the grid, the array does not hold integers, or `bits` is not 2 to 16.
+    """
+    limit = largest_code(bits)
+    if codes.dtype.kind not in "iu":
+        raise ValueError(f"codes have dtype {codes.dtype}; allowed are integers")
+    flat = np.ascontiguousarray(codes).reshape(-1)
+    if flat.size and (flat.max() > limit or flat.min() < -limit):
+        raise ValueError(f"codes of width {bits} must lie in [{-limit}, {limit}]")
+    out = np.empty(packed_size(flat.size, bits), np.uint8)
+    position = 0
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK]
+        size = _block_size(block.size, bits)
+        # Wrap-around in 16 bits is wanted: only the low `bits` bits are kept.
+        words = block.astype(np.uint16) + np.uint16(1 << (bits - 1))
+        _pack_block(words, bits, out[position : position + size])
+        position += size
+    return out.tobytes()
+
+
+def unpack(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
+    """Unpack what `pack` wrote.
+
+    Parameters
+    ----------
+    data : bytes or memoryview
+        Exactly ``packed_size(count, bits)`` bytes.
+    bits : int
+        Bit-width, 2 to 16.
+    count : int
+        Number of codes.
+
+    Returns
+    -------
+    ndarray
+        Codes ``[count]``; int8 up to 8 bits, int16 above.
+
+    Raises
+    ------
+    PackingError
+        If the length is wrong, a code lies off the symmetric grid or padding is not zero.
+    """
+    size = packed_size(count, bits)
+    if len(data) != size:
+        raise PackingError(f"{count} codes of {bits} bits take {size} bytes; got {len(data)}")
+    source = np.frombuffer(data, np.uint8)
+    codes = np.empty(count, np.int8 if bits <= 8 else np.int16)
+    position = 0
+    for start in range(0, count, _BLOCK):
+        block = codes[start : start + _BLOCK]
+        taken = _block_size(block.size, bits)
+        words = _unpack_block(source[position : position + taken], bits, block.size)
+        if block.size and words.min() == 0:
+            raise PackingError(f"a code lies below the symmetric grid of width {bits}")
+        block[:] = (words - words.dtype.type(1 << (bits - 1))).view(block.dtype)
+        position += taken
+    return codes
+
+
+def _slices(bits: int) -> int:
+    return 8 // gcd(8, bits)
+
+
+def _block_size(count: int, bits: int) -> int:
+    if bits > 8:
+        return count + (_block_size(count, bits - 8))
+    slices = _slices(bits)
+    return -(-count // slices) * slices * bits // 8
+
+
+def _pack_block(words: np.ndarray, bits: int, out: np.ndarray) -> None:
+    if bits > 8:
+        out[: words.size] = words.astype(np.uint8)
+        _pack_block(words >> np.uint16(8), bits - 8, out[words.size :])
+        return
+    low = words.astype(np.uint8)
+    if bits == 8:
+        out[:] = low
+        return
+    slices = _slices(bits)
+    length = -(-low.size // slices)
+    if low.size != slices * length:
+        low = np.concatenate([low, np.zeros(slices * length - low.size, np.uint8)])
+    parts = low.reshape(slices, length)
+    planes = out.reshape(-1, length)
+    planes[:] = 0
+    shifted = np.empty(length, np.uint8)
+    for index, part in enumerate(parts):
+        plane, shift = divmod(index * bits, 8)
+        planes[plane] |= np.left_shift(part, shift, out=shifted)
+        if shift + bits > 8:
+            planes[plane + 1] |= np.right_shift(part, 8 - shift, out=shifted)
+
+
+def _unpack_block(data: np.ndarray, bits: int, count: int) -> np.ndarray:
+    if bits > 8:
+        words = _unpack_block(data[count:], bits - 8, count).astype(np.uint16)
+        words <<= 8
+        words |= data[:count]
+        return words
+    if bits == 8:
+        return data
+    slices = _slices(bits)
+    length = -(-count // slices)
+    planes = data.reshape(-1, length)
+    parts = np.empty((slices, length), np.uint8)
+    mask = np.uint8((1 << bits) - 1)
+    for index, part in enumerate(parts):
+        plane, shift = divmod(index * bits, 8)
+        np.right_shift(planes[plane], shift, out=part)
+        if shift + bits > 8:
+            part |= planes[plane + 1] << np.uint8(8 - shift)
+        part &= mask
+    words = parts.reshape(-1)
+    if words[count:].any():
+        raise PackingError("padding after the last code is not zero")
+    return words[:count]
