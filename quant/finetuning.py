@@ -95,7 +95,7 @@ def fine_tune(
     Notes
     -----
     ``L = L_recon + lambda L_distill`` of the ProWD poster. Errors are measured in steps of the
-    lower grid, so that layers of all magnitudes count alike.
+    lowest grid, so that layers of all magnitudes count alike.
     """
     rungs = [b for b in dequantizer.ladder if b < high_bits]
     if not rungs:
@@ -132,14 +132,15 @@ def _reconstruction(
     rungs: list[int],
     reference: Reference,
 ) -> Tensor:
-    """``L_recon``: mean absolute error of every block, in steps of its lower grid, summed."""
+    """``L_recon``: mean absolute error of every block, in steps of the lowest grid, summed."""
     total = torch.zeros(())
+    steps = reference.start.scales[rungs[0]]
     for bits in rungs:
         lifted = dequantizer.step_up(sent[bits], bits, reference)
         above = dequantizer.ladder[dequantizer.ladder.index(bits) + 1]
         wanted = sent.get(above, target)
         errors = [
-            ((lifted[n] - wanted[n]) / per_channel(reference.start.scales[bits][n], w.ndim)).flatten()
+            ((lifted[n] - wanted[n]) / per_channel(steps[n], w.ndim)).flatten()
             for n, w in target.items()
         ]
         total = total + torch.cat(errors).abs().mean()

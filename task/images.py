@@ -1,0 +1,107 @@
+"""Any folder of images, one subfolder a class, decoded once and cached as one array."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from task.errors import SettingsError
+
+
+def load_image_folder(
+    folder: Path, image_size: int, cache: Path
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Decode ``folder/<class>/*`` or read the array that an earlier call left.
+
+    Parameters
+    ----------
+    folder : Path
+        Class folders, numbered in the order of their names.
+    image_size : int
+        Pixels a side to resize to; 0 keeps the images as they are, which must then be square and
+        of one size.
+    cache : Path
+        Folder of the cached arrays. A cached array is used as long as no file's name, size or
+        time of change has changed.
+
+    Returns
+    -------
+    tuple
+        Pixels uint8 ``[n, channels, size, size]`` (1 channel if the first image is grey, else 3),
+        labels int64 ``[n]``, names of the classes.
+
+    Raises
+    ------
+    SettingsError
+        If there are no images, one cannot be decoded, or sizes differ and `image_size` is 0.
+    """
+    from torchvision.datasets import ImageFolder
+
+    try:
+        listing = ImageFolder(str(folder))
+    except (FileNotFoundError, OSError) as error:
+        raise SettingsError(f"data-dir: {str(error).splitlines()[0]}") from None
+    path = cache / f"{_digest(listing.samples, image_size)}.npz"
+    if path.is_file():
+        with np.load(path) as arrays:
+            return arrays["pixels"], arrays["labels"], listing.classes
+    pixels = _decode_all([name for name, _ in listing.samples], image_size)
+    labels = np.array([label for _, label in listing.samples], np.int64)
+    _write(path, pixels=pixels, labels=labels)
+    return pixels, labels, listing.classes
+
+
+def _digest(samples: list[tuple[str, int]], image_size: int) -> str:
+    digest = hashlib.sha256(str(image_size).encode())
+    for name, label in samples:
+        stat = os.stat(name)
+        digest.update(f"{name}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _decode_all(names: list[str], image_size: int) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    pixels: np.ndarray | None = None
+    mode = "RGB"
+    for index, name in enumerate(names):
+        try:
+            with Image.open(name) as image:
+                if index == 0:
+                    mode = "L" if image.mode in ("1", "L", "I;16") else "RGB"
+                image = image.convert(mode)
+        except (UnidentifiedImageError, OSError) as error:
+            raise SettingsError(f"data-dir: {name} cannot be decoded: {error}") from None
+        if image_size:
+            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+        if image.width != image.height:
+            raise SettingsError(
+                f"image-size: {name} is {image.width}x{image.height}; set image-size to make "
+                "images square"
+            )
+        if pixels is None:
+            channels = 1 if mode == "L" else 3
+            pixels = np.empty((len(names), channels, image.height, image.width), np.uint8)
+        elif image.width != pixels.shape[3]:
+            raise SettingsError(
+                f"image-size: {name} is {image.width} pixels wide, others {pixels.shape[3]}; "
+                "set image-size"
+            )
+        array = np.asarray(image, np.uint8)
+        pixels[index] = array[None] if mode == "L" else array.transpose(2, 0, 1)
+    return pixels
+
+
+def _write(path: Path, **arrays: np.ndarray) -> None:
+    """Write so that another process sees either no file or the whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        try:
+            np.savez(file, **arrays)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

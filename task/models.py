@@ -1,0 +1,145 @@
+"""Models by name: CIFAR-style residual networks, a small CNN, and torchvision's classifiers."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from task.errors import SettingsError
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm around an identity or strided 1x1 shortcut."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels_in != channels:
+            conv = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """Residual network for small images, ``6 n + 2`` layers (He et al., 2016, arXiv:1512.03385, 4.2)."""
+
+    def __init__(self, blocks: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        layers, width = [], 16
+        for stage, stage_width in enumerate((16, 32, 64)):
+            for block in range(blocks):
+                stride = 2 if stage and not block else 1
+                layers.append(BasicBlock(width, stage_width, stride))
+                width = stage_width
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(F.relu(self.bn(self.conv(x))))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class SmallCNN(nn.Module):
+    """Two convolutions and two linear layers, without normalization."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 32, 3, 1, 1)
+        self.conv2 = nn.Conv2d(32, 64, 3, 1, 1)
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.hidden = nn.Linear(64 * 16, 128)
+        self.head = nn.Linear(128, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = self.pool(F.relu(self.conv2(x)))
+        return self.head(F.relu(self.hidden(x.flatten(1))))
+
+
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet8": lambda channels, classes: CifarResNet(1, channels, classes),
+    "resnet20": lambda channels, classes: CifarResNet(3, channels, classes),
+    "cnn": SmallCNN,
+}
+
+
+def build_model(name: str, channels: int, size: int, num_classes: int, seed: int) -> nn.Module:
+    """Make a freshly initialized model.
+
+    Parameters
+    ----------
+    name : str
+        A key of `MODELS`, or any classifier that ``torchvision.models.get_model`` knows.
+    channels, size : int
+        Channels (1 or 3) and pixels a side of the images.
+    num_classes : int
+        Length of the logits.
+    seed : int
+        Seeds the initial weights; torch's own generator is left as it was.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such model or it does not take images of this size.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name in MODELS:
+            model = MODELS[name](channels, num_classes)
+        else:
+            model = _torchvision_model(name, channels, num_classes)
+    _try_model(model, name, channels, size, num_classes)
+    return model
+
+
+def _torchvision_model(name: str, channels: int, num_classes: int) -> nn.Module:
+    import torchvision  # Two seconds that the small models need not wait for.
+
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        known = ", ".join(MODELS)
+        raise SettingsError(f"model: {name!r}; allowed: {known}, or a torchvision classifier's name")
+    # Auxiliary heads would train on nothing.
+    extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    path, first = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    if first.in_channels != channels:
+        parent = model.get_submodule(path.rpartition(".")[0])
+        setattr(parent, path.rpartition(".")[2], _with_channels(first, channels))
+    return model
+
+
+def _with_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
+    return nn.Conv2d(
+        channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+    )
+
+
+def _try_model(model: nn.Module, name: str, channels: int, size: int, num_classes: int) -> None:
+    try:
+        with torch.no_grad():
+            shape = model.eval()(torch.zeros(1, channels, size, size)).shape
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(
+            f"model: {name!r} does not take {channels}x{size}x{size} images ({reason}); "
+            "set image-size or use resnet8, resnet20 or cnn"
+        ) from None
+    if tuple(shape) != (1, num_classes):
+        raise SettingsError(f"model: {name!r} gives logits {tuple(shape)}, not (1, {num_classes})")

@@ -1,0 +1,112 @@
+"""How the training images are dealt: the server's unlabelled buffer first, then the clients."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from task.data import Images, load_dataset
+from task.errors import SettingsError
+from task.settings import Settings
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Indices into the training images: the server's buffer, and one array for each client."""
+
+    buffer: np.ndarray
+    clients: tuple[np.ndarray, ...]
+
+
+def partition(settings: Settings, num_partitions: int) -> Partition:
+    """Deal the training images of a dataset; the same settings give the same deal everywhere.
+
+    Raises
+    ------
+    SettingsError
+        If there are not enough images for the buffer and every client.
+    """
+    return _partition(
+        settings.dataset,
+        settings.data_dir,
+        settings.image_size,
+        settings.server_buffer,
+        settings.partitioner,
+        settings.dirichlet_alpha,
+        settings.samples_per_client,
+        settings.seed,
+        num_partitions,
+    )
+
+
+def client_images(settings: Settings, partition_id: int, num_partitions: int) -> Images:
+    """Return the training images of one client."""
+    if not 0 <= partition_id < num_partitions:
+        raise SettingsError(
+            f"partition-id: {partition_id} of {num_partitions}; allowed: 0 to {num_partitions - 1}"
+        )
+    return load_dataset(settings).train[partition(settings, num_partitions).clients[partition_id]]
+
+
+def server_pixels(settings: Settings) -> np.ndarray:
+    """Return the server's buffer: images without labels, uint8 ``[n, channels, size, size]``."""
+    train = load_dataset(settings).train
+    return train.pixels[_shuffled(len(train), settings.seed)[: settings.server_buffer]]
+
+
+@lru_cache(maxsize=4)
+def _partition(
+    dataset: str,
+    data_dir: str,
+    image_size: int,
+    server_buffer: int,
+    partitioner: str,
+    alpha: float,
+    samples: int,
+    seed: int,
+    num_partitions: int,
+) -> Partition:
+    settings = Settings(dataset=dataset, data_dir=data_dir, image_size=image_size)
+    labels = load_dataset(settings).train.labels
+    if len(labels) - server_buffer < num_partitions:
+        raise SettingsError(
+            f"server-buffer: {server_buffer} of {len(labels)} training images leave too few for "
+            f"{num_partitions} clients"
+        )
+    order = _shuffled(len(labels), seed)
+    dealt = order[server_buffer:]
+    rows = _deal(labels[dealt], partitioner, alpha, seed, num_partitions)
+    clients = tuple(dealt[row][: samples or None] for row in rows)
+    if short := [i for i, client in enumerate(clients) if samples and len(client) < samples]:
+        raise SettingsError(
+            f"samples-per-client: {samples}, but client {short[0]} holds only "
+            f"{len(clients[short[0]])} images"
+        )
+    return Partition(order[:server_buffer], clients)
+
+
+def _shuffled(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, 1]).permutation(count)
+
+
+def _deal(
+    labels: np.ndarray, partitioner: str, alpha: float, seed: int, num_partitions: int
+) -> list[np.ndarray]:
+    # Importing the partitioners takes two seconds; only the label column passes through them.
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+
+    if partitioner == "iid":
+        dealer = IidPartitioner(num_partitions)
+    else:
+        dealer = DirichletPartitioner(num_partitions, "label", alpha, seed=seed)
+    dealer.dataset = Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
+    try:
+        return [
+            np.array(dealer.load_partition(i).with_format("numpy")["index"])
+            for i in range(num_partitions)
+        ]
+    except ValueError as error:
+        raise SettingsError(
+            f"dirichlet-alpha: {alpha} leaves a client without images among {num_partitions}: {error}"
+        ) from None

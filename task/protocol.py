@@ -1,0 +1,124 @@
+"""What passes between a strategy and a client besides the model: declaration, instruction, report.
+
+Each is a frozen dataclass of plain values. `to_record` turns it into what a Flower record holds,
+`from_record` back, refusing what is missing, of the wrong type, or unknown.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, Self
+
+from quant.grid import FLOAT_BITS
+
+# Keys of the records in a message.
+MODEL = "model"
+UPDATE = "update"
+INSTRUCTION = "instruction"
+DECLARATION = "declaration"
+REPORT = "report"
+
+Uplink = Literal["weights", "difference", "nothing"]
+
+
+class ProtocolError(ValueError):
+    """A record that does not hold what the protocol says."""
+
+
+class _Record:
+    """Frozen dataclass of ints, floats and strings that travels as a flat mapping."""
+
+    def to_record(self) -> dict[str, int | float | str]:
+        """Return the values by field name."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, object]) -> Self:
+        """Read the values back.
+
+        Raises
+        ------
+        ProtocolError
+            If a field is missing, unknown, or of another type than declared.
+        """
+        expected = {field.name: field.type for field in fields(cls)}
+        if set(record) != set(expected):
+            odd = ", ".join(sorted(set(record) ^ set(expected)))
+            raise ProtocolError(f"{cls.__name__}: missing or unknown: {odd}")
+        for name, kind in expected.items():
+            if type(record[name]) is not kind and not (kind is float and type(record[name]) is int):
+                raise ProtocolError(
+                    f"{cls.__name__}: {name} is {record[name]!r}; it must be {kind.__name__}"
+                )
+        return cls(**record)
+
+
+@dataclass(frozen=True)
+class Declaration(_Record):
+    """A node's answer to the server's query, given once.
+
+    Attributes
+    ----------
+    partition_id, num_partitions : int
+        Which part of the data the node holds, of how many.
+    bits : int
+        Width that it computes and stores with; 0 if it is refused.
+    num_examples : int
+        Training images that it holds.
+    refused : str
+        Why the node cannot take part; empty if it can.
+    """
+
+    partition_id: int
+    num_partitions: int
+    bits: int
+    num_examples: int
+    refused: str
+
+
+@dataclass(frozen=True)
+class Instruction(_Record):
+    """What a strategy asks of a client in one message.
+
+    Attributes
+    ----------
+    server_round : int
+        Round, from 1.
+    uplink : str
+        What the client sends: "weights" at its own width, a "difference" to the model that it
+        received, or "nothing" but its report.
+    uplink_bits : int
+        Width of a difference; 0 is the client's own.
+    downlink_bits : int
+        Width of the payload that carries the model, 32 for float32; 0 if no model is sent and
+        the client goes on from its own.
+    proximal_mu : float
+        Factor of the proximal term against the received model; 0 leaves it out.
+    """
+
+    server_round: int
+    uplink: str = "weights"
+    uplink_bits: int = 0
+    downlink_bits: int = FLOAT_BITS
+    proximal_mu: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report(_Record):
+    """Numbers that come back with an update or an evaluation.
+
+    Attributes
+    ----------
+    num_examples : int
+        Images trained or evaluated on.
+    loss : float
+        Mean loss over them.
+    accuracy : float
+        Share of them classified correctly, 0 to 1.
+    seconds : float
+        Time that the client took for it.
+    """
+
+    num_examples: int
+    loss: float
+    accuracy: float
+    seconds: float

@@ -1,0 +1,172 @@
+"""The settings that every run has, validated once; each strategy adds its own (`Options`).
+
+Keys and defaults stand in ``[tool.flwr.app.config]`` of pyproject.toml too, because Flower accepts
+no key that is not there; a test holds the two together.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS
+from task.errors import SettingsError
+from task.mix import parse_mix
+from task.options import Options
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "image-folder")
+Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
+
+
+class Settings(Options):
+    """Settings of a run that do not belong to one strategy. All have defaults."""
+
+    strategy: str = Field("prowd", description="Aggregation on the server.")
+    num_server_rounds: AtLeastOne = Field(8, description="Rounds of training.")
+    fraction_train: Positive = Field(
+        1.0, le=1, description="Share of the clients that trains in a round, at least one."
+    )
+    round_timeout: Positive = Field(
+        3600.0, description="Seconds after which a round goes on without the missing clients."
+    )
+    min_nodes: AtLeastOne = Field(1, description="Nodes that must be there before the first round.")
+    node_wait: Positive = Field(60.0, description="Seconds that the server waits for nodes.")
+
+    local_epochs: AtLeastOne = Field(1, description="Passes over a client's data in a round.")
+    batch_size: AtLeastOne = Field(32, description="Images in a step of local training.")
+    learning_rate: Positive = Field(0.05, description="Step size of local SGD in the first round.")
+    learning_rate_decay: Positive = Field(
+        0.97, le=1, description="Factor on the step size from round to round."
+    )
+    momentum: Share = Field(0.9, lt=1, description="Momentum of local SGD.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="L2 penalty of local SGD.")
+
+    dataset: Dataset = Field("digits", description="What is learned.")
+    data_dir: str = Field(
+        "", description="Folder of the data; empty: ~/.cache/prowd/data, downloaded if need be."
+    )
+    image_size: Count = Field(
+        0, le=1024, description="Images are resized to this many pixels a side; 0: as they are."
+    )
+    samples_per_client: Count = Field(0, description="Training images a client uses; 0: all it has.")
+    partitioner: Literal["iid", "dirichlet"] = Field(
+        "iid", description="How the training images are dealt to the clients."
+    )
+    dirichlet_alpha: Positive = Field(
+        0.3, description="Concentration of the classes over clients; small is very uneven."
+    )
+    model: str = Field("resnet8", description="resnet8, resnet20, cnn, or a torchvision classifier.")
+
+    bit_mix: str = Field(
+        "8:0.5,32:0.5", description="Shares of the simulated clients by bit-width."
+    )
+    low_bit_training: Literal["qat", "strict"] = Field(
+        "qat", description="qat: float latent weights; strict: weights never leave their grid."
+    )
+    activation_bits: int = Field(
+        0, description="Width of the activations of low-bit clients; 0: the client's, 32: float32."
+    )
+    gradient_bits: int = Field(
+        0, description="Width of errors and gradients; 0: 8 in strict and 32 in qat training."
+    )
+    calibrate_normalization: bool = Field(
+        True, description="Recalibrate BatchNorm statistics per width on the server's buffer."
+    )
+    server_buffer: Count = Field(
+        256, description="Training images held back for the server, without their labels."
+    )
+
+    seed: Count = Field(0, description="Seeds everything.")
+    client_threads: AtLeastOne = Field(1, description="Threads of a client; changes the last bits.")
+    server_threads: AtLeastOne = Field(
+        1, description="Threads of the server; changes the last bits."
+    )
+    output_dir: str = Field("~/prowd-runs", description="Where run records go; absolute or ~.")
+    run_name: str = Field(
+        "", description="Folder of this run's record; empty: strategy, data and time."
+    )
+
+    @field_validator("bit_mix")
+    @classmethod
+    def _mix_is_valid(cls, value: str) -> str:
+        parse_mix(value)
+        return value
+
+    @field_validator("activation_bits", "gradient_bits")
+    @classmethod
+    def _bits_are_valid(cls, value: int) -> int:
+        if value not in (0, FLOAT_BITS) and not MIN_BITS <= value <= MAX_BITS:
+            raise ValueError(f"allowed are 0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}")
+        return value
+
+    @field_validator("output_dir", "data_dir")
+    @classmethod
+    def _path_is_absolute(cls, value: str) -> str:
+        # The app runs from a copy, in the SuperLink's working directory, not in the user's.
+        if value and not Path(value).expanduser().is_absolute():
+            raise ValueError("the path must be absolute or begin with ~")
+        return value
+
+    @field_validator("run_name")
+    @classmethod
+    def _name_is_a_folder(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[\w][\w.+=-]*", value):
+            raise ValueError("letters, digits and . _ + = - only, beginning with a letter or digit")
+        return value
+
+    @model_validator(mode="after")
+    def _calibration_has_data(self) -> "Settings":
+        if self.calibrate_normalization and not self.server_buffer:
+            raise SettingsError(
+                "server-buffer: 0 leaves no images for calibrate-normalization; "
+                "allowed: 1 or more, or calibrate-normalization=false"
+            )
+        return self
+
+    @property
+    def mix(self) -> dict[int, float]:
+        """Shares of the simulated clients by bit-width."""
+        return parse_mix(self.bit_mix)
+
+    def activation_bits_of(self, bits: int) -> int:
+        """Width of a client's activations."""
+        return self.activation_bits or bits
+
+    def gradient_bits_of_low_bit(self) -> int:
+        """Width of a low-bit client's errors and gradients."""
+        return self.gradient_bits or (8 if self.low_bit_training == "strict" else FLOAT_BITS)
+
+
+def split_settings(
+    values: Mapping[str, object], strategies: Mapping[str, object]
+) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
+    """Part a flat run configuration into the common settings and each strategy's own.
+
+    Parameters
+    ----------
+    values : mapping
+        Flower's run configuration.
+    strategies : mapping
+        Registry; its names, followed by a dash, are the prefixes.
+
+    Returns
+    -------
+    tuple of dict
+        Common settings, and per strategy its options without the prefix.
+    """
+    common: dict[str, object] = {}
+    own: dict[str, dict[str, object]] = {name: {} for name in strategies}
+    for key, value in values.items():
+        name = next((n for n in strategies if key.startswith(n + "-")), None)
+        if name is None:
+            common[key] = value
+        else:
+            own[name][key.removeprefix(name + "-")] = value
+    return common, own

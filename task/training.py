@@ -1,0 +1,220 @@
+"""Local training and evaluation at a bit-width; knows models and images, nothing of a federation."""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from quant import (
+    FLOAT_BITS,
+    QuantConfig,
+    StrictSGD,
+    Update,
+    prepare,
+    quantize_state,
+    refit_scales,
+    weight_scales,
+)
+from task.data import Images
+from task.settings import Settings
+
+_EVALUATION_BATCH = 500
+_CALIBRATION_BATCH = 128
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains in one round.
+
+    Attributes
+    ----------
+    bits : int
+        The client's width, 2 to 16, or 32 for plain float32 training.
+    low_bit_training : {"qat", "strict"}
+        Float latent weights with a straight-through gradient, or weights on the grid.
+    activation_bits, gradient_bits : int
+        Widths of activations and of errors and gradients below 32 bits.
+    epochs, batch_size : int
+        Passes over the data, and images a step.
+    learning_rate, momentum, weight_decay : float
+        Of SGD.
+    proximal_mu : float
+        Factor of ``mu / 2 |w - w_received|^2`` in the loss (Li et al., arXiv:1812.06127).
+    """
+
+    bits: int
+    low_bit_training: Literal["qat", "strict"] = "qat"
+    activation_bits: int = FLOAT_BITS
+    gradient_bits: int = FLOAT_BITS
+    epochs: int = 1
+    batch_size: int = 32
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    proximal_mu: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Settings, bits: int, server_round: int, mu: float) -> "LocalTraining":
+        """Take from the settings what a client of this width does in this round."""
+        return cls(
+            bits=bits,
+            low_bit_training=settings.low_bit_training,
+            activation_bits=settings.activation_bits_of(bits),
+            gradient_bits=settings.gradient_bits_of_low_bit(),
+            epochs=settings.local_epochs,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate * settings.learning_rate_decay ** (server_round - 1),
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            proximal_mu=mu,
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean loss and accuracy (0 to 1) over `num_examples` images."""
+
+    loss: float
+    accuracy: float
+    num_examples: int
+
+
+def to_input(pixels: np.ndarray) -> Tensor:
+    """Turn uint8 pixels into the network's input: float32, 0..255 to -2..2."""
+    return torch.from_numpy(pixels).float().mul_(4 / 255).sub_(2)
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the floating-point tensors of a model: what is sent and averaged."""
+    return {n: t.detach() for n, t in model.state_dict().items() if t.is_floating_point()}
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `model_state` returned; step counters of BatchNorm stay as they are."""
+    model.load_state_dict({**model.state_dict(), **state})
+
+
+def train(model: nn.Module, images: Images, config: LocalTraining, seed: int) -> tuple[Update, Score]:
+    """Train a model on a client's images at the client's width.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Ordinary model with the received weights; becomes quantization-aware below 32 bits.
+    images : Images
+        The client's data.
+    config : LocalTraining
+        Width and hyperparameters.
+    seed : int
+        Seeds the order of the data, dropout and stochastic rounding.
+
+    Returns
+    -------
+    tuple of Update and Score
+        The trained weights at the client's width, and the mean training loss and accuracy.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    if config.bits != FLOAT_BITS:
+        widths = QuantConfig(config.bits, config.activation_bits, config.gradient_bits)
+        prepare(model, widths)
+    received = [p.detach().clone() for p in model.parameters()] if config.proximal_mu else []
+    optimizer = _optimizer(model, config, seed)
+    model.train()
+    loss_sum = correct = seen = 0.0
+    for epoch in range(config.epochs):
+        if epoch and config.low_bit_training == "qat":
+            refit_scales(model)
+        for index in _batches(len(images), config.batch_size, rng):
+            labels = torch.from_numpy(images.labels[index])
+            logits = model(to_input(images.pixels[index]))
+            loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for parameter, anchor in zip(model.parameters(), received, strict=False):
+                parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
+            optimizer.step()
+            loss_sum += float(loss.detach()) * len(index)
+            correct += float((logits.detach().argmax(1) == labels).sum())
+            seen += len(index)
+    return _trained_weights(model, config), Score(loss_sum / seen, correct / seen, len(images))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Images) -> Score:
+    """Return loss and accuracy of a model on images."""
+    model.eval()
+    loss = correct = 0.0
+    for start in range(0, len(images), _EVALUATION_BATCH):
+        labels = torch.from_numpy(images.labels[start : start + _EVALUATION_BATCH])
+        logits = model(to_input(images.pixels[start : start + _EVALUATION_BATCH]))
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        correct += float((logits.argmax(1) == labels).sum())
+    return Score(loss / len(images), correct / len(images), len(images))
+
+
+def at_width(model: nn.Module, settings: Settings, bits: int) -> nn.Module:
+    """Return a copy of a float32 model that computes at a bit-width, as a client of it would."""
+    model = copy.deepcopy(model)
+    if bits == FLOAT_BITS:
+        return model
+    return prepare(model, QuantConfig(bits, settings.activation_bits_of(bits)))
+
+
+@torch.no_grad()
+def calibrate_normalization(model: nn.Module, pixels: np.ndarray) -> None:
+    """Replace the statistics of every BatchNorm layer by those of the given images, in place.
+
+    Quantized weights shift the distributions inside a network, so that statistics averaged over
+    clients of several widths fit none of them. No labels are needed.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        return
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+        layer.train()
+    for start in range(0, len(pixels), _CALIBRATION_BATCH):
+        model(to_input(pixels[start : start + _CALIBRATION_BATCH]))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    model.eval()
+
+
+def _optimizer(model: nn.Module, config: LocalTraining, seed: int) -> torch.optim.Optimizer:
+    sgd = {
+        "lr": config.learning_rate,
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+    }
+    if config.bits == FLOAT_BITS or config.low_bit_training == "qat":
+        return torch.optim.SGD(model.parameters(), **sgd)
+    return StrictSGD(
+        model.named_parameters(),
+        weight_scales(model),
+        config.bits,
+        gradient_bits=config.gradient_bits,
+        generator=torch.Generator().manual_seed(seed),
+        **sgd,
+    )
+
+
+def _trained_weights(model: nn.Module, config: LocalTraining) -> Update:
+    if config.low_bit_training == "qat":
+        refit_scales(model)
+    return quantize_state(model_state(model), config.bits, weight_scales(model))
+
+
+def _batches(count: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    order = rng.permutation(count)
+    batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
+    # BatchNorm cannot train on a single image.
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
