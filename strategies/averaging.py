@@ -1,0 +1,29 @@
+"""Weighted means of models, summed one client at a time."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class WeightedMean:
+    """Running weighted mean of state dicts in float32; needs one model's memory."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self.weight = 0.0
+        self.count = 0
+
+    def add(self, state: Mapping[str, Tensor], weight: float) -> None:
+        """Add a client's tensors; the same order of calls gives the same bits."""
+        for name, tensor in state.items():
+            if name in self._sums:
+                self._sums[name].add_(tensor, alpha=weight)
+            else:
+                self._sums[name] = torch.mul(tensor, weight)
+        self.weight += weight
+        self.count += 1
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the mean; empty if nothing was added."""
+        return {name: tensor / self.weight for name, tensor in self._sums.items()}

@@ -1,0 +1,272 @@
+"""The base of every strategy here: clients of different bit-widths under Flower's Strategy interface.
+
+A subclass says what it asks of a client (`instruct`) and how the updates make the next model
+(`combine`). The base does the rest: it knows the nodes and their widths, samples them under the
+seed, packs the model, reads the replies one by one, sets bad ones aside, and hands the good ones
+on in the order of their partitions, so that sums do not depend on who answered first.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from logging import INFO, WARNING
+
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from quant import (
+    STYPE,
+    UpdateError,
+    UpdateSpec,
+    decode_update,
+    encode_update,
+    quantize_state,
+)
+from strategies.nodes import Nodes, sample_nodes
+from strategies.replies import (
+    BadReply,
+    ClientUpdate,
+    Packed,
+    RoundLog,
+    match_replies,
+    open_report,
+    open_training_reply,
+)
+from task.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report
+
+State = dict[str, Tensor]
+
+
+class MixedPrecisionStrategy(Strategy):
+    """Flower strategy for clients that declare a bit-width.
+
+    Parameters
+    ----------
+    fraction_train, fraction_evaluate : float
+        Share of the nodes that trains, and that evaluates on its own, in a round. At least one
+        node trains; with 0, none evaluates.
+    seed : int
+        Seeds the sampling and whatever a subclass draws.
+    min_nodes : int
+        Nodes that must take part.
+    node_wait : float
+        Seconds to wait for them before the first round.
+
+    Attributes
+    ----------
+    round_log : RoundLog
+        What happened to the clients in the last round of training.
+    """
+
+    evaluates_on_server = True
+
+    def __init__(
+        self,
+        *,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 0.0,
+        seed: int = 0,
+        min_nodes: int = 1,
+        node_wait: float = 60.0,
+    ) -> None:
+        self.fraction_train = fraction_train
+        self.fraction_evaluate = fraction_evaluate
+        self.seed = seed
+        self.nodes = Nodes(min_nodes, node_wait)
+        self.round_log = RoundLog()
+        self._start: State = {}
+        self._sent: list[Message] = []
+        self._clients: dict[int, Declaration] = {}
+        self._instructions: dict[int, Instruction] = {}
+
+    # --- what a subclass says ------------------------------------------------------------------
+
+    def instruct(self, server_round: int, client: Declaration) -> Instruction:
+        """Return what this client is asked to do; the default: train and send its weights."""
+        return Instruction(server_round)
+
+    @abstractmethod
+    def combine(
+        self, server_round: int, start: State, updates: Iterator[ClientUpdate]
+    ) -> State | None:
+        """Make the next global model.
+
+        Parameters
+        ----------
+        server_round : int
+            Round, from 1.
+        start : dict of str to Tensor
+            The float32 model that the clients were sent.
+        updates : iterator of ClientUpdate
+            The good updates in the order of their partitions, unpacked one at a time. To be read
+            to its end.
+
+        Returns
+        -------
+        dict of str to Tensor or None
+            The next model; None to keep the present one.
+        """
+
+    def state_for(self, bits: int, state: State) -> State:
+        """Return the float32 model that clients of a width are to use; the global one by default."""
+        return state
+
+    # --- Flower's interface --------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Sample the nodes of this round and make a message for each."""
+        return self._ask(MessageType.TRAIN, self.fraction_train, server_round, arrays, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Read the replies as they come, then combine the good updates in order."""
+        packed = []
+        for client, reply in match_replies(self._sent, self._clients, replies, self.round_log):
+            item = self._accept(client, reply)
+            if item is not None:
+                packed.append(item)
+        packed.sort(key=lambda item: item.client.partition_id)
+        reports: list[Report] = []
+        state = self.combine(server_round, self._start, self._unpack(packed, reports))
+        self._log_left_out(server_round)
+        metrics = MetricRecord(_weighted(reports)) if reports else None
+        return (to_arrays(state) if state is not None else None), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Make a message for each node that is to evaluate the model at its own width."""
+        if not self.fraction_evaluate:
+            self._sent = []
+            return self._sent
+        return self._ask(MessageType.EVALUATE, self.fraction_evaluate, server_round, arrays, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the clients' accuracies and losses by width, and over all clients."""
+        reports: dict[int, list[Report]] = {}
+        for client, reply in match_replies(self._sent, self._clients, replies, self.round_log):
+            try:
+                reports.setdefault(client.bits, []).append(open_report(reply))
+            except BadReply as error:
+                self.round_log.rejected[client.partition_id] = str(error)
+        if self._sent:
+            self._log_left_out(server_round)
+        if not reports:
+            return None
+        groups = {str(bits): group for bits, group in sorted(reports.items())}
+        groups["average"] = [report for group in reports.values() for report in group]
+        record = MetricRecord()
+        for name, group in groups.items():
+            record[f"accuracy-{name}"] = sum(r.accuracy for r in group) / len(group)
+            record[f"loss-{name}"] = sum(r.loss for r in group) / len(group)
+        return record
+
+    def summary(self) -> None:
+        """Log what the strategy is."""
+        log(INFO, "\t├──> %s: trains a share of %g", type(self).__name__, self.fraction_train)
+        log(INFO, "\t└──> seed %d", self.seed)
+
+    # --- the base's own ------------------------------------------------------------------------
+
+    def _ask(
+        self, kind: str, fraction: float, server_round: int, arrays: ArrayRecord, grid: Grid
+    ) -> list[Message]:
+        self.round_log = RoundLog()
+        self._clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, server_round)
+        self._instructions = {
+            client.partition_id: self.instruct(server_round, client)
+            for client in self._clients.values()
+        }
+        self._start = to_state(arrays)
+        packed: dict[tuple[int, int], ArrayRecord] = {}
+        self._sent = []
+        for node_id, client in self._clients.items():
+            instruction = self._instructions[client.partition_id]
+            content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
+            if instruction.downlink_bits:
+                # Nodes of one width share one record: Flower then stores the model once.
+                key = (client.bits, instruction.downlink_bits)
+                if key not in packed:
+                    packed[key] = self._pack_model(*key)
+                content[MODEL] = packed[key]
+                size = len(packed[key][MODEL].data)
+                RoundLog.count(self.round_log.downlink_bytes, client.bits, size)
+            self._sent.append(Message(content, node_id, kind))
+        self.round_log.sampled = [client.partition_id for client in self._clients.values()]
+        return self._sent
+
+    def _pack_model(self, bits: int, downlink_bits: int) -> ArrayRecord:
+        state = self.state_for(bits, self._start)
+        return ArrayRecord({MODEL: to_array(encode_update(quantize_state(state, downlink_bits)))})
+
+    def _accept(self, client: Declaration, reply: Message) -> Packed | None:
+        wanted = self._instructions[client.partition_id].uplink != "nothing"
+        try:
+            packed = open_training_reply(reply, client, wanted)
+        except BadReply as error:
+            self.round_log.rejected[client.partition_id] = str(error)
+            return None
+        RoundLog.count(self.round_log.uplink_bytes, client.bits, len(packed.payload))
+        return packed
+
+    def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
+        spec = UpdateSpec.of(self._start)
+        for item in packed:
+            instruction = self._instructions[item.client.partition_id]
+            bits = instruction.uplink_bits or item.client.bits
+            update = None
+            try:
+                if instruction.uplink != "nothing":
+                    update = decode_update(item.payload, spec, bits, instruction.uplink)
+            except UpdateError as error:
+                self.round_log.rejected[item.client.partition_id] = str(error)
+                continue
+            self.round_log.aggregated.append(item.client.partition_id)
+            reports.append(item.report)
+            yield ClientUpdate(item.client, update, item.report)
+
+    def _log_left_out(self, server_round: int) -> None:
+        for partition, reason in (self.round_log.rejected | self.round_log.failed).items():
+            log(WARNING, "Round %d goes on without partition %d: %s", server_round, partition, reason)
+
+
+def to_array(payload: bytes) -> Array:
+    """Wrap a payload as the one array of a record."""
+    return Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
+
+
+def to_state(arrays: ArrayRecord) -> State:
+    """Turn Flower's record of a state dict into float32 tensors; integer entries are left out."""
+    tensors = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
+    return {name: t.float() for name, t in tensors.items() if t.is_floating_point()}
+
+
+def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Turn a state dict into Flower's record, one array a tensor."""
+    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.items()})
+
+
+def _weighted(reports: list[Report]) -> dict[str, float]:
+    total = sum(r.num_examples for r in reports)
+    return {
+        "num-examples": total,
+        "train-loss": sum(r.loss * r.num_examples for r in reports) / total,
+        "train-accuracy": sum(r.accuracy * r.num_examples for r in reports) / total,
+        "train-seconds": sum(r.seconds for r in reports),
+    }

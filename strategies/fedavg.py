@@ -1,0 +1,24 @@
+"""FedAvg: the mean of the clients' weights, each naively dequantized to float32."""
+
+from collections.abc import Iterator
+
+from strategies.averaging import WeightedMean
+from strategies.base import MixedPrecisionStrategy, State
+from strategies.replies import ClientUpdate
+
+
+class FedAvg(MixedPrecisionStrategy):
+    """Federated averaging (McMahan et al., 2017, arXiv:1602.05629) over clients of any bit-width.
+
+    Every client's codes are turned into the float32 values that they stand for and averaged,
+    weighted by its number of examples.
+    """
+
+    def combine(
+        self, server_round: int, start: State, updates: Iterator[ClientUpdate]
+    ) -> State | None:
+        """Return the mean of the clients' weights."""
+        average = WeightedMean()
+        for item in updates:
+            average.add(item.update.dequantize(), item.report.num_examples)
+        return average.mean() or None

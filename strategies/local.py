@@ -1,0 +1,34 @@
+"""Local training: no client ever hears of another; the baseline that a federation must beat."""
+
+from collections.abc import Iterator
+
+from strategies.base import MixedPrecisionStrategy, State
+from strategies.replies import ClientUpdate
+from task.protocol import Declaration, Instruction
+
+
+class Local(MixedPrecisionStrategy):
+    """Every client trains its own model, from the common start, and sends nothing but its report.
+
+    The model travels down once, in the first round that a client takes part in; after that each
+    goes on from its own, which it keeps. All clients evaluate theirs, since no other model exists.
+    """
+
+    evaluates_on_server = False
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.fraction_evaluate = 1.0
+        self._started: set[int] = set()
+
+    def instruct(self, server_round: int, client: Declaration) -> Instruction:
+        """Send the model to those that have none yet."""
+        downlink_bits = 0 if client.partition_id in self._started else 32
+        return Instruction(server_round, uplink="nothing", downlink_bits=downlink_bits)
+
+    def combine(
+        self, server_round: int, start: State, updates: Iterator[ClientUpdate]
+    ) -> State | None:
+        """Note who has begun; the common start stays as it is."""
+        self._started.update(item.client.partition_id for item in updates)
+        return None

@@ -1,0 +1,190 @@
+"""Messages out, replies in: one by one, checked at the door, a bad one set aside with its reason."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import isfinite
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from quant import STYPE, Update
+from task.protocol import REPORT, UPDATE, Declaration, ProtocolError, Report
+
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
+
+
+def receive(grid: Grid, messages: list[Message], timeout: float | None) -> Iterator[Message]:
+    """Send messages and yield each reply as soon as it is there.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's way to the nodes.
+    messages : list of Message
+        One a node.
+    timeout : float or None
+        Seconds after which the replies that have not come are given up.
+    """
+    waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
+    deadline = None if timeout is None else time.monotonic() + timeout
+    pause = _SHORTEST_PAUSE
+    while waiting:
+        replies = list(grid.pull_messages(waiting))
+        for reply in replies:
+            waiting.discard(reply.metadata.reply_to_message_id)
+            yield reply
+        if deadline is not None and time.monotonic() >= deadline:
+            return
+        pause = _SHORTEST_PAUSE if replies else min(1.5 * pause, _LONGEST_PAUSE)
+        if waiting:
+            time.sleep(pause)
+
+
+class BadReply(ValueError):
+    """A reply that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A client's reply as it came: the payload not yet unpacked."""
+
+    client: Declaration
+    payload: bytes
+    report: Report
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """A client's reply, unpacked and checked.
+
+    Attributes
+    ----------
+    client : Declaration
+        Who sent it, at which width.
+    update : Update or None
+        The weights or the difference; None if the client was asked for nothing.
+    report : Report
+        The client's numbers.
+    """
+
+    client: Declaration
+    update: Update | None
+    report: Report
+
+
+def open_report(reply: Message) -> Report:
+    """Read and check the report in a reply.
+
+    Raises
+    ------
+    BadReply
+        If there is none, or its numbers cannot be true.
+    """
+    records = reply.content.metric_records
+    if REPORT not in records:
+        raise BadReply("the reply holds no report")
+    try:
+        report = Report.from_record(records[REPORT])
+    except ProtocolError as error:
+        raise BadReply(str(error)) from None
+    if report.num_examples < 1:
+        raise BadReply(f"it reports {report.num_examples} examples")
+    if not 0 <= report.accuracy <= 1:
+        raise BadReply(f"it reports an accuracy of {report.accuracy}")
+    if not isfinite(report.loss):
+        raise BadReply(f"it reports a loss of {report.loss}")
+    return report
+
+
+def open_training_reply(reply: Message, client: Declaration, with_update: bool) -> Packed:
+    """Take the report and, if one was asked for, the packed update out of a training reply.
+
+    Raises
+    ------
+    BadReply
+        If the reply does not hold exactly one update, or its report cannot be true.
+    """
+    report = open_report(reply)
+    if report.num_examples > client.num_examples:
+        raise BadReply(
+            f"it reports {report.num_examples} examples and declared {client.num_examples}"
+        )
+    if not with_update:
+        return Packed(client, b"", report)
+    arrays = reply.content.array_records.get(UPDATE, {})
+    if list(arrays) != [UPDATE] or arrays[UPDATE].stype != STYPE:
+        raise BadReply(f"the reply does not hold one array of type {STYPE}")
+    return Packed(client, arrays[UPDATE].data, report)
+
+
+@dataclass
+class RoundLog:
+    """What happened to the clients of one round.
+
+    Attributes
+    ----------
+    sampled, aggregated : list of int
+        Partitions that were asked, and those whose update was used.
+    rejected, failed : dict of int to str
+        Partitions that sent something unusable, and those that sent an error or nothing, with the
+        reason.
+    uplink_bytes, downlink_bytes : dict of int to int
+        Payload bytes by width, summed over clients.
+    own : dict
+        What the strategy itself reports.
+    """
+
+    sampled: list[int] = field(default_factory=list)
+    aggregated: list[int] = field(default_factory=list)
+    rejected: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    uplink_bytes: dict[int, int] = field(default_factory=dict)
+    downlink_bytes: dict[int, int] = field(default_factory=dict)
+    own: dict[str, object] = field(default_factory=dict)
+
+    @staticmethod
+    def count(table: dict[int, int], bits: int, size: int) -> None:
+        """Add `size` bytes to a width's sum."""
+        table[bits] = table.get(bits, 0) + size
+
+
+def match_replies(
+    messages: Iterable[Message],
+    clients: dict[int, Declaration],
+    replies: Iterable[Message],
+    log: RoundLog,
+) -> Iterator[tuple[Declaration, Message]]:
+    """Yield the replies that carry content, with the client that each comes from.
+
+    A reply is matched by the message that it answers: an error for a node that vanished comes from
+    the SuperLink itself. Errors and missing replies are noted in the log, replies to anything
+    else ignored.
+    """
+    waiting: dict[str, Declaration] | None = None
+    for reply in replies:
+        if waiting is None:
+            # Not before the first reply: a message has no ID until it has been pushed.
+            waiting = _by_message_id(messages, clients)
+        client = waiting.pop(reply.metadata.reply_to_message_id, None)
+        if client is None:
+            continue
+        if reply.has_error():
+            log.failed[client.partition_id] = last_line(reply.error.reason)
+        else:
+            yield client, reply
+    waiting = _by_message_id(messages, clients) if waiting is None else waiting
+    for client in waiting.values():
+        log.failed[client.partition_id] = "no reply in time"
+
+
+def last_line(reason: str | None) -> str:
+    """Return the last line of an error's reason: of a traceback, what was raised."""
+    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "no reason given"
+
+
+def _by_message_id(
+    messages: Iterable[Message], clients: dict[int, Declaration]
+) -> dict[str, Declaration]:
+    return {m.metadata.message_id: clients[m.metadata.dst_node_id] for m in messages}
