@@ -33,6 +33,9 @@ class Settings(Options):
     fraction_train: Positive = Field(
         1.0, le=1, description="Share of the clients that trains in a round, at least one."
     )
+    fraction_evaluate: Share = Field(
+        0.0, description="Share of the clients that evaluates the model itself, on the test set."
+    )
     round_timeout: Positive = Field(
         3600.0, description="Seconds after which a round goes on without the missing clients."
     )
@@ -79,6 +82,9 @@ class Settings(Options):
     calibrate_normalization: bool = Field(
         True, description="Recalibrate BatchNorm statistics per width on the server's buffer."
     )
+    evaluate_every: AtLeastOne = Field(
+        1, description="Rounds between evaluations; the last round is always evaluated."
+    )
     server_buffer: Count = Field(
         256, description="Training images held back for the server, without their labels."
     )
@@ -86,7 +92,7 @@ class Settings(Options):
     seed: Count = Field(0, description="Seeds everything.")
     client_threads: AtLeastOne = Field(1, description="Threads of a client; changes the last bits.")
     server_threads: AtLeastOne = Field(
-        1, description="Threads of the server; changes the last bits."
+        2, description="Threads of the server; changes the last bits."
     )
     output_dir: str = Field("~/prowd-runs", description="Where run records go; absolute or ~.")
     run_name: str = Field(
@@ -130,6 +136,16 @@ class Settings(Options):
             )
         return self
 
+    @classmethod
+    def keys(cls) -> set[str]:
+        """Return the keys of the common settings."""
+        return {field.alias for field in cls.model_fields.values()}
+
+    @classmethod
+    def of_run(cls, run_config: Mapping[str, object]) -> "Settings":
+        """Read the common settings from a run's configuration; strategies' own keys are left alone."""
+        return cls.read({key: value for key, value in run_config.items() if key in cls.keys()})
+
     @property
     def mix(self) -> dict[int, float]:
         """Shares of the simulated clients by bit-width."""
@@ -142,31 +158,3 @@ class Settings(Options):
     def gradient_bits_of_low_bit(self) -> int:
         """Width of a low-bit client's errors and gradients."""
         return self.gradient_bits or (8 if self.low_bit_training == "strict" else FLOAT_BITS)
-
-
-def split_settings(
-    values: Mapping[str, object], strategies: Mapping[str, object]
-) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
-    """Part a flat run configuration into the common settings and each strategy's own.
-
-    Parameters
-    ----------
-    values : mapping
-        Flower's run configuration.
-    strategies : mapping
-        Registry; its names, followed by a dash, are the prefixes.
-
-    Returns
-    -------
-    tuple of dict
-        Common settings, and per strategy its options without the prefix.
-    """
-    common: dict[str, object] = {}
-    own: dict[str, dict[str, object]] = {name: {} for name in strategies}
-    for key, value in values.items():
-        name = next((n for n in strategies if key.startswith(n + "-")), None)
-        if name is None:
-            common[key] = value
-        else:
-            own[name][key.removeprefix(name + "-")] = value
-    return common, own

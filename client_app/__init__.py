@@ -1,0 +1,1 @@
+"""The ClientApp: declares the bit-width, trains, evaluates."""

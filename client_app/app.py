@@ -1,0 +1,127 @@
+"""What a client does with each message. Everything it learns with comes from `task` and `quant`."""
+
+import time
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from client_app.node import declare
+from quant import STYPE, UpdateSpec, decode_update, encode_update
+from task.data import Images, load_dataset
+from task.errors import SettingsError
+from task.models import build_model
+from task.partition import client_images
+from task.protocol import (
+    DECLARATION,
+    INSTRUCTION,
+    MODEL,
+    REPORT,
+    UPDATE,
+    Declaration,
+    Instruction,
+    Report,
+)
+from task.seeds import derive_seed
+from task.settings import Settings
+from task.training import (
+    LocalTraining,
+    Score,
+    at_width,
+    calibrate_normalization,
+    evaluate,
+    load_state,
+    model_state,
+    train,
+)
+
+app = ClientApp()
+
+_OWN_MODEL = "own-model"
+
+
+@app.query()
+def answer_query(message: Message, context: Context) -> Message:
+    """Declare the node: its partition, bit-width and number of examples, or why it cannot take part."""
+    declaration = declare(context.node_config, context.run_config)
+    record = ConfigRecord(declaration.to_record())
+    return Message(RecordDict({DECLARATION: record}), reply_to=message)
+
+
+@app.train()
+def answer_train(message: Message, context: Context) -> Message:
+    """Train the received model, or the client's own, at the client's width and send the update."""
+    started = time.perf_counter()
+    settings, client, instruction = _begin(message, context)
+    model = _model(message, context, settings, instruction)
+    config = LocalTraining.of(
+        settings, client.bits, instruction.server_round, instruction.proximal_mu
+    )
+    seed = derive_seed(settings.seed, 5, instruction.server_round, client.partition_id)
+    update, score = train(model, _images(settings, client), config, seed)
+    content = RecordDict()
+    if instruction.uplink == "nothing":
+        context.state[_OWN_MODEL] = ArrayRecord(
+            {name: Array(tensor.numpy()) for name, tensor in model_state(model).items()}
+        )
+    else:
+        payload = encode_update(update)
+        array = Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
+        content[UPDATE] = ArrayRecord({UPDATE: array})
+    content[REPORT] = _report(score, started)
+    return Message(content, reply_to=message)
+
+
+@app.evaluate()
+def answer_evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the received model, or the client's own, at the client's width on the test images."""
+    started = time.perf_counter()
+    settings, client, instruction = _begin(message, context)
+    model = at_width(_model(message, context, settings, instruction), settings, client.bits)
+    if settings.calibrate_normalization:
+        # Statistics of the client's own images: it has no access to the server's.
+        pixels = _images(settings, client).pixels[: settings.server_buffer]
+        calibrate_normalization(model, pixels)
+    score = evaluate(model, load_dataset(settings).test)
+    return Message(RecordDict({REPORT: _report(score, started)}), reply_to=message)
+
+
+def _begin(message: Message, context: Context) -> tuple[Settings, Declaration, Instruction]:
+    settings = Settings.of_run(context.run_config)
+    # A fixed number of threads: sums, and with them the last bits, depend on it.
+    torch.set_num_threads(settings.client_threads)
+    client = declare(context.node_config, context.run_config)
+    if client.refused:
+        raise SettingsError(client.refused)
+    return settings, client, Instruction.from_record(message.content[INSTRUCTION])
+
+
+def _images(settings: Settings, client: Declaration) -> Images:
+    return client_images(settings, client.partition_id, client.num_partitions)
+
+
+def _model(
+    message: Message, context: Context, settings: Settings, instruction: Instruction
+) -> nn.Module:
+    data = load_dataset(settings)
+    model = build_model(
+        settings.model, data.channels, data.size, data.num_classes, settings.seed
+    )
+    if instruction.downlink_bits:
+        array = message.content[MODEL][MODEL]
+        spec = UpdateSpec.of(model.state_dict())
+        state = decode_update(array.data, spec, instruction.downlink_bits).dequantize()
+    elif _OWN_MODEL in context.state:
+        own = context.state[_OWN_MODEL]
+        state = {name: torch.from_numpy(array.numpy().copy()) for name, array in own.items()}
+    else:
+        raise RuntimeError("this client no longer has a model of its own, and was sent none")
+    load_state(model, state)
+    return model
+
+
+def _report(score: Score, started: float) -> MetricRecord:
+    seconds = time.perf_counter() - started
+    report = Report(score.num_examples, score.loss, score.accuracy, seconds)
+    return MetricRecord(report.to_record())

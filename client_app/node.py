@@ -1,0 +1,49 @@
+"""What this node is: read from its own configuration where it has one, else from the simulated mix."""
+
+from collections.abc import Mapping
+
+from task.errors import SettingsError
+from task.mix import check_client_bits, widths_of_partitions
+from task.partition import client_images
+from task.protocol import Declaration
+from task.settings import Settings
+
+
+def declare(node_config: Mapping[str, object], run_config: Mapping[str, object]) -> Declaration:
+    """Describe this node to the server.
+
+    Parameters
+    ----------
+    node_config : mapping
+        ``partition-id``, ``num-partitions`` and, on a networked device, ``bits``. In simulation
+        there is no ``bits``, and the run's ``bit-mix`` says which partition has which width.
+    run_config : mapping
+        The run's settings.
+
+    Returns
+    -------
+    Declaration
+        With the reason in `refused` if this node cannot take part.
+    """
+    partition_id = num_partitions = 0
+    try:
+        partition_id = _whole_number(node_config, "partition-id")
+        num_partitions = _whole_number(node_config, "num-partitions")
+        settings = Settings.of_run(run_config)
+        if not 0 <= partition_id < num_partitions:
+            raise SettingsError(f"node-config: partition-id {partition_id} of {num_partitions}")
+        if "bits" in node_config:
+            bits = check_client_bits(node_config["bits"], "node-config bits")
+        else:
+            bits = widths_of_partitions(settings.mix, num_partitions)[partition_id]
+        num_examples = len(client_images(settings, partition_id, num_partitions))
+    except SettingsError as error:
+        return Declaration(partition_id, num_partitions, 0, 0, str(error))
+    return Declaration(partition_id, num_partitions, bits, num_examples, "")
+
+
+def _whole_number(node_config: Mapping[str, object], key: str) -> int:
+    value = node_config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise SettingsError(f"node-config: {key} is {value!r}; it must be a whole number")
+    return value

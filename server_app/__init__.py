@@ -1,0 +1,1 @@
+"""The ServerApp: settings to strategy, rounds, evaluation per bit-width, run record."""

@@ -1,0 +1,83 @@
+"""From a flat run configuration to validated settings and a strategy."""
+
+import inspect
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from strategies import STRATEGIES, MixedPrecisionStrategy
+from task.errors import SettingsError
+from task.options import Options
+from task.settings import Settings
+
+
+def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str, object]]:
+    """Validate a run's configuration.
+
+    Parameters
+    ----------
+    run_config : mapping
+        Flower's: common settings, and each strategy's own under its name.
+
+    Returns
+    -------
+    tuple of Settings and dict
+        The common settings, and the chosen strategy's own by their full keys.
+
+    Raises
+    ------
+    SettingsError
+        If a key or a value is not allowed, also one of a strategy that is not chosen.
+    """
+    settings = Settings.of_run(run_config)
+    if settings.strategy not in STRATEGIES:
+        names = ", ".join(STRATEGIES)
+        raise SettingsError(f"strategy: there is no {settings.strategy!r}; allowed: {names}")
+    own: dict[str, object] = {}
+    left = set(run_config) - Settings.keys()
+    for name, strategy_class in STRATEGIES.items():
+        options = getattr(strategy_class, "Options", Options)
+        prefix = f"{name}-"
+        keys = {key for key in left if key.startswith(prefix)}
+        left -= keys
+        values = {key.removeprefix(prefix): run_config[key] for key in keys}
+        read = options.read(values, prefix)
+        if name == settings.strategy:
+            own = read.to_settings(prefix)
+    if left:
+        raise SettingsError(f"{sorted(left)[0]}: there is no such setting")
+    return settings, own
+
+
+def build_strategy(
+    settings: Settings,
+    own: Mapping[str, object],
+    predict: Callable[[Mapping[str, Tensor]], Tensor] | None,
+) -> MixedPrecisionStrategy:
+    """Make the strategy that the settings name.
+
+    Parameters
+    ----------
+    settings : Settings
+        Common settings.
+    own : mapping
+        The strategy's own, by full keys.
+    predict : callable or None
+        Differentiable logits on the server's buffer, for strategies that use it.
+    """
+    strategy_class = STRATEGIES[settings.strategy]
+    arguments: dict[str, object] = {
+        "fraction_train": settings.fraction_train,
+        "fraction_evaluate": settings.fraction_evaluate,
+        "seed": settings.seed,
+        "min_nodes": settings.min_nodes,
+        "node_wait": settings.node_wait,
+    }
+    if hasattr(strategy_class, "Options"):
+        prefix = f"{settings.strategy}-"
+        values = {key.removeprefix(prefix): value for key, value in own.items()}
+        arguments["options"] = strategy_class.Options.read(values, prefix)
+    offered = {"low_bit_training": settings.low_bit_training, "predict": predict}
+    wanted = inspect.signature(strategy_class.__init__).parameters
+    arguments |= {name: value for name, value in offered.items() if name in wanted}
+    return strategy_class(**arguments)

@@ -1,0 +1,228 @@
+import numpy as np
+import pytest
+import torch
+
+from quant import (
+    absmax_scale,
+    check_bits,
+    dequantize,
+    fake_quantize,
+    fit_scale,
+    largest_code,
+    mse_scale,
+    quantize_nearest,
+    quantize_stochastic,
+)
+
+WIDTHS = range(2, 17)
+
+
+def weights(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bits_of(values):
+    """The float32 bit patterns: unlike ==, they tell -0.0 from 0.0."""
+    return values.view(torch.int32)
+
+
+def mse(row, scale, bits):
+    """Mean squared error of one channel's grid, in float64 numpy."""
+    limit = 2 ** (bits - 1) - 1
+    return ((row - np.clip(np.rint(row / scale), -limit, limit) * scale) ** 2).mean()
+
+
+@pytest.mark.parametrize("bits, code", [(2, 1), (3, 3), (4, 7), (8, 127), (16, 32767)])
+def test_largest_code(bits, code):
+    # 2**(k-1) - 1, worked out.
+    assert largest_code(bits) == code
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 17, 32, 4.0, "4", None, True])
+def test_widths_without_a_grid_are_refused(bits):
+    with pytest.raises(ValueError, match="2 to 16"):
+        check_bits(bits)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("fit", [absmax_scale, mse_scale, fit_scale])
+def test_fake_quantize_is_dequantized_nearest_bit_for_bit(bits, fit):
+    # torch's own fake-quantize kernel against this project's codes; outliers clip.
+    weight = weights(bits, 7, 5, 3, 3)
+    scale = fit(weight, bits)
+    weight = torch.cat([weight, weight * 1.5])
+    scale = torch.cat([scale, scale])
+    expected = dequantize(quantize_nearest(weight, scale, bits), scale)
+    assert torch.equal(bits_of(fake_quantize(weight, scale, bits)), bits_of(expected))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_fake_quantize_is_dequantized_nearest_on_ties_and_neighbours(bits):
+    # Every half-integer multiple of an awkward scale, and the floats next to it.
+    limit = largest_code(bits)
+    half_steps = torch.arange(-2 * min(limit, 2000) - 3, 2 * min(limit, 2000) + 4) / 2
+    scale = torch.tensor([0.1, 1 / 3, 7e-6])
+    weight = scale[:, None] * half_steps
+    up = torch.nextafter(weight, torch.tensor(torch.inf))
+    weight = torch.cat([weight, up, -up], 1)
+    expected = dequantize(quantize_nearest(weight, scale, bits), scale)
+    assert torch.equal(bits_of(fake_quantize(weight, scale, bits)), bits_of(expected))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_nearest_equals_numpy_round_and_clip(bits):
+    # Scales are powers of two: the quotient is exact, so that np.rint (ties to even) is the truth.
+    scale = torch.tensor([0.25, 2.0, 2.0**-7])
+    span = largest_code(bits) * 1.3 + 2
+    rng = np.random.default_rng(bits)
+    quotient = np.concatenate(
+        [rng.uniform(-span, span, (3, 500)), np.tile(np.arange(-40, 41) / 2, (3, 1))], 1
+    ).astype(np.float32)
+    limit = 2 ** (bits - 1) - 1
+    expected = np.clip(np.rint(quotient), -limit, limit)
+    codes = quantize_nearest(torch.from_numpy(quotient) * scale[:, None], scale, bits)
+    assert codes.dtype == torch.int16
+    assert np.array_equal(codes.numpy(), expected)
+
+
+def test_nearest_by_hand():
+    # 2-bit codes -1, 0, 1, scale 0.5: quotients 0.4, 0.5 (tie to even: 0), 0.6, 1.5, -9.
+    weight = torch.tensor([[0.2, 0.25, 0.3, 0.75, -4.5]])
+    codes = quantize_nearest(weight, torch.tensor([0.5]), 2)
+    assert codes.tolist() == [[0, 0, 1, 1, -1]]
+    assert dequantize(codes, torch.tensor([0.5])).tolist() == [[0, 0, 0.5, 0.5, -0.5]]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_absmax_puts_the_largest_magnitude_on_the_largest_code(bits):
+    weight = weights(1, 20, 3, 5)
+    scale = absmax_scale(weight, bits)
+    codes = quantize_nearest(weight, scale, bits).flatten(1).int()
+    place = weight.flatten(1).abs().argmax(1, keepdim=True)
+    sign = weight.flatten(1).gather(1, place).sign().int()
+    limit = 2 ** (bits - 1) - 1
+    assert torch.equal(codes.gather(1, place), sign * limit)
+    # The scale by hand: the channel's absolute maximum over the largest code.
+    by_hand = np.abs(weight.numpy().reshape(20, -1)).max(1) / limit
+    np.testing.assert_allclose(scale.numpy(), by_hand, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_mse_scale_is_never_worse_than_absmax(bits):
+    weight = weights(2, 12, 200)
+    weight[:3, 0] = 8.0
+    scales = zip(mse_scale(weight, bits).tolist(), absmax_scale(weight, bits).tolist(), strict=True)
+    for row, (fitted, absmax) in zip(weight.double().numpy(), scales, strict=True):
+        assert mse(row, fitted, bits) <= mse(row, absmax, bits) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("family", ["normal", "laplace", "uniform", "student", "sparse"])
+def test_mse_scale_is_within_a_percent_of_a_sweep_over_clips(bits, family):
+    # Brute force: 2000 clipping points from 1 % to 120 % of the channel's maximum.
+    rng = np.random.default_rng(5)
+    rows = {
+        "normal": lambda: rng.normal(size=(6, 400)),
+        "laplace": lambda: rng.laplace(size=(6, 400)),
+        "uniform": lambda: rng.uniform(-1, 1, (6, 400)),
+        "student": lambda: rng.standard_t(3, (6, 400)),
+        "sparse": lambda: rng.normal(size=(6, 400)) * (rng.random((6, 400)) < 0.3),
+    }[family]()
+    rows = rows.astype(np.float32)
+    fitted = mse_scale(torch.from_numpy(rows), bits).numpy()
+    rows = rows.astype(np.float64)
+    for row, scale in zip(rows, fitted, strict=True):
+        clips = np.abs(row).max() * np.linspace(0.01, 1.2, 2000) / (2 ** (bits - 1) - 1)
+        assert mse(row, scale, bits) <= 1.01 * min(mse(row, s, bits) for s in clips)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_fit_scale_clips_up_to_four_bits(bits):
+    weight = weights(3, 4, 300)
+    chosen, other = (mse_scale, absmax_scale) if bits <= 4 else (absmax_scale, mse_scale)
+    assert torch.equal(fit_scale(weight, bits), chosen(weight, bits))
+    assert not torch.equal(fit_scale(weight, bits), other(weight, bits))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("fit", [absmax_scale, mse_scale])
+def test_all_zero_channels_stay_zero_and_disturb_no_other(bits, fit):
+    weight = weights(4, 3, 4, 2)
+    weight[1] = 0
+    scale = fit(weight, bits)
+    assert scale.dtype == torch.float32 and scale.shape == (3,)
+    assert (scale > 0).all() and scale.isfinite().all() and scale.reciprocal().isfinite().all()
+    on_grid = fake_quantize(weight, scale, bits)
+    assert not on_grid[1].any() and on_grid.isfinite().all()
+    assert torch.equal(scale[[0, 2]], fit(weight[[0, 2]], bits))
+
+
+@pytest.mark.parametrize("fit", [absmax_scale, mse_scale])
+def test_one_channel_with_one_weight_is_exact(fit):
+    # A single weight w lies on the largest code when the scale is |w| / limit: no error at all.
+    weight = torch.tensor([[-0.75]])
+    scale = fit(weight, 4)
+    assert quantize_nearest(weight, scale, 4).tolist() == [[-7]]
+    np.testing.assert_allclose(scale.numpy(), [0.75 / 7], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_stochastic_rounding_is_unbiased(bits):
+    # The code is floor(x) + Bernoulli(frac): its mean over n draws has the known deviation
+    # sqrt(f (1 - f) / n). Power-of-two scales make the quotients exact.
+    draws = 40_000
+    quotient = torch.tensor([0.1, -0.3, 0.5, -0.97, 0.85]) + 0.0
+    if bits > 2:
+        quotient = torch.cat([quotient, torch.tensor([1.25, -2.0625]) * (largest_code(bits) // 3)])
+    scale = torch.full((quotient.numel(),), 2.0**-5)
+    weight = (quotient * 2.0**-5)[:, None].expand(-1, draws)
+    codes = quantize_stochastic(weight, scale, bits, torch.Generator().manual_seed(bits))
+    exact = quotient.double()
+    share = exact - exact.floor()
+    deviation = (share * (1 - share) / draws).sqrt()
+    assert ((codes.double().mean(1) - exact).abs() <= 5 * deviation + 1e-12).all()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_stochastic_rounding_stays_within_one_code_and_on_the_grid(bits):
+    weight = weights(6, 5, 2000)
+    scale = absmax_scale(weight, bits) * 0.8
+    codes = quantize_stochastic(weight, scale, bits, torch.Generator().manual_seed(1))
+    limit = 2 ** (bits - 1) - 1
+    assert codes.dtype == torch.int16 and codes.abs().max() == limit
+    clipped = (weight.double() / scale.double()[:, None]).clamp(-limit, limit)
+    assert ((codes.double() - clipped).abs() < 1 + 1e-3).all()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_stochastic_rounding_leaves_weights_on_the_grid_alone(bits):
+    # The expected code of a weight on level c is c, and rounding to c + 1 would bias it.
+    limit = largest_code(bits)
+    codes = torch.linspace(-limit, limit, 2 * limit + 1).round().repeat(400_000 // limit)[None]
+    scale = torch.tensor([2.0**-6])
+    drawn = quantize_stochastic(codes * scale, scale, bits, torch.Generator().manual_seed(2))
+    assert int((drawn != codes).sum()) == 0
+
+
+def test_stochastic_rounding_is_reproducible_by_seed():
+    weight = weights(7, 4, 500)
+    scale = absmax_scale(weight, 4)
+
+    def draw(seed):
+        return quantize_stochastic(weight, scale, 4, torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(3), draw(3))
+    assert not torch.equal(draw(3), draw(4))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_straight_through_gradient(bits):
+    # In levels of the grid: inside, on the last level, rounding onto it, and beyond it (clipped).
+    limit = 2.0 ** (bits - 1) - 1
+    ends = [limit, limit + 0.375, limit + 0.625, limit + 9]
+    quotient = torch.tensor([[0.0, 0.25, -0.75, *ends, *[-e for e in ends]]])
+    weight = (quotient * 0.5).requires_grad_()
+    upstream = torch.arange(1.0, quotient.numel() + 1)[None]
+    fake_quantize(weight, torch.tensor([0.5]), bits).backward(upstream)
+    passes = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0]])
+    assert torch.equal(weight.grad, upstream * passes)

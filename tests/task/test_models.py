@@ -1,0 +1,121 @@
+import pytest
+import torch
+
+from task.errors import SettingsError
+from task.models import MODELS, build_model
+
+
+def num_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def block(wide_in, wide):
+    """Two 3x3 convolutions, two BatchNorms; where the width changes, a 1x1 one with BatchNorm."""
+    shortcut = wide_in * wide + 2 * wide if wide_in != wide else 0
+    return 9 * wide_in * wide + 9 * wide * wide + 4 * wide + shortcut
+
+
+def residual_network(blocks, channels, classes):
+    total = 9 * channels * 16 + 2 * 16
+    total += blocks * block(16, 16)
+    total += block(16, 32) + (blocks - 1) * block(32, 32)
+    total += block(32, 64) + (blocks - 1) * block(64, 64)
+    return total + 64 * classes + classes
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize(("name", "blocks"), [("resnet8", 1), ("resnet20", 3)])
+def test_residual_networks_have_the_parameters_of_the_formula(name, blocks, channels, classes):
+    model = build_model(name, channels, 32, classes, 0)
+    assert num_parameters(model) == residual_network(blocks, channels, classes)
+
+
+def test_residual_networks_have_the_published_sizes():
+    # resnet8: 78042, as in MLPerf Tiny. resnet20: 0.27M (He et al., table 6), which is 269722 with
+    # parameter-free shortcuts, and two projections with BatchNorm: 16*32 + 64 + 32*64 + 128.
+    assert num_parameters(build_model("resnet8", 3, 32, 10, 0)) == 78_042
+    assert num_parameters(build_model("resnet20", 3, 32, 10, 0)) == 269_722 + 2_752
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cnn_has_the_parameters_counted_by_hand(channels):
+    convolutions = (9 * channels * 32 + 32) + (9 * 32 * 64 + 64)
+    linear = (64 * 4 * 4 * 128 + 128) + (128 * 10 + 10)
+    assert num_parameters(build_model("cnn", channels, 28, 10, 0)) == convolutions + linear
+
+
+@pytest.mark.parametrize("size", [8, 28, 32, 64, 224])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_gives_finite_logits_that_depend_on_the_image(name, channels, size):
+    model = build_model(name, channels, size, 7, 0).train()
+    images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(images)
+    assert logits.shape == (2, 7)
+    assert logits.isfinite().all()
+    assert not torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_torchvision_resnet18_takes_either_number_of_channels(channels):
+    model = build_model("resnet18", channels, 28, 10, 0)
+    assert model(torch.zeros(2, channels, 28, 28)).shape == (2, 10)
+    # 11689512 in torchvision's table, with 1000 classes of 512 + 1 and 3 input channels of 64 x 49.
+    fewer = 990 * 513 + (3 - channels) * 64 * 49
+    assert num_parameters(model) == 11_689_512 - fewer
+
+
+def message_of(*arguments):
+    with pytest.raises(SettingsError) as caught:
+        build_model(*arguments)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet9", "", "ResNet8", "fasterrcnn_resnet50_fpn", "raft_small", "__init__"]
+)
+def test_unknown_model_is_refused_with_what_is_allowed(name):
+    message = message_of(name, 1, 8, 10, 0)
+    assert message.startswith(f"model: {name!r}; allowed: resnet8, resnet20, cnn, or a torchvision")
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "densenet121"])
+def test_model_that_does_not_fit_the_size_is_refused(name):
+    message = message_of(name, 1, 8, 10, 0)
+    assert message.startswith(f"model: {name!r} does not take 1x8x8 images (")
+    assert "set image-size" in message
+
+
+@pytest.mark.parametrize("name", [*MODELS, "squeezenet1_1"])
+def test_seed_decides_the_weights(name):
+    first = build_model(name, 1, 28, 10, 5).state_dict()
+    again = build_model(name, 1, 28, 10, 5).state_dict()
+    other = build_model(name, 1, 28, 10, 6).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    weights = [key for key in first if first[key].ndim >= 2]
+    assert not any(torch.equal(first[key], other[key]) for key in weights)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "squeezenet1_1"])
+def test_global_generator_is_left_as_it_was(name):
+    torch.manual_seed(11)
+    expected = torch.rand(4)
+    torch.manual_seed(11)
+    build_model(name, 1, 28, 10, 5)
+    assert torch.equal(torch.rand(4), expected)
+    # Nor does it matter where the generator stood.
+    here = build_model(name, 1, 28, 10, 5).state_dict()
+    torch.manual_seed(12)
+    there = build_model(name, 1, 28, 10, 5).state_dict()
+    assert all(torch.equal(here[key], there[key]) for key in here)
+
+
+def test_trying_a_model_leaves_its_statistics_fresh():
+    model = build_model("resnet8", 1, 8, 10, 0)
+    assert torch.equal(model.bn.running_mean, torch.zeros(16))
+    assert torch.equal(model.bn.running_var, torch.ones(16))
+    assert int(model.bn.num_batches_tracked) == 0
