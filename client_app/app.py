@@ -43,7 +43,7 @@ _OWN_MODEL = "own-model"
 
 @app.query()
 def answer_query(message: Message, context: Context) -> Message:
-    """Declare the node: its partition, bit-width and number of examples, or why it cannot take part."""
+    """Declare the node: its partition, bit-width and examples, or why it cannot take part."""
     declaration = declare(context.node_config, context.run_config)
     record = ConfigRecord(declaration.to_record())
     return Message(RecordDict({DECLARATION: record}), reply_to=message)
@@ -75,7 +75,7 @@ def answer_train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def answer_evaluate(message: Message, context: Context) -> Message:
-    """Evaluate the received model, or the client's own, at the client's width on the test images."""
+    """Evaluate the received model, or the client's own, at the client's width."""
     started = time.perf_counter()
     settings, client, instruction = _begin(message, context)
     model = at_width(_model(message, context, settings, instruction), settings, client.bits)
@@ -105,9 +105,7 @@ def _model(
     message: Message, context: Context, settings: Settings, instruction: Instruction
 ) -> nn.Module:
     data = load_dataset(settings)
-    model = build_model(
-        settings.model, data.channels, data.size, data.num_classes, settings.seed
-    )
+    model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
     if instruction.downlink_bits:
         array = message.content[MODEL][MODEL]
         spec = UpdateSpec.of(model.state_dict())

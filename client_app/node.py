@@ -1,4 +1,4 @@
-"""What this node is: read from its own configuration where it has one, else from the simulated mix."""
+"""What this node is: read from its own configuration, else from the simulated mix."""
 
 from collections.abc import Mapping
 

@@ -8,7 +8,7 @@ correction, measured in steps of the lower grid, to a base value::
 What the base and the features are is the dequantizer's `Reference`:
 
 ``GlobalReference``
-    the poster's form: the base is ``q`` itself and the block sees the code, its scale and its layer.
+    the poster's form: the base is ``q`` and the block sees the code, its scale and its layer.
 ``StartReference``
     the server also knows the model that the client started from, on every rung. The base is
     ``q + (start_{j+1} - start_j)``, which removes the rounding error of the start, and the block
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from quant.grid import (
     FLOAT_BITS,
+    MAX_BITS,
     check_bits,
     dequantize,
     fit_scale,
@@ -39,14 +40,14 @@ _START_FEATURES = 6
 
 
 def ladder_of(widths: Sequence[int]) -> tuple[int, ...]:
-    """Return the ladder for a federation: its widths, and between them every doubling up to 32.
+    """Return the ladder for a federation: its widths, and every doubling up to 16.
 
     >>> ladder_of([4, 32])
     (4, 8, 16, 32)
     """
     rungs = set(widths) | {FLOAT_BITS}
     bits = min(widths)
-    while bits < FLOAT_BITS:
+    while bits <= MAX_BITS:
         rungs.add(bits)
         bits *= 2
     return tuple(sorted(rungs))
@@ -109,7 +110,9 @@ class GlobalReference:
         step = per_channel(self.start.scales[low][name], q.ndim)
         code = q / (step * largest_code(low))
         log_step = step.log2().expand_as(q) / 8
-        return torch.stack([code, code.abs(), log_step, torch.full_like(q, depth)], -1).flatten(0, -2)
+        return torch.stack([code, code.abs(), log_step, torch.full_like(q, depth)], -1).flatten(
+            0, -2
+        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class StartReference(GlobalReference):
         return q + (self.start.values[high][name] - self.start.values[low][name])
 
     def features(self, q: Tensor, name: str, low: int, high: int, depth: float) -> Tensor:
-        """Inputs of the block, ``[q.numel(), 6]``: as before, then movement and place in the cell."""
+        """Inputs of the block, ``[q.numel(), 6]``: those, then movement and place in the cell."""
         step = per_channel(self.start.scales[low][name], q.ndim)
         start = self.start.values[low][name]
         moved = ((q - start) / step).clamp(-4, 4)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from quant.dequantizer import (
     ProgressiveDequantizer,
     Reference,
-
     StartReference,
 )
 from quant.grid import FLOAT_BITS, dequantize, per_channel, quantize_nearest, quantize_stochastic
@@ -103,7 +102,9 @@ def fine_tune(
     distilled = predict is not None and config.distill_weight > 0
     with torch.no_grad():
         teacher = predict(high) if distilled else None
-    optimizer = torch.optim.Adam(dequantizer.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(
+        [p for b in rungs for p in dequantizer.blocks[str(b)].parameters()], lr=config.learning_rate
+    )
     reconstruction = similarity = 0.0
     for _ in range(config.steps):
         rows = _sample_channels(high, generator)
@@ -184,5 +185,3 @@ def _sample_channels(high: Mapping[str, Tensor], generator: torch.Generator) -> 
         picked = torch.randperm(channels, generator=generator)[:count]
         rows[name] = picked.sort().values
     return rows
-
-

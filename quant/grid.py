@@ -13,8 +13,8 @@ FLOAT_BITS = 32
 
 # At these widths the few levels are worth more near zero than at the extremes.
 _CLIPPED_BITS = 4
-_CLIP_CANDIDATES = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44, 0.36, 0.28, 0.2)
-_CLIP_REFINEMENTS = 3
+_CLIP_CANDIDATES = tuple(i / 25 for i in range(25, 0, -1))
+_CLIP_REFINEMENTS = 2
 # Keeps 1 / scale finite in float32 even for an all-zero channel.
 _SMALLEST_SCALE = 2.0**-100
 
@@ -98,7 +98,7 @@ def mse_scale(weight: Tensor, bits: int) -> Tensor:
 
 
 def fit_scale(weight: Tensor, bits: int) -> Tensor:
-    """Scale that a client and the server both use for a weight: MSE-optimal up to 4 bits, else absmax."""
+    """Scale that clients and server use: MSE-optimal up to 4 bits, absmax above."""
     return mse_scale(weight, bits) if bits <= _CLIPPED_BITS else absmax_scale(weight, bits)
 
 
@@ -125,7 +125,7 @@ def quantize_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 def quantize_stochastic(
     weight: Tensor, scale: Tensor, bits: int, generator: torch.Generator
 ) -> Tensor:
-    """Round up or down at random so that, off the clipped ends, the expected code is ``weight / scale``.
+    """Round up or down at random so that the expected code is ``weight / scale``, clipping apart.
 
     Parameters
     ----------
@@ -141,7 +141,9 @@ def quantize_stochastic(
     """
     limit = largest_code(bits)
     noise = torch.rand(weight.shape, generator=generator, device=weight.device)
-    codes = (weight.detach() / per_channel(scale, weight.ndim)).add_(noise).floor_()
+    quotient = weight.detach() / per_channel(scale, weight.ndim)
+    codes = quotient.floor()
+    codes += noise < quotient.sub_(codes)
     return codes.clamp_(-limit, limit).to(torch.int16)
 
 

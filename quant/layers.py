@@ -151,9 +151,7 @@ def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:
     scale = torch.where(low < 0, torch.maximum(high, -low) / limit, high / unsigned)
     scale = scale.float().clamp(min=torch.finfo(torch.float32).tiny * 2**16)
     zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
-    return torch.fake_quantize_per_tensor_affine(
-        x, scale.reshape(1), zero_point, -limit, unsigned
-    )
+    return torch.fake_quantize_per_tensor_affine(x, scale.reshape(1), zero_point, -limit, unsigned)
 
 
 def fake_quantize_gradient(gradient: Tensor, bits: int) -> Tensor:

@@ -60,11 +60,15 @@ class StrictSGD(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure=None):
         """Take one SGD step and round the weights back to their grid."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if self._gradient_bits != FLOAT_BITS:
             for weight, _ in self._on_grid:
                 if weight.grad is not None:
                     weight.grad = fake_quantize_gradient(weight.grad, self._gradient_bits)
-        loss = super().step(closure)
+        super().step()
         for weight, scale in self._on_grid:
             codes = quantize_stochastic(weight, scale, self._bits, self._generator)
             weight.copy_(dequantize(codes, scale))

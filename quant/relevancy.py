@@ -1,4 +1,4 @@
-"""Relevancy masks: which coordinates of a low-bit group's movement may be mixed with the high-bit one.
+"""Relevancy masks: which coordinates of a low-bit group's movement may be mixed in.
 
 The poster asks for the binary mask ``c`` that maximizes the cosine between ``c * low`` and
 ``high``, at most a share ``tau`` of the coordinates being kept. With ``a = low`` and ``b = high``,
@@ -25,7 +25,9 @@ _SWEEP_LONG = 4
 _ALTERNATIONS = 8
 
 
-def relevancy_mask(low: Tensor, high: Tensor, *, at_most: float = 1.0, at_least: float = 0.0) -> Tensor:
+def relevancy_mask(
+    low: Tensor, high: Tensor, *, at_most: float = 1.0, at_least: float = 0.0
+) -> Tensor:
     """Mask that makes the low-bit movement point most nearly along the high-bit one.
 
     Parameters

@@ -24,7 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, dequantize, fit_scale, quantize_nearest
+from quant.grid import (
+    FLOAT_BITS,
+    MAX_BITS,
+    MIN_BITS,
+    dequantize,
+    fit_scale,
+    largest_code,
+    quantize_nearest,
+)
 from quant.packing import PackingError, pack, packed_size, unpack
 
 STYPE = "prowd.update/1"
@@ -44,7 +52,7 @@ class UpdateError(ValueError):
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes (integer tensor ``[channels, ...]``) on the grid given by float32 scales ``[channels]``."""
+    """Integer codes ``[channels, ...]`` on the grid given by float32 scales ``[channels]``."""
 
     codes: Tensor
     scale: Tensor
@@ -98,7 +106,7 @@ class UpdateSpec:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> "UpdateSpec":
-        """Take the specification from a state dict; integer tensors (step counters) are left out."""
+        """Take the specification from a state dict, integer tensors (step counters) left out."""
         return cls({n: tuple(t.shape) for n, t in state.items() if t.is_floating_point()})
 
     def quantized(self, bits: int) -> list[str]:
@@ -174,7 +182,7 @@ def encode_update(update: Update) -> bytes:
     table = spec._table(update.bits)
     scales = [update.quantized[n].scale for n in spec.quantized(update.bits)]
     codes = [update.quantized[n].codes for n in spec.quantized(update.bits)]
-    packed = pack(_flat(codes, np.int16), update.bits) if codes else b""
+    packed = pack(_flat(codes), update.bits) if codes else b""
     floats = [update.floats[n] for n in spec.floats(update.bits)]
     body = [_flat_bytes(scales), packed, _flat_bytes(floats)]
     content = _CONTENTS.index(update.content)
@@ -185,9 +193,7 @@ def encode_update(update: Update) -> bytes:
     return b"".join([head, struct.pack("<I", crc), table, *body])
 
 
-def decode_update(
-    data: bytes, spec: UpdateSpec, bits: int, content: Content = "weights"
-) -> Update:
+def decode_update(data: bytes, spec: UpdateSpec, bits: int, content: Content = "weights") -> Update:
     """Read and check an update.
 
     Parameters
@@ -214,6 +220,8 @@ def decode_update(
     scales = _floats_at(view, position, scale_count, "a scale")
     if not (scales > 0).all():
         raise UpdateError("a scale is not positive")
+    if bits != FLOAT_BITS and (scales > np.finfo(np.float32).max / largest_code(bits)).any():
+        raise UpdateError("a scale is so large that its grid is not finite")
     position += 4 * scale_count
     packed = packed_size(code_count, bits) if code_count else 0
     floats = _floats_at(view, position + packed, float_count, "a float tensor")
@@ -221,7 +229,9 @@ def decode_update(
         codes = unpack(view[position : position + packed], bits, code_count) if packed else None
     except PackingError as error:
         raise UpdateError(str(error)) from None
-    return Update(bits, content, _split_codes(spec, bits, codes, scales), _split(spec, bits, floats))
+    return Update(
+        bits, content, _split_codes(spec, bits, codes, scales), _split(spec, bits, floats)
+    )
 
 
 def _check_header(data: bytes, spec: UpdateSpec, bits: int, content: Content) -> bytes:
@@ -236,6 +246,8 @@ def _check_header(data: bytes, spec: UpdateSpec, bits: int, content: Content) ->
         raise UpdateError(f"payload has {got_bits} bits; the client declared {bits}")
     if got_content >= len(_CONTENTS) or _CONTENTS[got_content] != content:
         raise UpdateError(f"payload holds content {got_content}; asked for {content}")
+    if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
+        raise UpdateError(f"payload has {bits} bits; allowed are {MIN_BITS} to {MAX_BITS} and 32")
     if len(data) != (size := spec.size(bits)):
         raise UpdateError(f"payload has {len(data)} bytes; this model at {bits} bits takes {size}")
     table = spec._table(bits)
@@ -292,16 +304,12 @@ def _spec_of(update: Update) -> UpdateSpec:
     return spec
 
 
-def _flat(tensors: list[Tensor], dtype: type) -> np.ndarray:
-    if not tensors:
-        return np.empty(0, dtype)
-    return np.concatenate([t.detach().cpu().numpy().reshape(-1) for t in tensors]).astype(
-        dtype, copy=False
-    )
+def _flat(tensors: list[Tensor]) -> np.ndarray:
+    return np.concatenate([t.detach().cpu().numpy().reshape(-1) for t in tensors])
 
 
 def _flat_bytes(tensors: list[Tensor]) -> bytes:
-    values = _flat(tensors, np.dtype("<f4"))
+    values = (_flat(tensors) if tensors else np.empty(0)).astype("<f4", copy=False)
     if not np.isfinite(values).all():
         raise ValueError("an update must be finite; training diverged")
     return values.tobytes()

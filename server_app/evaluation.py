@@ -1,4 +1,4 @@
-"""The global model at each bit-width, on the whole test set, and what else the server computes with it."""
+"""The global model at each bit-width, on the whole test set; and its logits for distillation."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -64,7 +64,9 @@ class Evaluator:
         return model_state(self.model_at(state, 32))
 
 
-def make_predict(model: nn.Module, buffer: np.ndarray) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+def make_predict(
+    model: nn.Module, buffer: np.ndarray
+) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
     """Return ``f(u; w)``: differentiable logits on some of the buffer; None without a buffer.
 
     BatchNorm uses the statistics of the images at hand, as no others fit weights in the making.

@@ -43,9 +43,7 @@ def run_rounds(
     arrays = to_arrays(state)
     began = time.monotonic()
     for server_round in range(1, settings.num_server_rounds + 1):
-        entry, arrays = _run_round(
-            grid, strategy, settings, server_round, arrays, evaluator
-        )
+        entry, arrays = _run_round(grid, strategy, settings, server_round, arrays, evaluator)
         record.append_round(entry)
         done = server_round / settings.num_server_rounds
         left = (time.monotonic() - began) * (1 / done - 1)

@@ -1,4 +1,4 @@
-"""The base of every strategy here: clients of different bit-widths under Flower's Strategy interface.
+"""The base of every strategy: clients of different bit-widths under Flower's Strategy interface.
 
 A subclass says what it asks of a client (`instruct`) and how the updates make the next model
 (`combine`). The base does the rest: it knows the nodes and their widths, samples them under the
@@ -119,7 +119,7 @@ class MixedPrecisionStrategy(Strategy):
         """
 
     def state_for(self, bits: int, state: State) -> State:
-        """Return the float32 model that clients of a width are to use; the global one by default."""
+        """Return the float32 model that clients of a width use; by default the global one."""
         return state
 
     # --- Flower's interface --------------------------------------------------------------------
@@ -243,7 +243,13 @@ class MixedPrecisionStrategy(Strategy):
 
     def _log_left_out(self, server_round: int) -> None:
         for partition, reason in (self.round_log.rejected | self.round_log.failed).items():
-            log(WARNING, "Round %d goes on without partition %d: %s", server_round, partition, reason)
+            log(
+                WARNING,
+                "Round %d goes on without partition %d: %s",
+                server_round,
+                partition,
+                reason,
+            )
 
 
 def to_array(payload: bytes) -> Array:

@@ -288,11 +288,13 @@ def parse_ladder(text: str) -> tuple[int, ...]:
         ladder = tuple(int(part) for part in text.split(","))
     except ValueError:
         ladder = ()
-    valid = all(MIN_BITS <= bits <= MAX_BITS for bits in ladder[:-1]) and ladder[-1:] == (FLOAT_BITS,)
+    valid = all(MIN_BITS <= bits <= MAX_BITS for bits in ladder[:-1]) and ladder[-1:] == (
+        FLOAT_BITS,
+    )
     if not valid or list(ladder) != sorted(set(ladder)):
         raise ValueError(
-            f"a ladder is auto, or rising widths of {MIN_BITS} to {MAX_BITS} and then {FLOAT_BITS}, "
-            "as in 4,8,16,32"
+            f"a ladder is auto, or rising widths of {MIN_BITS} to {MAX_BITS} and then "
+            f"{FLOAT_BITS}, as in 4,8,16,32"
         )
     return ladder
 

@@ -1,4 +1,4 @@
-"""Messages out, replies in: one by one, checked at the door, a bad one set aside with its reason."""
+"""Messages out, replies in: one by one, checked at the door, a bad one set aside."""
 
 import time
 from collections.abc import Iterable, Iterator

@@ -1,6 +1,7 @@
 """Datasets as arrays in memory: loaded once per process, checked at the door."""
 
 import gzip
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -117,11 +118,11 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
     try:
         data = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise SettingsError(f"data-dir: {path} cannot be read: {error}") from None
     if not data.startswith(header) or len(data) != len(header) + int(np.prod(shape)):
         raise SettingsError(f"data-dir: {path} is not an idx file of shape {shape}")
-    return np.frombuffer(data, np.uint8, offset=len(header)).reshape(shape)
+    return np.frombuffer(bytearray(data), np.uint8, offset=len(header)).reshape(shape)
 
 
 def _torchvision(name: str, folder: Path | None, num_classes: int) -> Dataset:
@@ -155,17 +156,21 @@ def _from_image_folder(folder: Path, image_size: int) -> Dataset:
         # One fifth of a folder without a test part is held out, the same fifth every time.
         order = np.random.default_rng(0).permutation(len(images))
         cut = len(images) // 5
+        if not cut:
+            raise SettingsError(
+                f"data-dir: {folder} holds {len(images)} images; it takes 5 or more, or folders "
+                "train and test"
+            )
         return Dataset(images[order[cut:]], images[order[:cut]], len(classes))
     if not (folder / "test").is_dir():
         raise SettingsError(f"data-dir: {folder} has a train folder but no test folder beside it")
-    test_pixels, test_labels, test_classes = load_image_folder(
-        folder / "test", pixels.shape[2], cache
-    )
+    test_pixels, test_labels, test_classes = load_image_folder(folder / "test", image_size, cache)
     if test_classes != classes:
         odd = sorted(set(classes) ^ set(test_classes))[:5]
         raise SettingsError(f"data-dir: train and test in {folder} differ in classes: {odd}")
     if test_pixels.shape[1:] != pixels.shape[1:]:
-        raise SettingsError(f"data-dir: train and test in {folder} differ in channels")
+        shapes = f"{pixels.shape[1:]} and {test_pixels.shape[1:]}"
+        raise SettingsError(f"data-dir: images in train and test of {folder} are {shapes}")
     return Dataset(images, Images(test_pixels, test_labels), len(classes))
 
 

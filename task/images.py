@@ -62,7 +62,7 @@ def _digest(samples: list[tuple[str, int]], image_size: int) -> str:
 
 
 def _decode_all(names: list[str], image_size: int) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     pixels: np.ndarray | None = None
     mode = "RGB"
@@ -71,8 +71,9 @@ def _decode_all(names: list[str], image_size: int) -> np.ndarray:
             with Image.open(name) as image:
                 if index == 0:
                     mode = "L" if image.mode in ("1", "L", "I;16") else "RGB"
+                image = _high_byte(image) if image.mode == "I;16" else image
                 image = image.convert(mode)
-        except (UnidentifiedImageError, OSError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise SettingsError(f"data-dir: {name} cannot be decoded: {error}") from None
         if image_size:
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
@@ -92,6 +93,13 @@ def _decode_all(names: list[str], image_size: int) -> np.ndarray:
         array = np.asarray(image, np.uint8)
         pixels[index] = array[None] if mode == "L" else array.transpose(2, 0, 1)
     return pixels
+
+
+def _high_byte(image):
+    """Bring 16-bit grey to 8 bits; Pillow's own conversion clips instead."""
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _write(path: Path, **arrays: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""The mix of bit-widths in a simulated federation: shares by width, given to clients by partition."""
+"""The mix of bit-widths in a simulated federation: shares by width, dealt to the partitions."""
 
 from math import floor
 

@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Residual network for small images, ``6 n + 2`` layers (He et al., 2016, arXiv:1512.03385, 4.2)."""
+    """Residual network of ``6 n + 2`` layers for small images (arXiv:1512.03385, 4.2)."""
 
     def __init__(self, blocks: int, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -107,7 +107,9 @@ def _torchvision_model(name: str, channels: int, num_classes: int) -> nn.Module:
 
     if name not in torchvision.models.list_models(module=torchvision.models):
         known = ", ".join(MODELS)
-        raise SettingsError(f"model: {name!r}; allowed: {known}, or a torchvision classifier's name")
+        raise SettingsError(
+            f"model: {name!r}; allowed: {known}, or a torchvision classifier's name"
+        )
     # Auxiliary heads would train on nothing.
     extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)

@@ -57,5 +57,5 @@ def _line(error: Mapping[str, object], prefix: str) -> str:
     if isinstance(cause := error.get("ctx", {}).get("error"), SettingsError):
         return str(cause)
     if error["type"] == "extra_forbidden":
-        return f"{key}: there is no such setting"
+        return f"{key}: there is no such setting (value {error['input']!r})"
     return f"{key}: {error['input']!r} is not allowed: {message[0].lower()}{message[1:]}"

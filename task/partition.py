@@ -108,5 +108,6 @@ def _deal(
         ]
     except ValueError as error:
         raise SettingsError(
-            f"dirichlet-alpha: {alpha} leaves a client without images among {num_partitions}: {error}"
+            f"dirichlet-alpha: {alpha} leaves a client with fewer than 10 images among "
+            f"{num_partitions}: {error}"
         ) from None

@@ -8,4 +8,4 @@ def derive_seed(seed: int, *path: int) -> int:
 
     Different paths give independent streams; the same path gives the same seed on every machine.
     """
-    return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint64)[0] >> 1)

@@ -4,9 +4,9 @@ Keys and defaults stand in ``[tool.flwr.app.config]`` of pyproject.toml too, bec
 no key that is not there; a test holds the two together.
 """
 
+import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -58,14 +58,18 @@ class Settings(Options):
     image_size: Count = Field(
         0, le=1024, description="Images are resized to this many pixels a side; 0: as they are."
     )
-    samples_per_client: Count = Field(0, description="Training images a client uses; 0: all it has.")
+    samples_per_client: Count = Field(
+        0, description="Training images a client uses; 0: all it has."
+    )
     partitioner: Literal["iid", "dirichlet"] = Field(
         "iid", description="How the training images are dealt to the clients."
     )
     dirichlet_alpha: Positive = Field(
         0.3, description="Concentration of the classes over clients; small is very uneven."
     )
-    model: str = Field("resnet8", description="resnet8, resnet20, cnn, or a torchvision classifier.")
+    model: str = Field(
+        "resnet8", description="resnet8, resnet20, cnn, or a torchvision classifier."
+    )
 
     bit_mix: str = Field(
         "8:0.5,32:0.5", description="Shares of the simulated clients by bit-width."
@@ -116,14 +120,14 @@ class Settings(Options):
     @classmethod
     def _path_is_absolute(cls, value: str) -> str:
         # The app runs from a copy, in the SuperLink's working directory, not in the user's.
-        if value and not Path(value).expanduser().is_absolute():
+        if value and not os.path.isabs(os.path.expanduser(value)):
             raise ValueError("the path must be absolute or begin with ~")
         return value
 
     @field_validator("run_name")
     @classmethod
     def _name_is_a_folder(cls, value: str) -> str:
-        if value and not re.fullmatch(r"[\w][\w.+=-]*", value):
+        if value and not re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", value):
             raise ValueError("letters, digits and . _ + = - only, beginning with a letter or digit")
         return value
 
@@ -143,8 +147,9 @@ class Settings(Options):
 
     @classmethod
     def of_run(cls, run_config: Mapping[str, object]) -> "Settings":
-        """Read the common settings from a run's configuration; strategies' own keys are left alone."""
-        return cls.read({key: value for key, value in run_config.items() if key in cls.keys()})
+        """Read the common settings from a run's configuration; strategies' own are left alone."""
+        known = cls.keys()
+        return cls.read({key: value for key, value in run_config.items() if key in known})
 
     @property
     def mix(self) -> dict[int, float]:

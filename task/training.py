@@ -1,4 +1,4 @@
-"""Local training and evaluation at a bit-width; knows models and images, nothing of a federation."""
+"""Local training and evaluation at a bit-width; knows nothing of a federation."""
 
 import copy
 from dataclasses import dataclass
@@ -68,7 +68,8 @@ class LocalTraining:
             gradient_bits=settings.gradient_bits_of_low_bit(),
             epochs=settings.local_epochs,
             batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate * settings.learning_rate_decay ** (server_round - 1),
+            learning_rate=settings.learning_rate
+            * settings.learning_rate_decay ** (server_round - 1),
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             proximal_mu=mu,
@@ -99,7 +100,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict({**model.state_dict(), **state})
 
 
-def train(model: nn.Module, images: Images, config: LocalTraining, seed: int) -> tuple[Update, Score]:
+def train(
+    model: nn.Module, images: Images, config: LocalTraining, seed: int
+) -> tuple[Update, Score]:
     """Train a model on a client's images at the client's width.
 
     Parameters
@@ -182,8 +185,8 @@ def calibrate_normalization(model: nn.Module, pixels: np.ndarray) -> None:
         layer.reset_running_stats()
         layer.momentum = None  # cumulative average
         layer.train()
-    for start in range(0, len(pixels), _CALIBRATION_BATCH):
-        model(to_input(pixels[start : start + _CALIBRATION_BATCH]))
+    for part in np.array_split(pixels, -(-len(pixels) // _CALIBRATION_BATCH)):
+        model(to_input(part))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     model.eval()

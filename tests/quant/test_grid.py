@@ -32,7 +32,7 @@ def mse(row, scale, bits):
     return ((row - np.clip(np.rint(row / scale), -limit, limit) * scale) ** 2).mean()
 
 
-@pytest.mark.parametrize("bits, code", [(2, 1), (3, 3), (4, 7), (8, 127), (16, 32767)])
+@pytest.mark.parametrize(("bits", "code"), [(2, 1), (3, 3), (4, 7), (8, 127), (16, 32767)])
 def test_largest_code(bits, code):
     # 2**(k-1) - 1, worked out.
     assert largest_code(bits) == code
@@ -117,7 +117,7 @@ def test_mse_scale_is_never_worse_than_absmax(bits):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("family", ["normal", "laplace", "uniform", "student", "sparse"])
+@pytest.mark.parametrize("family", ["normal", "laplace", "uniform", "student", "sparse", "outlier"])
 def test_mse_scale_is_within_a_percent_of_a_sweep_over_clips(bits, family):
     # Brute force: 2000 clipping points from 1 % to 120 % of the channel's maximum.
     rng = np.random.default_rng(5)
@@ -127,6 +127,7 @@ def test_mse_scale_is_within_a_percent_of_a_sweep_over_clips(bits, family):
         "uniform": lambda: rng.uniform(-1, 1, (6, 400)),
         "student": lambda: rng.standard_t(3, (6, 400)),
         "sparse": lambda: rng.normal(size=(6, 400)) * (rng.random((6, 400)) < 0.3),
+        "outlier": lambda: np.where(np.arange(2000) == 7, 30, rng.normal(size=(6, 2000))),
     }[family]()
     rows = rows.astype(np.float32)
     fitted = mse_scale(torch.from_numpy(rows), bits).numpy()
@@ -150,10 +151,14 @@ def test_all_zero_channels_stay_zero_and_disturb_no_other(bits, fit):
     weight = weights(4, 3, 4, 2)
     weight[1] = 0
     scale = fit(weight, bits)
-    assert scale.dtype == torch.float32 and scale.shape == (3,)
-    assert (scale > 0).all() and scale.isfinite().all() and scale.reciprocal().isfinite().all()
+    assert scale.dtype == torch.float32
+    assert scale.shape == (3,)
+    assert (scale > 0).all()
+    assert scale.isfinite().all()
+    assert scale.reciprocal().isfinite().all()
     on_grid = fake_quantize(weight, scale, bits)
-    assert not on_grid[1].any() and on_grid.isfinite().all()
+    assert not on_grid[1].any()
+    assert on_grid.isfinite().all()
     assert torch.equal(scale[[0, 2]], fit(weight[[0, 2]], bits))
 
 
@@ -189,7 +194,8 @@ def test_stochastic_rounding_stays_within_one_code_and_on_the_grid(bits):
     scale = absmax_scale(weight, bits) * 0.8
     codes = quantize_stochastic(weight, scale, bits, torch.Generator().manual_seed(1))
     limit = 2 ** (bits - 1) - 1
-    assert codes.dtype == torch.int16 and codes.abs().max() == limit
+    assert codes.dtype == torch.int16
+    assert codes.abs().max() == limit
     clipped = (weight.double() / scale.double()[:, None]).clamp(-limit, limit)
     assert ((codes.double() - clipped).abs() < 1 + 1e-3).all()
 

@@ -49,7 +49,7 @@ def codes_and_bits(draw):
     return draw(arrays(np.int16, st.integers(0, 200), elements=codes)), bits
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(codes_and_bits())
 def test_round_trip_and_layout(case):
     codes, bits = case
@@ -62,7 +62,7 @@ def test_round_trip_and_layout(case):
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_round_trip_for_every_short_count(bits):
-    for count in range(0, 50):
+    for count in range(50):
         codes = random_codes(bits, count, seed=count)
         data = pack(codes, bits)
         assert len(data) == packed_size(count, bits)

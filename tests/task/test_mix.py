@@ -39,7 +39,8 @@ def test_thirds_add_up_within_the_tolerance():
         ("32:0.2,8:0.8", 10, {32: 2, 8: 8}),
         # 2.5 each: floors make 8, the two seats left go to the first two of equal remainders.
         ("4:0.25,8:0.25,16:0.25,32:0.25", 10, {4: 3, 8: 3, 16: 2, 32: 2}),
-        # 1, 2, 3, 4 exactly, although 0.1 * 10 and 0.3 * 10 are not exact in binary.
+        # 29 and 71 exactly, although 0.29 * 100 is 28.999999999999996.
+        ("8:0.29,32:0.71", 100, {8: 29, 32: 71}),
         ("2:0.1,4:0.2,8:0.3,32:0.4", 10, {2: 1, 4: 2, 8: 3, 32: 4}),
         # 2.5 each: the first gets the odd client.
         ("8:0.5,32:0.5", 5, {8: 3, 32: 2}),

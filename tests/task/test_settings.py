@@ -1,15 +1,12 @@
 import os
+import tomllib
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from task.errors import SettingsError
-from task.settings import DATASETS, Settings, split_settings
-
-# The names of design.md, section 5.
-STRATEGIES = dict.fromkeys(
-    ["prowd", "fedavg", "fedprox", "fedpaq", "fedcom", "fedcomgate", "grouped-avg", "local"]
-)
+from task.settings import DATASETS, Settings
 
 
 def message_of(values, prefix=""):
@@ -32,6 +29,9 @@ WRONG = [
     ("fraction-train", False, "number"),
     ("round-timeout", 0, "greater than 0"),
     ("round-timeout", float("inf"), "finite"),
+    ("fraction-evaluate", -0.1, "greater than or equal to 0"),
+    ("fraction-evaluate", 1.1, "less than or equal to 1"),
+    ("evaluate-every", 0, "greater than or equal to 1"),
     ("min-nodes", 0, "greater than or equal to 1"),
     ("node-wait", -1.0, "greater than 0"),
     ("local-epochs", 0, "greater than or equal to 1"),
@@ -137,7 +137,7 @@ def test_wrong_bit_mix_is_one_line_that_says_why(mix, said):
 
 
 def test_unknown_key_is_named():
-    assert message_of({"learning-rat": 0.1}) == "learning-rat: there is no such setting"
+    assert message_of({"learning-rat": 0.1}) == "learning-rat: there is no such setting (value 0.1)"
 
 
 def test_two_wrong_values_are_both_named_with_the_prefix():
@@ -156,7 +156,8 @@ def test_calibration_without_a_buffer_is_refused():
 def test_defaults_are_valid_and_survive_a_round_trip():
     settings = Settings.read({})
     assert settings.mix == {8: 0.5, 32: 0.5}
-    assert (settings.num_server_rounds, settings.dataset, settings.model) == (8, "digits", "resnet8")
+    assert settings.num_server_rounds == 8
+    assert (settings.dataset, settings.model) == ("digits", "resnet8")
     values = settings.to_settings()
     # Flower's run configuration holds these types only.
     assert {type(value) for value in values.values()} <= {bool, int, float, str}
@@ -199,7 +200,9 @@ def test_settings_are_frozen():
     assert settings.seed == 0
 
 
-@pytest.mark.parametrize(("given", "bits", "used"), [(0, 4, 4), (0, 32, 32), (8, 4, 8), (32, 4, 32)])
+@pytest.mark.parametrize(
+    ("given", "bits", "used"), [(0, 4, 4), (0, 32, 32), (8, 4, 8), (32, 4, 32)]
+)
 def test_activation_bits_are_the_clients_unless_set(given, bits, used):
     assert Settings(activation_bits=given).activation_bits_of(bits) == used
 
@@ -213,17 +216,24 @@ def test_gradient_bits_default_to_8_strict_and_32_qat(given, training, used):
     assert settings.gradient_bits_of_low_bit() == used
 
 
-def test_split_settings_parts_by_prefix():
-    values = {"seed": 3, "fedcom-lr": 0.1, "fedcomgate-lr": 0.2, "grouped-avg-x": "y", "fedco": 1}
-    common, own = split_settings(values, STRATEGIES)
-    assert common == {"seed": 3, "fedco": 1}
-    expected = {"fedcom": {"lr": 0.1}, "fedcomgate": {"lr": 0.2}, "grouped-avg": {"x": "y"}}
-    assert own == {name: expected.get(name, {}) for name in STRATEGIES}
-
-
-def test_split_settings_leaves_every_common_setting_common():
+def test_keys_of_a_run_are_read_and_the_strategies_own_left_alone():
     # "local" is a strategy and "local-epochs" a common setting.
-    values = Settings().to_settings()
-    common, own = split_settings(values, STRATEGIES)
-    assert common == values
-    assert not any(own.values())
+    run_config = {"seed": 3, "local-epochs": 2, "prowd-reference": "global", "fedcom-bits": 4}
+    assert Settings.of_run(run_config) == Settings(seed=3, local_epochs=2)
+    with pytest.raises(SettingsError, match="seed: -1 is not allowed"):
+        Settings.of_run({"seed": -1, "prowd-reference": 5})
+
+
+def test_keys_are_those_of_the_settings():
+    assert Settings.keys() == set(Settings().to_settings())
+    assert {"seed", "num-server-rounds", "bit-mix"} <= Settings.keys()
+
+
+def test_defaults_are_those_of_pyproject():
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    config = tomllib.loads(pyproject.read_text())["tool"]["flwr"]["app"]["config"]
+    defaults = Settings().to_settings()
+    written = {key: value for key, value in config.items() if key in defaults}
+    assert written == defaults
+    # True is 1 and 1 is 1.0, but Flower keeps the type that stands in the file.
+    assert {k: type(v) for k, v in written.items()} == {k: type(v) for k, v in defaults.items()}

@@ -1,0 +1,125 @@
+"""A SuperLink of the tests' own, with its own home and ports, ended when they are done."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+_BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left: its folder, what it printed, and Flower's own status."""
+
+    folder: Path
+    output: str
+    status: str
+
+    @property
+    def summary(self) -> dict:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    @property
+    def rounds(self) -> list[dict]:
+        lines = (self.folder / "rounds.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+class Flower:
+    """`flwr run` against the tests' SuperLink."""
+
+    def __init__(self, home: Path, output_dir: Path, env: dict[str, str]) -> None:
+        self.home = home
+        self.output_dir = output_dir
+        self.env = env
+
+    def run(self, name: str, federation: str = "", **settings) -> Run:
+        """Run the app to its end; settings in snake_case."""
+        settings = {"output_dir": str(self.output_dir), "run_name": name, **settings}
+        config = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
+        command = [str(_BIN / "flwr"), "run", str(PROJECT), "--stream", "--run-config", config]
+        if federation:
+            command += ["--federation-config", federation]
+        done = subprocess.run(
+            command, env=self.env, cwd=self.home, capture_output=True, text=True, timeout=600
+        )
+        run_id = re.search(r"run (\d+)", done.stdout).group(1)
+        return Run(self.output_dir / name, done.stdout + done.stderr, self._status(run_id))
+
+    def _status(self, run_id: str) -> str:
+        command = [str(_BIN / "flwr"), "ls", "--run-id", run_id, "--format", "json"]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+        return json.loads(done.stdout)["runs"][0]["status"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def flower(tmp_path_factory):
+    home = tmp_path_factory.mktemp("flwr-home")
+    port = free_port()
+    (home / "config.toml").write_text(
+        '[superlink]\ndefault = "tests"\n\n'
+        f'[superlink.tests]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    env = {
+        **os.environ,
+        "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "NO_COLOR": "1",
+    }
+    superlink = subprocess.Popen(
+        [
+            str(_BIN / "flower-superlink"),
+            "--insecure",
+            "--simulation",
+            *("--isolation", "subprocess"),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--control-api-address", f"127.0.0.1:{free_port()}"),
+            *("--log-file", str(home / "superlink.log")),
+        ],
+        env=env,
+        cwd=home,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", superlink)
+        yield Flower(home, tmp_path_factory.mktemp("runs"), env)
+    finally:
+        os.killpg(superlink.pid, signal.SIGTERM)
+        try:
+            superlink.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(superlink.pid, signal.SIGKILL)
+
+
+def _wait_for(url: str, process: subprocess.Popen) -> None:
+    for _ in range(300):
+        if process.poll() is not None:
+            raise RuntimeError(f"flower-superlink ended with code {process.returncode}")
+        try:
+            with urlopen(url, timeout=1):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError("flower-superlink did not come up")

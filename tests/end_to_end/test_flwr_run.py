@@ -1,0 +1,66 @@
+"""`flwr run .` as a user types it: Flower's SuperLink, Ray, real processes, real data."""
+
+import pytest
+
+TWO_AT_ONCE = "num-supernodes=4 client-resources-num-cpus=1"
+ONE_AT_A_TIME = "num-supernodes=4 client-resources-num-cpus=2"
+
+
+@pytest.fixture(scope="module")
+def default_run(flower):
+    return flower.run("default")
+
+
+def test_the_main_job_completes_and_learns(default_run):
+    assert default_run.status == "finished:completed"
+    assert default_run.summary["status"] == "completed"
+    assert default_run.summary["accuracy"]["final"]["average"] >= 0.95
+    assert len(default_run.rounds) == 8
+    assert set(default_run.rounds[-1]["accuracy"]) == {"8", "32", "average"}
+
+
+def test_it_shows_a_line_a_round(default_run):
+    lines = [line for line in default_run.output.splitlines() if " | up " in line]
+    assert len(lines) == 8
+    assert "round 8/8 | 8-bit 9" in lines[-1]
+    assert "clients 2 of 2" in lines[-1]
+
+
+def test_it_leaves_the_whole_run_record(default_run):
+    names = {path.name for path in default_run.folder.iterdir()}
+    assert names == {
+        "config.json",
+        "rounds.jsonl",
+        "summary.json",
+        "model.safetensors",
+        "tensorboard",
+    }
+
+
+def test_one_seed_gives_one_model_whatever_the_number_of_workers(flower):
+    small = {"num_server_rounds": 3, "samples_per_client": 150, "fraction_train": 0.75}
+    models = []
+    for name, federation in (("a", TWO_AT_ONCE), ("b", TWO_AT_ONCE), ("c", ONE_AT_A_TIME)):
+        run = flower.run(f"seed-{name}", federation, low_bit_training="strict", **small)
+        assert run.summary["status"] == "completed"
+        models.append((run.folder / "model.safetensors").read_bytes())
+    assert models[0] == models[1], "the same run twice differs"
+    assert models[0] == models[2], "one and two clients at a time differ"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"strategy": "fedsgd"}, "strategy: there is no 'fedsgd'; allowed: prowd"),
+        ({"bit_mix": "17:0.5,32:0.5"}, "bit-mix: 17 is not a bit-width"),
+        ({"bit_mix": "8:0.1,32:0.9"}, "leaves width 8 without a client among 2"),
+    ],
+)
+def test_a_bad_setting_is_one_clear_line_and_a_failed_run(flower, settings, reason):
+    run = flower.run(f"bad-{len(reason)}", **settings)
+    assert run.status == "finished:failed"
+    lines = [line for line in run.output.splitlines() if "prowd: " in line and reason in line]
+    assert len(lines) == 1
+    assert run.summary["status"] == "failed"
+    assert reason in run.summary["reason"]
+    assert " | up " not in run.output

@@ -1,0 +1,151 @@
+"""A federation in one process: a Flower grid whose nodes are functions, or the real ClientApp."""
+
+import uuid
+from collections.abc import Callable, Iterable
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from quant import STYPE, Update, UpdateSpec, decode_update, encode_update, quantize_state
+from task.protocol import (
+    DECLARATION,
+    INSTRUCTION,
+    MODEL,
+    REPORT,
+    UPDATE,
+    Declaration,
+    Instruction,
+    Report,
+)
+
+# A message can only be made inside a run of Flower; this makes the test process one.
+TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+Node = Callable[[Message], Message | None]
+
+
+class InProcessGrid(Grid):
+    """Runs each message's node when its reply is pulled; `order` sets the order of the answers."""
+
+    def __init__(self, nodes: dict[int, Node], reverse: bool = False) -> None:
+        self.nodes = nodes
+        self.reverse = reverse
+        self.sent: list[Message] = []
+        self._waiting: dict[str, Message] = {}
+
+    def set_run(self, run):
+        raise NotImplementedError
+
+    @property
+    def run(self):
+        raise NotImplementedError
+
+    def create_message(self, *args, **kwargs):
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            self._waiting[message.metadata.message_id] = message
+            self.sent.append(message)
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked = [i for i in list(self._waiting) if i in set(message_ids)]
+        replies = []
+        for message_id in reversed(asked) if self.reverse else asked:
+            message = self._waiting.pop(message_id)
+            reply = self.nodes[message.metadata.dst_node_id](message)
+            if reply is not None:
+                replies.append(reply)
+        return replies
+
+    def send_and_receive(self, messages, *, timeout=None):
+        return list(self.pull_messages(set(self.push_messages(messages))))
+
+
+class ScriptedClient:
+    """A client that answers with an update computed by a function of the model it received.
+
+    Parameters
+    ----------
+    partition, of, bits : int
+        What it declares.
+    train : callable
+        State dict received to state dict, or `Update`, sent.
+    examples : int
+        Number of examples that it declares and reports.
+    """
+
+    def __init__(self, partition, of, bits, train, examples=10) -> None:
+        self.declaration = Declaration(partition, of, bits, examples, "")
+        self.train = train
+        self.spec: UpdateSpec | None = None
+        self.instructions: list[Instruction] = []
+
+    def __call__(self, message: Message) -> Message:
+        if message.metadata.message_type == "query":
+            record = ConfigRecord(self.declaration.to_record())
+            return Message(RecordDict({DECLARATION: record}), reply_to=message)
+        instruction = Instruction.from_record(message.content[INSTRUCTION])
+        self.instructions.append(instruction)
+        received = {}
+        if MODEL in message.content:
+            data = message.content[MODEL][MODEL].data
+            received = decode_update(data, self.spec, instruction.downlink_bits).dequantize()
+        content = RecordDict()
+        if instruction.uplink != "nothing":
+            sent = self.train(received)
+            update = sent if isinstance(sent, Update) else quantize_state(sent, self.bits)
+            content[UPDATE] = payload_record(encode_update(update))
+        content[REPORT] = report(self.declaration.num_examples)
+        return Message(content, reply_to=message)
+
+    @property
+    def bits(self) -> int:
+        return self.declaration.bits
+
+
+def payload_record(payload: bytes) -> ArrayRecord:
+    return ArrayRecord({UPDATE: Array("uint8", (len(payload),), STYPE, payload)})
+
+
+def report(examples: int, **changes) -> MetricRecord:
+    values = {"num_examples": examples, "loss": 0.5, "accuracy": 0.5, "seconds": 0.1} | changes
+    return MetricRecord(Report(**values).to_record())
+
+
+def federation(clients: list[ScriptedClient], state: dict, **kwargs) -> InProcessGrid:
+    """Number the clients 100, 101, ... and tell each the shape of the model."""
+    for client in clients:
+        client.spec = UpdateSpec.of(state)
+    return InProcessGrid({100 + i: c for i, c in enumerate(clients)}, **kwargs)
+
+
+def run_round(strategy, grid, state, server_round=1):
+    """One round of training through Flower's interface; returns the new state dict, or None."""
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in state.items()})
+    messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
+    replies = grid.send_and_receive(messages)
+    new, _ = strategy.aggregate_train(server_round, replies)
+    if new is None:
+        return None
+    return {n: torch.from_numpy(a.numpy().copy()) for n, a in new.items()}
+
+
+def client_app_node(partition, of, run_config, node_config=None) -> Node:
+    """A node that runs the project's real ClientApp, with a context of its own."""
+    from client_app.app import app
+
+    config = {"partition-id": partition, "num-partitions": of, **(node_config or {})}
+    context = Context(
+        run_id=1, node_id=partition, node_config=config, state=RecordDict(), run_config=run_config
+    )
+    return lambda message: app(message, context)

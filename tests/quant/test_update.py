@@ -1,0 +1,423 @@
+import random
+import struct
+import tracemalloc
+import zlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quant import (
+    QuantizedTensor,
+    Update,
+    UpdateError,
+    UpdateSpec,
+    absmax_scale,
+    decode_update,
+    encode_update,
+    largest_code,
+    quantize_state,
+)
+
+WIDTHS = [*range(2, 17), 32]
+
+# Where the documented layout puts the fields of the header.
+MAGIC, VERSION, BITS, CONTENT, ZERO, TABLE_BYTES, CRC, TABLE = 0, 4, 5, 6, 7, 8, 12, 16
+
+
+def small_state(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "conv.weight": (4, 3, 3, 3),
+        "conv.bias": (4,),
+        "bn.running_mean": (4,),
+        "a.weight": (5, 7),
+        "bn.scalar": (),
+    }
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {**state, "bn.num_batches_tracked": torch.tensor(3)}
+
+
+SPEC = UpdateSpec.of(small_state())
+
+
+def with_crc(data):
+    """The payload with the checksum that fits it, as a malicious sender would send it."""
+    crc = zlib.crc32(data[:CRC] + data[TABLE:])
+    return data[:CRC] + struct.pack("<I", crc) + data[TABLE:]
+
+
+def with_byte(data, position, value):
+    return data[:position] + bytes([value]) + data[position + 1 :]
+
+
+def same_bits(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert value.dtype == b[name].dtype == torch.float32
+        assert value.shape == b[name].shape
+        assert value.numpy().tobytes() == b[name].numpy().tobytes(), name
+
+
+def tiny_update():
+    """One channel of 2-bit codes and a bias."""
+    codes = QuantizedTensor(torch.tensor([[1, -1, 0, 1]]), torch.tensor([0.5]))
+    return Update(2, "weights", {"w": codes}, {"b": torch.tensor([2.0])})
+
+
+def tiny_payload(scale=0.5, codes=231, bias=2.0):
+    """The payload of `tiny_update`, written by hand from the documented layout."""
+    # w: 1 name byte, codes, 2 dimensions 1 x 4; b: 1 name byte, floats, 1 dimension of 1.
+    table = struct.pack("<HcBBII", 1, b"w", 1, 2, 1, 4) + struct.pack("<HcBBI", 1, b"b", 0, 1, 1)
+    header = struct.pack("<4sBBBBII", b"PRWD", 1, 2, 0, 0, len(table), 0)
+    # Patterns code + 2: 3 + 1*4 + 2*16 + 3*64 = 231.
+    return with_crc(header + table + struct.pack("<fBf", scale, codes, bias))
+
+
+TINY_SPEC = UpdateSpec({"b": (1,), "w": (1, 4)})
+
+
+def test_payload_by_hand():
+    assert encode_update(tiny_update()) == tiny_payload()
+    update = decode_update(tiny_payload(), TINY_SPEC, 2)
+    assert update.bits == 2
+    assert update.content == "weights"
+    assert update.quantized["w"].codes.tolist() == [[1, -1, 0, 1]]
+    assert update.dequantize()["w"].tolist() == [[0.5, -0.5, 0, 0.5]]
+    assert update.floats["b"].tolist() == [2]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_server_gets_the_clients_own_weights_bit_for_bit(bits):
+    sent = quantize_state(small_state(), bits)
+    received = decode_update(encode_update(sent), SPEC, bits)
+    same_bits(received.dequantize(), sent.dequantize())
+    for name, tensor in sent.quantized.items():
+        assert torch.equal(received.quantized[name].codes.int(), tensor.codes.int())
+        assert torch.equal(received.quantized[name].scale, tensor.scale)
+    assert encode_update(received) == encode_update(sent)
+
+
+def test_full_width_sends_the_state_itself():
+    state = small_state()
+    del state["bn.num_batches_tracked"]
+    same_bits(decode_update(encode_update(quantize_state(state, 32)), SPEC, 32).dequantize(), state)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_spec_size_is_exact(bits):
+    assert len(encode_update(quantize_state(small_state(), bits))) == SPEC.size(bits)
+    # By hand: 108 + 35 codes with 4 + 5 scales, 9 floats; the table has 5 names of 11, 8, 9, 15 and
+    # 9 bytes, 4 bytes more each, and 4 + 2 + 1 + 1 + 0 sizes. Padding is at most `bits` bytes.
+    table = 11 + 8 + 9 + 15 + 9 + 5 * 4 + 4 * 8
+    quantized = 143 * 4 if bits == 32 else 9 * 4 + 143 * bits / 8
+    excess = SPEC.size(bits) - (16 + table + quantized + 9 * 4)
+    assert 0 <= excess <= (0 if bits == 32 else bits)
+
+
+@pytest.mark.parametrize("bits", [3, 32])
+def test_the_order_of_the_mappings_does_not_matter(bits):
+    state = small_state()
+    backwards = dict(reversed(state.items()))
+    assert encode_update(quantize_state(state, bits)) == encode_update(
+        quantize_state(backwards, bits)
+    )
+    update = quantize_state(state, bits)
+    turned = replace(
+        update,
+        quantized=dict(reversed(update.quantized.items())),
+        floats=dict(reversed(update.floats.items())),
+    )
+    assert encode_update(turned) == encode_update(update)
+    decoded = decode_update(encode_update(update), UpdateSpec.of(backwards), bits)
+    same_bits(decoded.dequantize(), update.dequantize())
+
+
+def test_which_tensors_are_quantized():
+    # Two and more dimensions; the integer counter is not sent at all.
+    update = quantize_state(small_state(), 4)
+    assert sorted(update.quantized) == ["a.weight", "conv.weight"]
+    assert sorted(update.floats) == ["bn.running_mean", "bn.scalar", "conv.bias"]
+    assert quantize_state(small_state(), 32).quantized == {}
+
+
+def test_given_scales_are_used():
+    state = small_state()
+    scale = absmax_scale(state["a.weight"], 3) * 2
+    update = quantize_state(state, 3, {"a.weight": scale})
+    assert torch.equal(update.quantized["a.weight"].scale, scale)
+    # Twice the absmax scale leaves codes of at most 3 / 2, which round to 2 at most.
+    assert update.quantized["a.weight"].codes.abs().max() == 2
+
+
+@pytest.mark.parametrize("bits", [2, 8, 32])
+def test_difference_round_trip(bits):
+    update = replace(quantize_state(small_state(), bits), content="difference")
+    data = encode_update(update)
+    assert decode_update(data, SPEC, bits, "difference").content == "difference"
+    with pytest.raises(UpdateError, match="content"):
+        decode_update(data, SPEC, bits, "weights")
+    with pytest.raises(UpdateError, match="content"):
+        decode_update(encode_update(quantize_state(small_state(), bits)), SPEC, bits, "difference")
+
+
+def mutations(data, rng, count):
+    """Random alterations of a payload, none of them the payload itself."""
+    while count:
+        kind = rng.randrange(6)
+        at, to = sorted(rng.sample(range(len(data) + 1), 2))
+        if kind == 0:  # a few flipped bits
+            new = bytearray(data)
+            for _ in range(rng.randint(1, 4)):
+                new[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif kind == 1:  # cut short, or a hole
+            new = rng.choice([data[:at], data[at:], data[:at] + data[to:]])
+        elif kind == 2:  # longer
+            extra = rng.randbytes(rng.randint(1, 20))
+            new = rng.choice([data + extra, data[:at] + extra + data[at:], extra + data])
+        elif kind == 3:  # a stretch copied over another
+            new = bytearray(data)
+            size = min(to - at, len(data) - to)
+            new[to : to + size] = data[at : at + size]
+        elif kind == 4:  # a stretch of noise
+            new = data[:at] + rng.randbytes(to - at) + data[to:]
+        else:  # a field of the header
+            new = bytearray(data)
+            new[rng.randrange(TABLE)] = rng.randrange(256)
+        if bytes(new) != data:
+            count -= 1
+            yield bytes(new)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8, 11, 16, 32])
+def test_every_altered_payload_is_refused(bits):
+    data = encode_update(quantize_state(small_state(), bits))
+    decode_update(data, SPEC, bits)
+    for altered in mutations(data, random.Random(bits), 1500):
+        with pytest.raises(UpdateError):
+            decode_update(altered, SPEC, bits)
+
+
+def test_every_single_bit_matters():
+    data = tiny_payload()
+    for position in range(8 * len(data)):
+        altered = bytearray(data)
+        altered[position // 8] ^= 1 << (position % 8)
+        with pytest.raises(UpdateError):
+            decode_update(bytes(altered), TINY_SPEC, 2)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8, 11, 16, 32])
+def test_an_altered_payload_with_a_fitting_checksum_is_refused_or_sane(bits):
+    data = encode_update(quantize_state(small_state(), bits))
+    accepted = refused = 0
+    for altered in mutations(data, random.Random(bits), 1000):
+        if len(altered) < TABLE:
+            continue
+        try:
+            update = decode_update(with_crc(altered), SPEC, bits)
+        except UpdateError:
+            refused += 1
+            continue
+        accepted += 1
+        assert update.bits == bits
+        assert update.content == "weights"
+        shapes = {name: tuple(t.shape) for name, t in update.dequantize().items()}
+        assert shapes == SPEC.shapes
+        for tensor in update.quantized.values():
+            assert (tensor.scale > 0).all()
+            assert tensor.scale.isfinite().all()
+            assert tensor.codes.int().abs().max() <= largest_code(bits)
+        for value in update.dequantize().values():
+            assert value.isfinite().all()
+    assert accepted > 20
+    assert refused > 300
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (MAGIC, ord("Q"), "begins with"),
+        (VERSION, 2, "version 2"),
+        (BITS, 8, "8 bits"),
+        (CONTENT, 1, "content 1"),
+        (CONTENT, 9, "content 9"),
+        (ZERO, 1, "table"),
+        (TABLE_BYTES, 0, "table"),
+        (TABLE_BYTES + 3, 255, "table"),
+        (TABLE, 2, "table"),
+    ],
+)
+def test_header_edits_are_refused_by_name(position, value, message):
+    data = encode_update(quantize_state(small_state(), 4))
+    with pytest.raises(UpdateError, match=message):
+        decode_update(with_crc(with_byte(data, position, value)), SPEC, 4)
+
+
+@pytest.mark.parametrize("declared", [b for b in WIDTHS if b != 4])
+def test_another_width_than_declared_is_refused(declared):
+    data = encode_update(quantize_state(small_state(), 4))
+    with pytest.raises(UpdateError, match=f"4 bits; the client declared {declared}"):
+        decode_update(data, SPEC, declared)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 17, 31, 255])
+def test_a_width_that_does_not_exist_is_refused(bits):
+    # A client that lies in its declaration and in the header alike.
+    data = encode_update(quantize_state(small_state(), 4))
+    with pytest.raises(UpdateError):
+        decode_update(with_crc(with_byte(data, BITS, bits)), SPEC, bits)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"conv.weight": (4, 3, 3, 4)},
+        {"conv.weight": (3, 4, 3, 3)},  # as many bytes of codes, one scale fewer
+        {"a.weight": (5, 7, 1)},
+        {"conv.bias": (2, 2)},
+        {"conv.bias": None, "conv.bios": (4,)},  # same length, another name
+        {"conv.bias": None},
+        {"more": (1,)},
+    ],
+)
+@pytest.mark.parametrize("bits", [2, 16, 32])
+def test_another_model_is_refused(edit, bits):
+    shapes = {n: s for n, s in {**SPEC.shapes, **edit}.items() if s is not None}
+    state = {name: torch.ones(shape) for name, shape in shapes.items()}
+    with pytest.raises(UpdateError):
+        decode_update(encode_update(quantize_state(state, bits)), SPEC, bits)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.5, -1e-45, torch.inf, -torch.inf, torch.nan])
+def test_a_scale_that_is_not_a_positive_number_is_refused(scale):
+    with pytest.raises(UpdateError, match="a scale is not"):
+        decode_update(tiny_payload(scale=scale), TINY_SPEC, 2)
+
+
+@pytest.mark.parametrize("bias", [torch.inf, -torch.inf, torch.nan])
+def test_a_float_that_is_not_finite_is_refused(bias):
+    with pytest.raises(UpdateError, match="not finite"):
+        decode_update(tiny_payload(bias=bias), TINY_SPEC, 2)
+
+
+def test_a_code_below_the_grid_is_refused():
+    # Patterns 0 1 2 3 in place of 3 1 2 3: the first stands for -2, which 2 bits do not have.
+    with pytest.raises(UpdateError, match="below the symmetric grid"):
+        decode_update(tiny_payload(codes=228), TINY_SPEC, 2)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8, 16])
+def test_a_scale_whose_codes_overflow_is_refused(bits):
+    # A finite scale of 3e38 with the code 2 and more leaves float32 (3.4e38); with code 1 it stays.
+    code = largest_code(bits)
+    tensor = QuantizedTensor(torch.full((1, 2), code), torch.tensor([3e38]))
+    data = encode_update(Update(bits, "weights", {"w": tensor}, {}))
+    try:
+        values = decode_update(data, UpdateSpec({"w": (1, 2)}), bits).dequantize()["w"]
+    except UpdateError:
+        assert bits > 2
+    else:
+        assert values.isfinite().all()
+
+
+@pytest.mark.parametrize("data", [b"", b"P", b"PRWD", bytes(15), bytes(16), bytes(10_000)])
+def test_short_and_empty_payloads_are_refused(data):
+    with pytest.raises(UpdateError):
+        decode_update(data, SPEC, 4)
+
+
+def peak_of_refusal(data, spec, bits):
+    tracemalloc.start()
+    try:
+        with pytest.raises(UpdateError):
+            decode_update(data, spec, bits)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_a_claim_of_terabytes_is_refused_without_allocation(bits):
+    big = 2**32 - 1
+    data = encode_update(quantize_state(small_state(), bits))
+    claims = [
+        data[:TABLE_BYTES] + struct.pack("<I", big) + data[CRC:],
+        # The sizes of a.weight, the table's first entry: 2 + 8 + 1 + 1 bytes in.
+        data[: TABLE + 12] + struct.pack("<II", big, big) + data[TABLE + 20 :],
+    ]
+    for claim in claims:
+        assert peak_of_refusal(with_crc(claim), SPEC, bits) < 200_000
+    # And a short payload for a model that is as large.
+    huge = UpdateSpec({"w": (big, big)})
+    table = struct.pack("<HcBBII", 1, b"w", int(bits == 4), 2, big, big)
+    header = struct.pack("<4sBBBBII", b"PRWD", 1, bits, 0, 0, len(table), 0)
+    assert peak_of_refusal(with_crc(header + table), huge, bits) < 200_000
+
+
+def test_encoding_refuses_what_is_not_finite():
+    for bad in (torch.nan, torch.inf):
+        update = tiny_update()
+        update.floats["b"][0] = bad
+        with pytest.raises(ValueError, match="finite"):
+            encode_update(update)
+        update = tiny_update()
+        update.quantized["w"].scale[0] = bad
+        with pytest.raises(ValueError, match="finite"):
+            encode_update(update)
+
+
+@pytest.mark.parametrize("bits", [2, 8, 16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_encoding_refuses_codes_off_the_grid(bits, sign):
+    # 65536 + 1 is 1 in 16 bits: the check must see the code before it is cut.
+    for code in (largest_code(bits) + 1, 2**16 + 1, 2**40):
+        tensor = QuantizedTensor(torch.tensor([[0, sign * code]]), torch.tensor([0.5]))
+        with pytest.raises(ValueError, match="must lie in"):
+            encode_update(Update(bits, "weights", {"w": tensor}, {}))
+
+
+def test_encoding_refuses_codes_that_are_no_integers():
+    tensor = QuantizedTensor(torch.tensor([[0.0, 0.9]]), torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="integers"):
+        encode_update(Update(4, "weights", {"w": tensor}, {}))
+
+
+@pytest.mark.parametrize("bits", [0, 1, 17, 33])
+def test_encoding_refuses_other_widths(bits):
+    with pytest.raises(ValueError, match="2 to 16 and 32"):
+        encode_update(replace(tiny_update(), bits=bits))
+
+
+def test_encoding_refuses_a_weight_that_should_be_quantized_and_is_not():
+    with pytest.raises(ValueError, match="quantizes"):
+        encode_update(Update(4, "weights", {}, {"w": torch.ones(2, 2)}))
+    with pytest.raises(ValueError, match="quantizes"):
+        encode_update(replace(tiny_update(), bits=32))
+
+
+def test_a_large_model_takes_its_share_of_the_bytes():
+    # Three convolutions and a classifier of ten classes: 1 186 496 weights.
+    shapes = {
+        "1.weight": (64, 3, 3, 3),
+        "2.weight": (256, 256, 3, 3),
+        "3.weight": (512, 128, 3, 3),
+        "4.weight": (10, 512),
+        "1.bias": (10,),
+        "2.bias": (10,),
+        "3.bias": (10,),
+        "4.bias": (10,),
+    }
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    spec = UpdateSpec.of(state)
+    full = len(encode_update(quantize_state(state, 32)))
+    assert full > 4 * 1_186_496
+    assert full == spec.size(32)
+    for bits in range(2, 17):
+        assert abs(spec.size(bits) / full / (bits / 32) - 1) < 0.05
+    for bits in (2, 5, 13):
+        sent = quantize_state(state, bits)
+        data = encode_update(sent)
+        assert len(data) == spec.size(bits)
+        same_bits(decode_update(data, spec, bits).dequantize(), sent.dequantize())

@@ -1,0 +1,84 @@
+"""The run record: what a run leaves behind, whatever happens to it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from server_app.record import RunRecord, open_record
+from task.errors import SettingsError
+
+
+def entry(server_round, average):
+    return {
+        "round": server_round,
+        "accuracy": {"8": average - 0.1, "32": average + 0.1, "average": average},
+        "loss": {"average": 1 - average},
+        "uplink_bytes": {"8": 10, "32": 40},
+        "downlink_bytes": {"8": 40, "32": 40},
+        "seconds": {"round": 1.5},
+        "clients": {"sampled": 2, "aggregated": 2, "rejected": 0, "failed": 0},
+        "prowd": {"cosine-8": 0.25},
+    }
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def test_a_run_leaves_config_rounds_summary_model_and_scalars(tmp_path):
+    record = RunRecord(tmp_path / "run")
+    record.write_config({"seed": 3})
+    for server_round, average in ((1, 0.5), (2, 0.75), (3, 0.625)):
+        record.append_round(entry(server_round, average))
+    record.write_model({"w": torch.arange(6.0).reshape(2, 3)})
+    assert read(record.folder, "summary.json")["status"] == "running"
+    record.write_summary("completed")
+
+    assert read(record.folder, "config.json")["settings"] == {"seed": 3}
+    assert (
+        read(record.folder, "config.json")["versions"]["torch"] == torch.__version__.split("+")[0]
+    )
+    rounds = [
+        json.loads(line) for line in (record.folder / "rounds.jsonl").read_text().splitlines()
+    ]
+    assert [r["round"] for r in rounds] == [1, 2, 3]
+    summary = read(record.folder, "summary.json")
+    assert summary["status"] == "completed"
+    assert summary["accuracy"]["final"]["average"] == 0.625
+    assert summary["accuracy"]["best"]["average"] == 0.75
+    # Three rounds of 10 + 40 up and 40 + 40 down.
+    assert (summary["uplink_bytes"], summary["downlink_bytes"]) == (150, 240)
+    loaded = load_file(record.folder / "model.safetensors")
+    assert torch.equal(loaded["w"], torch.arange(6.0).reshape(2, 3))
+    board = EventAccumulator(str(record.folder / "tensorboard")).Reload()
+    assert [s.value for s in board.Scalars("accuracy/average")] == [0.5, 0.75, 0.625]
+    assert [s.step for s in board.Scalars("prowd/cosine-8")] == [1, 2, 3]
+
+
+def test_a_failed_run_says_why(tmp_path):
+    record = RunRecord(tmp_path / "run")
+    record.write_summary("failed", "batch-size: 0 is not allowed")
+    summary = read(record.folder, "summary.json")
+    assert (summary["status"], summary["rounds"]) == ("failed", 0)
+    assert summary["reason"] == "batch-size: 0 is not allowed"
+
+
+def test_no_run_is_overwritten(tmp_path):
+    RunRecord(tmp_path / "run").write_summary("completed")
+    with pytest.raises(SettingsError, match=r"run-name: .*exists already"):
+        open_record(str(tmp_path), "run", "prowd", "digits")
+    assert read(tmp_path / "run", "summary.json")["status"] == "completed"
+
+
+def test_unnamed_runs_of_one_second_get_folders_of_their_own(tmp_path):
+    folders = {open_record(str(tmp_path), "", "prowd", "digits").folder for _ in range(4)}
+    assert len(folders) == 4
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"output-dir: .*file"):
+        open_record(str(tmp_path / "file"), "run", "prowd", "digits")

@@ -1,0 +1,155 @@
+"""A whole run in one process: the real server loop and ClientApp over an in-process grid."""
+
+import json
+
+import pytest
+import torch
+from federation import InProcessGrid, client_app_node
+from flwr.app import Context, RecordDict
+from safetensors.torch import load_file
+
+from server_app.app import main
+from server_app.rounds import format_bytes, format_round
+from task.errors import SettingsError
+
+SMALL = {
+    "num-server-rounds": 2,
+    "samples-per-client": 64,
+    "server-buffer": 64,
+    "server-threads": 1,
+    "model": "cnn",
+}
+
+
+def run(tmp_path, clients=2, node_configs=None, **changes):
+    """Run the ServerApp's main with real ClientApps; return the run's folder."""
+    config = {
+        **SMALL,
+        "output-dir": str(tmp_path),
+        "run-name": "run",
+        **{key.replace("_", "-"): value for key, value in changes.items()},
+    }
+    nodes = {}
+    for i in range(clients):
+        own = (node_configs or {}).get(i)
+        nodes[50 + i] = client_app_node(i, clients, config, own)
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
+    main(InProcessGrid(nodes), context)
+    return tmp_path / config["run-name"]
+
+
+def rounds_of(folder):
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("strategy", ["prowd", "fedavg"])
+@pytest.mark.parametrize("training", ["qat", "strict"])
+def test_a_run_completes_with_accuracy_per_width(tmp_path, strategy, training):
+    folder = run(tmp_path, strategy=strategy, low_bit_training=training, bit_mix="4:0.5,32:0.5")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    first, last = rounds_of(folder)
+    assert list(last["accuracy"]) == ["4", "32", "average"]
+    expected = (last["accuracy"]["4"] + last["accuracy"]["32"]) / 2
+    assert last["accuracy"]["average"] == pytest.approx(expected)
+    assert last["loss"]["average"] < first["loss"]["average"] < 2.4
+    assert last["clients"] == {"sampled": 2, "aggregated": 2, "rejected": 0, "failed": 0}
+    # A 4-bit client sends about an eighth of what it receives; the small model adds a little.
+    assert last["uplink_bytes"]["4"] < last["downlink_bytes"]["4"] * 0.16
+    model = load_file(folder / "model.safetensors")
+    assert all(torch.isfinite(t).all() for t in model.values())
+
+
+def test_local_clients_learn_on_their_own(tmp_path):
+    folder = run(tmp_path, strategy="local", bit_mix="4:0.5,32:0.5", num_server_rounds=3)
+    entries = rounds_of(folder)
+    assert entries[0]["uplink_bytes"] == {"4": 0, "32": 0}
+    assert [sum(e["downlink_bytes"].values()) > 0 for e in entries] == [True, False, False]
+    assert entries[2]["loss"]["average"] < entries[0]["loss"]["average"]
+    assert not (folder / "model.safetensors").exists()
+
+
+def test_node_config_decides_the_width_where_it_has_one(tmp_path):
+    folder = run(tmp_path, node_configs={0: {"bits": 2}, 1: {"bits": 5}}, num_server_rounds=1)
+    assert list(rounds_of(folder)[0]["accuracy"]) == ["2", "5", "average"]
+
+
+def test_a_node_with_a_wrong_width_is_refused_and_the_other_goes_on(tmp_path):
+    folder = run(tmp_path, node_configs={0: {"bits": 17}}, num_server_rounds=1)
+    entry = rounds_of(folder)[0]
+    assert entry["clients"]["sampled"] == 1
+    assert list(entry["accuracy"]) == ["32", "average"]
+
+
+def test_clients_evaluate_when_asked(tmp_path):
+    folder = run(tmp_path, fraction_evaluate=1.0, num_server_rounds=1)
+    by_clients = rounds_of(folder)[0]["evaluated_by_clients"]
+    assert set(by_clients) == {
+        f"{k}-{w}" for k in ("accuracy", "loss") for w in ("8", "32", "average")
+    }
+
+
+def test_evaluation_can_be_rarer_but_the_last_round_has_it(tmp_path):
+    folder = run(tmp_path, num_server_rounds=3, evaluate_every=2)
+    assert [bool(e["accuracy"]) for e in rounds_of(folder)] == [False, True, True]
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path):
+    def model(name, seed):
+        return (run(tmp_path, run_name=name, seed=seed) / "model.safetensors").read_bytes()
+
+    first = model("a", 0)
+    assert model("b", 0) == first
+    assert model("c", 1) != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"strategy": "fedsgd"}, "strategy: there is no 'fedsgd'"),
+        ({"bit_mix": "1:0.5,32:0.5"}, "1 is not a bit-width"),
+        ({"bit_mix": "33:0.5,32:0.5"}, "33 is not a bit-width"),
+        ({"bit_mix": "8:0.5,32:0.4"}, "add up to 0.9"),
+        ({"bit_mix": "8:0.1,32:0.9"}, "leaves width 8 without a client among 2"),
+        ({"learning_rate": "oops"}, "learning-rate: 'oops'"),
+        ({"dataset": "image-folder", "data_dir": "/nowhere"}, "data-dir: there is no folder"),
+        ({"server_buffer": 5000}, "server-buffer: 5000"),
+        ({"model": "resnet9000"}, "model: 'resnet9000'"),
+        ({"samples_per_client": 5000}, "samples-per-client: 5000"),
+    ],
+)
+def test_a_bad_setting_is_one_line_before_any_training(tmp_path, changes, reason):
+    with pytest.raises(Exception, match=r"."):
+        run(tmp_path, **changes)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert reason in summary["reason"]
+    assert "\n" not in summary["reason"]
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_a_bad_output_dir_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="output-dir: 'runs' is not allowed"):
+        run(tmp_path, output_dir="runs")
+
+
+def test_the_rounds_line():
+    entry = {
+        "round": 3,
+        "accuracy": {"8": 0.5, "32": 0.75, "average": 0.625},
+        "uplink_bytes": {"8": 1000, "32": 250},
+        "downlink_bytes": {"8": 999},
+        "clients": {"aggregated": 4, "sampled": 5},
+        "seconds": {"round": 2.34},
+    }
+    assert format_round(entry, 10, 65.0) == (
+        "round 3/10 | 8-bit 50.00% 32-bit 75.00% average 62.50% | up 1.2 kB, down 999 B | "
+        "clients 4 of 5 | 2.3 s, 1:05 left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (3.2e9, "3.2 GB")]
+)
+def test_bytes_are_given_with_a_unit(count, text):
+    assert format_bytes(count) == text

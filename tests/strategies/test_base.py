@@ -1,0 +1,206 @@
+"""What all strategies share: who is asked, what is set aside, and that order does not matter."""
+
+import pytest
+import torch
+from federation import InProcessGrid, ScriptedClient, federation, payload_record, report, run_round
+from flwr.app import Error, Message, RecordDict
+
+from quant import encode_update, quantize_state
+from strategies import FedAvg, FederationError
+from strategies.nodes import sample_nodes
+from task.protocol import REPORT, UPDATE, Declaration
+
+STATE = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
+
+
+def constant(value):
+    return lambda state: {name: torch.full_like(t, value) for name, t in state.items()}
+
+
+def good(partition, of=3, value=2.0, bits=32):
+    return ScriptedClient(partition, of, bits, constant(value))
+
+
+class BadClient(ScriptedClient):
+    """Declares itself properly and answers training with whatever `reply` makes."""
+
+    def __init__(self, partition, of, reply):
+        super().__init__(partition, of, 32, constant(9.0))
+        self.reply = reply
+
+    def __call__(self, message):
+        if message.metadata.message_type == "query":
+            return super().__call__(message)
+        return self.reply(message)
+
+
+def content(payload=None, metrics=None):
+    record = RecordDict()
+    if payload is not None:
+        record[UPDATE] = payload_record(payload)
+    if metrics is not None:
+        record[REPORT] = metrics
+    return lambda message: Message(record, reply_to=message)
+
+
+def encoded(bits, state=None):
+    return encode_update(quantize_state(state or {n: t + 9 for n, t in STATE.items()}, bits))
+
+
+NAN = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
+BAD_REPLIES = {
+    "garbage": (content(b"garbage", report(10)), "shorter than the header"),
+    "truncated": (content(encoded(32)[:-1], report(10)), "bytes; this model"),
+    "altered": (content(encoded(32)[:-1] + b"\7", report(10)), "checksum"),
+    "other width": (content(encoded(8), report(10)), "8 bits; the client declared 32"),
+    "other model": (
+        content(encoded(32, {"w": torch.zeros(3, 2), "b": torch.zeros(2)}), report(10)),
+        "table of tensors",
+    ),
+    "no update": (content(None, report(10)), "does not hold one array"),
+    "no report": (content(encoded(32)), "holds no report"),
+    "too many examples": (content(encoded(32), report(11)), "reports 11 examples and declared 10"),
+    "no examples": (content(encoded(32), report(0)), "reports 0 examples"),
+    "impossible accuracy": (content(encoded(32), report(10, accuracy=1.5)), "accuracy of 1.5"),
+    "diverged": (content(encoded(32), report(10, loss=float("nan"))), "loss of nan"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_REPLIES)
+def test_a_bad_reply_is_set_aside_and_the_round_goes_on(kind):
+    reply, reason = BAD_REPLIES[kind]
+    strategy = FedAvg()
+    grid = federation([good(0), BadClient(1, 3, reply), good(2, value=4.0)], STATE)
+    new = run_round(strategy, grid, STATE)
+    assert torch.equal(new["w"], torch.full((2, 3), 3.0))  # (2 + 4) / 2, without the bad 9
+    assert strategy.round_log.aggregated == [0, 2]
+    assert list(strategy.round_log.rejected) == [1]
+    assert reason in strategy.round_log.rejected[1]
+    assert strategy.round_log.failed == {}
+
+
+def test_an_error_and_a_missing_reply_are_failures_with_their_reason():
+    error = Error(code=2, reason="Traceback ...\nValueError: out of memory")
+    crashed = BadClient(0, 3, lambda message: Message(error, reply_to=message))
+    silent = BadClient(1, 3, lambda message: None)
+    strategy = FedAvg()
+    new = run_round(strategy, federation([crashed, silent, good(2)], STATE), STATE)
+    assert torch.equal(new["b"], torch.full((2,), 2.0))
+    assert strategy.round_log.failed == {
+        0: "ValueError: out of memory",
+        1: "no reply in time",
+    }
+
+
+def test_a_round_without_any_good_reply_keeps_the_model():
+    strategy = FedAvg()
+    bad = [BadClient(i, 2, content(b"x", report(10))) for i in range(2)]
+    assert run_round(strategy, federation(bad, STATE), STATE) is None
+    assert sorted(strategy.round_log.rejected) == [0, 1]
+
+
+def test_a_reply_to_another_message_is_ignored():
+    """A replayed reply of an earlier round answers a message that was not sent in this one."""
+    strategy = FedAvg()
+    grid = federation([good(0, 1)], STATE)
+    stale = []
+    run_round(strategy, grid, STATE)
+    stale = grid.sent[-1]
+    old_reply = grid.nodes[100](stale)
+    from flwr.app import Array, ArrayRecord, ConfigRecord
+
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    messages = strategy.configure_train(2, arrays, ConfigRecord(), grid)
+    grid.push_messages(messages)
+    new, _ = strategy.aggregate_train(2, [old_reply])
+    assert new is None
+    assert strategy.round_log.failed == {0: "no reply in time"}
+
+
+def test_order_of_arrival_does_not_change_a_bit():
+    generator = torch.Generator().manual_seed(0)
+    sent = [
+        {n: torch.randn(t.shape, generator=generator) for n, t in STATE.items()} for _ in range(7)
+    ]
+    results = []
+    for reverse in (False, True):
+        clients = [ScriptedClient(i, 7, 32, lambda _, i=i: sent[i], 3 + i) for i in range(7)]
+        grid = federation(clients, STATE, reverse=reverse)
+        results.append(run_round(FedAvg(), grid, STATE))
+    assert all(torch.equal(results[0][n], results[1][n]) for n in STATE)
+
+
+def test_bytes_are_counted_per_width_as_sent():
+    clients = [good(0, bits=4), good(1, bits=4), good(2, bits=32)]
+    strategy = FedAvg()
+    run_round(strategy, federation(clients, STATE), STATE)
+    # Header 16; table: 2 + 1 + 2 + 4 * ndim for "w" and "b" = 13 + 9 = 22. 32 bits: 8 floats = 32.
+    # 4 bits: 2 scales = 8, 6 codes = 3, 2 floats = 8.
+    assert strategy.round_log.uplink_bytes == {4: 2 * (16 + 22 + 19), 32: 16 + 22 + 32}
+    assert strategy.round_log.downlink_bytes == {4: 2 * (16 + 22 + 32), 32: 16 + 22 + 32}
+
+
+def declared(partition, of=10):
+    return Declaration(partition, of, 32, 10, "")
+
+
+def test_sampling_depends_on_partition_and_seed_not_on_node_ids():
+    one = {1000 + p: declared(p) for p in range(10)}
+    other = {9999 - 7 * p: declared(p) for p in range(10)}
+    for server_round in range(1, 6):
+        first = sample_nodes(one, 0.3, 5, server_round)
+        second = sample_nodes(other, 0.3, 5, server_round)
+        partitions = [d.partition_id for d in first.values()]
+        assert partitions == [d.partition_id for d in second.values()]
+        assert len(set(partitions)) == 3
+    rounds = [tuple(sample_nodes(one, 0.3, 5, r)) for r in range(1, 9)]
+    assert len(set(rounds)) > 1
+    assert rounds != [tuple(sample_nodes(one, 0.3, 6, r)) for r in range(1, 9)]
+
+
+def test_at_least_one_node_is_sampled():
+    assert len(sample_nodes({7: declared(0)}, 0.01, 0, 1)) == 1
+
+
+def test_nodes_are_asked_once():
+    clients = [good(i, 2) for i in range(2)]
+    grid = federation(clients, STATE)
+    strategy = FedAvg()
+    for server_round in (1, 2, 3):
+        run_round(strategy, grid, STATE, server_round)
+    kinds = [m.metadata.message_type for m in grid.sent]
+    assert kinds.count("query") == 2
+    assert kinds.count("train") == 6
+    assert strategy.nodes.widths() == {32: 2}
+
+
+def refusing(partition, of, reason="node-config bits: 7.5 is not a bit-width"):
+    client = good(partition, of)
+    client.declaration = Declaration(partition, of, 0, 0, reason)
+    return client
+
+
+def test_a_refused_node_is_left_out_and_the_others_go_on():
+    grid = federation([good(0), refusing(1, 3), good(2)], STATE)
+    strategy = FedAvg()
+    run_round(strategy, grid, STATE)
+    assert strategy.round_log.sampled == [0, 2]
+
+
+def test_if_every_node_is_refused_the_run_ends_with_the_reason():
+    grid = federation([refusing(0, 2), refusing(1, 2)], STATE)
+    with pytest.raises(FederationError, match=r"7\.5 is not a bit-width"):
+        run_round(FedAvg(), grid, STATE)
+
+
+@pytest.mark.parametrize(("bits", "reason"), [(17, "17 bits"), (1, "1 bits"), (64, "64 bits")])
+def test_a_width_that_does_not_exist_is_refused_by_the_server_too(bits, reason):
+    lying = good(0, 1)
+    lying.declaration = Declaration(0, 1, bits, 10, "")
+    with pytest.raises(FederationError, match=reason):
+        run_round(FedAvg(node_wait=1.0), federation([lying], STATE), STATE)
+
+
+def test_too_few_nodes_end_the_run_after_the_wait():
+    with pytest.raises(FederationError, match="0 nodes can take part, min-nodes is 1"):
+        run_round(FedAvg(node_wait=0.3), InProcessGrid({}), STATE)
