@@ -41,6 +41,8 @@ def run_rounds(
         Written after every round.
     """
     arrays = to_arrays(state)
+    # Before the clock starts: waiting for nodes says nothing about the rounds.
+    strategy.nodes.gather(grid)
     began = time.monotonic()
     for server_round in range(1, settings.num_server_rounds + 1):
         entry, arrays = _run_round(grid, strategy, settings, server_round, arrays, evaluator)
