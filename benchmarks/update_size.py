@@ -2,7 +2,7 @@
 
 import json
 
-from quant import UpdateSpec, encode_update, quantize_state
+from quant import UpdateSpec, encode_update, payload_size, quantize_state
 from task.models import build_model
 from task.training import model_state
 
@@ -19,7 +19,7 @@ def main() -> None:
     for name, channels, size in _MODELS:
         state = model_state(build_model(name, channels, size, 10, seed=0))
         count = sum(t.numel() for t in state.values())
-        full = UpdateSpec.of(state).size(32)
+        full = payload_size(UpdateSpec.of(state), 32)
         cells = []
         for bits in _WIDTHS:
             ratio = len(encode_update(quantize_state(state, bits))) / (full * bits / 32)

@@ -39,16 +39,14 @@ from quant.optimizer import StrictSGD
 from quant.packing import PackingError, pack, packed_size, unpack
 from quant.relevancy import cosine, relevancy_mask
 from quant.update import (
-    STYPE,
     QuantizedTensor,
     Update,
-    UpdateError,
     UpdateSpec,
-    decode_update,
-    encode_update,
     is_quantized,
+    quantize_difference,
     quantize_state,
 )
+from quant.wire import STYPE, UpdateError, decode_update, encode_update, payload_size
 
 __all__ = [
     "FLOAT_BITS",
@@ -86,7 +84,9 @@ __all__ = [
     "mse_scale",
     "pack",
     "packed_size",
+    "payload_size",
     "prepare",
+    "quantize_difference",
     "quantize_nearest",
     "quantize_state",
     "quantize_stochastic",

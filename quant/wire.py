@@ -1,0 +1,212 @@
+"""The wire: an update as one strict, self-describing payload.
+
+Layout (little-endian)::
+
+    magic "PRWD" | version u8 | bits u8 | content u8 | zero u8 | table bytes u32 | CRC-32 u32
+    table     per tensor: name length u16, name (UTF-8), encoding u8, dimensions u8, sizes u32 each
+    scales    float32, one per output channel of every quantized tensor, in table order
+    codes     all quantized tensors as one flat run, packed
+    floats    float32, the other tensors, in table order
+
+The CRC-32 covers everything else in the payload, so that no altered byte goes unnoticed. Nothing is
+pickled. The receiver knows every name and shape beforehand (`UpdateSpec`) and therefore the
+exact length: it is compared before anything is allocated.
+"""
+
+import math
+import struct
+import zlib
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, largest_code
+from quant.packing import PackingError, pack, packed_size, unpack
+from quant.update import Content, QuantizedTensor, Update, UpdateSpec
+
+STYPE = "prowd.update/1"
+
+_MAGIC = b"PRWD"
+_VERSION = 1
+_HEADER = struct.Struct("<4sBBBBII")
+_CRC_OFFSET = _HEADER.size - 4
+_CONTENTS: tuple[str, ...] = get_args(Content)
+_FLOAT, _CODES = 0, 1
+
+
+class UpdateError(ValueError):
+    """A payload that is not the update it should be; the message says what is wrong."""
+
+
+def payload_size(spec: UpdateSpec, bits: int) -> int:
+    """Return the exact bytes of an update of width `bits`."""
+    scales, codes, floats = _counts(spec, bits)
+    packed = packed_size(codes, bits) if codes else 0
+    return _HEADER.size + len(_table(spec, bits)) + 4 * scales + packed + 4 * floats
+
+
+def encode_update(update: Update) -> bytes:
+    """Serialize an update.
+
+    Raises
+    ------
+    ValueError
+        If a code lies off the grid of `update.bits`, a value is not finite, or a tensor that the
+        width quantizes is not.
+    """
+    spec = _spec_of(update)
+    table = _table(spec, update.bits)
+    scales = [update.quantized[n].scale for n in spec.quantized(update.bits)]
+    codes = [update.quantized[n].codes for n in spec.quantized(update.bits)]
+    packed = pack(_flat(codes), update.bits) if codes else b""
+    floats = [update.floats[n] for n in spec.floats(update.bits)]
+    body = [_flat_bytes(scales), packed, _flat_bytes(floats)]
+    content = _CONTENTS.index(update.content)
+    head = _HEADER.pack(_MAGIC, _VERSION, update.bits, content, 0, len(table), 0)[:_CRC_OFFSET]
+    crc = zlib.crc32(head)
+    for part in (table, *body):
+        crc = zlib.crc32(part, crc)
+    return b"".join([head, struct.pack("<I", crc), table, *body])
+
+
+def decode_update(data: bytes, spec: UpdateSpec, bits: int, content: Content = "weights") -> Update:
+    """Read and check an update.
+
+    Parameters
+    ----------
+    data : bytes
+        The payload.
+    spec : UpdateSpec
+        Tensors of the model that the receiver sent.
+    bits : int
+        Width that the sender declared.
+    content : {"weights", "difference"}
+        What the receiver asked for.
+
+    Raises
+    ------
+    UpdateError
+        If the payload is anything but a whole, unaltered, finite update of this model, width and
+        content.
+    """
+    table = _check_header(data, spec, bits, content)
+    scale_count, code_count, float_count = _counts(spec, bits)
+    view = memoryview(data)
+    position = _HEADER.size + len(table)
+    scales = _floats_at(view, position, scale_count, "a scale")
+    if not (scales > 0).all():
+        raise UpdateError("a scale is not positive")
+    if bits != FLOAT_BITS and (scales > np.finfo(np.float32).max / largest_code(bits)).any():
+        raise UpdateError("a scale is so large that its grid is not finite")
+    position += 4 * scale_count
+    packed = packed_size(code_count, bits) if code_count else 0
+    floats = _floats_at(view, position + packed, float_count, "a float tensor")
+    try:
+        codes = unpack(view[position : position + packed], bits, code_count) if packed else None
+    except PackingError as error:
+        raise UpdateError(str(error)) from None
+    return Update(
+        bits, content, _split_codes(spec, bits, codes, scales), _split(spec, bits, floats)
+    )
+
+
+def _counts(spec: UpdateSpec, bits: int) -> tuple[int, int, int]:
+    """Numbers of scales, codes and floats in a payload."""
+    names = spec.quantized(bits)
+    scales = sum(spec.shapes[n][0] for n in names)
+    codes = sum(math.prod(spec.shapes[n]) for n in names)
+    return scales, codes, sum(math.prod(spec.shapes[n]) for n in spec.floats(bits))
+
+
+def _table(spec: UpdateSpec, bits: int) -> bytes:
+    quantized = set(spec.quantized(bits))
+    entries = []
+    for name, shape in spec.shapes.items():
+        encoded = name.encode()
+        entries.append(struct.pack("<H", len(encoded)) + encoded)
+        entries.append(bytes([_CODES if name in quantized else _FLOAT, len(shape)]))
+        entries.append(struct.pack(f"<{len(shape)}I", *shape))
+    return b"".join(entries)
+
+
+def _check_header(data: bytes, spec: UpdateSpec, bits: int, content: Content) -> bytes:
+    if len(data) < _HEADER.size:
+        raise UpdateError(f"payload of {len(data)} bytes is shorter than the header")
+    magic, version, got_bits, got_content, zero, table_size, crc = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise UpdateError(f"payload begins with {magic!r}, not {_MAGIC!r}")
+    if version != _VERSION:
+        raise UpdateError(f"payload has version {version}; understood is {_VERSION}")
+    if got_bits != bits:
+        raise UpdateError(f"payload has {got_bits} bits; the client declared {bits}")
+    if got_content >= len(_CONTENTS) or _CONTENTS[got_content] != content:
+        raise UpdateError(f"payload holds content {got_content}; asked for {content}")
+    if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
+        raise UpdateError(f"payload has {bits} bits; allowed are {MIN_BITS} to {MAX_BITS} and 32")
+    if len(data) != (size := payload_size(spec, bits)):
+        raise UpdateError(f"payload has {len(data)} bytes; this model at {bits} bits takes {size}")
+    table = _table(spec, bits)
+    start = _HEADER.size
+    if zero or table_size != len(table) or data[start : start + len(table)] != table:
+        raise UpdateError("the table of tensors is not that of the model that was sent")
+    if crc != zlib.crc32(memoryview(data)[start:], zlib.crc32(data[:_CRC_OFFSET])):
+        raise UpdateError("checksum does not match: the payload was altered on its way")
+    return table
+
+
+def _floats_at(view: memoryview, position: int, count: int, what: str) -> np.ndarray:
+    values = np.frombuffer(view, "<f4", count, position)
+    if not np.isfinite(values).all():
+        raise UpdateError(f"{what} is not finite")
+    return values
+
+
+def _split_codes(
+    spec: UpdateSpec, bits: int, codes: np.ndarray | None, scales: np.ndarray
+) -> dict[str, QuantizedTensor]:
+    quantized = {}
+    at_code = at_scale = 0
+    for name in spec.quantized(bits):
+        shape = spec.shapes[name]
+        count = math.prod(shape)
+        part = torch.from_numpy(codes[at_code : at_code + count]).reshape(shape)
+        scale = torch.from_numpy(scales[at_scale : at_scale + shape[0]].astype(np.float32))
+        quantized[name] = QuantizedTensor(part, scale)
+        at_code += count
+        at_scale += shape[0]
+    return quantized
+
+
+def _split(spec: UpdateSpec, bits: int, values: np.ndarray) -> dict[str, Tensor]:
+    floats = {}
+    position = 0
+    flat = torch.from_numpy(values.astype(np.float32))
+    for name in spec.floats(bits):
+        count = math.prod(spec.shapes[name])
+        floats[name] = flat[position : position + count].reshape(spec.shapes[name])
+        position += count
+    return floats
+
+
+def _spec_of(update: Update) -> UpdateSpec:
+    if update.bits != FLOAT_BITS and not MIN_BITS <= update.bits <= MAX_BITS:
+        raise ValueError(f"bits is {update.bits}; allowed are {MIN_BITS} to {MAX_BITS} and 32")
+    shapes = {name: tuple(tensor.codes.shape) for name, tensor in update.quantized.items()}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in update.floats.items()}
+    spec = UpdateSpec(shapes)
+    if set(spec.quantized(update.bits)) != set(update.quantized):
+        raise ValueError(f"an update of {update.bits} bits quantizes {spec.quantized(update.bits)}")
+    return spec
+
+
+def _flat(tensors: list[Tensor]) -> np.ndarray:
+    return np.concatenate([t.detach().cpu().numpy().reshape(-1) for t in tensors])
+
+
+def _flat_bytes(tensors: list[Tensor]) -> bytes:
+    values = (_flat(tensors) if tensors else np.empty(0)).astype("<f4", copy=False)
+    if not np.isfinite(values).all():
+        raise ValueError("an update must be finite; training diverged")
+    return values.tobytes()
