@@ -5,10 +5,18 @@ import time
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import nn
+from torch import Tensor, nn
 
 from client_app.node import declare
-from quant import STYPE, UpdateSpec, decode_update, encode_update
+from client_app.tracking import correction, effective_steps, remember
+from quant import (
+    STYPE,
+    UpdateSpec,
+    decode_update,
+    encode_update,
+    quantize_difference,
+    set_scales,
+)
 from task.data import Images, load_dataset
 from task.errors import SettingsError
 from task.models import build_model
@@ -54,13 +62,25 @@ def answer_train(message: Message, context: Context) -> Message:
     """Train the received model, or the client's own, at the client's width and send the update."""
     started = time.perf_counter()
     settings, client, instruction = _begin(message, context)
-    model = _model(message, context, settings, instruction)
+    model, scales = _model(message, context, settings, instruction, client.bits)
     config = LocalTraining.of(
         settings, client.bits, instruction.server_round, instruction.proximal_mu
     )
     seed = derive_seed(settings.seed, 5, instruction.server_round, client.partition_id)
-    update, score = train(model, _images(settings, client), config, seed)
+    received = {name: tensor.clone() for name, tensor in model_state(model).items()}
+    delta = {}
+    if instruction.tracks_gradient:
+        delta = correction(
+            context.state, received, instruction.server_round, instruction.server_learning_rate
+        )
+    images = _images(settings, client)
+    trained = train(model, images, config, seed, scales=scales, correction=delta)
     content = RecordDict()
+    update = trained.update
+    if instruction.uplink == "difference":
+        bits = instruction.uplink_bits or client.bits
+        generator = torch.Generator().manual_seed(derive_seed(seed, 6))
+        update = quantize_difference(trained.moved, bits, generator)
     if instruction.uplink == "nothing":
         context.state[_OWN_MODEL] = ArrayRecord(
             {name: Array(tensor.numpy()) for name, tensor in model_state(model).items()}
@@ -69,7 +89,20 @@ def answer_train(message: Message, context: Context) -> Message:
         payload = encode_update(update)
         array = Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
         content[UPDATE] = ArrayRecord({UPDATE: array})
-    content[REPORT] = _report(score, started)
+    if instruction.tracks_gradient:
+        # Last of all, so that a client whose training failed keeps what it had.
+        parameters = {name for name, _ in model.named_parameters()}
+        sent = {n: t for n, t in update.dequantize().items() if n in parameters}
+        remember(
+            context.state,
+            delta,
+            {name: received[name] for name in sent},
+            sent,
+            instruction.server_round,
+            config.learning_rate,
+            effective_steps(trained.steps, config.momentum),
+        )
+    content[REPORT] = _report(trained.score, started)
     return Message(content, reply_to=message)
 
 
@@ -78,7 +111,9 @@ def answer_evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received model, or the client's own, at the client's width."""
     started = time.perf_counter()
     settings, client, instruction = _begin(message, context)
-    model = at_width(_model(message, context, settings, instruction), settings, client.bits)
+    model, scales = _model(message, context, settings, instruction, client.bits)
+    model = at_width(model, settings, client.bits)
+    set_scales(model, scales)
     if settings.calibrate_normalization:
         # Statistics of the client's own images: it has no access to the server's.
         pixels = _images(settings, client).pixels[: settings.server_buffer]
@@ -102,21 +137,30 @@ def _images(settings: Settings, client: Declaration) -> Images:
 
 
 def _model(
-    message: Message, context: Context, settings: Settings, instruction: Instruction
-) -> nn.Module:
+    message: Message,
+    context: Context,
+    settings: Settings,
+    instruction: Instruction,
+    bits: int,
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the model that was sent, or the client's own, and the grid that it was sent on."""
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
+    scales = {}
     if instruction.downlink_bits:
         array = message.content[MODEL][MODEL]
         spec = UpdateSpec.of(model.state_dict())
-        state = decode_update(array.data, spec, instruction.downlink_bits).dequantize()
+        sent = decode_update(array.data, spec, instruction.downlink_bits)
+        state = sent.dequantize()
+        if instruction.downlink_bits == bits:
+            scales = {name: tensor.scale for name, tensor in sent.quantized.items()}
     elif _OWN_MODEL in context.state:
         own = context.state[_OWN_MODEL]
         state = {name: torch.from_numpy(array.numpy().copy()) for name, array in own.items()}
     else:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
     load_state(model, state)
-    return model
+    return model, scales
 
 
 def _report(score: Score, started: float) -> MetricRecord:

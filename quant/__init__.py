@@ -33,6 +33,7 @@ from quant.layers import (
     prepare,
     quantized_layers,
     refit_scales,
+    set_scales,
     weight_scales,
 )
 from quant.optimizer import StrictSGD
@@ -93,6 +94,7 @@ __all__ = [
     "quantized_layers",
     "refit_scales",
     "relevancy_mask",
+    "set_scales",
     "unpack",
     "weight_scales",
 ]

@@ -6,7 +6,7 @@ fits both models. With `QuantConfig(gradient_bits=8)` the errors that flow back 
 are quantized too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +129,22 @@ def refit_scales(model: nn.Module) -> None:
     """Fit the scales of a prepared model to its present weights."""
     for _, layer in quantized_layers(model):
         layer.refit_scale()
+
+
+def set_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
+    """Give a prepared model's layers the scales of the grid that their weights came on.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Prepared model.
+    scales : mapping of str to Tensor
+        Float32 scales ``[channels]`` by weight name; layers that are not named keep theirs.
+    """
+    for name, layer in quantized_layers(model):
+        key = f"{name}.weight" if name else "weight"
+        if key in scales:
+            layer.weight_scale = scales[key].clone()
 
 
 def weight_scales(model: nn.Module) -> dict[str, Tensor]:

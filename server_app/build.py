@@ -30,23 +30,32 @@ def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str,
         If a key or a value is not allowed, also one of a strategy that is not chosen.
     """
     settings = Settings.of_run(run_config)
-    if settings.strategy not in STRATEGIES:
-        names = ", ".join(STRATEGIES)
-        raise SettingsError(f"strategy: there is no {settings.strategy!r}; allowed: {names}")
+    chosen, _ = _split_name(settings.strategy)
     own: dict[str, object] = {}
     left = set(run_config) - Settings.keys()
     for name, strategy_class in STRATEGIES.items():
-        options = getattr(strategy_class, "Options", Options)
         prefix = f"{name}-"
         keys = {key for key in left if key.startswith(prefix)}
         left -= keys
         values = {key.removeprefix(prefix): run_config[key] for key in keys}
-        read = options.read(values, prefix)
-        if name == settings.strategy:
+        read = getattr(strategy_class, "Options", Options).read(values, prefix)
+        if name == chosen:
             own = read.to_settings(prefix)
     if left:
-        raise SettingsError(f"{sorted(left)[0]}: there is no such setting")
+        key = sorted(left)[0]
+        raise SettingsError(f"{key}: there is no such setting (value {run_config[key]!r})")
     return settings, own
+
+
+def _split_name(strategy: str) -> tuple[str, str]:
+    """Part ``"flwr:FedAdam"`` into the registry's name and the class; other names have no class."""
+    name, colon, inner = strategy.partition(":")
+    if name not in STRATEGIES or bool(colon) != (name == "flwr"):
+        names = ", ".join(n for n in STRATEGIES if n != "flwr")
+        raise SettingsError(
+            f"strategy: there is no {strategy!r}; allowed: {names}, or flwr:NAME of Flower's own"
+        )
+    return name, inner
 
 
 def build_strategy(
@@ -65,7 +74,8 @@ def build_strategy(
     predict : callable or None
         Differentiable logits on the server's buffer, for strategies that use it.
     """
-    strategy_class = STRATEGIES[settings.strategy]
+    name, inner = _split_name(settings.strategy)
+    strategy_class = STRATEGIES[name]
     arguments: dict[str, object] = {
         "fraction_train": settings.fraction_train,
         "fraction_evaluate": settings.fraction_evaluate,
@@ -74,10 +84,12 @@ def build_strategy(
         "node_wait": settings.node_wait,
     }
     if hasattr(strategy_class, "Options"):
-        prefix = f"{settings.strategy}-"
+        prefix = f"{name}-"
         values = {key.removeprefix(prefix): value for key, value in own.items()}
         arguments["options"] = strategy_class.Options.read(values, prefix)
     offered = {"low_bit_training": settings.low_bit_training, "predict": predict}
+    if inner:
+        arguments["name"] = inner
     wanted = inspect.signature(strategy_class.__init__).parameters
-    arguments |= {name: value for name, value in offered.items() if name in wanted}
+    arguments |= {key: value for key, value in offered.items() if key in wanted}
     return strategy_class(**arguments)

@@ -1,7 +1,11 @@
 """Strategies for mixed-precision federations, by name. A new one is one file and one line here."""
 
 from strategies.base import MixedPrecisionStrategy
+from strategies.differences import FedCOM, FedCOMGATE, FedPAQ
 from strategies.fedavg import FedAvg
+from strategies.fedprox import FedProx
+from strategies.flower import FlowerStrategy
+from strategies.grouped import GroupedAvg
 from strategies.local import Local
 from strategies.nodes import FederationError
 from strategies.prowd import ProWD, ProWDOptions
@@ -10,14 +14,26 @@ from strategies.replies import ClientUpdate, RoundLog, receive
 STRATEGIES: dict[str, type[MixedPrecisionStrategy]] = {
     "prowd": ProWD,
     "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "fedpaq": FedPAQ,
+    "fedcom": FedCOM,
+    "fedcomgate": FedCOMGATE,
+    "grouped-avg": GroupedAvg,
     "local": Local,
+    "flwr": FlowerStrategy,  # as flwr:NAME
 }
 
 __all__ = [
     "STRATEGIES",
     "ClientUpdate",
     "FedAvg",
+    "FedCOM",
+    "FedCOMGATE",
+    "FedPAQ",
+    "FedProx",
     "FederationError",
+    "FlowerStrategy",
+    "GroupedAvg",
     "Local",
     "MixedPrecisionStrategy",
     "ProWD",

@@ -38,6 +38,7 @@ from strategies.base import MixedPrecisionStrategy, State
 from strategies.replies import ClientUpdate
 from task.errors import SettingsError
 from task.options import Options
+from task.protocol import Declaration, Instruction
 from task.seeds import derive_seed
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -60,6 +61,9 @@ class ProWDOptions(Options):
     )
     dequantize: Literal["group", "client"] = Field(
         "group", description="Lift the mean of a group, or each client's weights."
+    )
+    downlink: Literal["float32", "client-bits"] = Field(
+        "float32", description="Send every client the float32 model, or its own grid's codes."
     )
     finetune_every: Annotated[int, Field(ge=0)] = Field(
         5, description="Rounds between fine-tunings of the dequantizer; 0: never trained."
@@ -132,6 +136,11 @@ class ProWD(MixedPrecisionStrategy):
         self.low_bit_training = low_bit_training
         self.predict = predict
         self.dequantizer: ProgressiveDequantizer | None = None
+
+    def instruct(self, server_round: int, client: Declaration) -> Instruction:
+        """Ask for weights; send the model in float32 or on the client's grid."""
+        on_grid = self.options.downlink == "client-bits"
+        return Instruction(server_round, downlink_bits=client.bits if on_grid else FLOAT_BITS)
 
     def combine(
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]

@@ -93,6 +93,10 @@ class Instruction(_Record):
         the client goes on from its own.
     proximal_mu : float
         Factor of the proximal term against the received model; 0 leaves it out.
+    tracks_gradient : bool
+        Whether the client corrects its gradients and keeps the correction (FedCOMGATE).
+    server_learning_rate : float
+        Step size with which the server applies the average difference; needed for tracking.
     """
 
     server_round: int
@@ -100,6 +104,8 @@ class Instruction(_Record):
     uplink_bits: int = 0
     downlink_bits: int = FLOAT_BITS
     proximal_mu: float = 0.0
+    tracks_gradient: bool = False
+    server_learning_rate: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Local training and evaluation at a bit-width; knows nothing of a federation."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ from quant import (
     prepare,
     quantize_state,
     refit_scales,
+    set_scales,
     weight_scales,
 )
 from task.data import Images
@@ -100,9 +102,38 @@ def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict({**model.state_dict(), **state})
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What local training gives.
+
+    Attributes
+    ----------
+    update : Update
+        The trained weights at the client's width.
+    moved : dict of str to Tensor
+        Float32 difference between the weights that training ended and began with, as the client
+        holds them: in strict training both lie on the grid, in qat they are the latent ones.
+    steps : int
+        Optimizer steps taken.
+    score : Score
+        Mean training loss and accuracy.
+    """
+
+    update: Update
+    moved: dict[str, Tensor]
+    steps: int
+    score: Score
+
+
 def train(
-    model: nn.Module, images: Images, config: LocalTraining, seed: int
-) -> tuple[Update, Score]:
+    model: nn.Module,
+    images: Images,
+    config: LocalTraining,
+    seed: int,
+    *,
+    scales: Mapping[str, Tensor] | None = None,
+    correction: Mapping[str, Tensor] | None = None,
+) -> Trained:
     """Train a model on a client's images at the client's width.
 
     Parameters
@@ -115,21 +146,26 @@ def train(
         Width and hyperparameters.
     seed : int
         Seeds the order of the data, dropout and stochastic rounding.
+    scales : mapping of str to Tensor, optional
+        Scales of weights that were received on their grid; fitted where not given.
+    correction : mapping of str to Tensor, optional
+        Subtracted from the gradient of the parameters it names (gradient tracking).
 
     Returns
     -------
-    tuple of Update and Score
-        The trained weights at the client's width, and the mean training loss and accuracy.
+    Trained
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    if config.bits != FLOAT_BITS:
-        widths = QuantConfig(config.bits, config.activation_bits, config.gradient_bits)
-        prepare(model, widths)
     received = [p.detach().clone() for p in model.parameters()] if config.proximal_mu else []
+    if config.bits != FLOAT_BITS:
+        prepare(model, QuantConfig(config.bits, config.activation_bits, config.gradient_bits))
+        set_scales(model, scales or {})
     optimizer = _optimizer(model, config, seed)
+    began = {name: tensor.clone() for name, tensor in model_state(model).items()}
+    corrected = [(p, correction[n]) for n, p in model.named_parameters() if n in (correction or {})]
     model.train()
-    loss_sum = correct = seen = 0.0
+    loss_sum = correct = seen = steps = 0
     for epoch in range(config.epochs):
         if epoch and config.low_bit_training == "qat":
             refit_scales(model)
@@ -141,11 +177,16 @@ def train(
             loss.backward()
             for parameter, anchor in zip(model.parameters(), received, strict=False):
                 parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
+            for parameter, offset in corrected:
+                parameter.grad.sub_(offset)
             optimizer.step()
+            steps += 1
             loss_sum += float(loss.detach()) * len(index)
-            correct += float((logits.detach().argmax(1) == labels).sum())
+            correct += int((logits.detach().argmax(1) == labels).sum())
             seen += len(index)
-    return _trained_weights(model, config), Score(loss_sum / seen, correct / seen, len(images))
+    moved = {name: tensor - began[name] for name, tensor in model_state(model).items()}
+    score = Score(loss_sum / seen, correct / seen, len(images))
+    return Trained(_trained_weights(model, config), moved, steps, score)
 
 
 @torch.no_grad()

@@ -31,6 +31,12 @@ from task.training import (
 )
 
 
+def update_and_score(*args, **kwargs):
+    """Update and score of `train`."""
+    result = train(*args, **kwargs)
+    return result.update, result.score
+
+
 def some_images(count, size=8, classes=10, seed=0):
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, 1, size, size), dtype=np.uint8)
@@ -89,7 +95,7 @@ def test_input_spans_minus_two_to_two():
 def test_training_leaves_the_pixels_as_they_were():
     images = some_images(20)
     before = images.pixels.copy()
-    train(small_model(), images, LocalTraining(8, batch_size=10), 0)
+    update_and_score(small_model(), images, LocalTraining(8, batch_size=10), 0)
     assert np.array_equal(images.pixels, before)
 
 
@@ -107,7 +113,7 @@ def test_float32_training_equals_a_plain_loop_bit_for_bit(settings):
     config = LocalTraining(32, learning_rate=0.125, **settings)
     expected = copy.deepcopy(start)
     loss, accuracy = by_hand(expected, images, config, 7)
-    update, score = train(start, images, config, 7)
+    update, score = update_and_score(start, images, config, 7)
     assert (update.bits, update.content, dict(update.quantized)) == (32, "weights", {})
     assert_same(dict(update.floats), model_state(expected))
     assert score.loss == pytest.approx(loss, rel=1e-12)
@@ -119,14 +125,14 @@ def test_last_batch_of_one_image_is_left_out():
     images, start = some_images(9), small_model()
     order = np.random.default_rng(3).permutation(9)
     config = LocalTraining(32, batch_size=4, learning_rate=0.125, momentum=0.5)
-    expected, _ = train(copy.deepcopy(start), images, config, 3)
+    expected, _ = update_and_score(copy.deepcopy(start), images, config, 3)
     other = images.pixels.copy()
     other[order[8]] = 255 - other[order[8]]
-    update, score = train(copy.deepcopy(start), Images(other, images.labels), config, 3)
+    update, score = update_and_score(copy.deepcopy(start), Images(other, images.labels), config, 3)
     assert_same(update.dequantize(), expected.dequantize())
     assert score.num_examples == 9
     other[order[7]] = 255 - other[order[7]]
-    update, _ = train(copy.deepcopy(start), Images(other, images.labels), config, 3)
+    update, _ = update_and_score(copy.deepcopy(start), Images(other, images.labels), config, 3)
     assert not torch.equal(update.floats["4.weight"], expected.floats["4.weight"])
 
 
@@ -134,7 +140,7 @@ def test_last_batch_of_one_image_is_left_out():
 def test_qat_update_is_the_fake_quantized_model_bit_for_bit(bits):
     model = small_model()
     config = LocalTraining(bits, activation_bits=bits, epochs=2, batch_size=8)
-    update, _ = train(model, some_images(24), config, 1)
+    update, _ = update_and_score(model, some_images(24), config, 1)
     assert (update.bits, update.content) == (bits, "weights")
     sent = update.dequantize()
     layers = dict(quantized_layers(model))
@@ -155,7 +161,7 @@ def test_strict_update_lies_on_the_grid_of_the_received_weights(bits):
     config = LocalTraining(
         bits, "strict", activation_bits=bits, gradient_bits=8, epochs=2, batch_size=8
     )
-    update, _ = train(model, some_images(24), config, 1)
+    update, _ = update_and_score(model, some_images(24), config, 1)
     trained = model_state(model)
     moved = 0
     for name in ("0.weight", "4.weight"):
@@ -180,7 +186,7 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=["float32", "qat", "strict"])
 def test_same_seed_same_update_other_seed_other_update(config):
     def sent(seed):
-        update, score = train(small_model(), some_images(24), config, seed)
+        update, score = update_and_score(small_model(), some_images(24), config, seed)
         return encode_update(update), score
 
     torch.manual_seed(100)
@@ -208,15 +214,15 @@ def test_strict_step_has_the_widths_of_its_configuration(gradient_bits):
     F.cross_entropy(logits, torch.from_numpy(images.labels[order])).backward()
     optimizer.step()
     config = LocalTraining(4, "strict", 6, gradient_bits, 1, 24, 0.1, momentum=0.0)
-    update, _ = train(small_model(), images, config, seed)
+    update, _ = update_and_score(small_model(), images, config, seed)
     assert_same(update.dequantize(), model_state(expected))
 
 
 def test_strict_rounding_noise_follows_the_seed():
     # One batch holds all images, so that their order moves sums by last bits only.
     config = LocalTraining(2, "strict", activation_bits=8, gradient_bits=8, batch_size=24)
-    first, _ = train(small_model(), some_images(24), config, 1)
-    other, _ = train(small_model(), some_images(24), config, 2)
+    first, _ = update_and_score(small_model(), some_images(24), config, 1)
+    other, _ = update_and_score(small_model(), some_images(24), config, 2)
     assert not torch.equal(first.quantized["4.weight"].codes, other.quantized["4.weight"].codes)
 
 
@@ -226,7 +232,7 @@ def test_dropout_follows_the_seed():
         model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
         torch.manual_seed(state)
         config = LocalTraining(32, batch_size=24, learning_rate=1.0)
-        return train(model, some_images(24), config, seed)[0].floats["2.weight"]
+        return update_and_score(model, some_images(24), config, seed)[0].floats["2.weight"]
 
     assert torch.equal(sent(1), sent(1, state=3))
     assert (sent(1) - sent(2)).abs().max() > 1e-3
@@ -236,9 +242,9 @@ def test_dropout_follows_the_seed():
 def test_proximal_term_of_zero_and_of_a_first_step_changes_nothing(config):
     # mu (w - w_received) is zero where w is still what was received.
     images = some_images(8)
-    plain, _ = train(small_model(), images, config, 0)
+    plain, _ = update_and_score(small_model(), images, config, 0)
     for mu in (0.0, 10.0):
-        update, _ = train(small_model(), images, replace(config, proximal_mu=mu), 0)
+        update, _ = update_and_score(small_model(), images, replace(config, proximal_mu=mu), 0)
         assert_same(update.dequantize(), plain.dequantize())
 
 
@@ -251,7 +257,7 @@ def test_proximal_step_by_hand():
     images = Images(np.full((2, 1, 1, 1), 255, np.uint8), np.zeros(2, np.int64))
     mu, rate = 0.5, 0.1
     config = LocalTraining(32, epochs=2, learning_rate=rate, momentum=0.0, proximal_mu=mu)
-    update, _ = train(model, images, config, 0)
+    update, _ = update_and_score(model, images, config, 0)
     first = rate * 2 * (1 - 0.5)
     p = 1 / (1 + np.exp(-4 * first))
     second = first + rate * 2 * (1 - p) - rate * mu * first
@@ -266,7 +272,7 @@ def test_proximal_training_equals_the_term_in_a_plain_loop():
     )
     expected = copy.deepcopy(start)
     by_hand(expected, images, config, 2)
-    update, _ = train(start, images, config, 2)
+    update, _ = update_and_score(start, images, config, 2)
     for name, tensor in model_state(expected).items():
         torch.testing.assert_close(update.floats[name], tensor, rtol=1e-5, atol=1e-6)
 
@@ -277,7 +283,7 @@ def test_proximal_term_holds_low_bit_weights_near_what_was_received(training):
 
     def distance(mu):
         config = LocalTraining(8, training, 8, 8, 4, 8, momentum=0.0, proximal_mu=mu)
-        update, _ = train(small_model(), some_images(24), config, 0)
+        update, _ = update_and_score(small_model(), some_images(24), config, 0)
         return float((update.dequantize()["4.weight"] - received).norm())
 
     assert distance(5.0) < 0.7 * distance(0.0)
@@ -456,6 +462,8 @@ def test_training_learns_at_every_width(bits, training):
     dim[np.arange(200), 0, images.labels] = 255
     settings = Settings(low_bit_training=training, local_epochs=6, batch_size=20)
     model = small_model()
-    _, score = train(model, Images(dim, images.labels), LocalTraining.of(settings, bits, 1, 0.0), 0)
+    _, score = update_and_score(
+        model, Images(dim, images.labels), LocalTraining.of(settings, bits, 1, 0.0), 0
+    )
     assert score.accuracy > 0.6
     assert evaluate(model, Images(dim, images.labels)).accuracy > 0.9

@@ -1,0 +1,103 @@
+"""FedPAQ and FedCOM: quantized differences, averaged, and a step of the server."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
+from strategies.averaging import WeightedMean
+from strategies.base import MixedPrecisionStrategy, State
+from strategies.replies import ClientUpdate
+from task.options import Options
+from task.protocol import Declaration, Instruction
+
+
+class DifferenceOptions(Options):
+    """Settings of the strategies that send quantized differences (`fedpaq-bits`, ...)."""
+
+    bits: int = Field(
+        0, description="Target bits of a difference, 2 to 16 or 32; 0: each client's own width."
+    )
+
+    @field_validator("bits")
+    @classmethod
+    def _bits_exist(cls, value: int) -> int:
+        if value not in (0, FLOAT_BITS) and not MIN_BITS <= value <= MAX_BITS:
+            raise ValueError(f"allowed are 0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}")
+        return value
+
+
+class ServerStepOptions(DifferenceOptions):
+    """The same, with a step size of the server (`fedcom-server-learning-rate`, ...)."""
+
+    server_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Step size gamma with which the server applies the average difference."
+    )
+
+
+class FedPAQ(MixedPrecisionStrategy):
+    """Periodic averaging of quantized differences (Reisizadeh et al., 2020, arXiv:1909.13014).
+
+    Algorithm 1: a sample of the clients takes several local steps each and sends ``Q(w_i - w)``,
+    ``Q`` unbiased (`quant.quantize_difference`); the server adds the mean to its model.
+    """
+
+    Options = DifferenceOptions
+
+    def __init__(self, options: DifferenceOptions | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.options = options or self.Options()
+
+    @property
+    def server_learning_rate(self) -> float:
+        """Step size with which the mean difference is applied."""
+        return 1.0
+
+    def instruct(self, server_round: int, client: Declaration) -> Instruction:
+        """Ask for a difference at the target bits."""
+        return Instruction(server_round, uplink="difference", uplink_bits=self.options.bits)
+
+    def combine(
+        self, server_round: int, start: State, updates: Iterator[ClientUpdate]
+    ) -> State | None:
+        """Move the model along the mean difference."""
+        average = WeightedMean()
+        for item in updates:
+            average.add(item.update.dequantize(), item.report.num_examples)
+        step = average.mean()
+        if not step:
+            return None
+        return {n: start[n].add(step[n], alpha=self.server_learning_rate) for n in start}
+
+
+class FedCOM(FedPAQ):
+    """Federated averaging with compression (Haddadpour et al., 2021, arXiv:2007.01154).
+
+    Algorithm 1: as FedPAQ, and the server applies the mean with a step size of its own.
+    """
+
+    Options = ServerStepOptions
+
+    @property
+    def server_learning_rate(self) -> float:
+        """``gamma``."""
+        return self.options.server_learning_rate
+
+
+class FedCOMGATE(FedCOM):
+    """FedCOM with gradient tracking (Haddadpour et al., 2021, arXiv:2007.01154, Algorithm 2).
+
+    Every client corrects its gradients by how its differences deviate from the average, and keeps
+    that correction from round to round (`client_app.tracking`).
+    """
+
+    def instruct(self, server_round: int, client: Declaration) -> Instruction:
+        """Ask for a difference, and for tracking."""
+        return Instruction(
+            server_round,
+            uplink="difference",
+            uplink_bits=self.options.bits,
+            tracks_gradient=True,
+            server_learning_rate=self.server_learning_rate,
+        )

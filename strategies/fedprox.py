@@ -1,0 +1,31 @@
+"""FedProx: FedAvg whose clients are held near the model that they received."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from strategies.fedavg import FedAvg
+from task.options import Options
+from task.protocol import Declaration, Instruction
+
+
+class FedProxOptions(Options):
+    """FedProx's own settings (`fedprox-...`)."""
+
+    mu: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="Factor of the proximal term mu / 2 |w - w_received|^2; 0 is FedAvg."
+    )
+
+
+class FedProx(FedAvg):
+    """Proximal local training (Li et al., 2018, arXiv:1812.06127, equation 2)."""
+
+    Options = FedProxOptions
+
+    def __init__(self, options: FedProxOptions | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.options = options or FedProxOptions()
+
+    def instruct(self, server_round: int, client: Declaration) -> Instruction:
+        """Add the proximal term."""
+        return Instruction(server_round, proximal_mu=self.options.mu)

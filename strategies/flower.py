@@ -1,0 +1,142 @@
+"""Any of Flower's own strategies on clients of any bit-width: `strategy="flwr:FedAdam"`.
+
+The base decodes every client's update to float32; Flower's class then sees ordinary replies and
+needs no change. It aggregates; who takes part and what is sent stays with the base.
+"""
+
+import inspect
+import tomllib
+from collections.abc import Iterator
+
+import flwr.serverapp.strategy as flower_strategies
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from pydantic import Field, field_validator
+
+from strategies.base import MixedPrecisionStrategy, State, to_arrays, to_state
+from strategies.nodes import FederationError
+from strategies.replies import ClientUpdate
+from task.errors import SettingsError
+from task.options import Options
+from task.protocol import Declaration, Instruction
+
+PREFIX = "flwr:"
+
+
+def parse_arguments(text: str) -> dict[str, object]:
+    """Read ``"eta = 0.1, beta_1 = 0.9"`` as the arguments of a class.
+
+    Raises
+    ------
+    ValueError
+        If it is not a list of TOML assignments.
+    """
+    try:
+        return tomllib.loads(f"arguments = {{{text}}}")["arguments"]
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"write it as eta = 0.1, tau = 0.001 ({error})") from None
+
+
+class FlowerOptions(Options):
+    """Settings of Flower's strategies (`flwr-...`)."""
+
+    arguments: str = Field("", description="Arguments of the class, as in eta = 0.1, tau = 0.001.")
+
+    @field_validator("arguments")
+    @classmethod
+    def _arguments_parse(cls, value: str) -> str:
+        parse_arguments(value)
+        return value
+
+
+def flower_names() -> list[str]:
+    """Return the names of Flower's strategies that average models."""
+    classes = inspect.getmembers(flower_strategies, inspect.isclass)
+    return [name for name, kind in classes if issubclass(kind, FedAvg)]
+
+
+class FlowerStrategy(MixedPrecisionStrategy):
+    """One of Flower's strategies behind the decoding of mixed bit-widths.
+
+    Parameters
+    ----------
+    name : str
+        Class in ``flwr.serverapp.strategy``.
+    options : FlowerOptions, optional
+        Arguments of the class.
+    **kwargs
+        Of `MixedPrecisionStrategy`.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such class, or its arguments do not fit.
+    """
+
+    Options = FlowerOptions
+
+    def __init__(self, name: str, options: FlowerOptions | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.inner = _make(name, parse_arguments((options or FlowerOptions()).arguments))
+        self._config = ConfigRecord()
+
+    def configure_train(self, server_round, arrays, config, grid: Grid) -> list[Message]:
+        """Let Flower's class see the round's model and write its settings, then do as always."""
+        # With a share of 0 it samples nobody; FedOpt keeps the model, FedProx sets its factor.
+        self._config = ConfigRecord({"server-round": server_round})
+        self.inner.configure_train(server_round, to_arrays(to_state(arrays)), self._config, grid)
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def instruct(self, server_round: int, client: Declaration) -> Instruction:
+        """Pass on the proximal term, the only thing that Flower's classes ask of a client."""
+        return Instruction(server_round, proximal_mu=float(self._config.get("proximal-mu", 0.0)))
+
+    def combine(
+        self, server_round: int, start: State, updates: Iterator[ClientUpdate]
+    ) -> State | None:
+        """Hand the decoded updates to Flower's class."""
+        replies = [_as_reply(item, list(start)) for item in updates]
+        if not replies:
+            return None
+        try:
+            arrays, _ = self.inner.aggregate_train(server_round, replies)
+        except Exception as error:
+            # A rule that needs more clients than there are, for example.
+            name = type(self.inner).__name__
+            raise FederationError(f"strategy: {PREFIX}{name} cannot aggregate: {error}") from error
+        return None if arrays is None else to_state(arrays)
+
+
+def _make(name: str, arguments: dict[str, object]) -> FedAvg:
+    if name not in flower_names():
+        allowed = ", ".join(PREFIX + n for n in flower_names())
+        raise SettingsError(f"strategy: {PREFIX + name!r} is none of {allowed}")
+    kind = getattr(flower_strategies, name)
+    parameters = inspect.signature(kind.__init__).parameters
+    reserved = {"fraction_train", "fraction_evaluate", "weighted_by_key", "arrayrecord_key"}
+    settable = [
+        p for p in parameters if p != "self" and p not in reserved and not p.startswith("min_")
+    ]
+    if unknown := [key for key in arguments if key not in settable]:
+        raise SettingsError(
+            f"flwr-arguments: {name} has no {unknown[0]!r}; it takes {', '.join(settable)}"
+        )
+    needed = [p for p in settable if parameters[p].default is inspect.Parameter.empty]
+    if missing := [p for p in needed if p not in arguments]:
+        raise SettingsError(f"flwr-arguments: {name} needs {', '.join(missing)}")
+    try:
+        return kind(fraction_train=0.0, fraction_evaluate=0.0, **arguments)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"flwr-arguments: {name} refuses {arguments}: {error}") from None
+
+
+def _as_reply(item: ClientUpdate, names: list[str]) -> Message:
+    # In the order of the global model: some of Flower's classes pair arrays by position.
+    values = item.update.dequantize()
+    metrics = MetricRecord(
+        {"num-examples": item.report.num_examples, "train_loss": item.report.loss}
+    )
+    arrays = to_arrays({name: values[name] for name in names})
+    content = RecordDict({"arrays": arrays, "metrics": metrics})
+    return Message(content, item.client.partition_id, MessageType.TRAIN)

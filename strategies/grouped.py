@@ -1,0 +1,35 @@
+"""GroupedAvg: clients of one bit-width are averaged among themselves only."""
+
+from collections.abc import Iterator
+
+from strategies.averaging import WeightedMean
+from strategies.base import MixedPrecisionStrategy, State
+from strategies.replies import ClientUpdate
+
+
+class GroupedAvg(MixedPrecisionStrategy):
+    """One global model per bit-width: no precision is mixed, and nothing learned across widths.
+
+    The model that the run passes from round to round is that of the highest width.
+    """
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self._models: dict[int, State] = {}
+        self._common: State = {}
+
+    def combine(
+        self, server_round: int, start: State, updates: Iterator[ClientUpdate]
+    ) -> State | None:
+        """Average each width's clients."""
+        self._common = self._common or start
+        averages: dict[int, WeightedMean] = {}
+        for item in updates:
+            average = averages.setdefault(item.client.bits, WeightedMean())
+            average.add(item.update.dequantize(), item.report.num_examples)
+        self._models |= {bits: average.mean() for bits, average in averages.items()}
+        return self._models[max(self._models)] if self._models else None
+
+    def state_for(self, bits: int, state: State) -> State:
+        """Return the model of a width; before its clients first reported, the common start."""
+        return self._models.get(bits, self._common or state)
