@@ -25,7 +25,8 @@ from quant import (
 from task.data import Images
 from task.settings import Settings
 
-_EVALUATION_BATCH = 500
+# Small enough for the cache: twice as fast as 500 on a CPU.
+_EVALUATION_BATCH = 100
 _CALIBRATION_BATCH = 128
 
 

@@ -140,12 +140,25 @@ def run_round(strategy, grid, state, server_round=1):
     return {n: torch.from_numpy(a.numpy().copy()) for n, a in new.items()}
 
 
-def client_app_node(partition, of, run_config, node_config=None) -> Node:
+class ClientAppNode:
     """A node that runs the project's real ClientApp, with a context of its own."""
-    from client_app.app import app
 
-    config = {"partition-id": partition, "num-partitions": of, **(node_config or {})}
-    context = Context(
-        run_id=1, node_id=partition, node_config=config, state=RecordDict(), run_config=run_config
-    )
-    return lambda message: app(message, context)
+    def __init__(self, partition, of, run_config, node_config=None) -> None:
+        self.config = {"partition-id": partition, "num-partitions": of, **(node_config or {})}
+        self.run_config = run_config
+        self.lose_state()
+
+    def lose_state(self) -> None:
+        """Begin with an empty context, as a restarted SuperNode does."""
+        self.context = Context(
+            run_id=1,
+            node_id=self.config["partition-id"],
+            node_config=self.config,
+            state=RecordDict(),
+            run_config=self.run_config,
+        )
+
+    def __call__(self, message: Message) -> Message:
+        from client_app.app import app
+
+        return app(message, self.context)

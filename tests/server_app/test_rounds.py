@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from federation import InProcessGrid, client_app_node
+from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
@@ -32,7 +32,7 @@ def run(tmp_path, clients=2, node_configs=None, **changes):
     nodes = {}
     for i in range(clients):
         own = (node_configs or {}).get(i)
-        nodes[50 + i] = client_app_node(i, clients, config, own)
+        nodes[50 + i] = ClientAppNode(i, clients, config, own)
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
     main(InProcessGrid(nodes), context)
     return tmp_path / config["run-name"]

@@ -1,0 +1,145 @@
+"""Flower's own strategies on mixed-bit clients, against NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from federation import ScriptedClient, federation, run_round
+
+from quant import quantize_state
+from strategies import FederationError, FlowerStrategy
+from strategies.flower import FlowerOptions, flower_names
+from task.errors import SettingsError
+
+GENERATOR = torch.Generator().manual_seed(5)
+STATE = {
+    # Not in the order in which a payload holds them: some of Flower's classes pair by position.
+    "z.bias": torch.randn(4, generator=GENERATOR),
+    "a.weight": torch.randn(4, 6, generator=GENERATOR),
+    "b.bias": torch.randn(3, generator=GENERATOR),
+    "b.weight": torch.randn(3, 4, generator=GENERATOR),
+}
+MOVES = [{n: torch.randn(t.shape, generator=GENERATOR) for n, t in STATE.items()} for _ in range(5)]
+WIDTHS = (4, 4, 8, 32, 32)
+
+
+def sent(i, received):
+    """What client `i` holds at its width after moving by its fixed step."""
+    moved = {n: received[n] + MOVES[i][n] for n in received}
+    return quantize_state(moved, WIDTHS[i])
+
+
+def clients():
+    return [
+        ScriptedClient(i, 5, WIDTHS[i], lambda s, i=i: sent(i, s), examples=10 * (i + 1))
+        for i in range(5)
+    ]
+
+
+def values(state, name):
+    return np.stack([sent(i, state).dequantize()[name].numpy() for i in range(5)])
+
+
+WEIGHTS = np.array([1, 2, 3, 4, 5]) / 15
+
+
+def make(name, arguments=""):
+    return FlowerStrategy(name, FlowerOptions(arguments=arguments))
+
+
+def test_fedmedian_takes_the_median_of_the_decoded_weights():
+    new = run_round(make("FedMedian"), federation(clients(), STATE), STATE)
+    for name in STATE:
+        np.testing.assert_allclose(new[name], np.median(values(STATE, name), axis=0), rtol=1e-5)
+
+
+def test_fedadam_over_two_rounds():
+    """Reddi et al., 2021 (arXiv:2003.00295), algorithm 2, with Flower's bias-corrected step."""
+    eta, tau, b1, b2 = 0.1, 1e-2, 0.9, 0.99
+    strategy = make("FedAdam", f"eta = {eta}, tau = {tau}, beta_1 = {b1}, beta_2 = {b2}")
+    grid = federation(clients(), STATE)
+    state = STATE
+    m = {n: 0.0 for n in STATE}
+    v = {n: 0.0 for n in STATE}
+    for server_round in (1, 2):
+        new = run_round(strategy, grid, state, server_round)
+        rate = eta * np.sqrt(1 - b2 ** (server_round + 1)) / (1 - b1 ** (server_round + 1))
+        for name in STATE:
+            delta = np.tensordot(WEIGHTS, values(state, name), 1) - state[name].numpy()
+            m[name] = b1 * m[name] + (1 - b1) * delta
+            v[name] = b2 * v[name] + (1 - b2) * delta**2
+            expected = state[name].numpy() + rate * m[name] / (np.sqrt(v[name]) + tau)
+            np.testing.assert_allclose(new[name], expected, rtol=2e-4, atol=1e-5)
+        state = new
+
+
+def test_fedavgm_pairs_every_tensor_with_its_own():
+    """Momentum 0.5 and step 1 over two rounds: v <- v / 2 + (w - mean), w <- w - v."""
+    strategy = make("FedAvgM", "server_learning_rate = 1.0, server_momentum = 0.5")
+    grid = federation(clients(), STATE)
+    state, v = STATE, {n: 0.0 for n in STATE}
+    for server_round in (1, 2):
+        new = run_round(strategy, grid, state, server_round)
+        for name in STATE:
+            mean = np.tensordot(WEIGHTS, values(state, name), 1)
+            v[name] = 0.5 * v[name] + (state[name].numpy() - mean)
+            np.testing.assert_allclose(new[name], state[name].numpy() - v[name], rtol=1e-4, atol=1e-5)
+        state = new
+
+
+def test_krum_returns_one_clients_weights():
+    new = run_round(make("Krum", "num_malicious_nodes = 1"), federation(clients(), STATE), STATE)
+    distances = [
+        sum(float(np.abs(values(STATE, n)[i] - new[n].numpy()).max()) for n in STATE)
+        for i in range(5)
+    ]
+    assert min(distances) < 1e-6
+
+
+def test_fedprox_passes_its_factor_on():
+    nodes = clients()
+    run_round(make("FedProx", "proximal_mu = 0.25"), federation(nodes, STATE), STATE)
+    assert {c.instructions[0].proximal_mu for c in nodes} == {0.25}
+
+
+@pytest.mark.parametrize(
+    "name", ["FedAvg", "FedAdagrad", "FedYogi", "FedTrimmedAvg", "MultiKrum", "QFedAvg", "Bulyan"]
+)
+def test_the_others_aggregate_too(name):
+    arguments = "client_learning_rate = 0.1" if name == "QFedAvg" else ""
+    new = run_round(make(name, arguments), federation(clients(), STATE), STATE)
+    assert all(torch.isfinite(t).all() for t in new.values())
+    assert any(not torch.equal(new[n], STATE[n]) for n in STATE)
+
+
+def test_a_rule_that_cannot_aggregate_ends_with_its_reason(monkeypatch):
+    strategy = make("FedAvg")
+    monkeypatch.setattr(strategy.inner, "weighted_by_key", "absent")
+    with pytest.raises(FederationError, match=r"flwr:FedAvg cannot aggregate: .*absent"):
+        run_round(strategy, federation(clients(), STATE), STATE)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("FedNova", "", "strategy: 'flwr:FedNova' is none of flwr:Bulyan"),
+        ("FedOpt2", "", "is none of"),
+        ("DifferentialPrivacyServerSideFixedClipping", "", "is none of"),
+        ("QFedAvg", "", "flwr-arguments: QFedAvg needs client_learning_rate"),
+        ("FedAdam", "etta = 0.1", "flwr-arguments: FedAdam has no 'etta'; it takes"),
+        ("FedAdam", "fraction_train = 0.5", "FedAdam has no 'fraction_train'"),
+    ],
+)
+def test_a_class_that_does_not_fit_is_refused_in_one_line(name, arguments, message):
+    with pytest.raises(SettingsError) as error:
+        make(name, arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_arguments_that_are_no_assignments_are_refused():
+    with pytest.raises(SettingsError, match=r"flwr-arguments: 'eta: 3' is not allowed"):
+        FlowerOptions.read({"arguments": "eta: 3"}, "flwr-")
+
+
+def test_the_names_are_flowers_own():
+    assert {"FedAvg", "FedAdam", "FedYogi", "FedMedian", "Krum"} <= set(flower_names())
