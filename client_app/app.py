@@ -3,7 +3,16 @@
 import time
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
@@ -16,6 +25,7 @@ from quant import (
     encode_update,
     quantize_difference,
     set_scales,
+    weight_scales,
 )
 from task.data import Images, load_dataset
 from task.errors import SettingsError
@@ -46,7 +56,7 @@ from task.training import (
 
 app = ClientApp()
 
-_OWN_MODEL = "own-model"
+_OWN_MODEL, _OWN_SCALES = "own-model", "own-scales"
 
 
 @app.query()
@@ -82,9 +92,8 @@ def answer_train(message: Message, context: Context) -> Message:
         generator = torch.Generator().manual_seed(derive_seed(seed, 6))
         update = quantize_difference(trained.moved, bits, generator)
     if instruction.uplink == "nothing":
-        context.state[_OWN_MODEL] = ArrayRecord(
-            {name: Array(tensor.numpy()) for name, tensor in model_state(model).items()}
-        )
+        context.state[_OWN_MODEL] = _to_record(model_state(model))
+        context.state[_OWN_SCALES] = _to_record(weight_scales(model))
     else:
         payload = encode_update(update)
         array = Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
@@ -155,12 +164,22 @@ def _model(
         if instruction.downlink_bits == bits:
             scales = {name: tensor.scale for name, tensor in sent.quantized.items()}
     elif _OWN_MODEL in context.state:
-        own = context.state[_OWN_MODEL]
-        state = {name: torch.from_numpy(array.numpy().copy()) for name, array in own.items()}
+        state = _from_record(context.state[_OWN_MODEL])
+        # Evaluated on the grid that it was trained on; training fits a new one every round.
+        if message.metadata.message_type == MessageType.EVALUATE:
+            scales = _from_record(context.state[_OWN_SCALES])
     else:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
     load_state(model, state)
     return model, scales
+
+
+def _to_record(tensors: dict[str, Tensor]) -> ArrayRecord:
+    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in tensors.items()})
+
+
+def _from_record(record: ArrayRecord) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
 
 
 def _report(score: Score, started: float) -> MetricRecord:

@@ -44,6 +44,7 @@ from quant.update import (
     Update,
     UpdateSpec,
     is_quantized,
+    is_variance,
     quantize_difference,
     quantize_state,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "fine_tune",
     "fit_scale",
     "is_quantized",
+    "is_variance",
     "ladder_of",
     "largest_code",
     "mse_scale",

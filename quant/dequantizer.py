@@ -35,6 +35,8 @@ from quant.grid import (
 )
 
 _HIDDEN = 16
+_WEIGHTS_AT_ONCE = 500_000
+_ALL = slice(None)
 _GLOBAL_FEATURES = 4
 _START_FEATURES = 6
 
@@ -105,9 +107,14 @@ class GlobalReference:
         """Value that the block between rungs `low` and `high` corrects."""
         return q
 
-    def features(self, q: Tensor, name: str, low: int, high: int, depth: float) -> Tensor:
-        """Inputs of the block, ``[q.numel(), 4]``: code, magnitude, log of the step, depth."""
-        step = per_channel(self.start.scales[low][name], q.ndim)
+    def features(
+        self, q: Tensor, name: str, low: int, high: int, depth: float, rows: slice = _ALL
+    ) -> Tensor:
+        """Inputs of the block, ``[q.numel(), 4]``: code, magnitude, log of the step, depth.
+
+        `q` holds the channels `rows` of the tensor `name`.
+        """
+        step = per_channel(self.start.scales[low][name][rows], q.ndim)
         code = q / (step * largest_code(low))
         log_step = step.log2().expand_as(q) / 8
         return torch.stack([code, code.abs(), log_step, torch.full_like(q, depth)], -1).flatten(
@@ -125,14 +132,17 @@ class StartReference(GlobalReference):
         """Value that the block between rungs `low` and `high` corrects."""
         return q + (self.start.values[high][name] - self.start.values[low][name])
 
-    def features(self, q: Tensor, name: str, low: int, high: int, depth: float) -> Tensor:
+    def features(
+        self, q: Tensor, name: str, low: int, high: int, depth: float, rows: slice = _ALL
+    ) -> Tensor:
         """Inputs of the block, ``[q.numel(), 6]``: those, then movement and place in the cell."""
-        step = per_channel(self.start.scales[low][name], q.ndim)
-        start = self.start.values[low][name]
+        step = per_channel(self.start.scales[low][name][rows], q.ndim)
+        start = self.start.values[low][name][rows]
+        finer = self.start.values[high][name][rows]
         moved = ((q - start) / step).clamp(-4, 4)
-        place = ((self.start.values[high][name] - start) / step).clamp(-1, 1)
+        place = ((finer - start) / step).clamp(-1, 1)
         known = torch.stack([moved, place], -1).flatten(0, -2)
-        return torch.cat([super().features(q, name, low, high, depth), known], 1)
+        return torch.cat([super().features(q, name, low, high, depth, rows), known], 1)
 
 
 Reference = GlobalReference | StartReference
@@ -178,10 +188,14 @@ class ProgressiveDequantizer(nn.Module):
         block = self.blocks[str(bits)]
         lifted = {}
         for name, q in values.items():
-            inputs = reference.features(q, name, bits, high, self.depth[name])
             step = per_channel(reference.start.scales[bits][name], q.ndim)
-            correction = block(inputs).reshape(q.shape)
-            lifted[name] = reference.base(q, name, bits, high) + step * correction
+            correction = torch.cat(
+                [
+                    block(reference.features(part, name, bits, high, self.depth[name], rows))
+                    for part, rows in _channel_chunks(q)
+                ]
+            )
+            lifted[name] = reference.base(q, name, bits, high) + step * correction.reshape(q.shape)
         return lifted
 
     def forward(
@@ -206,6 +220,13 @@ class ProgressiveDequantizer(nn.Module):
         for rung in self.ladder[self.ladder.index(bits) : -1]:
             values = self.step_up(values, rung, reference)
         return dict(values)
+
+
+def _channel_chunks(q: Tensor) -> list[tuple[Tensor, slice]]:
+    """Cut a tensor into runs of channels: the block's hidden layers take 40 times its memory."""
+    count = max(1, _WEIGHTS_AT_ONCE * q.shape[0] // max(q.numel(), 1))
+    starts = range(0, q.shape[0], count)
+    return [(q[i : i + count], slice(i, i + count)) for i in starts]
 
 
 def _block(num_features: int) -> nn.Sequential:

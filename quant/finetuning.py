@@ -38,9 +38,10 @@ class FineTuning:
         ``lambda`` of the poster; 0 leaves the distillation term out.
     stochastic : bool
         Whether the low-bit clients round stochastically from their quantized start (strict
-        training) rather than to nearest (quantization-aware training).
+        training) rather than to nearest (quantization-aware training). Matters with
+        `StartReference`; `GlobalReference` has the poster's pairs, rounded to nearest.
     group_size : int
-        Clients whose mean is lifted at once.
+        Clients whose mean is lifted at once; matters where they round stochastically.
     """
 
     steps: int = 20

@@ -92,6 +92,11 @@ def is_quantized(shape: tuple[int, ...] | torch.Size) -> bool:
     return len(shape) >= 2
 
 
+def is_variance(name: str) -> bool:
+    """Return whether a tensor of this name holds BatchNorm's variances, which are not negative."""
+    return name.endswith("running_var")
+
+
 def quantize_state(
     state: Mapping[str, Tensor], bits: int, scales: Mapping[str, Tensor] | None = None
 ) -> Update:

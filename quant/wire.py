@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, largest_code
 from quant.packing import PackingError, pack, packed_size, unpack
-from quant.update import Content, QuantizedTensor, Update, UpdateSpec
+from quant.update import Content, QuantizedTensor, Update, UpdateSpec, is_variance
 
 STYPE = "prowd.update/1"
 
@@ -34,6 +34,8 @@ _HEADER = struct.Struct("<4sBBBBII")
 _CRC_OFFSET = _HEADER.size - 4
 _CONTENTS: tuple[str, ...] = get_args(Content)
 _FLOAT, _CODES = 0, 1
+# No network that works holds a larger value; sums over clients stay far from overflow.
+_LARGEST_VALUE = 1e8
 
 
 class UpdateError(ValueError):
@@ -98,18 +100,22 @@ def decode_update(data: bytes, spec: UpdateSpec, bits: int, content: Content = "
     scales = _floats_at(view, position, scale_count, "a scale")
     if not (scales > 0).all():
         raise UpdateError("a scale is not positive")
-    if bits != FLOAT_BITS and (scales > np.finfo(np.float32).max / largest_code(bits)).any():
-        raise UpdateError("a scale is so large that its grid is not finite")
+    if bits != FLOAT_BITS and (scales > _LARGEST_VALUE / largest_code(bits)).any():
+        raise UpdateError(f"a scale is so large that its grid exceeds {_LARGEST_VALUE:g}")
     position += 4 * scale_count
     packed = packed_size(code_count, bits) if code_count else 0
     floats = _floats_at(view, position + packed, float_count, "a float tensor")
+    if float_count and np.abs(floats).max() > _LARGEST_VALUE:
+        raise UpdateError(f"a value exceeds {_LARGEST_VALUE:g}")
     try:
         codes = unpack(view[position : position + packed], bits, code_count) if packed else None
     except PackingError as error:
         raise UpdateError(str(error)) from None
-    return Update(
-        bits, content, _split_codes(spec, bits, codes, scales), _split(spec, bits, floats)
-    )
+    tensors = _split(spec, bits, floats)
+    for name, tensor in tensors.items():
+        if content == "weights" and is_variance(name) and (tensor < 0).any():
+            raise UpdateError(f"{name} is a variance and has a negative entry")
+    return Update(bits, content, _split_codes(spec, bits, codes, scales), tensors)
 
 
 def _counts(spec: UpdateSpec, bits: int) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from quant import FLOAT_BITS
 from server_app.build import build_strategy, read_settings
 from server_app.evaluation import Evaluator, make_predict
 from server_app.record import RunRecord, open_record
@@ -18,7 +19,7 @@ from task.errors import SettingsError
 from task.models import build_model
 from task.partition import server_pixels
 from task.settings import Settings
-from task.training import model_state
+from task.training import check_quantizable, model_state
 
 app = ServerApp()
 
@@ -31,7 +32,8 @@ def main(grid: Grid, context: Context) -> None:
         record = _open_record(context.run_config)
         _run(grid, context.run_config, record)
     except (SettingsError, FederationError) as error:
-        # One line that says what is wrong; Flower marks the run failed only if it is raised on.
+        # One line that says what is wrong. Flower marks the run failed only if it is raised on, and
+        # prints a traceback, which is kept short.
         log(ERROR, "prowd: %s", error)
         _close_failed(record, str(error))
         raise type(error)(str(error)) from None
@@ -46,13 +48,15 @@ def _run(grid: Grid, run_config: Mapping[str, object], record: RunRecord) -> Non
     torch.set_num_threads(settings.server_threads)
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
+    if min(settings.mix) < FLOAT_BITS:
+        check_quantizable(model, settings.model)
     buffer = server_pixels(settings)
     strategy = build_strategy(settings, options, make_predict(model, buffer))
     evaluator = Evaluator(settings, model, data.test, buffer)
     log(INFO, "prowd: %s on %s, record in %s", settings.strategy, settings.dataset, record.folder)
     state = run_rounds(grid, strategy, settings, model_state(model), evaluator, record)
     if strategy.evaluates_on_server:
-        record.write_model(evaluator.deployable(strategy.state_for(32, state)))
+        record.write_model(evaluator.deployable(strategy.state_for(FLOAT_BITS, state)))
     record.write_summary("completed")
     log(INFO, "prowd: completed; record in %s", record.folder)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from quant import FLOAT_BITS
 from task.data import Images
 from task.settings import Settings
 from task.training import (
@@ -61,7 +62,7 @@ class Evaluator:
 
     def deployable(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the float32 model as it is evaluated at 32 bits, with its statistics."""
-        return model_state(self.model_at(state, 32))
+        return model_state(self.model_at(state, FLOAT_BITS))
 
 
 def make_predict(

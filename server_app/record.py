@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -14,6 +15,10 @@ from torch import Tensor
 from task.errors import SettingsError
 
 _PACKAGES = ("prowd", "flwr", "torch", "torchvision", "numpy", "pydantic", "ray", "flwr-datasets")
+
+
+class RunExistsError(SettingsError):
+    """There is a run of this name already."""
 
 
 class RunRecord:
@@ -26,8 +31,10 @@ class RunRecord:
 
     Raises
     ------
+    RunExistsError
+        If the folder exists.
     SettingsError
-        If the folder exists or cannot be made.
+        If it cannot be made.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +42,7 @@ class RunRecord:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            raise SettingsError(
+            raise RunExistsError(
                 f"run-name: {folder} exists already; choose another name or leave it empty"
             ) from None
         except OSError as error:
@@ -62,7 +69,7 @@ class RunRecord:
     def append_round(self, entry: Mapping[str, object]) -> None:
         """Append one round to rounds.jsonl and to TensorBoard."""
         with open(self.folder / "rounds.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
         self._uplink += sum(entry["uplink_bytes"].values())
         self._downlink += sum(entry["downlink_bytes"].values())
         self._last = dict(entry)
@@ -96,7 +103,7 @@ class RunRecord:
 
     def _write_json(self, name: str, content: Mapping[str, object]) -> None:
         partial = self.folder / f"{name}.part"
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
         os.replace(partial, self.folder / name)
 
     def _to_board(self, entry: Mapping[str, object]) -> None:
@@ -118,12 +125,21 @@ def open_record(output_dir: str, run_name: str, strategy: str, dataset: str) -> 
     if run_name:
         return RunRecord(base / run_name)
     stem = f"{strategy}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}"
-    # Two runs may begin in one second.
-    for attempt in range(100):
-        folder = base / (stem if not attempt else f"{stem}-{attempt + 1}")
-        if not folder.exists():
-            return RunRecord(folder)
+    for attempt in range(1, 100):
+        try:
+            return RunRecord(base / (stem if attempt == 1 else f"{stem}-{attempt}"))
+        except RunExistsError:
+            continue  # Two runs may begin in one second.
     raise SettingsError(f"output-dir: {base} holds a hundred runs of this second")
+
+
+def _finite(value: object) -> object:
+    """Replace numbers that JSON does not have by null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    return value
 
 
 def _versions() -> dict[str, str]:

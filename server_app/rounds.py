@@ -1,16 +1,17 @@
 """The rounds of a run: train, aggregate, evaluate, record, one line each."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from logging import INFO
 
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from server_app.evaluation import Evaluator
 from server_app.record import RunRecord
-from strategies import MixedPrecisionStrategy, RoundLog, receive
+from strategies import FederationError, MixedPrecisionStrategy, RoundLog, receive
 from strategies.base import State, to_arrays, to_state
 from task.settings import Settings
 
@@ -47,6 +48,9 @@ def run_rounds(
     for server_round in range(1, settings.num_server_rounds + 1):
         entry, arrays = _run_round(grid, strategy, settings, server_round, arrays, evaluator)
         record.append_round(entry)
+        if server_round == 1 and not entry["clients"]["aggregated"]:
+            reason = next(iter(entry["left_out"].values()), "none answered")
+            raise FederationError(f"no client could be used in the first round: {reason}")
         done = server_round / settings.num_server_rounds
         left = (time.monotonic() - began) * (1 / done - 1)
         log(INFO, "%s", format_round(entry, settings.num_server_rounds, left))
@@ -63,46 +67,71 @@ def _run_round(
 ) -> tuple[dict[str, object], ArrayRecord]:
     started = time.monotonic()
     messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
-    # All replies first, so that waiting for clients and working on updates are timed apart.
-    replies = list(receive(grid, messages, settings.round_timeout))
-    trained = time.monotonic()
+    replies = _Timed(receive(grid, messages, settings.round_timeout))
     aggregated, metrics = strategy.aggregate_train(server_round, replies)
-    del replies
     arrays = arrays if aggregated is None else aggregated
     combined = time.monotonic()
-    train_log = strategy.round_log
+    scores = _Scores()
     last = server_round == settings.num_server_rounds
-    accuracy: dict[str, float] = {}
-    loss: dict[str, float] = {}
-    by_clients: dict[str, float] = {}
     if last or server_round % settings.evaluate_every == 0:
-        by_clients = _evaluate_on_clients(grid, strategy, settings, server_round, arrays)
-        if strategy.evaluates_on_server:
-            accuracy, loss = _evaluate_on_server(strategy, to_state(arrays), evaluator)
-        else:
-            accuracy = _part(by_clients, "accuracy-")
-            loss = _part(by_clients, "loss-")
+        scores = _evaluate(grid, strategy, settings, server_round, arrays, evaluator)
     ended = time.monotonic()
+    trained, evaluated = strategy.round_log, strategy.evaluate_log
     entry = {
         "round": server_round,
-        "accuracy": accuracy,
-        "loss": loss,
+        "accuracy": scores.accuracy,
+        "loss": scores.loss,
         "train_loss": metrics["train-loss"] if metrics else None,
-        "uplink_bytes": _by_width(train_log.uplink_bytes),
-        "downlink_bytes": _by_width(train_log.downlink_bytes),
+        "uplink_bytes": _by_width(trained.uplink_bytes),
+        "downlink_bytes": _by_width(trained.downlink_bytes + evaluated.downlink_bytes),
         "seconds": {
             "round": ended - started,
-            "train": trained - started,
-            "aggregate": combined - trained,
+            "train": replies.ended - started,
+            "aggregate": combined - replies.ended,
             "evaluate": ended - combined,
         },
-        "clients": _clients(train_log),
-        "left_out": {str(p): r for p, r in (train_log.rejected | train_log.failed).items()},
-        settings.strategy: train_log.own,
+        "clients": _clients(trained),
+        "left_out": {str(p): r for p, r in (trained.left_out | evaluated.left_out).items()},
+        settings.strategy: trained.own,
     }
-    if by_clients and strategy.evaluates_on_server:
-        entry["evaluated_by_clients"] = by_clients
+    if scores.by_clients:
+        entry["evaluated_by_clients"] = scores.by_clients
     return entry, arrays
+
+
+class _Timed:
+    """Replies as they come, and when the last one had come."""
+
+    def __init__(self, replies: Iterator[Message]) -> None:
+        self._replies = replies
+        self.ended = time.monotonic()
+
+    def __iter__(self) -> Iterator[Message]:
+        yield from self._replies
+        self.ended = time.monotonic()
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Accuracy and loss by width and averaged; and what clients found, if the server looked too."""
+
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    loss: Mapping[str, float] = field(default_factory=dict)
+    by_clients: Mapping[str, float] = field(default_factory=dict)
+
+
+def _evaluate(
+    grid: Grid,
+    strategy: MixedPrecisionStrategy,
+    settings: Settings,
+    server_round: int,
+    arrays: ArrayRecord,
+    evaluator: Evaluator,
+) -> _Scores:
+    by_clients = _evaluate_on_clients(grid, strategy, settings, server_round, arrays)
+    if not strategy.evaluates_on_server:
+        return _Scores(_part(by_clients, "accuracy-"), _part(by_clients, "loss-"))
+    return _Scores(*_evaluate_on_server(strategy, to_state(arrays), evaluator), by_clients)
 
 
 def _evaluate_on_clients(
@@ -155,12 +184,12 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _clients(log_: RoundLog) -> dict[str, int]:
+def _clients(round_log: RoundLog) -> dict[str, int]:
     return {
-        "sampled": len(log_.sampled),
-        "aggregated": len(log_.aggregated),
-        "rejected": len(log_.rejected),
-        "failed": len(log_.failed),
+        "sampled": len(round_log.sampled),
+        "aggregated": len(round_log.aggregated),
+        "rejected": len(round_log.rejected),
+        "failed": len(round_log.failed),
     }
 
 

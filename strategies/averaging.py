@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class WeightedMean:
-    """Running weighted mean of state dicts in float32; needs one model's memory."""
+    """Weighted mean of state dicts in float32, summed one at a time in one model's memory."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

@@ -31,6 +31,8 @@ from quant import (
     UpdateSpec,
     decode_update,
     encode_update,
+    is_variance,
+    payload_size,
     quantize_state,
 )
 from strategies.nodes import Nodes, sample_nodes
@@ -42,6 +44,7 @@ from strategies.replies import (
     match_replies,
     open_report,
     open_training_reply,
+    payload_of,
 )
 from task.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report
 
@@ -65,8 +68,8 @@ class MixedPrecisionStrategy(Strategy):
 
     Attributes
     ----------
-    round_log : RoundLog
-        What happened to the clients in the last round of training.
+    round_log, evaluate_log : RoundLog
+        What happened to the clients in the last round of training, and in the last evaluation.
     """
 
     evaluates_on_server = True
@@ -85,6 +88,7 @@ class MixedPrecisionStrategy(Strategy):
         self.seed = seed
         self.nodes = Nodes(min_nodes, node_wait)
         self.round_log = RoundLog()
+        self.evaluate_log = RoundLog()
         self._start: State = {}
         self._sent: list[Message] = []
         self._clients: dict[int, Declaration] = {}
@@ -128,7 +132,10 @@ class MixedPrecisionStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Sample the nodes of this round and make a message for each."""
-        return self._ask(MessageType.TRAIN, self.fraction_train, server_round, arrays, grid)
+        self.round_log, self.evaluate_log = RoundLog(), RoundLog()
+        return self._ask(
+            MessageType.TRAIN, self.fraction_train, server_round, arrays, grid, self.round_log
+        )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -142,7 +149,9 @@ class MixedPrecisionStrategy(Strategy):
         packed.sort(key=lambda item: item.client.partition_id)
         reports: list[Report] = []
         state = self.combine(server_round, self._start, self._unpack(packed, reports))
-        self._log_left_out(server_round)
+        _log_left_out(server_round, self.round_log)
+        if state is not None:
+            state = _checked(state, server_round)
         metrics = MetricRecord(_weighted(reports)) if reports else None
         return (to_arrays(state) if state is not None else None), metrics
 
@@ -150,23 +159,30 @@ class MixedPrecisionStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Make a message for each node that is to evaluate the model at its own width."""
+        self.evaluate_log = RoundLog()
         if not self.fraction_evaluate:
             self._sent = []
             return self._sent
-        return self._ask(MessageType.EVALUATE, self.fraction_evaluate, server_round, arrays, grid)
+        return self._ask(
+            MessageType.EVALUATE,
+            self.fraction_evaluate,
+            server_round,
+            arrays,
+            grid,
+            self.evaluate_log,
+        )
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average the clients' accuracies and losses by width, and over all clients."""
         reports: dict[int, list[Report]] = {}
-        for client, reply in match_replies(self._sent, self._clients, replies, self.round_log):
+        for client, reply in match_replies(self._sent, self._clients, replies, self.evaluate_log):
             try:
                 reports.setdefault(client.bits, []).append(open_report(reply))
             except BadReply as error:
-                self.round_log.rejected[client.partition_id] = str(error)
-        if self._sent:
-            self._log_left_out(server_round)
+                self.evaluate_log.rejected[client.partition_id] = str(error)
+        _log_left_out(server_round, self.evaluate_log)
         if not reports:
             return None
         groups = {str(bits): group for bits, group in sorted(reports.items())}
@@ -185,10 +201,16 @@ class MixedPrecisionStrategy(Strategy):
     # --- the base's own ------------------------------------------------------------------------
 
     def _ask(
-        self, kind: str, fraction: float, server_round: int, arrays: ArrayRecord, grid: Grid
+        self,
+        kind: str,
+        fraction: float,
+        server_round: int,
+        arrays: ArrayRecord,
+        grid: Grid,
+        round_log: RoundLog,
     ) -> list[Message]:
-        self.round_log = RoundLog()
-        self._clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, server_round)
+        purpose = (server_round, int(kind == MessageType.EVALUATE))
+        self._clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, *purpose)
         self._instructions = {
             client.partition_id: self.instruct(server_round, client)
             for client in self._clients.values()
@@ -205,10 +227,9 @@ class MixedPrecisionStrategy(Strategy):
                 if key not in packed:
                     packed[key] = self._pack_model(*key)
                 content[MODEL] = packed[key]
-                size = len(packed[key][MODEL].data)
-                RoundLog.count(self.round_log.downlink_bytes, client.bits, size)
+                round_log.downlink_bytes[client.bits] += len(packed[key][MODEL].data)
             self._sent.append(Message(content, node_id, kind))
-        self.round_log.sampled = [client.partition_id for client in self._clients.values()]
+        round_log.sampled = [client.partition_id for client in self._clients.values()]
         return self._sent
 
     def _pack_model(self, bits: int, downlink_bits: int) -> ArrayRecord:
@@ -216,14 +237,17 @@ class MixedPrecisionStrategy(Strategy):
         return ArrayRecord({MODEL: to_array(encode_update(quantize_state(state, downlink_bits)))})
 
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:
-        wanted = self._instructions[client.partition_id].uplink != "nothing"
+        instruction = self._instructions[client.partition_id]
+        size = None
+        if instruction.uplink != "nothing":
+            bits = instruction.uplink_bits or client.bits
+            size = payload_size(UpdateSpec.of(self._start), bits)
+        self.round_log.uplink_bytes[client.bits] += len(payload_of(reply) or b"")
         try:
-            packed = open_training_reply(reply, client, wanted)
+            return open_training_reply(reply, client, size)
         except BadReply as error:
             self.round_log.rejected[client.partition_id] = str(error)
             return None
-        RoundLog.count(self.round_log.uplink_bytes, client.bits, len(packed.payload))
-        return packed
 
     def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
         spec = UpdateSpec.of(self._start)
@@ -241,15 +265,19 @@ class MixedPrecisionStrategy(Strategy):
             reports.append(item.report)
             yield ClientUpdate(item.client, update, item.report)
 
-    def _log_left_out(self, server_round: int) -> None:
-        for partition, reason in (self.round_log.rejected | self.round_log.failed).items():
-            log(
-                WARNING,
-                "Round %d goes on without partition %d: %s",
-                server_round,
-                partition,
-                reason,
-            )
+
+def _log_left_out(server_round: int, round_log: RoundLog) -> None:
+    for partition, reason in round_log.left_out.items():
+        log(WARNING, "Round %d goes on without partition %d: %s", server_round, partition, reason)
+
+
+def _checked(state: State, server_round: int) -> State | None:
+    """Return a combined model if it can be sent, with variances that are not negative."""
+    if not all(bool(t.isfinite().all()) for t in state.values()):
+        log(WARNING, "Round %d is left out: its model is not finite", server_round)
+        return None
+    # A step of the server beyond the mean can carry a variance below zero.
+    return {n: t.clamp(min=0) if is_variance(n) else t for n, t in state.items()}
 
 
 def to_array(payload: bytes) -> Array:

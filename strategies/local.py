@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from quant import FLOAT_BITS
 from strategies.base import MixedPrecisionStrategy, State
 from strategies.replies import ClientUpdate
 from task.protocol import Declaration, Instruction
@@ -23,7 +24,7 @@ class Local(MixedPrecisionStrategy):
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Send the model to those that have none yet."""
-        downlink_bits = 0 if client.partition_id in self._started else 32
+        downlink_bits = 0 if client.partition_id in self._started else FLOAT_BITS
         return Instruction(server_round, uplink="nothing", downlink_bits=downlink_bits)
 
     def combine(

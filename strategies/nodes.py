@@ -9,101 +9,126 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
-from strategies.replies import last_line, receive
+from strategies.replies import last_line
 from task.protocol import DECLARATION, Declaration, ProtocolError
 from task.seeds import derive_seed
 
-_POLL = 0.2
+_POLL = 0.1
+# A query can fail for a passing reason; a node that fails this often is refused.
+_QUERIES = 3
+# Keeps weighted sums finite whatever a node claims.
+_MOST_EXAMPLES = 10**9
 
 
 class FederationError(RuntimeError):
-    """The nodes that a run needs are not there; the message says which."""
+    """The federation cannot go on; the message says why."""
 
 
 class Nodes:
-    """Declarations of the connected nodes.
+    """Declarations of the nodes.
+
+    A partition belongs to the first node that declares it, for as long as that node is connected.
 
     Parameters
     ----------
     min_nodes : int
         Nodes that must take part.
     wait : float
-        Seconds to wait for them, and for an answer to the query.
+        Seconds to wait for them.
     """
 
     def __init__(self, min_nodes: int = 1, wait: float = 60.0) -> None:
         self._min_nodes = min_nodes
         self._wait = wait
-        self._declared: dict[int, Declaration] = {}
+        self._present: dict[int, Declaration] = {}
+        self._known: dict[int, Declaration] = {}
         self._refused: dict[int, str] = {}
-        self._expected = 0
+        self._queries: dict[str, int] = {}
+        self._failures: dict[int, int] = {}
+        self._spoken_of = 0
+        self._gathered = False
 
     def gather(self, grid: Grid) -> dict[int, Declaration]:
         """Return the declarations of the nodes that are connected now and may take part.
 
-        Unknown nodes are asked; the first time, this waits until as many as their declarations
-        speak of (`num_partitions`) are there, or the time is up.
+        New nodes are asked. The first time, this waits until there are as many as the nodes'
+        declarations speak of (`num_partitions`), or the time is up; later it waits only if fewer
+        than `min_nodes` are there.
 
         Raises
         ------
         FederationError
-            If fewer than `min_nodes` can take part when the time is up.
+            If fewer than `min_nodes` can take part when the time is up, or all were refused.
         """
         deadline = time.monotonic() + self._wait
-        first_time = not self._declared
         while True:
             connected = sorted(grid.get_node_ids())
-            self._query(grid, [n for n in connected if n not in self._declared | self._refused])
-            present = {n: self._declared[n] for n in connected if n in self._declared}
+            self._ask(grid, connected)
+            self._hear(grid, connected)
+            self._present = {n: self._known[n] for n in connected if n in self._known}
             refused = [self._refused[n] for n in connected if n in self._refused]
-            complete = self._expected and len(present) + len(refused) >= self._expected
-            enough = len(present) >= self._min_nodes
-            if (enough and not first_time) or complete or time.monotonic() >= deadline:
+            answered = len(self._present) + len(refused)
+            complete = 0 < self._expected() <= answered
+            enough = len(self._present) >= self._min_nodes
+            if complete or (enough and self._gathered) or time.monotonic() >= deadline:
                 break
             time.sleep(_POLL)
         if not enough:
             reason = refused[0] if refused else f"no more came in {self._wait:g} s"
             raise FederationError(
-                f"{len(present)} nodes can take part, min-nodes is {self._min_nodes}: {reason}"
+                f"{len(self._present)} nodes can take part, min-nodes is {self._min_nodes}: "
+                f"{reason}"
             )
-        if first_time and not complete:
-            log(WARNING, "Going on with %d of %d nodes", len(present), self._expected)
-        return present
+        if not self._gathered and not complete:
+            log(WARNING, "Going on with %d of %d nodes", len(self._present), self._expected())
+        self._gathered = True
+        return self._present
 
     def widths(self) -> dict[int, int]:
-        """Return the number of known nodes of each bit-width."""
-        widths = sorted(declaration.bits for declaration in self._declared.values())
+        """Return the number of present nodes of each bit-width."""
+        widths = sorted(declaration.bits for declaration in self._present.values())
         return {bits: widths.count(bits) for bits in sorted(set(widths))}
 
-    def _query(self, grid: Grid, node_ids: list[int]) -> None:
-        if not node_ids:
-            return
-        messages = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in node_ids]
-        replies = list(receive(grid, messages, self._wait))
-        asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
-        for reply in replies:
-            node_id = asked.get(reply.metadata.reply_to_message_id)
-            if node_id is not None:
-                self._admit(node_id, reply)
+    def _expected(self) -> int:
+        """Nodes that the federation has in all, as the first one to declare itself says."""
+        return next((d.num_partitions for d in self._known.values()), self._spoken_of)
 
-    def _admit(self, node_id: int, reply: Message) -> None:
-        reason = ""
-        declaration = None
-        if reply.has_error():
-            reason = last_line(reply.error.reason)
-        else:
-            record = reply.content.config_records.get(DECLARATION, ConfigRecord())
-            try:
-                declaration = Declaration.from_record(record)
-                self._expected = max(self._expected, declaration.num_partitions)
-                reason = declaration.refused or self._refusal(declaration, node_id)
-            except ProtocolError as error:
-                reason = str(error)
-        if reason:
-            self._refused[node_id] = reason
-            log(WARNING, "Node %d is refused: %s", node_id, reason)
+    def _ask(self, grid: Grid, connected: list[int]) -> None:
+        heard = self._known.keys() | self._refused.keys() | set(self._queries.values())
+        new = [node_id for node_id in connected if node_id not in heard]
+        if not new:
             return
-        self._declared[node_id] = declaration
+        messages = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in new]
+        grid.push_messages(messages)
+        self._queries |= {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+
+    def _hear(self, grid: Grid, connected: list[int]) -> None:
+        # A node that never answers costs nothing but this look.
+        replies = list(grid.pull_messages(list(self._queries))) if self._queries else []
+        for reply in replies:
+            node_id = self._queries.pop(reply.metadata.reply_to_message_id, None)
+            if node_id is None:
+                continue
+            if reply.has_error():
+                self._failures[node_id] = self._failures.get(node_id, 0) + 1
+                if self._failures[node_id] >= _QUERIES:
+                    self._refuse(node_id, last_line(reply.error.reason))
+            else:
+                self._admit(node_id, reply, connected)
+
+    def _admit(self, node_id: int, reply: Message, connected: list[int]) -> None:
+        record = reply.content.config_records.get(DECLARATION, ConfigRecord())
+        try:
+            declaration = Declaration.from_record(record)
+        except ProtocolError as error:
+            self._refuse(node_id, str(error))
+            return
+        reason = declaration.refused or self._objection(declaration, connected)
+        if reason:
+            self._spoken_of = max(self._spoken_of, declaration.num_partitions)
+            self._refuse(node_id, reason)
+            return
+        self._known[node_id] = declaration
         log(
             INFO,
             "Node %d: partition %d of %d, %d bits, %d examples",
@@ -114,28 +139,46 @@ class Nodes:
             declaration.num_examples,
         )
 
-    def _refusal(self, declaration: Declaration, node_id: int) -> str:
-        bits, partition = declaration.bits, declaration.partition_id
-        if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
-            return f"it declares {bits} bits; allowed: {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
-        if not 0 <= partition < declaration.num_partitions:
-            return f"it declares partition {partition} of {declaration.num_partitions}"
-        if declaration.num_examples < 1:
-            return "it declares no examples"
+    def _objection(self, new: Declaration, connected: list[int]) -> str:
+        if new.bits != FLOAT_BITS and not MIN_BITS <= new.bits <= MAX_BITS:
+            return (
+                f"it declares {new.bits} bits; allowed: {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
+            )
+        if not 0 <= new.partition_id < new.num_partitions:
+            return f"it declares partition {new.partition_id} of {new.num_partitions}"
+        if not 1 <= new.num_examples <= _MOST_EXAMPLES:
+            return f"it declares {new.num_examples} examples; allowed: 1 to {_MOST_EXAMPLES}"
+        for node_id, other in self._known.items():
+            if other.num_partitions != new.num_partitions:
+                return f"it declares {new.num_partitions} partitions, others {other.num_partitions}"
+            if other.partition_id == new.partition_id and node_id in connected:
+                return f"partition {new.partition_id} is held by node {node_id}"
         return ""
+
+    def _refuse(self, node_id: int, reason: str) -> None:
+        self._refused[node_id] = reason
+        log(WARNING, "Node %d is refused: %s", node_id, reason)
 
 
 def sample_nodes(
-    present: dict[int, Declaration], fraction: float, seed: int, server_round: int
+    present: dict[int, Declaration], fraction: float, seed: int, *purpose: int
 ) -> dict[int, Declaration]:
-    """Choose the nodes of a round: at least one, by partition and seed, whatever the node IDs.
+    """Choose nodes: at least one, by partition and seed, whatever the node IDs.
 
-    If several nodes hold one partition, as after a restart, the one with the highest ID stands
-    for it.
+    Parameters
+    ----------
+    present : dict of int to Declaration
+        Nodes by ID, one a partition.
+    fraction : float
+        Share of them to choose.
+    seed : int
+        The run's seed.
+    *purpose : int
+        What they are chosen for, as the round; another purpose gives another choice.
     """
-    by_partition = {d.partition_id: n for n, d in sorted(present.items())}
+    by_partition = {d.partition_id: n for n, d in present.items()}
     partitions = sorted(by_partition)
     count = max(1, round(fraction * len(partitions)))
-    rng = np.random.default_rng(derive_seed(seed, 2, server_round))
+    rng = np.random.default_rng(derive_seed(seed, 2, *purpose))
     chosen = sorted(rng.choice(partitions, count, replace=False).tolist())
     return {by_partition[p]: present[by_partition[p]] for p in chosen}

@@ -1,6 +1,7 @@
 """Messages out, replies in: one by one, checked at the door, a bad one set aside."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import isfinite
@@ -97,25 +98,45 @@ def open_report(reply: Message) -> Report:
     return report
 
 
-def open_training_reply(reply: Message, client: Declaration, with_update: bool) -> Packed:
+def payload_of(reply: Message) -> bytes | None:
+    """Return the payload of a training reply as it was sent, None if there is not exactly one."""
+    arrays = reply.content.array_records.get(UPDATE, {})
+    if list(arrays) != [UPDATE] or arrays[UPDATE].stype != STYPE:
+        return None
+    return arrays[UPDATE].data
+
+
+def open_training_reply(reply: Message, client: Declaration, size: int | None) -> Packed:
     """Take the report and, if one was asked for, the packed update out of a training reply.
+
+    Parameters
+    ----------
+    reply : Message
+        A client's reply with content.
+    client : Declaration
+        Who sent it.
+    size : int or None
+        Bytes that its update takes; None if none was asked for.
 
     Raises
     ------
     BadReply
-        If the reply does not hold exactly one update, or its report cannot be true.
+        If the reply does not hold exactly one update of this size, or its report cannot be true.
     """
     report = open_report(reply)
     if report.num_examples > client.num_examples:
         raise BadReply(
             f"it reports {report.num_examples} examples and declared {client.num_examples}"
         )
-    if not with_update:
+    if size is None:
         return Packed(client, b"", report)
-    arrays = reply.content.array_records.get(UPDATE, {})
-    if list(arrays) != [UPDATE] or arrays[UPDATE].stype != STYPE:
+    payload = payload_of(reply)
+    if payload is None:
         raise BadReply(f"the reply does not hold one array of type {STYPE}")
-    return Packed(client, arrays[UPDATE].data, report)
+    if len(payload) != size:
+        # Here, so that what is too long is not kept until its turn comes.
+        raise BadReply(f"its payload has {len(payload)} bytes; this model takes {size}")
+    return Packed(client, payload, report)
 
 
 @dataclass
@@ -129,7 +150,7 @@ class RoundLog:
     rejected, failed : dict of int to str
         Partitions that sent something unusable, and those that sent an error or nothing, with the
         reason.
-    uplink_bytes, downlink_bytes : dict of int to int
+    uplink_bytes, downlink_bytes : Counter of int
         Payload bytes by width, summed over clients.
     own : dict
         What the strategy itself reports.
@@ -139,14 +160,14 @@ class RoundLog:
     aggregated: list[int] = field(default_factory=list)
     rejected: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
-    uplink_bytes: dict[int, int] = field(default_factory=dict)
-    downlink_bytes: dict[int, int] = field(default_factory=dict)
+    uplink_bytes: Counter[int] = field(default_factory=Counter)
+    downlink_bytes: Counter[int] = field(default_factory=Counter)
     own: dict[str, object] = field(default_factory=dict)
 
-    @staticmethod
-    def count(table: dict[int, int], bits: int, size: int) -> None:
-        """Add `size` bytes to a width's sum."""
-        table[bits] = table.get(bits, 0) + size
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Partitions that were asked in vain, with the reason."""
+        return self.rejected | self.failed
 
 
 def match_replies(

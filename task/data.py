@@ -13,6 +13,8 @@ from task.images import load_image_folder
 from task.settings import Settings
 
 CACHE = Path("~/.cache/prowd")
+# Of pixels in memory: the server and every worker hold the data once.
+_MOST_GIBIBYTES = 8
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -177,6 +179,13 @@ def _from_image_folder(folder: Path, image_size: int) -> Dataset:
 def _resized(dataset: Dataset, image_size: int) -> Dataset:
     if image_size in (0, dataset.size):
         return dataset
+    images = len(dataset.train) + len(dataset.test)
+    gibibytes = images * dataset.channels * image_size**2 / 2**30
+    if gibibytes > _MOST_GIBIBYTES:
+        raise SettingsError(
+            f"image-size: {image_size} makes {images} images of {gibibytes:.0f} GiB in every "
+            f"process; allowed: {_MOST_GIBIBYTES} GiB"
+        )
     import torch
     from torchvision.transforms.v2.functional import resize
 

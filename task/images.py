@@ -29,7 +29,7 @@ def load_image_folder(
     Returns
     -------
     tuple
-        Pixels uint8 ``[n, channels, size, size]`` (1 channel if the first image is grey, else 3),
+        Pixels uint8 ``[n, channels, size, size]`` (1 channel if all images are grey, else 3),
         labels int64 ``[n]``, names of the classes.
 
     Raises
@@ -62,37 +62,41 @@ def _digest(samples: list[tuple[str, int]], image_size: int) -> str:
 
 
 def _decode_all(names: list[str], image_size: int) -> np.ndarray:
-    from PIL import Image
-
     pixels: np.ndarray | None = None
-    mode = "RGB"
+    grey = True
     for index, name in enumerate(names):
-        try:
-            with Image.open(name) as image:
-                if index == 0:
-                    mode = "L" if image.mode in ("1", "L", "I;16") else "RGB"
-                image = _high_byte(image) if image.mode == "I;16" else image
-                image = image.convert(mode)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise SettingsError(f"data-dir: {name} cannot be decoded: {error}") from None
-        if image_size:
-            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-        if image.width != image.height:
-            raise SettingsError(
-                f"image-size: {name} is {image.width}x{image.height}; set image-size to make "
-                "images square"
-            )
+        array, is_grey = _decode(name, image_size)
+        grey &= is_grey
         if pixels is None:
-            channels = 1 if mode == "L" else 3
-            pixels = np.empty((len(names), channels, image.height, image.width), np.uint8)
-        elif image.width != pixels.shape[3]:
+            pixels = np.empty((len(names), 3, *array.shape[:2]), np.uint8)
+        elif array.shape[0] != pixels.shape[2]:
             raise SettingsError(
-                f"image-size: {name} is {image.width} pixels wide, others {pixels.shape[3]}; "
+                f"image-size: {name} is {array.shape[0]} pixels wide, others {pixels.shape[2]}; "
                 "set image-size"
             )
-        array = np.asarray(image, np.uint8)
-        pixels[index] = array[None] if mode == "L" else array.transpose(2, 0, 1)
-    return pixels
+        pixels[index] = array.transpose(2, 0, 1)
+    return pixels[:, :1].copy() if grey else pixels
+
+
+def _decode(name: str, image_size: int) -> tuple[np.ndarray, bool]:
+    """Decode one file to uint8 ``[size, size, 3]``, and say whether it is grey."""
+    from PIL import Image
+
+    try:
+        with Image.open(name) as image:
+            is_grey = image.mode in ("1", "L", "I;16")
+            image = _high_byte(image) if image.mode == "I;16" else image
+            image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SettingsError(f"data-dir: {name} cannot be decoded: {error}") from None
+    if image_size:
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    if image.width != image.height:
+        raise SettingsError(
+            f"image-size: {name} is {image.width}x{image.height}; set image-size to make "
+            "images square"
+        )
+    return np.asarray(image, np.uint8), is_grey
 
 
 def _high_byte(image):

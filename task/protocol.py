@@ -6,7 +6,7 @@ Each is a frozen dataclass of plain values. `to_record` turns it into what a Flo
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from quant.grid import FLOAT_BITS
 
@@ -40,7 +40,7 @@ class _Record:
         ProtocolError
             If a field is missing, unknown, or of another type than declared.
         """
-        expected = {field.name: field.type for field in fields(cls)}
+        expected = {f.name: str if f.type is Uplink else f.type for f in fields(cls)}
         if set(record) != set(expected):
             odd = ", ".join(sorted(set(record) ^ set(expected)))
             raise ProtocolError(f"{cls.__name__}: missing or unknown: {odd}")
@@ -49,6 +49,8 @@ class _Record:
                 raise ProtocolError(
                     f"{cls.__name__}: {name} is {record[name]!r}; it must be {kind.__name__}"
                 )
+        if record.get("uplink", "weights") not in get_args(Uplink):
+            raise ProtocolError(f"{cls.__name__}: uplink is {record['uplink']!r}")
         return cls(**record)
 
 
@@ -100,7 +102,7 @@ class Instruction(_Record):
     """
 
     server_round: int
-    uplink: str = "weights"
+    uplink: Uplink = "weights"
     uplink_bits: int = 0
     downlink_bits: int = FLOAT_BITS
     proximal_mu: float = 0.0

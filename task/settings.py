@@ -34,7 +34,9 @@ class Settings(Options):
         1.0, le=1, description="Share of the clients that trains in a round, at least one."
     )
     fraction_evaluate: Share = Field(
-        0.0, description="Share of the clients that evaluates the model itself, on the test set."
+        0.0,
+        description="Share of the clients that evaluates the model itself, on the test set; in "
+        "local training all do.",
     )
     round_timeout: Positive = Field(
         3600.0, description="Seconds after which a round goes on without the missing clients."
@@ -81,7 +83,9 @@ class Settings(Options):
         0, description="Width of the activations of low-bit clients; 0: the client's, 32: float32."
     )
     gradient_bits: int = Field(
-        0, description="Width of errors and gradients; 0: 8 in strict and 32 in qat training."
+        0,
+        description="Width of errors and, in strict training, weight gradients; "
+        "0: 8 in strict and 32 in qat training.",
     )
     calibrate_normalization: bool = Field(
         True, description="Recalibrate BatchNorm statistics per width on the server's buffer."
@@ -93,7 +97,7 @@ class Settings(Options):
         256, description="Training images held back for the server, without their labels."
     )
 
-    seed: Count = Field(0, description="Seeds everything.")
+    seed: Count = Field(0, lt=2**63, description="Seeds everything.")
     client_threads: AtLeastOne = Field(1, description="Threads of a client; changes the last bits.")
     server_threads: AtLeastOne = Field(
         2, description="Threads of the server; changes the last bits."
@@ -133,10 +137,10 @@ class Settings(Options):
 
     @model_validator(mode="after")
     def _calibration_has_data(self) -> "Settings":
-        if self.calibrate_normalization and not self.server_buffer:
+        if self.calibrate_normalization and self.server_buffer < 2:
             raise SettingsError(
-                "server-buffer: 0 leaves no images for calibrate-normalization; "
-                "allowed: 1 or more, or calibrate-normalization=false"
+                f"server-buffer: {self.server_buffer} leaves too few images for "
+                "calibrate-normalization; allowed: 2 or more, or calibrate-normalization=false"
             )
         return self
 

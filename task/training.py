@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 import numpy as np
@@ -14,8 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from quant import (
     FLOAT_BITS,
     QuantConfig,
+    QuantConv2d,
+    QuantLinear,
     StrictSGD,
     Update,
+    is_quantized,
     prepare,
     quantize_state,
     refit_scales,
@@ -23,6 +27,7 @@ from quant import (
     weight_scales,
 )
 from task.data import Images
+from task.errors import SettingsError
 from task.settings import Settings
 
 # Small enough for the cache: twice as fast as 500 on a CPU.
@@ -77,6 +82,10 @@ class LocalTraining:
             weight_decay=settings.weight_decay,
             proximal_mu=mu,
         )
+
+
+class DivergedError(RuntimeError):
+    """Training left the numbers."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +167,11 @@ def train(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    received = [p.detach().clone() for p in model.parameters()] if config.proximal_mu else []
+    anchored = []
+    if config.proximal_mu:
+        anchored = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     if config.bits != FLOAT_BITS:
-        prepare(model, QuantConfig(config.bits, config.activation_bits, config.gradient_bits))
+        _prepare(model, QuantConfig(config.bits, config.activation_bits, config.gradient_bits))
         set_scales(model, scales or {})
     optimizer = _optimizer(model, config, seed)
     began = {name: tensor.clone() for name, tensor in model_state(model).items()}
@@ -174,15 +185,18 @@ def train(
             labels = torch.from_numpy(images.labels[index])
             logits = model(to_input(images.pixels[index]))
             loss = F.cross_entropy(logits, labels)
+            value = float(loss.detach())
+            if not isfinite(value):
+                raise DivergedError(f"training diverged: the loss of step {steps + 1} is {value}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for parameter, anchor in zip(model.parameters(), received, strict=False):
+            for parameter, anchor in anchored:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
             for parameter, offset in corrected:
                 parameter.grad.sub_(offset)
             optimizer.step()
             steps += 1
-            loss_sum += float(loss.detach()) * len(index)
+            loss_sum += value * len(index)
             correct += int((logits.detach().argmax(1) == labels).sum())
             seen += len(index)
     moved = {name: tensor - began[name] for name, tensor in model_state(model).items()}
@@ -208,7 +222,7 @@ def at_width(model: nn.Module, settings: Settings, bits: int) -> nn.Module:
     model = copy.deepcopy(model)
     if bits == FLOAT_BITS:
         return model
-    return prepare(model, QuantConfig(bits, settings.activation_bits_of(bits)))
+    return _prepare(model, QuantConfig(bits, settings.activation_bits_of(bits)))
 
 
 @torch.no_grad()
@@ -232,6 +246,34 @@ def calibrate_normalization(model: nn.Module, pixels: np.ndarray) -> None:
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     model.eval()
+
+
+def check_quantizable(model: nn.Module, name: str) -> None:
+    """Refuse a model that cannot compute with all the weights that are sent at a low bit-width.
+
+    Raises
+    ------
+    SettingsError
+        If a tensor of two and more dimensions belongs to no convolution or linear layer, as the
+        projections inside attention.
+    """
+    layers = (nn.Conv2d, nn.Linear)
+    held = {n for n, m in model.named_modules() if type(m) in (*layers, QuantConv2d, QuantLinear)}
+    odd = [
+        key
+        for key, tensor in model_state(model).items()
+        if is_quantized(tensor.shape) and key.rpartition(".")[0] not in held
+    ]
+    if odd:
+        raise SettingsError(
+            f"model: {name!r} has weights outside of Conv2d and Linear layers, as {odd[0]}; "
+            "it can only be trained by Float32 clients"
+        )
+
+
+def _prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
+    check_quantizable(model, type(model).__name__)
+    return prepare(model, config)
 
 
 def _optimizer(model: nn.Module, config: LocalTraining, seed: int) -> torch.optim.Optimizer:
@@ -261,5 +303,7 @@ def _trained_weights(model: nn.Module, config: LocalTraining) -> Update:
 def _batches(count: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
     order = rng.permutation(count)
     batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
-    # BatchNorm cannot train on a single image.
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+    if batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
+        # BatchNorm cannot train on a single image; it joins the batch before.
+        batches[-2:] = [np.concatenate(batches[-2:])]
+    return batches

@@ -17,6 +17,7 @@ from quant import (
     encode_update,
     largest_code,
     payload_size,
+    quantize_difference,
     quantize_state,
 )
 
@@ -309,17 +310,49 @@ def test_a_code_below_the_grid_is_refused():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8, 16])
-def test_a_scale_whose_codes_overflow_is_refused(bits):
-    # A finite scale of 3e38 with the code 2 and more leaves float32 (3.4e38); with code 1 it stays.
+@pytest.mark.parametrize(("largest", "accepted"), [(0.9e8, True), (1.1e8, False), (3e38, False)])
+def test_a_grid_that_no_network_needs_is_refused(bits, largest, accepted):
+    # The grid reaches to scale * largest code; 1e8 is the limit.
     code = largest_code(bits)
-    tensor = QuantizedTensor(torch.full((1, 2), code), torch.tensor([3e38]))
+    tensor = QuantizedTensor(torch.full((1, 2), code), torch.tensor([largest / code]))
     data = encode_update(Update(bits, "weights", {"w": tensor}, {}))
-    try:
-        values = decode_update(data, UpdateSpec({"w": (1, 2)}), bits).dequantize()["w"]
-    except UpdateError:
-        assert bits > 2
+    spec = UpdateSpec({"w": (1, 2)})
+    if accepted:
+        assert decode_update(data, spec, bits).dequantize()["w"].isfinite().all()
     else:
-        assert values.isfinite().all()
+        with pytest.raises(UpdateError, match="a scale is so large"):
+            decode_update(data, spec, bits)
+
+
+def test_a_float_that_no_network_needs_is_refused():
+    data = encode_update(Update(32, "weights", {}, {"w": torch.tensor([3e38, 0.0])}))
+    with pytest.raises(UpdateError, match=r"a value exceeds 1e\+08"):
+        decode_update(data, UpdateSpec({"w": (2,)}), 32)
+
+
+def test_a_negative_variance_is_refused_as_weights_and_taken_as_a_difference():
+    floats = {"bn.running_var": torch.tensor([1.0, -0.5])}
+    spec = UpdateSpec({"bn.running_var": (2,)})
+    with pytest.raises(UpdateError, match=r"bn\.running_var is a variance"):
+        decode_update(encode_update(Update(32, "weights", {}, floats)), spec, 32)
+    data = encode_update(Update(32, "difference", {}, floats))
+    assert decode_update(data, spec, 32, "difference").floats["bn.running_var"][1] == -0.5
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_quantized_differences_are_unbiased_and_within_their_variance_bound(bits):
+    """E[Q(x)] = x and E|Q(x) - x|^2 <= n max|x|^2 / (4 s^2); 2,000 draws, 6 standard errors."""
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(3, 50, generator=generator)
+    draws = torch.stack(
+        [quantize_difference({"w": x}, bits, generator).dequantize()["w"] for _ in range(2000)]
+    )
+    step = x.abs().amax(1, keepdim=True) / largest_code(bits)
+    # A draw is one of two neighbours: its standard deviation is at most half a step.
+    assert ((draws.mean(0) - x).abs() <= 6 * 0.5 * step / 2000**0.5).all()
+    squared = (draws - x).square().sum(2).mean(0)
+    assert (squared <= x.shape[1] * step[:, 0] ** 2 / 4 * 1.02).all()
+    assert (squared > 0).all()
 
 
 @pytest.mark.parametrize("data", [b"", b"P", b"PRWD", bytes(15), bytes(16), bytes(10_000)])

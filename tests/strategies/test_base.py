@@ -3,7 +3,7 @@
 import pytest
 import torch
 from federation import InProcessGrid, ScriptedClient, federation, payload_record, report, run_round
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from quant import encode_update, quantize_state
 from strategies import FedAvg, FederationError
@@ -49,10 +49,10 @@ def encoded(bits, state=None):
 
 NAN = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
 BAD_REPLIES = {
-    "garbage": (content(b"garbage", report(10)), "shorter than the header"),
-    "truncated": (content(encoded(32)[:-1], report(10)), "bytes; this model"),
+    "garbage": (content(b"garbage", report(10)), "7 bytes; this model takes 70"),
+    "truncated": (content(encoded(32)[:-1], report(10)), "69 bytes; this model takes 70"),
     "altered": (content(encoded(32)[:-1] + b"\7", report(10)), "checksum"),
-    "other width": (content(encoded(8), report(10)), "8 bits; the client declared 32"),
+    "other width": (content(encoded(8), report(10)), "60 bytes; this model takes 70"),
     "other model": (
         content(encoded(32, {"w": torch.zeros(3, 2), "b": torch.zeros(2)}), report(10)),
         "table of tensors",
@@ -103,12 +103,9 @@ def test_a_reply_to_another_message_is_ignored():
     """A replayed reply of an earlier round answers a message that was not sent in this one."""
     strategy = FedAvg()
     grid = federation([good(0, 1)], STATE)
-    stale = []
     run_round(strategy, grid, STATE)
     stale = grid.sent[-1]
     old_reply = grid.nodes[100](stale)
-    from flwr.app import Array, ArrayRecord, ConfigRecord
-
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
     messages = strategy.configure_train(2, arrays, ConfigRecord(), grid)
     grid.push_messages(messages)
@@ -204,3 +201,105 @@ def test_a_width_that_does_not_exist_is_refused_by_the_server_too(bits, reason):
 def test_too_few_nodes_end_the_run_after_the_wait():
     with pytest.raises(FederationError, match="0 nodes can take part, min-nodes is 1"):
         run_round(FedAvg(node_wait=0.3), InProcessGrid({}), STATE)
+
+
+def test_a_huge_weight_is_set_aside_and_does_not_spoil_the_model():
+    """Finite itself, it would overflow in the sum over clients."""
+    huge = ScriptedClient(1, 3, 32, constant(3e38))
+    strategy = FedAvg()
+    new = run_round(strategy, federation([good(0), huge, good(2)], STATE), STATE)
+    assert torch.equal(new["w"], torch.full((2, 3), 2.0))
+    assert "exceeds" in strategy.round_log.rejected[1]
+
+
+def test_a_combined_model_that_is_not_finite_is_never_sent():
+    class Broken(FedAvg):
+        def combine(self, server_round, start, updates):
+            return {n: t / 0 for n, t in super().combine(server_round, start, updates).items()}
+
+    assert run_round(Broken(), federation([good(0, 1)], STATE), STATE) is None
+
+
+def test_a_variance_never_falls_below_zero():
+    state = {"bn.running_var": torch.tensor([0.1, 2.0])}
+
+    class Overshooting(FedAvg):
+        def combine(self, server_round, start, updates):
+            list(updates)
+            return {n: t - 1 for n, t in start.items()}
+
+    client = ScriptedClient(0, 1, 32, lambda s: s)
+    new = run_round(Overshooting(), federation([client], state), state)
+    assert new["bn.running_var"].tolist() == [0.0, 1.0]
+
+
+def test_a_silent_node_delays_the_first_round_only():
+    silent = good(1, 3)
+    answering = federation([good(0, 3), silent, good(2, 3)], STATE)
+    answering.nodes[101] = lambda message: None
+    strategy = FedAvg(node_wait=0.5)
+    for server_round in (1, 2, 3):
+        run_round(strategy, answering, STATE, server_round)
+        assert strategy.round_log.sampled == [0, 2]
+    asked = [m.metadata.dst_node_id for m in answering.sent if m.metadata.message_type == "query"]
+    assert asked.count(101) == 1
+
+
+def test_a_query_that_failed_once_is_asked_again():
+    client = good(1, 2)
+    failures = [1]
+
+    def flaky(message):
+        if message.metadata.message_type == "query" and failures:
+            failures.pop()
+            return Message(Error(code=8, reason="it died"), reply_to=message)
+        return client(message)
+
+    grid = federation([good(0, 2), client], STATE)
+    grid.nodes[101] = flaky
+    strategy = FedAvg()
+    run_round(strategy, grid, STATE)
+    assert strategy.round_log.sampled == [0, 1]
+
+
+def test_a_partition_belongs_to_its_first_node_until_that_is_gone():
+    first, second = good(0, 2), good(0, 2, value=9.0, bits=2)
+    other = good(1, 2)
+    grid = federation([first, other], STATE)
+    strategy = FedAvg()
+    run_round(strategy, grid, STATE, 1)
+    second.spec = first.spec
+    grid.nodes[999] = second
+    run_round(strategy, grid, STATE, 2)
+    assert strategy.nodes.widths() == {32: 2}
+    assert (len(first.instructions), len(second.instructions)) == (2, 0)
+    # The holder goes, a node of its partition comes: it takes the place.
+    del grid.nodes[100]
+    third = good(0, 2, value=4.0)
+    third.spec = first.spec
+    grid.nodes[1000] = third
+    new = run_round(strategy, grid, STATE, 3)
+    assert strategy.nodes.widths() == {32: 2}
+    assert torch.equal(new["b"], torch.full((2,), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("declaration", "reason"),
+    [
+        (Declaration(0, 1, 32, 10**10, ""), "declares 10000000000 examples"),
+        (Declaration(0, 1, 32, 0, ""), "declares 0 examples"),
+        (Declaration(5, 1, 32, 10, ""), "declares partition 5 of 1"),
+    ],
+)
+def test_a_declaration_that_cannot_be_true_is_refused(declaration, reason):
+    client = good(0, 1)
+    client.declaration = declaration
+    with pytest.raises(FederationError, match=reason):
+        run_round(FedAvg(node_wait=0.5), federation([client], STATE), STATE)
+
+
+def test_training_and_evaluation_sample_apart():
+    present = {p: declared(p) for p in range(10)}
+    train = [tuple(sample_nodes(present, 0.3, 0, r, 0)) for r in range(6)]
+    evaluate = [tuple(sample_nodes(present, 0.3, 0, r, 1)) for r in range(6)]
+    assert train != evaluate

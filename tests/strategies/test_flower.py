@@ -82,7 +82,8 @@ def test_fedavgm_pairs_every_tensor_with_its_own():
         for name in STATE:
             mean = np.tensordot(WEIGHTS, values(state, name), 1)
             v[name] = 0.5 * v[name] + (state[name].numpy() - mean)
-            np.testing.assert_allclose(new[name], state[name].numpy() - v[name], rtol=1e-4, atol=1e-5)
+            expected = state[name].numpy() - v[name]
+            np.testing.assert_allclose(new[name], expected, rtol=1e-4, atol=1e-5)
         state = new
 
 

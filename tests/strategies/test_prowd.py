@@ -172,6 +172,55 @@ def test_the_ladder_follows_the_widths_of_the_federation():
     assert strategy.dequantizer.ladder == (3, 6, 8, 12, 32)
 
 
+def test_a_ladder_that_grows_keeps_the_blocks_it_has():
+    start = noisy_start()
+    strategy = ProWD(ProWDOptions(finetune_every=1))
+    shrink = lambda s: {n: 0.9 * t for n, t in s.items()}  # noqa: E731
+    clients = [ScriptedClient(i, 3, b, shrink) for i, b in enumerate((4, 32))]
+    grid = federation(clients, start)
+    strategy.nodes._wait = 0.5
+    run_round(strategy, grid, start, 1)
+    before = strategy.dequantizer.blocks["8"].state_dict()
+    trained = {n: t.clone() for n, t in before.items()}
+    late = ScriptedClient(2, 3, 3, shrink)
+    late.spec = clients[0].spec
+    grid.nodes[102] = late
+    strategy.options = ProWDOptions(finetune_every=0)
+    run_round(strategy, grid, start, 2)
+    assert strategy.dequantizer.ladder == (3, 4, 6, 8, 12, 32)
+    # 8 -> 16 became 8 -> 12; but the width 3 leaves again and nothing is lost.
+    del grid.nodes[102]
+    run_round(strategy, grid, start, 3)
+    assert strategy.dequantizer.ladder == (3, 4, 6, 8, 12, 32)
+    assert trained.keys() == strategy.dequantizer.blocks["8"].state_dict().keys()
+
+
+def test_the_posters_one_nth_counts_clients_not_examples():
+    clients, _ = clients_that_move([0, 0, 0, 0], [0.0, 0.0, 0.0, 0.0], low_examples=90)
+    options = ProWDOptions(**UNTRAINED, normalization="clients")
+    new = run_round(ProWD(options), federation(clients, START), START)
+    # Biases 1 (90 examples) and 3 (10 examples): (1 + 3) / 2.
+    assert new["b"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize("dequantize", ["group", "client"])
+def test_fine_tuning_comes_before_lifting(dequantize):
+    """In the very first round the blocks are trained before they are used."""
+    start = noisy_start()
+    truth = {"w": start["w"] * 1.05, "b": start["b"]}
+    options = {**UNTRAINED, "dequantize": dequantize, "finetune_steps": 100}
+
+    def model(every):
+        clients = [
+            ScriptedClient(0, 2, 4, lambda _: quantize_state(truth, 4)),
+            ScriptedClient(1, 2, 32, lambda _: truth),
+        ]
+        strategy = ProWD(ProWDOptions(**{**options, "finetune_every": every}))
+        return run_round(strategy, federation(clients, start), start)["w"]
+
+    assert not torch.equal(model(0), model(1))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

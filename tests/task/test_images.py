@@ -72,13 +72,17 @@ def test_colour_pixels_are_exact_and_channels_come_first(tmp_path):
         assert np.array_equal(pixels[0, channel], array[:, :, channel])
 
 
-def test_first_image_decides_the_channels(tmp_path):
+def test_one_colour_image_makes_all_of_them_colour(tmp_path):
     grey = np.array([[0, 90], [180, 255]], np.uint8)
     save(tmp_path / "grey" / "a" / "1.png", grey)
-    save(tmp_path / "grey" / "a" / "2.png", np.full((2, 2, 3), 77, np.uint8))
+    save(tmp_path / "grey" / "a" / "2.png", grey // 2)
     pixels, _, _ = load_image_folder(tmp_path / "grey", 0, tmp_path / "cache")
     assert pixels.shape == (2, 1, 2, 2)
-    assert (pixels[1] == 77).all()
+    assert np.array_equal(pixels[1, 0], grey // 2)
+    save(tmp_path / "grey" / "b" / "3.png", np.full((2, 2, 3), 77, np.uint8))
+    pixels, _, _ = load_image_folder(tmp_path / "grey", 0, tmp_path / "cache")
+    assert pixels.shape == (3, 3, 2, 2)
+    assert np.array_equal(pixels[0, 2], grey)
     save(tmp_path / "colour" / "a" / "1.png", np.full((2, 2, 3), 77, np.uint8))
     save(tmp_path / "colour" / "a" / "2.png", grey)
     pixels, _, _ = load_image_folder(tmp_path / "colour", 0, tmp_path / "cache")

@@ -11,18 +11,22 @@ from quant import (
     QuantConfig,
     StrictSGD,
     encode_update,
+    fake_quantize,
     fit_scale,
     prepare,
     quantized_layers,
     weight_scales,
 )
 from task.data import Images
+from task.errors import SettingsError
 from task.models import build_model
 from task.settings import Settings
 from task.training import (
+    DivergedError,
     LocalTraining,
     at_width,
     calibrate_normalization,
+    check_quantizable,
     evaluate,
     load_state,
     model_state,
@@ -120,20 +124,56 @@ def test_float32_training_equals_a_plain_loop_bit_for_bit(settings):
     assert (score.accuracy, score.num_examples) == (accuracy, 20)
 
 
-def test_last_batch_of_one_image_is_left_out():
-    # 9 images in batches of 4: the ninth would stand alone in BatchNorm.
+def test_a_last_batch_of_one_image_joins_the_one_before():
+    # 9 images in batches of 4: the ninth would stand alone in BatchNorm, so 4 + 5.
     images, start = some_images(9), small_model()
+    config = LocalTraining(32, batch_size=4, learning_rate=0.125, momentum=0.0)
+    result = train(copy.deepcopy(start), images, config, 3)
     order = np.random.default_rng(3).permutation(9)
-    config = LocalTraining(32, batch_size=4, learning_rate=0.125, momentum=0.5)
-    expected, _ = update_and_score(copy.deepcopy(start), images, config, 3)
-    other = images.pixels.copy()
-    other[order[8]] = 255 - other[order[8]]
-    update, score = update_and_score(copy.deepcopy(start), Images(other, images.labels), config, 3)
-    assert_same(update.dequantize(), expected.dequantize())
-    assert score.num_examples == 9
-    other[order[7]] = 255 - other[order[7]]
-    update, _ = update_and_score(copy.deepcopy(start), Images(other, images.labels), config, 3)
-    assert not torch.equal(update.floats["4.weight"], expected.floats["4.weight"])
+    expected = copy.deepcopy(start).train()
+    for index in (order[:4], order[4:]):
+        expected.zero_grad()
+        logits = expected(to_input(images.pixels[index]))
+        F.cross_entropy(logits, torch.from_numpy(images.labels[index])).backward()
+        with torch.no_grad():
+            for parameter in expected.parameters():
+                parameter -= 0.125 * parameter.grad
+    assert result.steps == 2
+    for name, tensor in result.update.dequantize().items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_single_images_are_trained_on_one_by_one_when_asked_for():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(8 * 8, 3))
+    result = train(network, some_images(5, classes=3), LocalTraining(32, batch_size=1), 0)
+    assert result.steps == 5
+
+
+def test_training_that_diverges_says_so():
+    config = LocalTraining(32, batch_size=4, learning_rate=1e30)
+    with pytest.raises(DivergedError, match=r"training diverged: the loss of step \d+ is nan"):
+        train(small_model(), some_images(24), config, 0)
+
+
+def test_what_moved_is_the_end_less_the_start_as_the_client_holds_them():
+    start = small_model()
+    config = LocalTraining(4, "strict", activation_bits=4, gradient_bits=8, batch_size=8)
+    received = {n: t.clone() for n, t in model_state(start).items()}
+    result = train(start, some_images(24), config, 1)
+    for name, tensor in result.update.quantized.items():
+        began = fake_quantize(received[name], fit_scale(received[name], 4), 4)
+        torch.testing.assert_close(result.moved[name], tensor.dequantize() - began)
+
+
+def test_a_model_with_weights_outside_of_layers_is_refused_at_low_bits():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)
+
+    with pytest.raises(SettingsError, match=r"model: 'x' has weights outside .*in_proj_weight"):
+        check_quantizable(Attention(), "x")
+    check_quantizable(small_model(), "small")
 
 
 @pytest.mark.parametrize("bits", [2, 4, 5, 8, 16])

@@ -1,0 +1,95 @@
+"""ProWD's own settings, each explained where it is set."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
+from task.errors import SettingsError
+from task.options import Options
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ProWDOptions(Options):
+    """ProWD's own settings (`prowd-...`).
+
+    The poster's literal form is ``reference="global", dequantize="client", mask_at_most=tau,
+    mask_at_least=0, normalization="clients", aggregate="weights", low_bit_weight=1``.
+    """
+
+    reference: Literal["client-start", "global"] = Field(
+        "client-start",
+        description="What a low-bit client's movement is measured from: the quantized model that "
+        "it started from, or the float32 global model.",
+    )
+    ladder: str = Field(
+        "auto", description="Rungs of the dequantizer, as in 4,8,16,32; auto: from the widths."
+    )
+    dequantize: Literal["group", "client"] = Field(
+        "group", description="Lift the mean of a group, or each client's weights."
+    )
+    downlink: Literal["float32", "client-bits"] = Field(
+        "float32", description="Send every client the float32 model, or its own grid's codes."
+    )
+    finetune_every: Annotated[int, Field(ge=0)] = Field(
+        5, description="Rounds between fine-tunings of the dequantizer; 0: never trained."
+    )
+    finetune_steps: Annotated[int, Field(ge=1)] = Field(20, description="Steps of a fine-tuning.")
+    finetune_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        0.003, description="Step size of a fine-tuning."
+    )
+    distill_weight: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="Weight lambda of the distillation loss."
+    )
+    mask_at_most: Share = Field(1.0, description="tau: largest share of coordinates kept.")
+    mask_at_least: Share = Field(0.9, description="Smallest share of coordinates kept.")
+    low_bit_weight: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.3, description="Weight of a low-bit example against a high-bit one."
+    )
+    normalization: Literal["count", "clients"] = Field(
+        "count",
+        description="Divide each coordinate by the clients that contribute to it, or by all.",
+    )
+    aggregate: Literal["differences", "weights"] = Field(
+        "differences", description="Mask and average movements, or weights."
+    )
+
+    @field_validator("ladder")
+    @classmethod
+    def _ladder_rises(cls, value: str) -> str:
+        if value != "auto":
+            parse_ladder(value)
+        return value
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> "ProWDOptions":
+        if self.mask_at_least > self.mask_at_most:
+            raise SettingsError(
+                f"prowd-mask-at-least: {self.mask_at_least:g} is above prowd-mask-at-most "
+                f"{self.mask_at_most:g}"
+            )
+        return self
+
+
+def parse_ladder(text: str) -> tuple[int, ...]:
+    """Read ``"4,8,16,32"``.
+
+    Raises
+    ------
+    ValueError
+        If the widths do not rise, do not end at 32, or are none that exist.
+    """
+    try:
+        ladder = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        ladder = ()
+    valid = all(MIN_BITS <= bits <= MAX_BITS for bits in ladder[:-1]) and ladder[-1:] == (
+        FLOAT_BITS,
+    )
+    if not valid or list(ladder) != sorted(set(ladder)):
+        raise ValueError(
+            f"a ladder is auto, or rising widths of {MIN_BITS} to {MAX_BITS} and then "
+            f"{FLOAT_BITS}, as in 4,8,16,32"
+        )
+    return ladder
