@@ -64,3 +64,32 @@ def test_a_bad_setting_is_one_clear_line_and_a_failed_run(flower, settings, reas
     assert run.summary["status"] == "failed"
     assert reason in run.summary["reason"]
     assert " | up " not in run.output
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "fedavg",
+        "fedprox",
+        "fedpaq",
+        "fedcom",
+        "fedcomgate",
+        "grouped-avg",
+        "local",
+        "flwr:FedAdam",
+    ],
+)
+def test_every_rival_runs_on_mixed_bit_widths(flower, strategy):
+    small = {"num_server_rounds": 2, "samples_per_client": 100, "model": "cnn"}
+    run = flower.run(
+        strategy.replace(":", "-"),
+        TWO_AT_ONCE,
+        strategy=strategy,
+        bit_mix="2:0.25,4:0.25,8:0.25,32:0.25",
+        **small,
+    )
+    assert run.status == "finished:completed"
+    last = run.rounds[-1]
+    assert set(last["accuracy"]) == {"2", "4", "8", "32", "average"}
+    assert last["clients"] == {"sampled": 4, "aggregated": 4, "rejected": 0, "failed": 0}
+    assert last["left_out"] == {}

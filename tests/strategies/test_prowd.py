@@ -4,7 +4,7 @@ import pytest
 import torch
 from federation import ScriptedClient, federation, run_round
 
-from quant import QuantizedTensor, Update, fit_scale, quantize_nearest, quantize_state
+from quant import QuantizedTensor, Update, UpdateSpec, fit_scale, quantize_nearest, quantize_state
 from strategies import FedAvg, ProWD, ProWDOptions
 from task.errors import SettingsError
 
@@ -174,25 +174,25 @@ def test_the_ladder_follows_the_widths_of_the_federation():
 
 def test_a_ladder_that_grows_keeps_the_blocks_it_has():
     start = noisy_start()
-    strategy = ProWD(ProWDOptions(finetune_every=1))
+    strategy = ProWD(ProWDOptions(finetune_every=1), node_wait=0.5)
     shrink = lambda s: {n: 0.9 * t for n, t in s.items()}  # noqa: E731
-    clients = [ScriptedClient(i, 3, b, shrink) for i, b in enumerate((4, 32))]
-    grid = federation(clients, start)
-    strategy.nodes._wait = 0.5
+    grid = federation([ScriptedClient(i, 3, b, shrink) for i, b in enumerate((4, 32))], start)
     run_round(strategy, grid, start, 1)
-    before = strategy.dequantizer.blocks["8"].state_dict()
-    trained = {n: t.clone() for n, t in before.items()}
-    late = ScriptedClient(2, 3, 3, shrink)
-    late.spec = clients[0].spec
+    assert strategy.dequantizer.ladder == (4, 8, 16, 32)
+    trained = {n: t.clone() for n, t in strategy.dequantizer.blocks["4"].state_dict().items()}
+    assert trained["4.weight"].any(), "the last layer starts at zero and was trained"
+    late = ScriptedClient(2, 3, 2, shrink)
+    late.spec = UpdateSpec.of(start)
     grid.nodes[102] = late
     strategy.options = ProWDOptions(finetune_every=0)
     run_round(strategy, grid, start, 2)
-    assert strategy.dequantizer.ladder == (3, 4, 6, 8, 12, 32)
-    # 8 -> 16 became 8 -> 12; but the width 3 leaves again and nothing is lost.
+    assert strategy.dequantizer.ladder == (2, 4, 8, 16, 32)
+    kept = strategy.dequantizer.blocks["4"].state_dict()
+    assert all(torch.equal(kept[n], t) for n, t in trained.items())
+    # A width that leaves again keeps its rung.
     del grid.nodes[102]
     run_round(strategy, grid, start, 3)
-    assert strategy.dequantizer.ladder == (3, 4, 6, 8, 12, 32)
-    assert trained.keys() == strategy.dequantizer.blocks["8"].state_dict().keys()
+    assert strategy.dequantizer.ladder == (2, 4, 8, 16, 32)
 
 
 def test_the_posters_one_nth_counts_clients_not_examples():
