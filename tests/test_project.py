@@ -1,0 +1,56 @@
+"""What the project promises as a whole: one environment, layers that import downward only."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+
+# Folder: what it may import of the project's own.
+MAY_IMPORT = {
+    "quant": {"quant"},
+    "task": {"quant", "task"},
+    "strategies": {"quant", "task", "strategies"},
+    "client_app": {"quant", "task", "client_app"},
+    "server_app": {"quant", "task", "strategies", "server_app"},
+}
+# Of `task`, strategies read only what both sides share.
+STRATEGIES_OF_TASK = {"task.errors", "task.options", "task.protocol", "task.seeds"}
+
+
+def name_of(requirement):
+    return re.match(r"[\w.-]+", requirement).group(0)
+
+
+def test_a_run_uses_the_installed_packages():
+    """Each dependency is overridden with a marker that never holds, or uv would install it anew."""
+    overrides = PYPROJECT["tool"]["uv"]["override-dependencies"]
+    assert all(entry.endswith("; python_version < '0'") for entry in overrides)
+    dependencies = {name_of(entry) for entry in PYPROJECT["project"]["dependencies"]}
+    assert {name_of(entry) for entry in overrides} == dependencies
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_go_down_only(folder):
+    files = sorted((PROJECT / folder).glob("**/*.py"))
+    assert files
+    for path in files:
+        for module in imports_of(path):
+            top = module.partition(".")[0]
+            assert top not in MAY_IMPORT or top in MAY_IMPORT[folder], f"{path}: {module}"
+            if folder in ("quant", "task"):
+                assert top not in ("flwr", "ray"), f"{path}: {module}"
+            if folder == "strategies" and top == "task":
+                assert module in STRATEGIES_OF_TASK, f"{path}: {module}"
