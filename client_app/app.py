@@ -1,6 +1,7 @@
 """What a client does with each message. Everything it learns with comes from `task` and `quant`."""
 
 import time
+from dataclasses import dataclass
 
 import torch
 from flwr.app import (
@@ -16,10 +17,12 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from client_app.memory import keep_model, own_model
 from client_app.node import declare
 from client_app.tracking import correction, effective_steps, remember
 from quant import (
     STYPE,
+    Update,
     UpdateSpec,
     decode_update,
     encode_update,
@@ -46,6 +49,7 @@ from task.settings import Settings
 from task.training import (
     LocalTraining,
     Score,
+    Trained,
     at_width,
     calibrate_normalization,
     evaluate,
@@ -55,8 +59,6 @@ from task.training import (
 )
 
 app = ClientApp()
-
-_OWN_MODEL, _OWN_SCALES = "own-model", "own-scales"
 
 
 @app.query()
@@ -71,47 +73,21 @@ def answer_query(message: Message, context: Context) -> Message:
 def answer_train(message: Message, context: Context) -> Message:
     """Train the received model, or the client's own, at the client's width and send the update."""
     started = time.perf_counter()
-    settings, client, instruction = _begin(message, context)
-    model, scales = _model(message, context, settings, instruction, client.bits)
-    config = LocalTraining.of(
-        settings, client.bits, instruction.server_round, instruction.proximal_mu
+    job = _open(message, context)
+    received = {name: tensor.clone() for name, tensor in model_state(job.model).items()}
+    delta = _correction(job, context.state, received)
+    trained = train(
+        job.model, job.images, job.training, job.seed, scales=job.scales, correction=delta
     )
-    seed = derive_seed(settings.seed, 5, instruction.server_round, client.partition_id)
-    received = {name: tensor.clone() for name, tensor in model_state(model).items()}
-    delta = {}
-    if instruction.tracks_gradient:
-        delta = correction(
-            context.state, received, instruction.server_round, instruction.server_learning_rate
-        )
-    images = _images(settings, client)
-    trained = train(model, images, config, seed, scales=scales, correction=delta)
-    content = RecordDict()
-    update = trained.update
-    if instruction.uplink == "difference":
-        bits = instruction.uplink_bits or client.bits
-        generator = torch.Generator().manual_seed(derive_seed(seed, 6))
-        update = quantize_difference(trained.moved, bits, generator)
-    if instruction.uplink == "nothing":
-        context.state[_OWN_MODEL] = _to_record(model_state(model))
-        context.state[_OWN_SCALES] = _to_record(weight_scales(model))
-    else:
-        payload = encode_update(update)
-        array = Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
-        content[UPDATE] = ArrayRecord({UPDATE: array})
-    if instruction.tracks_gradient:
+    content = RecordDict({REPORT: _report(trained.score, started)})
+    if job.instruction.uplink == "nothing":
+        keep_model(context.state, model_state(job.model), weight_scales(job.model))
+        return Message(content, reply_to=message)
+    update = _update(job, trained)
+    content[UPDATE] = ArrayRecord({UPDATE: _to_array(encode_update(update))})
+    if job.instruction.tracks_gradient:
         # Last of all, so that a client whose training failed keeps what it had.
-        parameters = {name for name, _ in model.named_parameters()}
-        sent = {n: t for n, t in update.dequantize().items() if n in parameters}
-        remember(
-            context.state,
-            delta,
-            {name: received[name] for name in sent},
-            sent,
-            instruction.server_round,
-            config.learning_rate,
-            effective_steps(trained.steps, config.momentum),
-        )
-    content[REPORT] = _report(trained.score, started)
+        _remember(job, context.state, delta, received, update, trained.steps)
     return Message(content, reply_to=message)
 
 
@@ -119,67 +95,110 @@ def answer_train(message: Message, context: Context) -> Message:
 def answer_evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received model, or the client's own, at the client's width."""
     started = time.perf_counter()
-    settings, client, instruction = _begin(message, context)
-    model, scales = _model(message, context, settings, instruction, client.bits)
-    model = at_width(model, settings, client.bits)
-    set_scales(model, scales)
-    if settings.calibrate_normalization:
+    job = _open(message, context)
+    model = at_width(job.model, job.settings, job.client.bits)
+    set_scales(model, job.scales)
+    if job.settings.calibrate_normalization:
         # Statistics of the client's own images: it has no access to the server's.
-        pixels = _images(settings, client).pixels[: settings.server_buffer]
-        calibrate_normalization(model, pixels)
-    score = evaluate(model, load_dataset(settings).test)
+        calibrate_normalization(model, job.images.pixels[: job.settings.server_buffer])
+    score = evaluate(model, load_dataset(job.settings).test)
     return Message(RecordDict({REPORT: _report(score, started)}), reply_to=message)
 
 
-def _begin(message: Message, context: Context) -> tuple[Settings, Declaration, Instruction]:
+@dataclass(frozen=True)
+class _Job:
+    """One message's work: who is asked for what, with which model, and the grid it came on."""
+
+    settings: Settings
+    client: Declaration
+    instruction: Instruction
+    model: nn.Module
+    scales: dict[str, Tensor]
+
+    @property
+    def images(self) -> Images:
+        return client_images(self.settings, self.client.partition_id, self.client.num_partitions)
+
+    @property
+    def seed(self) -> int:
+        path = (self.instruction.server_round, self.client.partition_id)
+        return derive_seed(self.settings.seed, 5, *path)
+
+    @property
+    def training(self) -> LocalTraining:
+        asked = self.instruction
+        return LocalTraining.of(
+            self.settings, self.client.bits, asked.server_round, asked.proximal_mu
+        )
+
+
+def _open(message: Message, context: Context) -> _Job:
     settings = Settings.of_run(context.run_config)
     # A fixed number of threads: sums, and with them the last bits, depend on it.
     torch.set_num_threads(settings.client_threads)
     client = declare(context.node_config, context.run_config)
     if client.refused:
         raise SettingsError(client.refused)
-    return settings, client, Instruction.from_record(message.content[INSTRUCTION])
-
-
-def _images(settings: Settings, client: Declaration) -> Images:
-    return client_images(settings, client.partition_id, client.num_partitions)
-
-
-def _model(
-    message: Message,
-    context: Context,
-    settings: Settings,
-    instruction: Instruction,
-    bits: int,
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the model that was sent, or the client's own, and the grid that it was sent on."""
+    instruction = Instruction.from_record(message.content[INSTRUCTION])
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
-    scales = {}
     if instruction.downlink_bits:
-        array = message.content[MODEL][MODEL]
+        payload = message.content[MODEL][MODEL].data
         spec = UpdateSpec.of(model.state_dict())
-        sent = decode_update(array.data, spec, instruction.downlink_bits)
+        sent = decode_update(payload, spec, instruction.downlink_bits)
         state = sent.dequantize()
-        if instruction.downlink_bits == bits:
-            scales = {name: tensor.scale for name, tensor in sent.quantized.items()}
-    elif _OWN_MODEL in context.state:
-        state = _from_record(context.state[_OWN_MODEL])
-        # Evaluated on the grid that it was trained on; training fits a new one every round.
-        if message.metadata.message_type == MessageType.EVALUATE:
-            scales = _from_record(context.state[_OWN_SCALES])
+        on_own_grid = instruction.downlink_bits == client.bits
+        scales = {n: t.scale for n, t in sent.quantized.items()} if on_own_grid else {}
     else:
-        raise RuntimeError("this client no longer has a model of its own, and was sent none")
+        state, scales = own_model(context.state)
+        if message.metadata.message_type == MessageType.TRAIN:
+            # Evaluated on the grid that it was trained on; training fits a new one every round.
+            scales = {}
     load_state(model, state)
-    return model, scales
+    return _Job(settings, client, instruction, model, scales)
 
 
-def _to_record(tensors: dict[str, Tensor]) -> ArrayRecord:
-    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in tensors.items()})
+def _correction(job: _Job, state: RecordDict, received: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the client's gradients are corrected by; nothing unless it was asked to track them."""
+    asked = job.instruction
+    if not asked.tracks_gradient:
+        return {}
+    return correction(state, received, asked.server_round, asked.server_learning_rate)
 
 
-def _from_record(record: ArrayRecord) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+def _update(job: _Job, trained: Trained) -> Update:
+    """What the client was asked to send."""
+    if job.instruction.uplink == "weights":
+        return trained.update
+    bits = job.instruction.uplink_bits or job.client.bits
+    generator = torch.Generator().manual_seed(derive_seed(job.seed, 6))
+    return quantize_difference(trained.moved, bits, generator)
+
+
+def _remember(
+    job: _Job,
+    state: RecordDict,
+    delta: dict[str, Tensor],
+    received: dict[str, Tensor],
+    update: Update,
+    steps: int,
+) -> None:
+    """Keep what the next correction is made from: of parameters, as statistics have no gradient."""
+    parameters = {name for name, _ in job.model.named_parameters()}
+    sent = {n: t for n, t in update.dequantize().items() if n in parameters}
+    remember(
+        state,
+        delta,
+        {name: received[name] for name in sent},
+        sent,
+        job.instruction.server_round,
+        job.training.learning_rate,
+        effective_steps(steps, job.training.momentum),
+    )
+
+
+def _to_array(payload: bytes) -> Array:
+    return Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
 
 
 def _report(score: Score, started: float) -> MetricRecord:

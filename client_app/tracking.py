@@ -16,9 +16,10 @@ place of ``tau``, which it equals without momentum.
 
 from collections.abc import Mapping
 
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
+
+from client_app.memory import from_record, to_record
 
 _ROUND = "tracking-round"
 _RECEIVED, _SENT, _CORRECTION = "tracking-received", "tracking-sent", "tracking-correction"
@@ -56,11 +57,11 @@ def correction(
     if _ROUND not in state:
         return {}
     kept = state[_ROUND]
-    delta = _tensors(state[_CORRECTION])
+    delta = from_record(state[_CORRECTION])
     if kept["server-round"] != server_round - 1:
         # It took no part in the last round, so the last average did not contain its difference.
         return delta
-    before, sent = _tensors(state[_RECEIVED]), _tensors(state[_SENT])
+    before, sent = from_record(state[_RECEIVED]), from_record(state[_SENT])
     rate = kept["learning-rate"] * kept["effective-steps"]
     for name in sent:
         average = (received[name] - before[name]) / server_lr
@@ -93,7 +94,7 @@ def remember(
     steps : float
         Effective steps of this round.
     """
-    new = {_RECEIVED: _arrays(received), _SENT: _arrays(sent), _CORRECTION: _arrays(delta)}
+    new = {_RECEIVED: to_record(received), _SENT: to_record(sent), _CORRECTION: to_record(delta)}
     kept = {
         "server-round": server_round,
         "learning-rate": float(learning_rate),
@@ -101,11 +102,3 @@ def remember(
     }
     for key, record in {**new, _ROUND: ConfigRecord(kept)}.items():
         state[key] = record
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in tensors.items()})
-
-
-def _tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
