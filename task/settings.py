@@ -100,7 +100,7 @@ class Settings(Options):
     seed: Count = Field(0, lt=2**63, description="Seeds everything.")
     client_threads: AtLeastOne = Field(1, description="Threads of a client; changes the last bits.")
     server_threads: AtLeastOne = Field(
-        2, description="Threads of the server; changes the last bits."
+        1, description="Threads of the server; changes the last bits."
     )
     output_dir: str = Field("~/prowd-runs", description="Where run records go; absolute or ~.")
     run_name: str = Field(
