@@ -17,9 +17,9 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from client_app.memory import keep_model, own_model
+from client_app.memory import has_model, keep_model, own_model
 from client_app.node import declare
-from client_app.tracking import correction, effective_steps, remember
+from client_app.tracking import TrackedRound, next_correction
 from quant import (
     STYPE,
     Update,
@@ -75,19 +75,22 @@ def answer_train(message: Message, context: Context) -> Message:
     started = time.perf_counter()
     job = _open(message, context)
     received = {name: tensor.clone() for name, tensor in model_state(job.model).items()}
-    delta = _correction(job, context.state, received)
+    delta = {}
+    if job.instruction.tracking_epoch:
+        delta = next_correction(context.state, received, job.instruction, job.settings.momentum)
     trained = train(
         job.model, job.images, job.training, job.seed, scales=job.scales, correction=delta
     )
-    content = RecordDict({REPORT: _report(trained.score, started)})
+    report = _report(trained.score, started, trained.steps, began_clean=not delta)
+    content = RecordDict({REPORT: report})
     if job.instruction.uplink == "nothing":
         keep_model(context.state, model_state(job.model), weight_scales(job.model))
         return Message(content, reply_to=message)
     update = _update(job, trained)
     content[UPDATE] = ArrayRecord({UPDATE: _to_array(encode_update(update))})
-    if job.instruction.tracks_gradient:
+    if job.instruction.tracking_epoch:
         # Last of all, so that a client whose training failed keeps what it had.
-        _remember(job, context.state, delta, received, update, trained.steps)
+        _tracked(job, delta, received, update).keep(context.state)
     return Message(content, reply_to=message)
 
 
@@ -142,7 +145,13 @@ def _open(message: Message, context: Context) -> _Job:
     instruction = Instruction.from_record(message.content[INSTRUCTION])
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
-    if instruction.downlink_bits:
+    # A client that sends nothing goes on from its own model while it has one, whatever it was sent.
+    if instruction.uplink == "nothing" and has_model(context.state):
+        state, scales = own_model(context.state)
+        if message.metadata.message_type == MessageType.TRAIN:
+            # Evaluated on the grid that it was trained on; training fits a new one every round.
+            scales = {}
+    elif instruction.downlink_bits:
         payload = message.content[MODEL][MODEL].data
         spec = UpdateSpec.of(model.state_dict())
         sent = decode_update(payload, spec, instruction.downlink_bits)
@@ -150,20 +159,9 @@ def _open(message: Message, context: Context) -> _Job:
         on_own_grid = instruction.downlink_bits == client.bits
         scales = {n: t.scale for n, t in sent.quantized.items()} if on_own_grid else {}
     else:
-        state, scales = own_model(context.state)
-        if message.metadata.message_type == MessageType.TRAIN:
-            # Evaluated on the grid that it was trained on; training fits a new one every round.
-            scales = {}
+        raise RuntimeError("this client no longer has a model of its own, and was sent none")
     load_state(model, state)
     return _Job(settings, client, instruction, model, scales)
-
-
-def _correction(job: _Job, state: RecordDict, received: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the client's gradients are corrected by; nothing unless it was asked to track them."""
-    asked = job.instruction
-    if not asked.tracks_gradient:
-        return {}
-    return correction(state, received, asked.server_round, asked.server_learning_rate)
 
 
 def _update(job: _Job, trained: Trained) -> Update:
@@ -175,25 +173,18 @@ def _update(job: _Job, trained: Trained) -> Update:
     return quantize_difference(trained.moved, bits, generator)
 
 
-def _remember(
-    job: _Job,
-    state: RecordDict,
-    delta: dict[str, Tensor],
-    received: dict[str, Tensor],
-    update: Update,
-    steps: int,
-) -> None:
-    """Keep what the next correction is made from: of parameters, as statistics have no gradient."""
+def _tracked(
+    job: _Job, delta: dict[str, Tensor], received: dict[str, Tensor], update: Update
+) -> TrackedRound:
+    """What the next correction is made from: of parameters, as statistics have no gradient."""
     parameters = {name for name, _ in job.model.named_parameters()}
-    sent = {n: t for n, t in update.dequantize().items() if n in parameters}
-    remember(
-        state,
-        delta,
-        {name: received[name] for name in sent},
-        sent,
-        job.instruction.server_round,
-        job.training.learning_rate,
-        effective_steps(steps, job.training.momentum),
+    return TrackedRound(
+        epoch=job.instruction.tracking_epoch,
+        server_round=job.instruction.server_round,
+        learning_rate=job.training.learning_rate,
+        correction=delta,
+        received={n: t for n, t in received.items() if n in parameters},
+        sent={n: t for n, t in update.dequantize().items() if n in parameters},
     )
 
 
@@ -201,7 +192,11 @@ def _to_array(payload: bytes) -> Array:
     return Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
 
 
-def _report(score: Score, started: float) -> MetricRecord:
+def _report(
+    score: Score, started: float, steps: int = 0, *, began_clean: bool = False
+) -> MetricRecord:
     seconds = time.perf_counter() - started
-    report = Report(score.num_examples, score.loss, score.accuracy, seconds)
+    report = Report(
+        score.num_examples, score.loss, score.accuracy, seconds, steps, int(began_clean)
+    )
     return MetricRecord(report.to_record())

@@ -26,14 +26,11 @@ def keep_model(
     state[_MODEL], state[_SCALES] = to_record(model), to_record(scales)
 
 
-def own_model(state: RecordDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the model that was kept, and its scales.
+def has_model(state: RecordDict) -> bool:
+    """Return whether a model was kept; it is gone after a restart."""
+    return _MODEL in state
 
-    Raises
-    ------
-    RuntimeError
-        If there is none, as after a restart.
-    """
-    if _MODEL not in state:
-        raise RuntimeError("this client no longer has a model of its own, and was sent none")
+
+def own_model(state: RecordDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the model that was kept, and its scales."""
     return from_record(state[_MODEL]), from_record(state[_SCALES])

@@ -9,17 +9,24 @@ Algorithm 2 of Haddadpour et al. (2021, arXiv:2007.01154), per client ``j``::
 
 The client needs ``D`` for its correction. It has kept ``w_r``; with the next model it knows
 ``eta D = (w_r - w_{r+1}) / gamma``, so that the server's average difference reaches it inside the
-model and the downlink stays one model. With momentum ``m`` a constant gradient moves the weights
-by ``eta A g`` in ``tau`` steps, ``A = sum of (1 - m^i) / (1 - m), i = 1..tau``; ``A`` takes the
-place of ``tau``, which it equals without momentum.
+model and the downlink stays one model.
+
+Two things are more general than in the paper. With momentum ``m`` a constant gradient moves the
+weights by ``eta A g`` in ``tau`` steps, ``A = sum of (1 - m^i) / (1 - m), i = 1..tau``; ``A``,
+which is ``tau`` without momentum, takes its place. And where clients hold different numbers of
+images, the mean is weighted by them and ``A`` is that of the client with the most steps, for all:
+then the corrections, weighted alike, sum to zero, and the fixed point is the optimum of the
+weighted loss.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
 from client_app.memory import from_record, to_record
+from task.protocol import Instruction
 
 _ROUND = "tracking-round"
 _RECEIVED, _SENT, _CORRECTION = "tracking-received", "tracking-sent", "tracking-correction"
@@ -32,10 +39,45 @@ def effective_steps(steps: int, momentum: float) -> float:
     return sum((1 - momentum**i) / (1 - momentum) for i in range(1, steps + 1))
 
 
-def correction(
-    state: RecordDict, received: Mapping[str, Tensor], server_round: int, server_lr: float
+@dataclass(frozen=True)
+class TrackedRound:
+    """What a client keeps of a round: the parameters' correction, the model and what it sent.
+
+    Attributes
+    ----------
+    epoch, server_round : int
+        Of the instruction.
+    learning_rate : float
+        ``eta``.
+    correction, received, sent : mapping of str to Tensor
+        ``delta_j`` (empty if there was none), ``w_r``, and the dequantized ``-eta D_j``.
+    """
+
+    epoch: int
+    server_round: int
+    learning_rate: float
+    correction: Mapping[str, Tensor]
+    received: Mapping[str, Tensor]
+    sent: Mapping[str, Tensor]
+
+    def keep(self, state: RecordDict) -> None:
+        """Write this round into the client's ``Context.state``."""
+        state[_RECEIVED] = to_record(self.received)
+        state[_SENT] = to_record(self.sent)
+        state[_CORRECTION] = to_record(self.correction)
+        state[_ROUND] = ConfigRecord(
+            {
+                "epoch": self.epoch,
+                "server-round": self.server_round,
+                "learning-rate": float(self.learning_rate),
+            }
+        )
+
+
+def next_correction(
+    state: RecordDict, received: Mapping[str, Tensor], instruction: Instruction, momentum: float
 ) -> dict[str, Tensor]:
-    """Return this round's correction from what the client kept.
+    """Return this round's correction from what the client kept of the last.
 
     Parameters
     ----------
@@ -43,62 +85,28 @@ def correction(
         The client's ``Context.state``.
     received : mapping of str to Tensor
         Float32 model of this round.
-    server_round : int
-        This round.
-    server_lr : float
-        ``gamma``.
+    instruction : Instruction
+        Of this round.
+    momentum : float
+        Of local SGD.
 
     Returns
     -------
     dict of str to Tensor
-        ``delta_j`` by parameter; empty for a client that keeps nothing, in its first round or
-        after it lost its state.
+        ``delta_j`` by parameter; empty if nothing was kept of the round before in this epoch: the
+        client starts clean.
     """
     if _ROUND not in state:
         return {}
     kept = state[_ROUND]
-    delta = from_record(state[_CORRECTION])
-    if kept["server-round"] != server_round - 1:
-        # It took no part in the last round, so the last average did not contain its difference.
-        return delta
-    before, sent = from_record(state[_RECEIVED]), from_record(state[_SENT])
-    rate = kept["learning-rate"] * kept["effective-steps"]
+    current = (instruction.tracking_epoch, instruction.server_round - 1)
+    if (kept["epoch"], kept["server-round"]) != current:
+        return {}
+    delta, sent = from_record(state[_CORRECTION]), from_record(state[_SENT])
+    before = from_record(state[_RECEIVED])
+    rate = kept["learning-rate"] * effective_steps(instruction.tracking_steps, momentum)
     for name in sent:
-        average = (received[name] - before[name]) / server_lr
+        average = (received[name] - before[name]) / instruction.server_learning_rate
         step = (average - sent[name]) / rate
         delta[name] = delta[name] + step if name in delta else step
     return delta
-
-
-def remember(
-    state: RecordDict,
-    delta: Mapping[str, Tensor],
-    received: Mapping[str, Tensor],
-    sent: Mapping[str, Tensor],
-    server_round: int,
-    learning_rate: float,
-    steps: float,
-) -> None:
-    """Keep what the next round's correction is made from, all of it or nothing.
-
-    Parameters
-    ----------
-    state : RecordDict
-        The client's ``Context.state``.
-    delta, received, sent : mapping of str to Tensor
-        This round's correction, model, and dequantized difference, of the trained parameters.
-    server_round : int
-        This round.
-    learning_rate : float
-        ``eta`` of this round.
-    steps : float
-        Effective steps of this round.
-    """
-    new = {_RECEIVED: to_record(received), _SENT: to_record(sent), _CORRECTION: to_record(delta)}
-    kept = {
-        "server-round": server_round,
-        "learning-rate": float(learning_rate),
-        "effective-steps": float(steps),
-    }
-    for key, record in {**new, _ROUND: ConfigRecord(kept)}.items():
-        state[key] = record

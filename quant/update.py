@@ -97,6 +97,11 @@ def is_variance(name: str) -> bool:
     return name.endswith("running_var")
 
 
+def is_statistic(name: str) -> bool:
+    """Return whether a tensor of this name holds BatchNorm's statistics: no step optimizes them."""
+    return name.endswith(("running_mean", "running_var"))
+
+
 def quantize_state(
     state: Mapping[str, Tensor], bits: int, scales: Mapping[str, Tensor] | None = None
 ) -> Update:

@@ -46,17 +46,20 @@ def _run(grid: Grid, run_config: Mapping[str, object], record: RunRecord) -> Non
     settings, options = read_settings(run_config)
     record.write_config({**settings.to_settings(), **options})
     torch.set_num_threads(settings.server_threads)
+    # Before the data, which may have to be downloaded.
+    strategy = build_strategy(settings, options)
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
     if min(settings.mix) < FLOAT_BITS:
         check_quantizable(model, settings.model)
     buffer = server_pixels(settings)
-    strategy = build_strategy(settings, options, make_predict(model, buffer))
+    strategy.predict = make_predict(model, buffer)
     evaluator = Evaluator(settings, model, data.test, buffer)
     log(INFO, "prowd: %s on %s, record in %s", settings.strategy, settings.dataset, record.folder)
     state = run_rounds(grid, strategy, settings, model_state(model), evaluator, record)
     if strategy.evaluates_on_server:
-        record.write_model(evaluator.deployable(strategy.state_for(FLOAT_BITS, state)))
+        widest = max(strategy.nodes.widths())
+        record.write_model(evaluator.deployable(strategy.state_for(widest, state)))
     record.write_summary("completed")
     log(INFO, "prowd: completed; record in %s", record.folder)
 

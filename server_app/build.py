@@ -1,11 +1,8 @@
 """From a flat run configuration to validated settings and a strategy."""
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from torch import Tensor
-
-from strategies import STRATEGIES, MixedPrecisionStrategy
+from strategies import STRATEGIES, MixedPrecisionStrategy, ProWD
 from task.errors import SettingsError
 from task.options import Options
 from task.settings import Settings
@@ -58,11 +55,7 @@ def _split_name(strategy: str) -> tuple[str, str]:
     return name, inner
 
 
-def build_strategy(
-    settings: Settings,
-    own: Mapping[str, object],
-    predict: Callable[[Mapping[str, Tensor]], Tensor] | None,
-) -> MixedPrecisionStrategy:
+def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecisionStrategy:
     """Make the strategy that the settings name.
 
     Parameters
@@ -71,8 +64,11 @@ def build_strategy(
         Common settings.
     own : mapping
         The strategy's own, by full keys.
-    predict : callable or None
-        Differentiable logits on the server's buffer, for strategies that use it.
+
+    Raises
+    ------
+    SettingsError
+        If the settings do not go together with the strategy.
     """
     name, inner = _split_name(settings.strategy)
     strategy_class = STRATEGIES[name]
@@ -87,9 +83,11 @@ def build_strategy(
         prefix = f"{name}-"
         values = {key.removeprefix(prefix): value for key, value in own.items()}
         arguments["options"] = strategy_class.Options.read(values, prefix)
-    offered = {"low_bit_training": settings.low_bit_training, "predict": predict}
     if inner:
         arguments["name"] = inner
-    wanted = inspect.signature(strategy_class.__init__).parameters
-    arguments |= {key: value for key, value in offered.items() if key in wanted}
-    return strategy_class(**arguments)
+    if strategy_class is ProWD:
+        arguments["low_bit_training"] = settings.low_bit_training
+    try:
+        return strategy_class(**arguments)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None

@@ -7,7 +7,7 @@ on in the order of their partitions, so that sums do not depend on who answered 
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import INFO, WARNING
 
 import torch
@@ -73,6 +73,9 @@ class MixedPrecisionStrategy(Strategy):
     """
 
     evaluates_on_server = True
+    # ``f(u; w)``: differentiable logits on a server-side buffer for a float32 state dict, where the
+    # server has one. Strategies that learn on the server use it.
+    predict: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
     def __init__(
         self,

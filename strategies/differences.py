@@ -1,16 +1,17 @@
-"""FedPAQ and FedCOM: quantized differences, averaged, and a step of the server."""
+"""FedPAQ, FedCOM and FedCOMGATE: quantized differences, averaged, and a step of the server."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
+from quant import FLOAT_BITS, MAX_BITS, MIN_BITS, is_statistic
 from strategies.averaging import WeightedMean
 from strategies.base import MixedPrecisionStrategy, State
 from strategies.replies import ClientUpdate
 from task.options import Options
-from task.protocol import Declaration, Instruction
+from task.protocol import Declaration, Instruction, Report
 
 
 class DifferenceOptions(Options):
@@ -40,7 +41,8 @@ class FedPAQ(MixedPrecisionStrategy):
     """Periodic averaging of quantized differences (Reisizadeh et al., 2020, arXiv:1909.13014).
 
     Algorithm 1: a sample of the clients takes several local steps each and sends ``Q(w_i - w)``,
-    ``Q`` unbiased (`quant.quantize_difference`); the server adds the mean to its model.
+    ``Q`` unbiased (`quant.quantize_difference`); the server adds their mean, weighted by examples
+    as in all strategies here, to its model.
     """
 
     Options = DifferenceOptions
@@ -68,7 +70,12 @@ class FedPAQ(MixedPrecisionStrategy):
         step = average.mean()
         if not step:
             return None
-        return {n: start[n].add(step[n], alpha=self.server_learning_rate) for n in start}
+        return {
+            name: tensor.add(
+                step[name], alpha=1.0 if is_statistic(name) else self.server_learning_rate
+            )
+            for name, tensor in start.items()
+        }
 
 
 class FedCOM(FedPAQ):
@@ -89,15 +96,57 @@ class FedCOMGATE(FedCOM):
     """FedCOM with gradient tracking (Haddadpour et al., 2021, arXiv:2007.01154, Algorithm 2).
 
     Every client corrects its gradients by how its differences deviate from the average, and keeps
-    that correction from round to round (`client_app.tracking`).
+    that correction from round to round (`client_app.tracking`). Weighted by examples, the
+    corrections of all clients sum to zero. That holds only while the same clients contribute to
+    every round; when one fails, is set aside, joins, or lost what it kept, a new epoch begins and
+    all start clean. All clients must train in every round, as in the paper.
+
+    Raises
+    ------
+    ValueError
+        If `fraction_train` is below 1.
     """
+
+    def __init__(self, options: ServerStepOptions | None = None, **kwargs) -> None:
+        super().__init__(options, **kwargs)
+        if self.fraction_train < 1:
+            raise ValueError(
+                f"fraction-train: {self.fraction_train:g}, but fedcomgate's corrections need every "
+                "client in every round; allowed: 1"
+            )
+        self._epoch = 1
+        self._members: set[int] = set()
+        self._steps = 0
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Ask for a difference, and for tracking."""
-        return Instruction(
-            server_round,
-            uplink="difference",
-            uplink_bits=self.options.bits,
-            tracks_gradient=True,
+        return replace(
+            super().instruct(server_round, client),
+            tracking_epoch=self._epoch,
+            tracking_steps=self._steps,
             server_learning_rate=self.server_learning_rate,
         )
+
+    def combine(
+        self, server_round: int, start: State, updates: Iterator[ClientUpdate]
+    ) -> State | None:
+        """Move the model, and begin a new epoch if not all members contributed as they should."""
+        reports = {}
+        state = super().combine(server_round, start, _noting(updates, reports))
+        applied = state is not None and all(bool(t.isfinite().all()) for t in state.values())
+        begins = not self._members
+        kept = begins or not any(report.began_clean for report in reports.values())
+        complete = begins or set(reports) == self._members
+        if applied and kept and complete and not self.round_log.left_out:
+            self._members = set(reports)
+            self._steps = max(report.steps for report in reports.values())
+        else:
+            self._epoch += 1
+            self._members = set()
+        return state
+
+
+def _noting(updates: Iterator[ClientUpdate], reports: dict[int, Report]) -> Iterator[ClientUpdate]:
+    for item in updates:
+        reports[item.client.partition_id] = item.report
+        yield item

@@ -7,6 +7,7 @@ needs no change. It aggregates; who takes part and what is sent stays with the b
 import inspect
 import tomllib
 from collections.abc import Iterator
+from math import isfinite
 
 import flwr.serverapp.strategy as flower_strategies
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -33,9 +34,12 @@ def parse_arguments(text: str) -> dict[str, object]:
         If it is not a list of TOML assignments.
     """
     try:
-        return tomllib.loads(f"arguments = {{{text}}}")["arguments"]
+        document = tomllib.loads(f"arguments = {{{text}}}")
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"write it as eta = 0.1, tau = 0.001 ({error})") from None
+    if list(document) != ["arguments"]:
+        raise ValueError("write it as eta = 0.1, tau = 0.001")
+    return document["arguments"]
 
 
 class FlowerOptions(Options):
@@ -51,9 +55,9 @@ class FlowerOptions(Options):
 
 
 def flower_names() -> list[str]:
-    """Return the names of Flower's strategies that average models."""
+    """Return the names of Flower's strategies that average models; those for trees do not."""
     classes = inspect.getmembers(flower_strategies, inspect.isclass)
-    return [name for name, kind in classes if issubclass(kind, FedAvg)]
+    return [n for n, kind in classes if issubclass(kind, FedAvg) and not n.startswith("FedXgb")]
 
 
 class FlowerStrategy(MixedPrecisionStrategy):
@@ -105,7 +109,13 @@ class FlowerStrategy(MixedPrecisionStrategy):
             # A rule that needs more clients than there are, for example.
             name = type(self.inner).__name__
             raise FederationError(f"strategy: {PREFIX}{name} cannot aggregate: {error}") from error
-        return None if arrays is None else to_state(arrays)
+        if arrays is None:
+            name = type(self.inner).__name__
+            raise FederationError(
+                f"strategy: {PREFIX}{name} made no model of {len(replies)} updates; it may need "
+                "more clients"
+            )
+        return to_state(arrays)
 
 
 def _make(name: str, arguments: dict[str, object]) -> FedAvg:
@@ -113,22 +123,39 @@ def _make(name: str, arguments: dict[str, object]) -> FedAvg:
         allowed = ", ".join(PREFIX + n for n in flower_names())
         raise SettingsError(f"strategy: {PREFIX + name!r} is none of {allowed}")
     kind = getattr(flower_strategies, name)
-    parameters = inspect.signature(kind.__init__).parameters
-    reserved = {"fraction_train", "fraction_evaluate", "weighted_by_key", "arrayrecord_key"}
-    settable = [
-        p for p in parameters if p != "self" and p not in reserved and not p.startswith("min_")
-    ]
-    if unknown := [key for key in arguments if key not in settable]:
-        raise SettingsError(
-            f"flwr-arguments: {name} has no {unknown[0]!r}; it takes {', '.join(settable)}"
-        )
-    needed = [p for p in settable if parameters[p].default is inspect.Parameter.empty]
-    if missing := [p for p in needed if p not in arguments]:
+    settable = _settable(kind)
+    for key, value in arguments.items():
+        if key not in settable:
+            raise SettingsError(
+                f"flwr-arguments: {name} has no {key!r}; it takes {', '.join(settable) or 'none'}"
+            )
+        wanted = settable[key].annotation
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not isfinite(value) or value < 0 or (wanted is int and value % 1):
+            raise SettingsError(
+                f"flwr-arguments: {key} = {value!r} is not allowed; {name} takes "
+                f"{'a whole number' if wanted is int else 'a number'} from 0"
+            )
+    needed = [key for key, p in settable.items() if p.default is inspect.Parameter.empty]
+    if missing := [key for key in needed if key not in arguments]:
         raise SettingsError(f"flwr-arguments: {name} needs {', '.join(missing)}")
     try:
-        return kind(fraction_train=0.0, fraction_evaluate=0.0, **arguments)
+        inner = kind(**arguments)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"flwr-arguments: {name} refuses {arguments}: {error}") from None
+    # It is to sample nobody: the base does.
+    inner.fraction_train = inner.fraction_evaluate = 0.0
+    return inner
+
+
+def _settable(kind: type[FedAvg]) -> dict[str, inspect.Parameter]:
+    """Numbers that a class takes, but for those that say who takes part."""
+    parameters = inspect.signature(kind.__init__).parameters
+    return {
+        key: parameter
+        for key, parameter in parameters.items()
+        if parameter.annotation in (int, float) and not key.startswith(("fraction_", "min_"))
+    }
 
 
 def _as_reply(item: ClientUpdate, names: list[str]) -> Message:

@@ -32,6 +32,7 @@ class Local(MixedPrecisionStrategy):
     ) -> State | None:
         """Note who has begun; the common start stays as it is."""
         self._started.update(item.client.partition_id for item in updates)
-        # One that failed may have lost its model: it is sent the start again.
+        # One that failed may have lost its model: it is sent the start again, to begin from only
+        # if it has.
         self._started -= self.round_log.failed.keys()
         return None

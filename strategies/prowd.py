@@ -68,7 +68,7 @@ class ProWD(MixedPrecisionStrategy):
         super().__init__(**kwargs)
         self.options = options or ProWDOptions()
         self.low_bit_training = low_bit_training
-        self.predict = predict
+        self.predict = predict or self.predict
         self.dequantizer: ProgressiveDequantizer | None = None
         self._widths: set[int] = set()
         self._tuned_in = 0

@@ -95,10 +95,13 @@ class Instruction(_Record):
         the client goes on from its own.
     proximal_mu : float
         Factor of the proximal term against the received model; 0 leaves it out.
-    tracks_gradient : bool
-        Whether the client corrects its gradients and keeps the correction (FedCOMGATE).
+    tracking_epoch : int
+        FedCOMGATE: corrections of this epoch are kept from round to round, those of another are
+        dropped; 0: gradients are not tracked.
+    tracking_steps : int
+        Most local steps that a client took in the round before.
     server_learning_rate : float
-        Step size with which the server applies the average difference; needed for tracking.
+        Step size with which the server applied the average difference of that round.
     """
 
     server_round: int
@@ -106,7 +109,8 @@ class Instruction(_Record):
     uplink_bits: int = 0
     downlink_bits: int = FLOAT_BITS
     proximal_mu: float = 0.0
-    tracks_gradient: bool = False
+    tracking_epoch: int = 0
+    tracking_steps: int = 0
     server_learning_rate: float = 1.0
 
 
@@ -124,9 +128,15 @@ class Report(_Record):
         Share of them classified correctly, 0 to 1.
     seconds : float
         Time that the client took for it.
+    steps : int
+        Optimizer steps taken; 0 for an evaluation.
+    began_clean : int
+        1 if the client had nothing kept to correct its gradients by, else 0.
     """
 
     num_examples: int
     loss: float
     accuracy: float
     seconds: float
+    steps: int = 0
+    began_clean: int = 0

@@ -89,6 +89,7 @@ class ScriptedClient:
         self.train = train
         self.spec: UpdateSpec | None = None
         self.instructions: list[Instruction] = []
+        self.reported: dict = {}
 
     def __call__(self, message: Message) -> Message:
         if message.metadata.message_type == "query":
@@ -105,7 +106,7 @@ class ScriptedClient:
             sent = self.train(received)
             update = sent if isinstance(sent, Update) else quantize_state(sent, self.bits)
             content[UPDATE] = payload_record(encode_update(update))
-        content[REPORT] = report(self.declaration.num_examples)
+        content[REPORT] = report(self.declaration.num_examples, **self.reported)
         return Message(content, reply_to=message)
 
     @property

@@ -1,10 +1,9 @@
 """What a client keeps between messages."""
 
-import pytest
 import torch
 from flwr.app import RecordDict
 
-from client_app.memory import keep_model, own_model
+from client_app.memory import has_model, keep_model, own_model
 
 
 def test_a_kept_model_comes_back_bit_for_bit():
@@ -18,6 +17,8 @@ def test_a_kept_model_comes_back_bit_for_bit():
     assert own_model(state)[0]["w"].any(), "what is returned has memory of its own"
 
 
-def test_a_client_without_a_model_says_so():
-    with pytest.raises(RuntimeError, match="no longer has a model of its own"):
-        own_model(RecordDict())
+def test_a_new_client_has_no_model():
+    state = RecordDict()
+    assert not has_model(state)
+    keep_model(state, {"w": torch.ones(1)}, {})
+    assert has_model(state)

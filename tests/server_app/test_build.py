@@ -27,21 +27,21 @@ def test_pyproject_holds_every_setting_with_its_default():
 def test_defaults_build_prowd():
     settings, own = read_settings(RUN_CONFIG)
     assert own["prowd-low-bit-weight"] == 0.3
-    strategy = build_strategy(settings, own, None)
+    strategy = build_strategy(settings, own)
     assert isinstance(strategy, ProWD)
     assert strategy.low_bit_training == "qat"
 
 
 def test_a_strategys_own_settings_reach_it():
     changed = {**RUN_CONFIG, "prowd-mask-at-least": 0.5, "low-bit-training": "strict", "seed": 9}
-    strategy = build_strategy(*read_settings(changed), None)
+    strategy = build_strategy(*read_settings(changed))
     assert strategy.options.mask_at_least == 0.5
     assert (strategy.low_bit_training, strategy.seed) == ("strict", 9)
 
 
 def test_another_strategy_takes_the_common_settings():
     settings, own = read_settings({**RUN_CONFIG, "strategy": "fedavg", "fraction-train": 0.5})
-    strategy = build_strategy(settings, own, None)
+    strategy = build_strategy(settings, own)
     assert type(strategy) is FedAvg
     assert strategy.fraction_train == 0.5
     assert own == {}

@@ -9,14 +9,21 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
-from quant import UpdateSpec, payload_size
+import client_app.app as client_app
+from client_app.memory import own_model
+from quant import UpdateSpec, payload_size, quantized_layers, set_scales
 from server_app.app import main
 from task.models import build_model
+from task.partition import client_images
 from task.protocol import MODEL, UPDATE
+from task.seeds import derive_seed
+from task.settings import Settings
+from task.training import at_width, load_state, model_state, to_input
 
 FLOAT = "32:1.0"
 MIXED = "2:0.2,4:0.2,8:0.2,32:0.4"
@@ -94,11 +101,22 @@ def test_bytes_on_the_wire_are_those_of_the_table(tmp_path, system, mix):
     assert [bits for _, bits, _ in sent_down] == expected_down
     assert [len(data) for _, _, data in sent_down] == [payload_size(SPEC, b) for b in expected_down]
 
-    # And the record reports what was sent, by width.
+    # Weights, or differences: byte 6 of the header.
+    content = 1 if settings["strategy"] in ("fedpaq", "fedcom", "fedcomgate") else 0
+    assert {data[6] for _, _, data in sent_up} <= {content}
+    assert {data[6] for _, _, data in sent_down} == {0}
+
+    # And the record reports what was sent, by width and round.
     entries = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    for key, expected in (("uplink_bytes", expected_up), ("downlink_bytes", expected_down)):
-        total = sum(sum(entry[key].values()) for entry in entries)
-        assert total == sum(payload_size(SPEC, bits) for bits in expected)
+    for number, entry in enumerate(entries):
+        for key, kind in (("uplink_bytes", up), ("downlink_bytes", down)):
+            expected = {}
+            for bits in widths:
+                size = payload_size(SPEC, bits if kind == OWN else kind) if kind else 0
+                expected[str(bits)] = expected.get(str(bits), 0) + size
+            if system == "local" and key == "downlink_bytes" and number > 0:
+                expected = {}
+            assert entry[key] == expected
     assert set(entries[0]["accuracy"]) == {*map(str, widths), "average"}
 
 
@@ -130,6 +148,116 @@ def test_ours_agree_with_flowers_on_float32_clients(tmp_path, ours, flowers):
     other = load_file(model_of(tmp_path, "flowers", **flowers))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_unquantized_differences_and_weights_average_to_the_same_model(tmp_path):
+    """With 32 target bits FedPAQ adds the mean movement; FedAvg averages where they ended."""
+    one = load_file(model_of(tmp_path, "paq", strategy="fedpaq", **{"fedpaq-bits": 32}))
+    other = load_file(model_of(tmp_path, "avg", strategy="fedavg"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-5)
+
+
+def test_rounding_noise_differs_between_clients_and_rounds(tmp_path):
+    """Same data movement would give the same codes under one noise; here nothing repeats."""
+    _, grid = run(tmp_path, FLOAT, strategy="fedpaq", **{"fedpaq-bits": 2, "learning-rate": 1e-9})
+    codes = [data[-2000:] for _, _, data in payloads(grid.received, UPDATE)]
+    assert len(set(codes)) == len(codes)
+
+
+class TorchClient:
+    """FedCOMGATE's client in plain torch, Float32, for comparison with the real one."""
+
+    def __init__(self, partition, config):
+        settings = Settings.of_run(config)
+        self.images = client_images(settings, partition, 3)
+        self.partition, self.settings = partition, settings
+        self.delta, self.velocity = None, None
+
+    def train(self, received, server_round):
+        model = build_model("cnn", 1, 8, 10, 0)
+        load_state(model, received)
+        names = [n for n, _ in model.named_parameters()]
+        rate = self.settings.learning_rate * self.settings.learning_rate_decay ** (server_round - 1)
+        seed = derive_seed(self.settings.seed, 5, server_round, self.partition)
+        order = np.random.default_rng(seed).permutation(len(self.images))
+        velocity = {}
+        batches = [order[i : i + 32] for i in range(0, len(order), 32)]
+        for index in batches:
+            labels = torch.from_numpy(self.images.labels[index])
+            loss = F.cross_entropy(model(to_input(self.images.pixels[index])), labels)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            with torch.no_grad():
+                for name, parameter, gradient in zip(
+                    names, model.parameters(), gradients, strict=True
+                ):
+                    corrected = gradient - (self.delta[name] if self.delta else 0)
+                    velocity[name] = 0.9 * velocity.get(name, 0) + corrected
+                    parameter -= rate * velocity[name]
+        moved = {n: p.detach() - received[n] for n, p in model.named_parameters()}
+        return moved, rate, len(batches)
+
+
+def test_fedcomgate_of_the_real_app_is_algorithm_2(tmp_path):
+    """Momentum 0.9 and a decaying step, no quantization: A = sum (1 - 0.9^i) / 0.1 for tau."""
+    config = {"samples-per-client": 80, "num-server-rounds": 4, "fedcomgate-bits": 32}
+    folder, grid = run(tmp_path, FLOAT, clients=3, strategy="fedcomgate", **config)
+    run_config = next(iter(grid.nodes.values())).run_config
+    clients = [TorchClient(i, run_config) for i in range(3)]
+    state = {n: t.clone() for n, t in model_state(build_model("cnn", 1, 8, 10, 0)).items()}
+    for server_round in range(1, 5):
+        results = [c.train(state, server_round) for c in clients]
+        average = {n: sum(moved[n] for moved, _, _ in results) / 3 for n in state}
+        for client, (moved, rate, steps) in zip(clients, results, strict=True):
+            factor = rate * sum((1 - 0.9**i) / 0.1 for i in range(1, steps + 1))
+            old = client.delta or dict.fromkeys(state, 0.0)
+            client.delta = {n: old[n] + (average[n] - moved[n]) / factor for n in state}
+        state = {n: t + average[n] for n, t in state.items()}
+    real = load_file(folder / "model.safetensors")
+    plain = load_file(
+        run(tmp_path, FLOAT, clients=3, name="com", strategy="fedcom", **config)[0]
+        / "model.safetensors"
+    )
+    for name, tensor in state.items():
+        torch.testing.assert_close(real[name], tensor, rtol=1e-2, atol=2e-4)
+    # And the corrections matter: without them the model is another.
+    assert max(float((plain[n] - real[n]).abs().max()) for n in state) > 5e-3
+
+
+def test_local_strict_clients_are_evaluated_on_the_grid_they_trained_on(tmp_path):
+    _, grid = run(tmp_path, MIXED, strategy="local")
+    for node in list(grid.nodes.values())[:3]:
+        model, scales = own_model(node.context.state)
+        bits = {0: 2, 1: 4, 2: 8}[node.config["partition-id"]]
+        asked = [m for m in grid.sent if m.metadata.message_type == "evaluate"][-1]
+        job = client_app._open(asked, node.context)
+        assert job.client.bits == bits
+        evaluated = at_width(job.model, job.settings, bits)
+        set_scales(evaluated, job.scales)
+        for name, layer in quantized_layers(evaluated):
+            assert torch.equal(layer.quantized_weight(), model[f"{name}.weight"])
+            assert torch.equal(layer.weight_scale, scales[f"{name}.weight"])
+
+
+def test_a_local_client_whose_reply_was_lost_goes_on_from_its_own_model(tmp_path):
+    """The server sends it the common start once more; it still has its model and uses that."""
+    _, grid = run(tmp_path, FLOAT, strategy="local")
+    node = grid.nodes[10]
+    kept, _ = own_model(node.context.state)
+    first = next(m for m in grid.sent if m.metadata.message_type == "train")
+    assert MODEL in first.content
+    job = client_app._open(first, node.context)
+    assert all(torch.equal(model_state(job.model)[n], t) for n, t in kept.items())
+    node.lose_state()
+    job = client_app._open(first, node.context)
+    assert not all(torch.equal(model_state(job.model)[n], t) for n, t in kept.items())
+
+
+def test_without_float32_clients_the_widest_groups_model_is_written(tmp_path):
+    folder, _ = run(tmp_path, "4:0.4,8:0.6", strategy="grouped-avg")
+    start = model_state(build_model("cnn", 1, 8, 10, 0))
+    written = load_file(folder / "model.safetensors")
+    assert not torch.equal(written["hidden.weight"], start["hidden.weight"])
 
 
 def test_prowds_narrow_downlink_changes_nothing_for_strict_clients(tmp_path):

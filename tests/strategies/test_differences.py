@@ -6,7 +6,7 @@ import torch
 from federation import ScriptedClient, federation, run_round
 from flwr.app import RecordDict
 
-from client_app.tracking import correction, effective_steps, remember
+from client_app.tracking import TrackedRound, effective_steps, next_correction
 from quant import Update, quantize_difference
 from strategies import FedCOM, FedCOMGATE, FedPAQ
 from strategies.differences import DifferenceOptions, ServerStepOptions
@@ -21,29 +21,29 @@ ETA, STEPS = 0.1, 3
 class Descending(ScriptedClient):
     """Takes local gradient steps and sends the quantized difference; tracks if asked to."""
 
-    def __init__(self, partition, bits, tracks=False, own_bits=32):
-        super().__init__(partition, len(OPTIMA), own_bits, self.descend)
-        self.sent_bits, self.tracks = bits, tracks
+    def __init__(self, partition, bits, own_bits=32, examples=10, steps=STEPS):
+        super().__init__(partition, len(OPTIMA), own_bits, self.descend, examples)
+        self.sent_bits, self.steps = bits, steps
         self.state = RecordDict()
         self.delta: dict = {}
         self.sent = []
-        self.rounds = 0
 
     def descend(self, received):
-        self.rounds += 1
-        gamma = self.instructions[-1].server_learning_rate
-        if self.tracks:
-            self.delta = correction(self.state, received, self.rounds, gamma)
+        asked = self.instructions[-1]
+        if asked.tracking_epoch:
+            self.delta = next_correction(self.state, received, asked, momentum=0.0)
         optimum = torch.from_numpy(OPTIMA[self.declaration.partition_id])
         w = received["w"].clone()
-        for _ in range(STEPS):
+        for _ in range(self.steps):
             w -= ETA * ((w - optimum) - self.delta.get("w", 0.0))
-        generator = torch.Generator().manual_seed(self.declaration.partition_id + 10 * self.rounds)
+        self.reported = {"steps": self.steps, "began_clean": int(not self.delta)}
+        seed = self.declaration.partition_id + 10 * asked.server_round
+        generator = torch.Generator().manual_seed(seed)
         update = quantize_difference({"w": w - received["w"]}, self.sent_bits, generator)
         sent = update.dequantize()
         self.sent.append(sent["w"].numpy().copy())
-        if self.tracks:
-            remember(self.state, self.delta, received, sent, self.rounds, ETA, STEPS)
+        epoch, number = asked.tracking_epoch, asked.server_round
+        TrackedRound(epoch, number, ETA, self.delta, received, sent).keep(self.state)
         return update
 
 
@@ -111,7 +111,7 @@ def fedcomgate_in_numpy(rounds, gamma):
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
 def test_fedcomgate_follows_algorithm_2(gamma):
     options = ServerStepOptions(bits=32, server_learning_rate=gamma)
-    clients = [Descending(i, 32, tracks=True) for i in range(3)]
+    clients = [Descending(i, 32) for i in range(3)]
     models = run(FedCOMGATE(options), clients, 5)
     expected, _ = fedcomgate_in_numpy(5, gamma)
     for model, wanted in zip(models, expected, strict=True):
@@ -125,37 +125,107 @@ def test_fedcomgate_follows_algorithm_2(gamma):
 
 @pytest.mark.parametrize("bits", [3, 8])
 def test_corrections_sum_to_zero_over_the_clients(bits):
-    clients = [Descending(i, bits, tracks=True) for i in range(3)]
+    clients = [Descending(i, bits) for i in range(3)]
     run(FedCOMGATE(ServerStepOptions(bits=bits, server_learning_rate=0.7)), clients, 4)
     used = np.stack([c.delta["w"].numpy() for c in clients])
     assert np.abs(used).max() > 0.1
     np.testing.assert_allclose(used.sum(0), 0, atol=2e-5)
 
 
-def test_a_client_that_lost_its_state_starts_clean():
-    clients = [Descending(i, 32, tracks=True) for i in range(3)]
+def test_weighted_corrections_sum_to_zero_and_the_optimum_is_the_weighted_one():
+    """Clients of unequal size and number of steps; in the limit every difference vanishes."""
+    sizes, steps = np.array([10, 20, 70]), [1, 2, 7]
+    clients = [Descending(i, 32, examples=int(sizes[i]), steps=steps[i]) for i in range(3)]
+    models = run(FedCOMGATE(ServerStepOptions(bits=32)), clients, 200)
+    used = np.concatenate([c.delta["w"].numpy() for c in clients])
+    assert np.abs(used).max() > 0.5
+    np.testing.assert_allclose(sizes @ used / 100, 0, atol=1e-3)
+    # The minimum of the weighted sum of |w - a_j|^2 is the weighted mean of the a_j.
+    np.testing.assert_allclose(models[-1][0], sizes @ OPTIMA / 100, atol=2e-3)
+    plain = [Descending(i, 32, examples=int(sizes[i]), steps=steps[i]) for i in range(3)]
+    drifted = run(FedCOM(ServerStepOptions(bits=32)), plain, 200)
+    assert np.abs(drifted[-1][0] - sizes @ OPTIMA / 100).max() > 0.3
+
+
+def lose_state(clients, grid):
+    clients[1].state = RecordDict()
+
+
+def lose_reply(clients, grid):
+    honest = grid.nodes[101]
+
+    def lost(message):
+        honest(message)  # It trained and kept its round, but nobody hears of it.
+        grid.nodes[101] = honest
+
+    grid.nodes[101] = lost
+
+
+def spoil_replies(clients, grid):
+    for node_id, client in dict(grid.nodes).items():
+
+        def spoilt(message, node_id=node_id, client=client):
+            reply = client(message)
+            grid.nodes[node_id] = client
+            reply.content.metric_records["report"]["accuracy"] = 7.0
+            return reply
+
+        grid.nodes[node_id] = spoilt
+
+
+@pytest.mark.parametrize("disturb", [lose_state, lose_reply, spoil_replies])
+def test_a_disturbed_round_leaves_no_bias_behind(disturb):
+    """Whatever happens in round 4, everybody starts clean, and tracking still finds the optimum."""
+    clients = [Descending(i, 32) for i in range(3)]
     strategy = FedCOMGATE(ServerStepOptions(bits=32))
     grid = federation(clients, START)
-    state = run_round(strategy, grid, START, 1)
-    state = run_round(strategy, grid, state, 2)
-    assert clients[1].delta
-    clients[1].state = RecordDict()
-    assert run_round(strategy, grid, state, 3) is not None
-    assert clients[1].delta == {}
-    assert clients[0].delta != {}
-    assert strategy.round_log.aggregated == [0, 1, 2]
+    state = START
+    for server_round in range(1, 100):
+        if server_round == 4:
+            assert all(c.delta for c in clients)
+            disturb(clients, grid)
+        state = run_round(strategy, grid, state, server_round) or state
+        if server_round == 4 and disturb is lose_state:
+            assert clients[1].delta == {}
+            assert strategy.round_log.aggregated == [0, 1, 2]
+        if server_round == 5:
+            assert all(c.delta == {} for c in clients)
+    np.testing.assert_allclose(state["w"][0], OPTIMA.mean(0), atol=2e-3)
+    used = np.concatenate([c.delta["w"].numpy() for c in clients])
+    np.testing.assert_allclose(used.sum(0), 0, atol=1e-4)
 
 
-def test_a_client_that_missed_a_round_keeps_its_correction():
-    state = RecordDict()
-    received, sent = {"w": torch.ones(1, 2)}, {"w": torch.tensor([[0.5, 0.0]])}
-    delta = {"w": torch.tensor([[3.0, -1.0]])}
-    remember(state, delta, received, sent, 1, ETA, STEPS)
-    later = {"w": torch.full((1, 2), 9.0)}
-    assert torch.equal(correction(state, later, 3, 1.0)["w"], delta["w"])
-    # In the round right after, by hand: delta + ((9 - 1) - sent) / (0.1 * 3).
-    expected = torch.tensor([[3 + 7.5 / 0.3, -1 + 8 / 0.3]])
-    torch.testing.assert_close(correction(state, later, 2, 1.0)["w"], expected)
+def test_fedcomgate_refuses_partial_participation():
+    with pytest.raises(ValueError, match=r"fraction-train: 0\.5, but fedcomgate"):
+        FedCOMGATE(fraction_train=0.5)
+
+
+def test_fedpaq_averages_over_the_sampled_clients_only():
+    strategy = FedPAQ(DifferenceOptions(bits=32), fraction_train=0.67, seed=3)
+    clients = [Descending(i, 32, examples=10 * (i + 1)) for i in range(3)]
+    grid = federation(clients, START)
+    state, w = START, START["w"].numpy()
+    seen = set()
+    for server_round in range(1, 5):
+        state = run_round(strategy, grid, state, server_round)
+        sampled = strategy.round_log.sampled
+        seen.add(tuple(sampled))
+        assert len(sampled) == 2
+        weights = np.array([10 * (i + 1) for i in sampled])
+        sent = np.concatenate([clients[i].sent[-1] for i in sampled])
+        w = w + weights @ sent / weights.sum()
+        np.testing.assert_allclose(state["w"], w, rtol=1e-5)
+    assert len(seen) > 1
+
+
+def test_the_servers_step_moves_weights_and_not_statistics():
+    start = {"w": torch.zeros(1, 2), "bn.running_mean": torch.tensor([1.0])}
+    moved = {"w": torch.ones(1, 2), "bn.running_mean": torch.tensor([2.0])}
+    client = ScriptedClient(0, 1, 32, lambda _: Update(32, "difference", {}, moved))
+    strategy = FedCOM(ServerStepOptions(server_learning_rate=0.25))
+    new = run_round(strategy, federation([client], start), start)
+    assert new["w"].tolist() == [[0.25, 0.25]]
+    assert new["bn.running_mean"].tolist() == [3.0]
 
 
 @pytest.mark.parametrize(("steps", "momentum"), [(1, 0.0), (7, 0.0), (1, 0.9), (5, 0.9), (40, 0.5)])

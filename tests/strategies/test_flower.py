@@ -87,13 +87,14 @@ def test_fedavgm_pairs_every_tensor_with_its_own():
         state = new
 
 
-def test_krum_returns_one_clients_weights():
+def test_krum_picks_the_client_nearest_to_its_neighbours():
+    """Blanchard et al., 2017: 5 clients, 1 malicious: least sum of distances to 5 - 1 - 2 = 2."""
+    flat = np.concatenate([values(STATE, n).reshape(5, -1) for n in STATE], 1)
+    squared = ((flat[:, None] - flat[None]) ** 2).sum(2)
+    nearest = np.argmin(np.sort(squared, axis=1)[:, 1:3].sum(1))
     new = run_round(make("Krum", "num_malicious_nodes = 1"), federation(clients(), STATE), STATE)
-    distances = [
-        sum(float(np.abs(values(STATE, n)[i] - new[n].numpy()).max()) for n in STATE)
-        for i in range(5)
-    ]
-    assert min(distances) < 1e-6
+    for name in STATE:
+        np.testing.assert_allclose(new[name], values(STATE, name)[nearest], rtol=1e-5)
 
 
 def test_fedprox_passes_its_factor_on():
@@ -102,14 +103,52 @@ def test_fedprox_passes_its_factor_on():
     assert {c.instructions[0].proximal_mu for c in nodes} == {0.25}
 
 
-@pytest.mark.parametrize(
-    "name", ["FedAvg", "FedAdagrad", "FedYogi", "FedTrimmedAvg", "MultiKrum", "QFedAvg", "Bulyan"]
-)
-def test_the_others_aggregate_too(name):
+NAMES = [
+    "Bulyan",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedMedian",
+    "FedProx",
+    "FedTrimmedAvg",
+    "FedYogi",
+    "Krum",
+    "MultiKrum",
+    "QFedAvg",
+]
+
+
+def test_the_names_are_flowers_own_that_average_models():
+    assert flower_names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_one_aggregates(name):
     arguments = "client_learning_rate = 0.1" if name == "QFedAvg" else ""
     new = run_round(make(name, arguments), federation(clients(), STATE), STATE)
     assert all(torch.isfinite(t).all() for t in new.values())
     assert any(not torch.equal(new[n], STATE[n]) for n in STATE)
+
+
+@pytest.mark.parametrize("name", ["FedYogi", "FedAdagrad"])
+def test_yogi_and_adagrad_take_the_step_of_their_paper(name):
+    """Reddi et al., 2021 (arXiv:2003.00295), algorithm 2, first round."""
+    eta, tau, b1, b2 = 0.1, 1e-2, 0.9, 0.99
+    more = f", beta_1 = {b1}, beta_2 = {b2}" if name == "FedYogi" else ""
+    strategy = make(name, f"eta = {eta}, tau = {tau}{more}")
+    new = run_round(strategy, federation(clients(), STATE), STATE)
+    for key in STATE:
+        delta = np.tensordot(WEIGHTS, values(STATE, key), 1) - STATE[key].numpy()
+        m, v = ((1 - b1) * delta, (1 - b2) * delta**2) if more else (delta, delta**2)
+        expected = STATE[key].numpy() + eta * m / (np.sqrt(v) + tau)
+        np.testing.assert_allclose(new[key], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_rule_that_makes_no_model_ends_with_a_line():
+    strategy = make("Bulyan", "num_malicious_nodes = 1")
+    with pytest.raises(FederationError, match="flwr:Bulyan made no model of 5 updates"):
+        run_round(strategy, federation(clients(), STATE), STATE)
 
 
 def test_a_rule_that_cannot_aggregate_ends_with_its_reason(monkeypatch):
@@ -128,6 +167,14 @@ def test_a_rule_that_cannot_aggregate_ends_with_its_reason(monkeypatch):
         ("QFedAvg", "", "flwr-arguments: QFedAvg needs client_learning_rate"),
         ("FedAdam", "etta = 0.1", "flwr-arguments: FedAdam has no 'etta'; it takes"),
         ("FedAdam", "fraction_train = 0.5", "FedAdam has no 'fraction_train'"),
+        ("FedAdam", 'eta = "abc"', "eta = 'abc' is not allowed; FedAdam takes a number from 0"),
+        ("FedAdam", "eta = nan", "eta = nan is not allowed"),
+        ("FedAdam", "eta.x = 1", "is not allowed"),
+        ("Krum", "num_malicious_nodes = 1.5", "Krum takes a whole number from 0"),
+        ("FedAvg", "train_metrics_aggr_fn = 3", "FedAvg has no 'train_metrics_aggr_fn'"),
+        ("FedProx", "proximal_mu = -1", "proximal_mu = -1 is not allowed"),
+        ("FedAvgM", "server_momentum = true", "server_momentum = True is not allowed"),
+        ("FedXgbBagging", "", "is none of"),
     ],
 )
 def test_a_class_that_does_not_fit_is_refused_in_one_line(name, arguments, message):
@@ -137,10 +184,9 @@ def test_a_class_that_does_not_fit_is_refused_in_one_line(name, arguments, messa
     assert "\n" not in str(error.value)
 
 
-def test_arguments_that_are_no_assignments_are_refused():
-    with pytest.raises(SettingsError, match=r"flwr-arguments: 'eta: 3' is not allowed"):
-        FlowerOptions.read({"arguments": "eta: 3"}, "flwr-")
-
-
-def test_the_names_are_flowers_own():
-    assert {"FedAvg", "FedAdam", "FedYogi", "FedMedian", "Krum"} <= set(flower_names())
+@pytest.mark.parametrize("text", ["eta: 3", "} \nx = {a=1", "eta"])
+def test_arguments_that_are_no_assignments_are_refused(text):
+    with pytest.raises(SettingsError) as error:
+        FlowerOptions.read({"arguments": text}, "flwr-")
+    assert "flwr-arguments: " in str(error.value)
+    assert "eta = 0.1, tau = 0.001" in str(error.value)

@@ -37,3 +37,18 @@ def test_a_width_that_has_not_reported_begins_at_the_common_start():
     strategy = GroupedAvg()
     state = run_round(strategy, federation(clients, STATE), STATE, 1)
     assert strategy.state_for(4, state)["w"].tolist() == [[0.0, 0.0]] * 2
+
+
+def test_a_width_that_is_absent_for_a_round_keeps_its_model():
+    clients = [ScriptedClient(0, 2, 8, add(1.0)), ScriptedClient(1, 2, 32, add(10.0))]
+    strategy = GroupedAvg()
+    grid = federation(clients, STATE)
+    state = run_round(strategy, grid, STATE, 1)
+    answering = grid.nodes[100]
+    grid.nodes[100] = lambda message: None
+    state = run_round(strategy, grid, state, 2)
+    torch.testing.assert_close(strategy.state_for(8, state)["w"], torch.full((2, 2), 1.0))
+    assert strategy.state_for(32, state)["w"].tolist() == [[20.0, 20.0]] * 2
+    grid.nodes[100] = answering
+    run_round(strategy, grid, state, 3)
+    torch.testing.assert_close(strategy.state_for(8, state)["w"], torch.full((2, 2), 2.0))

@@ -155,6 +155,18 @@ def test_training_that_diverges_says_so():
         train(small_model(), some_images(24), config, 0)
 
 
+def test_a_correction_is_subtracted_from_the_gradients_it_names():
+    images, start = some_images(8), small_model()
+    correction = {"4.weight": torch.randn(10, 144), "1.bias": torch.randn(4)}
+    config = LocalTraining(32, batch_size=8, learning_rate=0.5, momentum=0.0)
+    plain = train(copy.deepcopy(start), images, config, 0).moved
+    corrected = train(copy.deepcopy(start), images, config, 0, correction=correction).moved
+    # One step: w - 0.5 (g - delta), so that it moves by 0.5 delta more.
+    for name in ("0.weight", "1.bias", "1.weight", "4.weight", "4.bias"):
+        extra = 0.5 * correction[name] if name in correction else torch.zeros_like(plain[name])
+        torch.testing.assert_close(corrected[name] - plain[name], extra, rtol=1e-4, atol=1e-5)
+
+
 def test_what_moved_is_the_end_less_the_start_as_the_client_holds_them():
     start = small_model()
     config = LocalTraining(4, "strict", activation_bits=4, gradient_bits=8, batch_size=8)
