@@ -248,7 +248,7 @@ def test_target_bits_of_0_are_each_clients_own():
 def test_weights_are_refused_where_a_difference_was_asked_for():
     weights = Update(32, "weights", {}, {"w": torch.ones(1, 3)})
     clients = [Descending(0, 32), ScriptedClient(1, 3, 32, lambda _: weights)]
-    strategy = FedPAQ()
+    strategy = FedPAQ(node_wait=0.2)
     run_round(strategy, federation(clients, START), START)
     assert "asked for difference" in strategy.round_log.rejected[1]
 

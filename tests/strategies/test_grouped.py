@@ -33,7 +33,7 @@ def test_each_width_has_a_model_of_its_own():
 
 
 def test_a_width_that_has_not_reported_begins_at_the_common_start():
-    clients = [ScriptedClient(0, 2, 32, add(5.0))]
+    clients = [ScriptedClient(0, 1, 32, add(5.0))]
     strategy = GroupedAvg()
     state = run_round(strategy, federation(clients, STATE), STATE, 1)
     assert strategy.state_for(4, state)["w"].tolist() == [[0.0, 0.0]] * 2
