@@ -57,6 +57,14 @@ class Flower:
         run_id = re.search(r"run (\d+)", done.stdout).group(1)
         return Run(self.output_dir / name, done.stdout + done.stderr, self._status(run_id))
 
+    def compare(self, plan: Path, output_dir: Path) -> subprocess.CompletedProcess:
+        """Run `prowd compare`."""
+        command = [sys.executable, "-m", "experiments.cli", "compare", str(plan)]
+        command += ["--output-dir", str(output_dir)]
+        return subprocess.run(
+            command, env=self.env, cwd=PROJECT, capture_output=True, text=True, timeout=600
+        )
+
     def _status(self, run_id: str) -> str:
         command = [str(_BIN / "flwr"), "ls", "--run-id", run_id, "--format", "json"]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)

@@ -93,3 +93,36 @@ def test_every_rival_runs_on_mixed_bit_widths(flower, strategy):
     assert set(last["accuracy"]) == {"2", "4", "8", "32", "average"}
     assert last["clients"] == {"sampled": 4, "aggregated": 4, "rejected": 0, "failed": 0}
     assert last["left_out"] == {}
+
+
+def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
+    """Two systems; the second call finds one of them done and runs the other alone."""
+    plan = tmp_path / "small.toml"
+    plan.write_text(
+        """
+        title = "Small"
+        seeds = [3]
+        federation = "num-supernodes=2"
+        [settings]
+        model = "cnn"
+        num-server-rounds = 1
+        samples-per-client = 64
+        [systems.A]
+        strategy = "fedavg"
+        [systems.B]
+        strategy = "fedavg"
+        batch-size = 0
+        """
+    )
+    first = flower.compare(plan, tmp_path / "out")
+    assert first.returncode == 1
+    assert "failed: B-seed3: batch-size: 0 is not allowed" in first.stderr
+    assert "| A | " in (tmp_path / "out" / "table.md").read_text()
+    plan.write_text(plan.read_text().replace("batch-size = 0", "batch-size = 16"))
+    second = flower.compare(plan, tmp_path / "out")
+    assert second.returncode == 0, second.stderr
+    assert "1 of 2 runs are done" in second.stdout
+    assert (tmp_path / "out" / "B-seed3.broken1").is_dir()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| A | " in table
+    assert "| B | " in table

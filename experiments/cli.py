@@ -1,0 +1,89 @@
+"""The console command `prowd`."""
+
+import argparse
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+from experiments.plan import Experiment, Setting, read_experiment
+from experiments.runs import PlannedRun, execute, pending, planned_runs
+from experiments.table import make_table, result_of, to_markdown
+from task.errors import SettingsError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(prog="prowd", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    compare = commands.add_parser("compare", help="run systems x seeds of a file, make one table")
+    compare.add_argument("file", type=Path, help="experiment file (TOML)")
+    compare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
+    compare.add_argument("--seeds", help="other seeds, as 0,1,2")
+    compare.add_argument("--federation", help="another --federation-config")
+    compare.add_argument("--output-dir", type=Path, help="default: ~/prowd-runs/FILE")
+    compare.set_defaults(command=_compare)
+    given = parser.parse_args(arguments)
+    try:
+        return given.command(given)
+    except SettingsError as error:
+        print(f"prowd: {error}", file=sys.stderr)
+        return 2
+
+
+def _compare(given: argparse.Namespace) -> int:
+    experiment = read_experiment(given.file)
+    changes: dict[str, object] = {}
+    if given.seeds:
+        changes["seeds"] = _seeds(given.seeds)
+    if given.federation:
+        changes["federation"] = given.federation
+    experiment = Experiment.read({**experiment.to_settings(), **changes}, f"{given.file.name}: ")
+    output_dir = given.output_dir or Path("~/prowd-runs").expanduser() / given.file.stem
+    runs = planned_runs(experiment, output_dir.resolve(), _overrides(given.sets))
+    failures = _run_all(experiment, runs)
+    _write_table(experiment, runs, output_dir)
+    for run, reason in failures.items():
+        print(f"failed: {run}: {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _run_all(experiment: Experiment, runs: list[PlannedRun]) -> dict[str, str]:
+    waiting = list(pending(runs))
+    print(f"{experiment.title}: {len(runs) - len(waiting)} of {len(runs)} runs are done")
+    failures = {}
+    for number, run in enumerate(waiting, 1):
+        print(f"[{number}/{len(waiting)}] {run.folder.name} ...", flush=True)
+        if reason := execute(run, experiment.federation):
+            failures[run.folder.name] = reason
+    return failures
+
+
+def _write_table(experiment: Experiment, runs: list[PlannedRun], output_dir: Path) -> None:
+    results = [result_of(run) for run in runs if run.completed]
+    if not results:
+        return
+    rows = make_table(results)
+    text = to_markdown(experiment.title, rows)
+    (output_dir / "table.md").write_text(text)
+    content = {"title": experiment.title, "results": results, "table": rows}
+    (output_dir / "table.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"\n{text}\n{output_dir / 'table.md'}")
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingsError(f"--seeds: {text!r} is not whole numbers, as in 0,1,2") from None
+
+
+def _overrides(sets: list[str]) -> dict[str, Setting]:
+    try:
+        return {k: v for part in sets for k, v in tomllib.loads(part).items()}
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"--set: write it as model = 'resnet20' ({error})") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

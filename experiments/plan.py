@@ -1,0 +1,70 @@
+"""An experiment file: which systems, under which settings, with which seeds."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from task.errors import SettingsError
+from task.options import Options
+
+Setting = str | int | float | bool
+
+
+class Experiment(Options):
+    """Content of an experiment file.
+
+    Attributes
+    ----------
+    title, about : str
+        What is compared, and how long it takes on what.
+    federation : str
+        Flower's ``--federation-config``.
+    seeds : list of int
+        Every system runs once a seed.
+    settings : dict
+        Settings that all systems share.
+    systems : dict of str to dict
+        By name, the settings of each system on top.
+    """
+
+    title: str
+    about: str = ""
+    federation: str = "num-supernodes=10 client-resources-num-cpus=1"
+    seeds: Annotated[list[int], Field(min_length=1)]
+    settings: dict[str, Setting] = Field(default_factory=dict)
+    systems: Annotated[dict[str, dict[str, Setting]], Field(min_length=1)]
+
+    @field_validator("systems")
+    @classmethod
+    def _names_are_folders(cls, value: dict[str, dict[str, Setting]]) -> dict:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", name):
+                raise ValueError(f"system {name!r}: letters, digits and . _ + = - only")
+        return value
+
+    @model_validator(mode="after")
+    def _runs_are_named_here(self) -> "Experiment":
+        for part in (self.settings, *self.systems.values()):
+            if taken := sorted({"seed", "output-dir", "run-name"} & set(part)):
+                raise ValueError(f"{taken[0]} is set by prowd compare")
+        return self
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read and check an experiment file.
+
+    Raises
+    ------
+    SettingsError
+        If it cannot be read, or something in it is missing, unknown or of the wrong type.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: {error}") from None
+    return Experiment.read(content, f"{path.name}: ")

@@ -1,0 +1,101 @@
+"""Runs of an experiment through `flwr run`, one after the other, resumable run by run."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.plan import Experiment, Setting
+from task.errors import SettingsError
+
+PROJECT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One system under one seed.
+
+    Attributes
+    ----------
+    system : str
+        Name in the experiment file.
+    seed : int
+        Its seed.
+    folder : Path
+        Its run record.
+    settings : dict
+        Everything that is set for it.
+    """
+
+    system: str
+    seed: int
+    folder: Path
+    settings: dict[str, Setting]
+
+    @property
+    def summary(self) -> dict | None:
+        """Summary of the finished run, None if it has not finished."""
+        try:
+            return json.loads((self.folder / "summary.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    @property
+    def completed(self) -> bool:
+        """Whether the run is done and need not be run again."""
+        return (self.summary or {}).get("status") == "completed"
+
+
+def planned_runs(
+    experiment: Experiment, output_dir: Path, overrides: dict[str, Setting]
+) -> list[PlannedRun]:
+    """List the runs: all systems under the first seed, then under the next."""
+    return [
+        PlannedRun(
+            system,
+            seed,
+            output_dir / f"{system}-seed{seed}",
+            {**experiment.settings, **own, **overrides, "seed": seed},
+        )
+        for seed in experiment.seeds
+        for system, own in experiment.systems.items()
+    ]
+
+
+def execute(run: PlannedRun, federation: str) -> str:
+    """Run one through `flwr run` and return why it failed, empty if it completed.
+
+    What an earlier, broken attempt left is moved aside, not deleted.
+    """
+    if not (PROJECT / "pyproject.toml").is_file():
+        raise SettingsError(f"{PROJECT} is no checkout of prowd; install it with pip install -e .")
+    if run.folder.exists():
+        _move_aside(run.folder)
+    settings = {**run.settings, "output-dir": str(run.folder.parent), "run-name": run.folder.name}
+    config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+    flwr = shutil.which("flwr", path=str(Path(sys.executable).parent)) or "flwr"
+    command = [flwr, "run", str(PROJECT), "--stream", "--run-config", config]
+    command += ["--federation-config", federation] if federation else []
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = run.folder.parent / f"{run.folder.name}.log"
+    with open(log, "w") as file:
+        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if run.completed:
+        return ""
+    # flwr's exit code is 0 for a failed run too; the run's own record knows.
+    return (run.summary or {}).get("reason") or f"it left no summary; see {log}"
+
+
+def pending(runs: list[PlannedRun]) -> Iterator[PlannedRun]:
+    """Yield the runs that have not completed."""
+    return (run for run in runs if not run.completed)
+
+
+def _move_aside(folder: Path) -> None:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.broken{number}")).exists():
+        number += 1
+    folder.rename(aside)

@@ -1,0 +1,90 @@
+"""The table of an experiment: accuracy per width and averaged, mean and spread over seeds."""
+
+import json
+from collections.abc import Iterable
+from statistics import mean, stdev
+
+from experiments.runs import PlannedRun
+
+# A single round of low-bit training swings by a point; the end of a run is its last few.
+_LAST = 3
+
+
+def result_of(run: PlannedRun) -> dict[str, object]:
+    """Return what the table needs of a finished run.
+
+    Accuracies are means over the last three rounds that were evaluated; bytes are totals.
+    """
+    lines = (run.folder / "rounds.jsonl").read_text().splitlines()
+    rounds = [json.loads(line) for line in lines]
+    evaluated = [entry["accuracy"] for entry in rounds if entry["accuracy"]][-_LAST:]
+    return {
+        "system": run.system,
+        "seed": run.seed,
+        "accuracy": {w: mean(a[w] for a in evaluated) for w in evaluated[-1]},
+        "uplink_bytes": sum(sum(entry["uplink_bytes"].values()) for entry in rounds),
+        "downlink_bytes": sum(sum(entry["downlink_bytes"].values()) for entry in rounds),
+    }
+
+
+def make_table(results: Iterable[dict[str, object]]) -> list[dict[str, object]]:
+    """Gather results by system, best averaged accuracy first.
+
+    Returns
+    -------
+    list of dict
+        Per system its name, number of seeds, per width mean and standard deviation of the
+        accuracy (None for one seed), and mean bytes.
+    """
+    systems: dict[str, list[dict]] = {}
+    for result in results:
+        systems.setdefault(str(result["system"]), []).append(result)
+    rows = []
+    for system, runs in systems.items():
+        widths = runs[0]["accuracy"]
+        accuracy = {}
+        for width in widths:
+            values = [run["accuracy"][width] for run in runs]
+            spread = stdev(values) if len(values) > 1 else None
+            accuracy[width] = {"mean": mean(values), "spread": spread}
+        rows.append(
+            {
+                "system": system,
+                "seeds": len(runs),
+                "accuracy": accuracy,
+                "uplink_bytes": mean(run["uplink_bytes"] for run in runs),
+                "downlink_bytes": mean(run["downlink_bytes"] for run in runs),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["accuracy"]["average"]["mean"])
+
+
+def to_markdown(title: str, rows: list[dict[str, object]]) -> str:
+    """Write the table as Markdown; accuracies in percent, bytes in megabytes."""
+    widths = _widths(rows)
+    head = ["system", *(f"{w}-bit" for w in widths), "averaged", "MB up", "MB down", "seeds"]
+    lines = [f"### {title}", "", _row(head), _row(["---"] * len(head))]
+    for row in rows:
+        cells = [_cell(row["accuracy"].get(width)) for width in (*widths, "average")]
+        sizes = [f"{row[key] / 1e6:.2f}" for key in ("uplink_bytes", "downlink_bytes")]
+        lines.append(_row([row["system"], *cells, *sizes, str(row["seeds"])]))
+    return "\n".join(lines) + "\n"
+
+
+def _widths(rows: list[dict[str, object]]) -> list[str]:
+    found = {width for row in rows for width in row["accuracy"]} - {"average"}
+    return sorted(found, key=int)
+        found, key=lambda width: (width == "average", int(width) if width.isdigit() else 0)
+    )
+
+
+def _cell(accuracy: dict[str, float] | None) -> str:
+    if accuracy is None:
+        return "-"
+    spread = accuracy["spread"]
+    text = f"{100 * accuracy['mean']:.2f}"
+    return text if spread is None else f"{text} ± {100 * spread:.2f}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

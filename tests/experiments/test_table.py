@@ -1,0 +1,74 @@
+"""The table, worked by hand from run records."""
+
+import json
+
+from experiments.plan import Experiment
+from experiments.runs import PlannedRun, planned_runs
+from experiments.table import make_table, result_of, to_markdown
+
+
+def record(folder, accuracies, up=1_000_000):
+    folder.mkdir(parents=True)
+    lines = [
+        json.dumps({"accuracy": a, "uplink_bytes": {"4": up, "32": up}, "downlink_bytes": {"4": 5}})
+        for a in accuracies
+    ]
+    (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "summary.json").write_text(json.dumps({"status": "completed"}))
+
+
+def accuracy(low, high):
+    return {"4": low, "32": high, "average": (low + high) / 2}
+
+
+def test_accuracy_is_the_mean_of_the_last_three_evaluated_rounds(tmp_path):
+    rounds = [
+        accuracy(0.1, 0.1),
+        accuracy(0.3, 0.5),
+        {},
+        accuracy(0.4, 0.6),
+        accuracy(0.5, 0.7),
+        {},
+    ]
+    record(tmp_path / "a", rounds)
+    result = result_of(PlannedRun("A", 0, tmp_path / "a", {}))
+    # (0.3 + 0.4 + 0.5) / 3, (0.5 + 0.6 + 0.7) / 3; six rounds of 2 MB up and 5 B down.
+    assert round(result["accuracy"]["4"], 9) == 0.4
+    assert round(result["accuracy"]["32"], 9) == 0.6
+    assert (result["uplink_bytes"], result["downlink_bytes"]) == (12_000_000, 30)
+
+
+def test_systems_are_ranked_by_their_average_with_spread_over_seeds(tmp_path):
+    results = [
+        {"system": s, "seed": i, "accuracy": a, "uplink_bytes": 2e6, "downlink_bytes": 3e6}
+        for s, i, a in (
+            ("low", 0, accuracy(0.50, 0.60)),
+            ("high", 0, accuracy(0.70, 0.80)),
+            ("high", 1, accuracy(0.72, 0.84)),
+            ("ceiling", 0, {"32": 0.9, "average": 0.9}),
+        )
+    ]
+    rows = make_table(results)
+    assert [row["system"] for row in rows] == ["ceiling", "high", "low"]
+    # Two seeds: mean 0.71, sample deviation 0.02 / sqrt(2) = 0.01414.
+    assert to_markdown("T", rows).splitlines() == [
+        "### T",
+        "",
+        "| system | 4-bit | 32-bit | averaged | MB up | MB down | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| ceiling | - | 90.00 | 90.00 | 2.00 | 3.00 | 1 |",
+        "| high | 71.00 ± 1.41 | 82.00 ± 2.83 | 76.50 ± 2.12 | 2.00 | 3.00 | 2 |",
+        "| low | 50.00 | 60.00 | 55.00 | 2.00 | 3.00 | 1 |",
+    ]
+
+
+def test_a_run_is_done_only_if_its_summary_says_completed(tmp_path):
+    experiment = Experiment(title="t", seeds=[0, 1], systems={"a": {"strategy": "fedavg"}})
+    first, second = planned_runs(experiment, tmp_path, {})
+    record(first.folder, [accuracy(0.1, 0.2)])
+    assert first.completed
+    assert not second.completed
+    (first.folder / "summary.json").write_text('{"status": "running"}')
+    assert not first.completed
+    (first.folder / "summary.json").write_text("{")
+    assert not first.completed
