@@ -74,8 +74,6 @@ def to_markdown(title: str, rows: list[dict[str, object]]) -> str:
 def _widths(rows: list[dict[str, object]]) -> list[str]:
     found = {width for row in rows for width in row["accuracy"]} - {"average"}
     return sorted(found, key=int)
-        found, key=lambda width: (width == "average", int(width) if width.isdigit() else 0)
-    )
 
 
 def _cell(accuracy: dict[str, float] | None) -> str:
