@@ -1,9 +1,11 @@
 """Weighted means of models, summed one client at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from strategies.replies import ClientUpdate
 
 
 class WeightedMean:
@@ -27,3 +29,11 @@ class WeightedMean:
     def mean(self) -> dict[str, Tensor]:
         """Return the mean; empty if nothing was added."""
         return {name: tensor / self.weight for name, tensor in self._sums.items()}
+
+
+def mean_of(updates: Iterable[ClientUpdate]) -> dict[str, Tensor]:
+    """Return the mean of what the clients sent, weighted by examples; empty if none did."""
+    average = WeightedMean()
+    for item in updates:
+        average.add(item.update.dequantize(), item.report.num_examples)
+    return average.mean()

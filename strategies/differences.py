@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS, is_statistic
-from strategies.averaging import WeightedMean
+from strategies.averaging import mean_of
 from strategies.base import MixedPrecisionStrategy, State
 from strategies.replies import ClientUpdate
 from task.options import Options
@@ -64,10 +64,7 @@ class FedPAQ(MixedPrecisionStrategy):
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
     ) -> State | None:
         """Move the model along the mean difference."""
-        average = WeightedMean()
-        for item in updates:
-            average.add(item.update.dequantize(), item.report.num_examples)
-        step = average.mean()
+        step = mean_of(updates)
         if not step:
             return None
         return {

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from strategies.averaging import WeightedMean
+from strategies.averaging import mean_of
 from strategies.base import MixedPrecisionStrategy, State
 from strategies.replies import ClientUpdate
 
@@ -18,7 +18,4 @@ class FedAvg(MixedPrecisionStrategy):
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
     ) -> State | None:
         """Return the mean of the clients' weights."""
-        average = WeightedMean()
-        for item in updates:
-            average.add(item.update.dequantize(), item.report.num_examples)
-        return average.mean() or None
+        return mean_of(updates) or None

@@ -1,6 +1,9 @@
 """A whole run in one process: the real server loop and ClientApp over an in-process grid."""
 
 import json
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +61,17 @@ def test_a_run_completes_with_accuracy_per_width(tmp_path, strategy, training):
     assert last["uplink_bytes"]["4"] < last["downlink_bytes"]["4"] * 0.16
     model = load_file(folder / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in model.values())
+
+
+def test_the_papers_literal_form_in_the_readme_runs(tmp_path):
+    """The settings of the README's own line; the literal 1/N with masks is known to learn badly."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    line = next(text for text in readme.splitlines() if 'prowd-reference="global"' in text)
+    literal = tomllib.loads("\n".join(re.search("'(.*)'", line).group(1).split()))
+    folder = run(tmp_path, **literal)
+    first, second = rounds_of(folder)
+    assert first["prowd"]["mask-density-8"] <= 0.5
+    assert second["clients"]["aggregated"] == 2
 
 
 def test_local_clients_learn_on_their_own(tmp_path):
