@@ -46,7 +46,8 @@ def test_instruction_defaults_ask_for_weights_at_the_clients_width_and_send_floa
         "uplink_bits": 0,
         "downlink_bits": 32,
         "proximal_mu": 0.0,
-        "tracks_gradient": False,
+        "tracking_epoch": 0,
+        "tracking_steps": 0,
         "server_learning_rate": 1.0,
     }
 
