@@ -276,11 +276,16 @@ def _log_left_out(server_round: int, round_log: RoundLog) -> None:
 
 def _checked(state: State, server_round: int) -> State | None:
     """Return a combined model if it can be sent, with variances that are not negative."""
-    if not all(bool(t.isfinite().all()) for t in state.values()):
+    if not is_finite(state):
         log(WARNING, "Round %d is left out: its model is not finite", server_round)
         return None
     # A step of the server beyond the mean can carry a variance below zero.
     return {n: t.clamp(min=0) if is_variance(n) else t for n, t in state.items()}
+
+
+def is_finite(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a model holds numbers only; one that does not is never sent."""
+    return all(bool(tensor.isfinite().all()) for tensor in state.values())
 
 
 def to_array(payload: bytes) -> Array:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS, is_statistic
 from strategies.averaging import mean_of
-from strategies.base import MixedPrecisionStrategy, State
+from strategies.base import MixedPrecisionStrategy, State, is_finite
 from strategies.replies import ClientUpdate
 from task.options import Options
 from task.protocol import Declaration, Instruction, Report
@@ -130,7 +130,7 @@ class FedCOMGATE(FedCOM):
         """Move the model, and begin a new epoch if not all members contributed as they should."""
         reports = {}
         state = super().combine(server_round, start, _noting(updates, reports))
-        applied = state is not None and all(bool(t.isfinite().all()) for t in state.values())
+        applied = state is not None and is_finite(state)
         begins = not self._members
         kept = begins or not any(report.began_clean for report in reports.values())
         complete = begins or set(reports) == self._members

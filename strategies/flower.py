@@ -103,14 +103,13 @@ class FlowerStrategy(MixedPrecisionStrategy):
         replies = [_as_reply(item, list(start)) for item in updates]
         if not replies:
             return None
+        name = type(self.inner).__name__
         try:
             arrays, _ = self.inner.aggregate_train(server_round, replies)
         except Exception as error:
             # A rule that needs more clients than there are, for example.
-            name = type(self.inner).__name__
             raise FederationError(f"strategy: {PREFIX}{name} cannot aggregate: {error}") from error
         if arrays is None:
-            name = type(self.inner).__name__
             raise FederationError(
                 f"strategy: {PREFIX}{name} made no model of {len(replies)} updates; it may need "
                 "more clients"

@@ -7,7 +7,7 @@ no key that is not there; a test holds the two together.
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,8 +21,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 
-DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "image-folder")
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
+DATASETS = get_args(Dataset)
 
 
 class Settings(Options):
