@@ -33,7 +33,7 @@ from quant import (
 from task.data import Images, load_dataset
 from task.errors import SettingsError
 from task.models import build_model
-from task.partition import client_images
+from task.partition import client_images, evaluation_images
 from task.protocol import (
     DECLARATION,
     INSTRUCTION,
@@ -104,7 +104,7 @@ def answer_evaluate(message: Message, context: Context) -> Message:
     if job.settings.calibrate_normalization:
         # Statistics of the client's own images: it has no access to the server's.
         calibrate_normalization(model, job.images.pixels[: job.settings.server_buffer])
-    score = evaluate(model, load_dataset(job.settings).test)
+    score = evaluate(model, evaluation_images(job.settings))
     return Message(RecordDict({REPORT: _report(score, started)}), reply_to=message)
 
 

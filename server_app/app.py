@@ -17,7 +17,7 @@ from strategies import FederationError
 from task.data import load_dataset
 from task.errors import SettingsError
 from task.models import build_model
-from task.partition import server_pixels
+from task.partition import evaluation_images, server_pixels
 from task.settings import Settings
 from task.training import check_quantizable, model_state
 
@@ -54,7 +54,7 @@ def _run(grid: Grid, run_config: Mapping[str, object], record: RunRecord) -> Non
         check_quantizable(model, settings.model)
     buffer = server_pixels(settings)
     strategy.predict = make_predict(model, buffer)
-    evaluator = Evaluator(settings, model, data.test, buffer)
+    evaluator = Evaluator(settings, model, evaluation_images(settings), buffer)
     log(INFO, "prowd: %s on %s, record in %s", settings.strategy, settings.dataset, record.folder)
     state = run_rounds(grid, strategy, settings, model_state(model), evaluator, record)
     if strategy.evaluates_on_server:

@@ -1,4 +1,4 @@
-"""The global model at each bit-width, on the whole test set; and its logits for distillation."""
+"""The global model at each bit-width, on held-out images; and its logits for distillation."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -34,18 +34,18 @@ class Evaluator:
         Activation width and whether BatchNorm statistics are recalibrated.
     model : nn.Module
         Architecture.
-    test : Images
-        Test set.
+    images : Images
+        What models are evaluated on.
     buffer : ndarray
         The server's unlabelled images, uint8.
     """
 
     def __init__(
-        self, settings: Settings, model: nn.Module, test: Images, buffer: np.ndarray
+        self, settings: Settings, model: nn.Module, images: Images, buffer: np.ndarray
     ) -> None:
         self._settings = settings
         self._model = copy.deepcopy(model)
-        self._test = test
+        self._images = images
         self._buffer = buffer
 
     def model_at(self, state: Mapping[str, Tensor], bits: int) -> nn.Module:
@@ -57,8 +57,8 @@ class Evaluator:
         return model
 
     def score(self, state: Mapping[str, Tensor], bits: int) -> Score:
-        """Evaluate the model at a width on the whole test set."""
-        return evaluate(self.model_at(state, bits), self._test)
+        """Evaluate the model at a width on all those images."""
+        return evaluate(self.model_at(state, bits), self._images)
 
     def deployable(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the float32 model as it is evaluated at 32 bits, with its statistics."""

@@ -1,4 +1,4 @@
-"""How the training images are dealt: the server's unlabelled buffer first, then the clients."""
+"""How the training images are dealt: server's unlabelled buffer, validation part, clients."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +31,7 @@ def partition(settings: Settings, num_partitions: int) -> Partition:
         settings.data_dir,
         settings.image_size,
         settings.server_buffer,
+        settings.validation_samples,
         settings.partitioner,
         settings.dirichlet_alpha,
         settings.samples_per_client,
@@ -54,12 +55,31 @@ def server_pixels(settings: Settings) -> np.ndarray:
     return train.pixels[_shuffled(len(train), settings.seed)[: settings.server_buffer]]
 
 
+def evaluation_images(settings: Settings) -> Images:
+    """Return the images that models are evaluated on: the test set, or the validation part.
+
+    The validation part is taken from the training images, so that settings can be chosen without
+    a look at the test set.
+    """
+    data = load_dataset(settings)
+    if not settings.validation_samples:
+        return data.test
+    held = settings.server_buffer + settings.validation_samples
+    if held >= len(data.train):
+        raise SettingsError(
+            f"validation-samples: {settings.validation_samples} beside server-buffer "
+            f"{settings.server_buffer}; there are {len(data.train)} training images"
+        )
+    return data.train[_shuffled(len(data.train), settings.seed)[settings.server_buffer : held]]
+
+
 @lru_cache(maxsize=4)
 def _partition(
     dataset: str,
     data_dir: str,
     image_size: int,
     server_buffer: int,
+    validation: int,
     partitioner: str,
     alpha: float,
     samples: int,
@@ -68,13 +88,14 @@ def _partition(
 ) -> Partition:
     settings = Settings(dataset=dataset, data_dir=data_dir, image_size=image_size)
     labels = load_dataset(settings).train.labels
-    if len(labels) - server_buffer < num_partitions:
+    held = server_buffer + validation
+    if len(labels) - held < num_partitions:
         raise SettingsError(
-            f"server-buffer: {server_buffer} of {len(labels)} training images leave too few for "
-            f"{num_partitions} clients"
+            f"server-buffer: {server_buffer} and validation-samples {validation} of {len(labels)} "
+            f"training images leave too few for {num_partitions} clients"
         )
     order = _shuffled(len(labels), seed)
-    dealt = order[server_buffer:]
+    dealt = order[held:]
     rows = _deal(labels[dealt], partitioner, alpha, seed, num_partitions)
     clients = tuple(dealt[row][: samples or None] for row in rows)
     if short := [i for i, client in enumerate(clients) if samples and len(client) < samples]:

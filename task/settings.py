@@ -97,6 +97,12 @@ class Settings(Options):
         256, description="Training images held back for the server, without their labels."
     )
 
+    validation_samples: Count = Field(
+        0,
+        description="Training images held out to evaluate on instead of the test set, to choose "
+        "settings by; 0: the test set.",
+    )
+
     seed: Count = Field(0, lt=2**63, description="Seeds everything.")
     client_threads: AtLeastOne = Field(1, description="Threads of a client; changes the last bits.")
     server_threads: AtLeastOne = Field(

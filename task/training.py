@@ -98,8 +98,9 @@ class Score:
 
 
 def to_input(pixels: np.ndarray) -> Tensor:
-    """Turn uint8 pixels into the network's input: float32, 0..255 to -2..2."""
-    return torch.from_numpy(pixels).float().mul_(4 / 255).sub_(2)
+    """Turn uint8 pixels into the network's input: float32, 0..255 to -2..2, channels last."""
+    x = torch.from_numpy(pixels).to(torch.float32, memory_format=torch.channels_last)
+    return x.mul_(4 / 255).sub_(2)
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:

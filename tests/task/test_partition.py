@@ -3,7 +3,13 @@ import pytest
 
 from task.data import load_dataset
 from task.errors import SettingsError
-from task.partition import _partition, client_images, partition, server_pixels
+from task.partition import (
+    _partition,
+    client_images,
+    evaluation_images,
+    partition,
+    server_pixels,
+)
 from task.settings import Settings
 
 # 1437 training images of the digits.
@@ -101,7 +107,10 @@ def test_more_samples_than_a_client_holds_are_refused():
 def test_buffer_that_leaves_too_few_images_is_refused(partitioner):
     settings = Settings(partitioner=partitioner, server_buffer=1430)
     message = message_of(partition, settings, 8)
-    assert message == "server-buffer: 1430 of 1437 training images leave too few for 8 clients"
+    assert message == (
+        "server-buffer: 1430 and validation-samples 0 of 1437 training images leave too few for "
+        "8 clients"
+    )
 
 
 def test_one_image_each_is_enough():
@@ -148,3 +157,31 @@ def test_no_buffer_deals_everything_to_the_clients():
     settings = Settings(server_buffer=0, calibrate_normalization=False)
     assert len(server_pixels(settings)) == 0
     assert sum(len(part) for part in partition(settings, 6).clients) == TRAIN
+
+
+def test_without_a_validation_part_the_test_set_is_evaluated_on():
+    assert evaluation_images(Settings()) is load_dataset(Settings()).test
+
+
+@pytest.mark.parametrize("partitioner", PARTITIONERS)
+def test_validation_part_is_neither_the_buffers_nor_a_clients(partitioner):
+    settings = Settings(partitioner=partitioner, server_buffer=50, validation_samples=200, seed=3)
+    train = load_dataset(settings).train
+    deal = partition(settings, 4)
+    dealt = np.concatenate([deal.buffer, *deal.clients])
+    held = np.setdiff1d(np.arange(TRAIN), dealt)
+    assert len(held) == 200
+    assert len(dealt) == TRAIN - 200
+    images = evaluation_images(settings)
+    expected = sorted(train.pixels[i].tobytes() + bytes([train.labels[i]]) for i in held)
+    found = zip(images.pixels, images.labels, strict=True)
+    assert sorted(p.tobytes() + bytes([label]) for p, label in found) == expected
+
+
+def test_validation_part_that_leaves_no_images_is_refused():
+    settings = Settings(server_buffer=37, validation_samples=1400)
+    message = message_of(evaluation_images, settings)
+    assert message == (
+        "validation-samples: 1400 beside server-buffer 37; there are 1437 training images"
+    )
+    assert message_of(partition, settings, 1).startswith("server-buffer: 37 and validation-samples")
