@@ -69,7 +69,7 @@ def by_hand(model, images, config, seed):
             x = images.pixels[rows].astype(np.float32) * np.float32(4 / 255) - np.float32(2)
             y = torch.from_numpy(images.labels[rows])
             # The layout decides which kernels run, and with them the last bits.
-            logits = model(torch.from_numpy(x).contiguous(memory_format=torch.channels_last))
+            logits = model(torch.from_numpy(x).to(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits, y)
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             losses += loss.item() * len(rows)
