@@ -30,6 +30,7 @@ from quant import (
     set_scales,
     weight_scales,
 )
+from task.calibration import calibrate_normalization
 from task.data import Images, load_dataset
 from task.errors import SettingsError
 from task.models import build_model
@@ -51,7 +52,6 @@ from task.training import (
     Score,
     Trained,
     at_width,
-    calibrate_normalization,
     evaluate,
     load_state,
     model_state,

@@ -39,6 +39,7 @@ from quant.layers import (
 from quant.optimizer import StrictSGD
 from quant.packing import PackingError, pack, packed_size, unpack
 from quant.relevancy import cosine, relevancy_mask
+from quant.rounding import calibrated_rounding
 from quant.update import (
     QuantizedTensor,
     Update,
@@ -73,6 +74,7 @@ __all__ = [
     "UpdateError",
     "UpdateSpec",
     "absmax_scale",
+    "calibrated_rounding",
     "check_bits",
     "cosine",
     "decode_update",

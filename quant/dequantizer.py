@@ -23,16 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quant.grid import (
-    FLOAT_BITS,
-    MAX_BITS,
-    check_bits,
-    dequantize,
-    fit_scale,
-    largest_code,
-    per_channel,
-    quantize_nearest,
-)
+from quant.grid import FLOAT_BITS, MAX_BITS, largest_code, per_channel
+from quant.update import QuantizedTensor, quantize_state
 
 _HIDDEN = 16
 _WEIGHTS_AT_ONCE = 500_000
@@ -66,7 +58,7 @@ class Rungs:
     scales : mapping of int to mapping of str to Tensor
         Per rung below 32, the scale ``[channels]`` of each quantized tensor.
     values : mapping of int to mapping of str to Tensor
-        Per rung, the tensors rounded to nearest on that rung, as float32.
+        Per rung, the tensors on that rung, as float32.
     """
 
     ladder: tuple[int, ...]
@@ -74,19 +66,31 @@ class Rungs:
     values: Mapping[int, Mapping[str, Tensor]]
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], ladder: Sequence[int]) -> "Rungs":
-        """Quantize float tensors of two and more dimensions to every rung, with `fit_scale`."""
+    def of(
+        cls,
+        weights: Mapping[str, Tensor],
+        ladder: Sequence[int],
+        known: Mapping[int, Mapping[str, QuantizedTensor]] | None = None,
+    ) -> "Rungs":
+        """Quantize float tensors of two and more dimensions to every rung.
+
+        Parameters
+        ----------
+        weights : mapping of str to Tensor
+            Float32 weights.
+        ladder : sequence of int
+            Widths, rising, the last 32.
+        known : mapping of int to mapping of str to QuantizedTensor, optional
+            The model as it already is on some rungs; on the others it is rounded to nearest.
+        """
         ladder = tuple(ladder)
         if list(ladder) != sorted(set(ladder)) or ladder[-1] != FLOAT_BITS:
             raise ValueError(f"a ladder rises to {FLOAT_BITS}; got {ladder}")
         scales, values = {}, {FLOAT_BITS: dict(weights)}
         for bits in ladder[:-1]:
-            check_bits(bits)
-            scales[bits] = {name: fit_scale(w, bits) for name, w in weights.items()}
-            values[bits] = {
-                name: dequantize(quantize_nearest(w, scales[bits][name], bits), scales[bits][name])
-                for name, w in weights.items()
-            }
+            rung = (known or {}).get(bits) or quantize_state(weights, bits).quantized
+            scales[bits] = {name: rung[name].scale for name in weights}
+            values[bits] = {name: rung[name].dequantize() for name in weights}
         return cls(ladder, scales, values)
 
     def channels(self, rows: Mapping[str, Tensor]) -> "Rungs":

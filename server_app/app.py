@@ -8,9 +8,9 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from quant import FLOAT_BITS
+from quant import FLOAT_BITS, quantize_state
 from server_app.build import build_strategy, read_settings
-from server_app.evaluation import Evaluator, make_predict
+from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from server_app.record import RunRecord, open_record
 from server_app.rounds import run_rounds
 from strategies import FederationError
@@ -54,12 +54,13 @@ def _run(grid: Grid, run_config: Mapping[str, object], record: RunRecord) -> Non
         check_quantizable(model, settings.model)
     buffer = server_pixels(settings)
     strategy.predict = make_predict(model, buffer)
+    strategy.round_calibrated = CalibratedRounding(settings, model, buffer)
     evaluator = Evaluator(settings, model, evaluation_images(settings), buffer)
     log(INFO, "prowd: %s on %s, record in %s", settings.strategy, settings.dataset, record.folder)
     state = run_rounds(grid, strategy, settings, model_state(model), evaluator, record)
     if strategy.evaluates_on_server:
-        widest = max(strategy.nodes.widths())
-        record.write_model(evaluator.deployable(strategy.state_for(widest, state)))
+        state = strategy.state_for(max(strategy.nodes.widths()), state)
+        record.write_model(model_state(evaluator.network(quantize_state(state, FLOAT_BITS))))
     record.write_summary("completed")
     log(INFO, "prowd: completed; record in %s", record.folder)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from strategies import STRATEGIES, MixedPrecisionStrategy, ProWD
+from strategies.base import Broadcast
 from task.errors import SettingsError
 from task.options import Options
 from task.settings import Settings
@@ -78,6 +79,7 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
         "seed": settings.seed,
         "min_nodes": settings.min_nodes,
         "node_wait": settings.node_wait,
+        "broadcast": _broadcast(settings, strategy_class),
     }
     if hasattr(strategy_class, "Options"):
         prefix = f"{name}-"
@@ -91,3 +93,17 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
         return strategy_class(**arguments)
     except ValueError as error:
         raise SettingsError(str(error)) from None
+
+
+def _broadcast(settings: Settings, strategy_class: type[MixedPrecisionStrategy]) -> Broadcast:
+    """Resolve ``broadcast="auto"``; strict clients start on the server's grid, qat ones between."""
+    has_buffer = settings.server_buffer >= 2
+    if settings.broadcast == "calibrated" and not has_buffer:
+        raise SettingsError(
+            f"server-buffer: {settings.server_buffer} leaves too few images for "
+            "broadcast=calibrated; allowed: 2 or more"
+        )
+    if settings.broadcast != "auto":
+        return settings.broadcast
+    strict = settings.low_bit_training == "strict"
+    return "calibrated" if strategy_class is ProWD and strict and has_buffer else "float32"

@@ -2,22 +2,22 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from quant import FLOAT_BITS
+from quant import Update, quantize_state, set_scales
+from task.calibration import calibrate_normalization, round_weights
 from task.data import Images
 from task.settings import Settings
 from task.training import (
     Score,
     at_width,
-    calibrate_normalization,
     evaluate,
     load_state,
-    model_state,
     to_input,
 )
 
@@ -48,21 +48,50 @@ class Evaluator:
         self._images = images
         self._buffer = buffer
 
-    def model_at(self, state: Mapping[str, Tensor], bits: int) -> nn.Module:
-        """Return the model as a client of a width would use it."""
-        load_state(self._model, dict(state))
-        model = at_width(self._model, self._settings, bits)
+    def network(self, model: Update) -> nn.Module:
+        """Return a network that computes with a model at its width, as a client of it would."""
+        load_state(self._model, model.dequantize())
+        network = at_width(self._model, self._settings, model.bits)
+        set_scales(network, {name: tensor.scale for name, tensor in model.quantized.items()})
         if self._settings.calibrate_normalization:
-            calibrate_normalization(model, self._buffer)
-        return model
+            calibrate_normalization(network, self._buffer)
+        return network
 
-    def score(self, state: Mapping[str, Tensor], bits: int) -> Score:
-        """Evaluate the model at a width on all those images."""
-        return evaluate(self.model_at(state, bits), self._images)
+    def score(self, model: Update) -> Score:
+        """Evaluate a model at its width on all those images."""
+        return evaluate(self.network(model), self._images)
 
-    def deployable(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the float32 model as it is evaluated at 32 bits, with its statistics."""
-        return model_state(self.model_at(state, FLOAT_BITS))
+
+class CalibratedRounding:
+    """Rounds a float32 model to a bit-width for the server's buffer (`task.round_weights`).
+
+    The model that a round ends with is evaluated and then sent: the last one of each width is kept.
+
+    Parameters
+    ----------
+    settings, model, buffer
+        As of `Evaluator`.
+    """
+
+    def __init__(self, settings: Settings, model: nn.Module, buffer: np.ndarray) -> None:
+        self._settings = settings
+        self._model = copy.deepcopy(model)
+        self._buffer = buffer
+        self._last: dict[int, tuple[Mapping[str, Tensor], Update]] = {}
+
+    def __call__(self, state: Mapping[str, Tensor], bits: int) -> Update:
+        """Return the model at a width below 32 bits."""
+        known, update = self._last.get(bits, ({}, None))
+        if update is None or not all(torch.equal(known[n], t) for n, t in state.items()):
+            update = self._round(state, bits)
+            self._last[bits] = (state, update)
+        return update
+
+    def _round(self, state: Mapping[str, Tensor], bits: int) -> Update:
+        load_state(self._model, dict(state))
+        rounded = round_weights(at_width(self._model, self._settings, bits), self._buffer)
+        nearest = quantize_state(state, bits)
+        return replace(nearest, quantized={**nearest.quantized, **rounded})
 
 
 def make_predict(

@@ -150,7 +150,7 @@ def _evaluate_on_server(
     strategy: MixedPrecisionStrategy, state: State, evaluator: Evaluator
 ) -> tuple[dict[str, float], dict[str, float]]:
     widths = strategy.nodes.widths()
-    scores = {b: evaluator.score(strategy.state_for(b, state), b) for b in widths}
+    scores = {b: evaluator.score(strategy.model_for(b, state)) for b in widths}
     accuracy = {str(b): score.accuracy for b, score in scores.items()}
     loss = {str(b): score.loss for b, score in scores.items()}
     clients = sum(widths.values())

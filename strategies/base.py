@@ -8,7 +8,9 @@ on in the order of their partitions, so that sums do not depend on who answered 
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from logging import INFO, WARNING
+from typing import Literal
 
 import torch
 from flwr.app import (
@@ -26,7 +28,9 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from quant import (
+    FLOAT_BITS,
     STYPE,
+    Update,
     UpdateError,
     UpdateSpec,
     decode_update,
@@ -49,6 +53,8 @@ from strategies.replies import (
 from task.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report
 
 State = dict[str, Tensor]
+# What low-bit clients are sent: float32, or codes that the server rounded.
+Broadcast = Literal["float32", "nearest", "calibrated"]
 
 
 class MixedPrecisionStrategy(Strategy):
@@ -65,6 +71,9 @@ class MixedPrecisionStrategy(Strategy):
         Nodes that must take part.
     node_wait : float
         Seconds to wait for them before the first round.
+    broadcast : {"float32", "nearest", "calibrated"}
+        How the model reaches low-bit clients: in float32, which they round to nearest themselves,
+        or as codes of their own width that the server rounded.
 
     Attributes
     ----------
@@ -73,9 +82,11 @@ class MixedPrecisionStrategy(Strategy):
     """
 
     evaluates_on_server = True
-    # ``f(u; w)``: differentiable logits on a server-side buffer for a float32 state dict, where the
-    # server has one. Strategies that learn on the server use it.
+    # What takes the network and the server's buffer, set by the server where it has them:
+    # ``f(u; w)``, differentiable logits for a float32 state dict,
     predict: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    # and a float32 state dict brought to a bit-width by calibrated rounding.
+    round_calibrated: Callable[[Mapping[str, Tensor], int], Update] | None = None
 
     def __init__(
         self,
@@ -85,10 +96,12 @@ class MixedPrecisionStrategy(Strategy):
         seed: int = 0,
         min_nodes: int = 1,
         node_wait: float = 60.0,
+        broadcast: Broadcast = "float32",
     ) -> None:
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self.seed = seed
+        self.broadcast = broadcast
         self.nodes = Nodes(min_nodes, node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
@@ -128,6 +141,13 @@ class MixedPrecisionStrategy(Strategy):
     def state_for(self, bits: int, state: State) -> State:
         """Return the float32 model that clients of a width use; by default the global one."""
         return state
+
+    def model_for(self, bits: int, state: State) -> Update:
+        """Return the model as clients of a width compute with it."""
+        state = self.state_for(bits, state)
+        if bits != FLOAT_BITS and self.broadcast == "calibrated":
+            return self.round_calibrated(state, bits)
+        return quantize_state(state, bits)
 
     # --- Flower's interface --------------------------------------------------------------------
 
@@ -215,7 +235,7 @@ class MixedPrecisionStrategy(Strategy):
         purpose = (server_round, int(kind == MessageType.EVALUATE))
         self._clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, *purpose)
         self._instructions = {
-            client.partition_id: self.instruct(server_round, client)
+            client.partition_id: self._with_downlink(self.instruct(server_round, client), client)
             for client in self._clients.values()
         }
         self._start = to_state(arrays)
@@ -228,16 +248,22 @@ class MixedPrecisionStrategy(Strategy):
                 # Nodes of one width share one record: Flower then stores the model once.
                 key = (client.bits, instruction.downlink_bits)
                 if key not in packed:
-                    packed[key] = self._pack_model(*key)
+                    packed[key] = ArrayRecord({MODEL: to_array(self._pack_model(*key))})
                 content[MODEL] = packed[key]
                 round_log.downlink_bytes[client.bits] += len(packed[key][MODEL].data)
             self._sent.append(Message(content, node_id, kind))
         round_log.sampled = [client.partition_id for client in self._clients.values()]
         return self._sent
 
-    def _pack_model(self, bits: int, downlink_bits: int) -> ArrayRecord:
-        state = self.state_for(bits, self._start)
-        return ArrayRecord({MODEL: to_array(encode_update(quantize_state(state, downlink_bits)))})
+    def _with_downlink(self, instruction: Instruction, client: Declaration) -> Instruction:
+        if self.broadcast == "float32" or not instruction.downlink_bits:
+            return instruction
+        return replace(instruction, downlink_bits=client.bits)
+
+    def _pack_model(self, bits: int, downlink_bits: int) -> bytes:
+        if downlink_bits == FLOAT_BITS:
+            return encode_update(quantize_state(self.state_for(bits, self._start), FLOAT_BITS))
+        return encode_update(self.model_for(bits, self._start))
 
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:
         instruction = self._instructions[client.partition_id]

@@ -35,7 +35,6 @@ from strategies.averaging import WeightedMean
 from strategies.base import MixedPrecisionStrategy, State
 from strategies.prowd_options import ProWDOptions, parse_ladder
 from strategies.replies import ClientUpdate
-from task.protocol import Declaration, Instruction
 from task.seeds import derive_seed
 
 
@@ -73,11 +72,6 @@ class ProWD(MixedPrecisionStrategy):
         self._widths: set[int] = set()
         self._tuned_in = 0
 
-    def instruct(self, server_round: int, client: Declaration) -> Instruction:
-        """Ask for weights; send the model in float32 or on the client's grid."""
-        on_grid = self.options.downlink == "client-bits"
-        return Instruction(server_round, downlink_bits=client.bits if on_grid else FLOAT_BITS)
-
     def combine(
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
     ) -> State | None:
@@ -89,7 +83,7 @@ class ProWD(MixedPrecisionStrategy):
         if not groups:
             return None
         means = {bits: group.mean() for bits, group in groups.items()}
-        reference = self._reference(weights)
+        reference = self._reference(start, weights, groups)
         self._grow_dequantizer(weights, reference)
         if self._is_due(server_round, groups):
             self._fine_tune(server_round, groups, means, reference)
@@ -172,9 +166,10 @@ class ProWD(MixedPrecisionStrategy):
             new[name] = average if literal else anchor + average
         return new
 
-    def _reference(self, weights: State) -> Reference:
+    def _reference(self, start: State, weights: State, groups: Iterable[int]) -> Reference:
         kind = StartReference if self.options.reference == "client-start" else GlobalReference
-        return kind(Rungs.of(weights, self._ladder()))
+        used = {b: self.model_for(b, start).quantized for b in groups if b != FLOAT_BITS}
+        return kind(Rungs.of(weights, self._ladder(), used))
 
     def _ladder(self) -> tuple[int, ...]:
         # It only grows: a width that is away for a round keeps its rung.

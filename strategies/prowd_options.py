@@ -29,9 +29,6 @@ class ProWDOptions(Options):
     dequantize: Literal["group", "client"] = Field(
         "group", description="Lift the mean of a group, or each client's weights."
     )
-    downlink: Literal["float32", "client-bits"] = Field(
-        "float32", description="Send every client the float32 model, or its own grid's codes."
-    )
     finetune_every: Annotated[int, Field(ge=0)] = Field(
         5, description="Rounds between fine-tunings of the dequantizer; 0: never trained."
     )

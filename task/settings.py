@@ -87,6 +87,12 @@ class Settings(Options):
         description="Width of errors and, in strict training, weight gradients; "
         "0: 8 in strict and 32 in qat training.",
     )
+    broadcast: Literal["auto", "float32", "nearest", "calibrated"] = Field(
+        "auto",
+        description="How low-bit clients get and use the model: in float32, which they round to "
+        "nearest, or as codes of their own width, rounded by the server to nearest or with an eye "
+        "on its buffer; auto: calibrated for prowd in strict training, float32 for all others.",
+    )
     calibrate_normalization: bool = Field(
         True, description="Recalibrate BatchNorm statistics per width on the server's buffer."
     )

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from quant import (
     FLOAT_BITS,
@@ -32,7 +31,6 @@ from task.settings import Settings
 
 # Small enough for the cache: twice as fast as 500 on a CPU.
 _EVALUATION_BATCH = 100
-_CALIBRATION_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -224,29 +222,6 @@ def at_width(model: nn.Module, settings: Settings, bits: int) -> nn.Module:
     if bits == FLOAT_BITS:
         return model
     return _prepare(model, QuantConfig(bits, settings.activation_bits_of(bits)))
-
-
-@torch.no_grad()
-def calibrate_normalization(model: nn.Module, pixels: np.ndarray) -> None:
-    """Replace the statistics of every BatchNorm layer by those of the given images, in place.
-
-    Quantized weights shift the distributions inside a network, so that statistics averaged over
-    clients of several widths fit none of them. No labels are needed.
-    """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not layers:
-        return
-    momenta = [layer.momentum for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
-        layer.train()
-    for part in np.array_split(pixels, -(-len(pixels) // _CALIBRATION_BATCH)):
-        model(to_input(part))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    model.eval()
 
 
 def check_quantizable(model: nn.Module, name: str) -> None:

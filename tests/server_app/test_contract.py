@@ -39,8 +39,9 @@ TABLE = {
     "fedcom at the client's own bits": ({"strategy": "fedcom"}, OWN, 32),
     "grouped-avg": ({"strategy": "grouped-avg"}, OWN, 32),
     "local": ({"strategy": "local"}, 0, 32),
-    "prowd": ({"strategy": "prowd"}, OWN, 32),
-    "prowd, client-bits": ({"strategy": "prowd", "prowd-downlink": "client-bits"}, OWN, OWN),
+    "prowd": ({"strategy": "prowd", "broadcast": "float32"}, OWN, 32),
+    "prowd, rounded by the server": ({"strategy": "prowd"}, OWN, OWN),
+    "fedcom, rounded by the server": ({"strategy": "fedcom", "broadcast": "nearest"}, OWN, OWN),
     "flwr:FedAdam": ({"strategy": "flwr:FedAdam"}, OWN, 32),
 }
 
@@ -265,10 +266,11 @@ def test_without_float32_clients_the_widest_groups_model_is_written(tmp_path):
     assert not torch.equal(written["hidden.weight"], start["hidden.weight"])
 
 
-def test_prowds_narrow_downlink_changes_nothing_for_strict_clients(tmp_path):
+@pytest.mark.parametrize("strategy", ["prowd", "fedcom"])
+def test_rounding_to_nearest_on_the_server_changes_nothing_for_strict_clients(tmp_path, strategy):
     """They bring the float32 model onto that very grid themselves."""
-    wide = model_of(tmp_path, "wide", mix=MIXED, **{"prowd-downlink": "float32"})
-    narrow = model_of(tmp_path, "narrow", mix=MIXED, **{"prowd-downlink": "client-bits"})
+    wide = model_of(tmp_path, "wide", mix=MIXED, strategy=strategy, broadcast="float32")
+    narrow = model_of(tmp_path, "narrow", mix=MIXED, strategy=strategy, broadcast="nearest")
     assert wide.read_bytes() == narrow.read_bytes()
 
 

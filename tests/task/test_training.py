@@ -17,6 +17,7 @@ from quant import (
     quantized_layers,
     weight_scales,
 )
+from task.calibration import calibrate_normalization
 from task.data import Images
 from task.errors import SettingsError
 from task.models import build_model
@@ -25,7 +26,6 @@ from task.training import (
     DivergedError,
     LocalTraining,
     at_width,
-    calibrate_normalization,
     check_quantizable,
     evaluate,
     load_state,
