@@ -3,6 +3,7 @@
 Tensors and bytes in, tensors and bytes out; nothing here knows of Flower.
 """
 
+from quant.alignment import add_drift, level_drift
 from quant.dequantizer import (
     GlobalReference,
     ProgressiveDequantizer,
@@ -74,6 +75,7 @@ __all__ = [
     "UpdateError",
     "UpdateSpec",
     "absmax_scale",
+    "add_drift",
     "calibrated_rounding",
     "check_bits",
     "cosine",
@@ -88,6 +90,7 @@ __all__ = [
     "is_variance",
     "ladder_of",
     "largest_code",
+    "level_drift",
     "mse_scale",
     "pack",
     "packed_size",

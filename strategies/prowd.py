@@ -2,10 +2,12 @@
 
 The clients of one bit-width form a group. Per round the server
 
-1. dequantizes each group's weights to float32, rung by rung (`quant.ProgressiveDequantizer`),
+1. dequantizes each group's weights to float32, rung by rung (`quant.ProgressiveDequantizer`), and
+   takes out what low-bit training does to a weight because of its level (`quant.level_drift`),
 2. compares each low-bit group's movement with that of the highest-bit group and masks the
    coordinates that are not relevant to it (`quant.relevancy_mask`),
-3. aggregates what is left, coordinate by coordinate,
+3. aggregates what is left, coordinate by coordinate, while what is not quantized, normalization
+   and biases, stays with each width,
 
 and every few rounds fine-tunes the dequantizer on the high-bit group's weights.
 """
@@ -22,17 +24,20 @@ from quant import (
     FineTuning,
     GlobalReference,
     ProgressiveDequantizer,
+    QuantizedTensor,
     Reference,
     Rungs,
     StartReference,
+    add_drift,
     cosine,
     fine_tune,
     is_quantized,
     ladder_of,
+    level_drift,
     relevancy_mask,
 )
 from strategies.averaging import WeightedMean
-from strategies.base import MixedPrecisionStrategy, State
+from strategies.base import MixedPrecisionStrategy, State, is_finite
 from strategies.prowd_options import ProWDOptions, parse_ladder
 from strategies.replies import ClientUpdate
 from task.seeds import derive_seed
@@ -71,6 +76,12 @@ class ProWD(MixedPrecisionStrategy):
         self.dequantizer: ProgressiveDequantizer | None = None
         self._widths: set[int] = set()
         self._tuned_in = 0
+        self._drift: dict[int, State] = {}
+        self._own: dict[int, State] = {}
+
+    def state_for(self, bits: int, state: State) -> State:
+        """Return the global weights with the normalization and biases of a width."""
+        return {**state, **self._own.get(bits, {})}
 
     def combine(
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
@@ -83,7 +94,8 @@ class ProWD(MixedPrecisionStrategy):
         if not groups:
             return None
         means = {bits: group.mean() for bits, group in groups.items()}
-        reference = self._reference(start, weights, groups)
+        used = {b: self.model_for(b, start).quantized for b in groups if b != FLOAT_BITS}
+        reference = self._reference(weights, used)
         self._grow_dequantizer(weights, reference)
         if self._is_due(server_round, groups):
             self._fine_tune(server_round, groups, means, reference)
@@ -93,8 +105,13 @@ class ProWD(MixedPrecisionStrategy):
         else:
             lifted = self._average(kept, lambda v, bits: v | self._lift(v, bits, reference))
             means = {bits: group.mean() for bits, group in lifted.items()}
+        if self.options.align:
+            self._align(means, start, groups, used)
         masks = self._masks(means, start, weights)
-        return self._aggregate(start, means, groups, masks)
+        if not self.options.own_normalization:
+            return self._aggregate(start, means, groups, masks)
+        floats = self._keep_own(means)
+        return {**start, **self._aggregate(weights, means, groups, masks), **floats}
 
     def _average(
         self,
@@ -145,11 +162,7 @@ class ProWD(MixedPrecisionStrategy):
         masks: dict[int, State],
     ) -> State:
         """Selective aggregation, coordinate by coordinate."""
-        high = max(groups)
-        shares = {
-            bits: group.weight * (1.0 if bits == high else self.options.low_bit_weight)
-            for bits, group in groups.items()
-        }
+        shares = self._shares(groups)
         by_count = self.options.normalization == "count"
         literal = self.options.aggregate == "weights"
         new = {}
@@ -166,9 +179,51 @@ class ProWD(MixedPrecisionStrategy):
             new[name] = average if literal else anchor + average
         return new
 
-    def _reference(self, start: State, weights: State, groups: Iterable[int]) -> Reference:
+    def _align(
+        self,
+        means: dict[int, State],
+        start: State,
+        groups: Mapping[int, WeightedMean],
+        used: Mapping[int, Mapping[str, QuantizedTensor]],
+    ) -> None:
+        """Take the drift out of each low-bit group, seen against all groups above it, in place.
+
+        A group that has none above it in this round is relieved of the drift seen last.
+        """
+        shares = self._shares(groups)
+        above = WeightedMean()
+        for bits in reversed(means):
+            target = above.mean()
+            drift = self._drift.setdefault(bits, {})
+            for name, codes in used.get(bits, {}).items():
+                moved = means[bits][name] - start[name]
+                if target:
+                    drift[name] = level_drift(moved, target[name] - start[name], codes, bits)
+                if name in drift:
+                    means[bits][name] = start[name] + add_drift(moved, drift[name], codes, bits)
+            above.add(means[bits], shares[bits])
+
+    def _keep_own(self, means: Mapping[int, State]) -> State:
+        """Keep what is not quantized for each width; return that of the widest, if it took part."""
+        widest = max(self._widths)
+        for bits, mean in means.items():
+            own = {name: t for name, t in mean.items() if not is_quantized(t.shape)}
+            if bits != widest and is_finite(own):
+                self._own[bits] = own
+        return {n: t for n, t in means.get(widest, {}).items() if not is_quantized(t.shape)}
+
+    def _shares(self, groups: Mapping[int, WeightedMean]) -> dict[int, float]:
+        """Weight of each group in the aggregate."""
+        high = max(groups)
+        return {
+            bits: group.weight * (1.0 if bits == high else self.options.low_bit_weight)
+            for bits, group in groups.items()
+        }
+
+    def _reference(
+        self, weights: State, used: Mapping[int, Mapping[str, QuantizedTensor]]
+    ) -> Reference:
         kind = StartReference if self.options.reference == "client-start" else GlobalReference
-        used = {b: self.model_for(b, start).quantized for b in groups if b != FLOAT_BITS}
         return kind(Rungs.of(weights, self._ladder(), used))
 
     def _ladder(self) -> tuple[int, ...]:

@@ -14,8 +14,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class ProWDOptions(Options):
     """ProWD's own settings (`prowd-...`).
 
-    The poster's literal form is ``reference="global", dequantize="client", mask_at_most=tau,
-    mask_at_least=0, normalization="clients", aggregate="weights", low_bit_weight=1``.
+    The poster's literal form is ``reference="global", dequantize="client", align=False,
+    own_normalization=False, mask_at_most=tau, mask_at_least=0, normalization="clients",
+    aggregate="weights", low_bit_weight=1``.
     """
 
     reference: Literal["client-start", "global"] = Field(
@@ -38,6 +39,15 @@ class ProWDOptions(Options):
     )
     distill_weight: Annotated[float, Field(ge=0)] = Field(
         0.1, description="Weight lambda of the distillation loss."
+    )
+    align: bool = Field(
+        True,
+        description="Take out of each low-bit group's movement what distinguishes it, level by "
+        "level, from the mean movement of the groups above it.",
+    )
+    own_normalization: bool = Field(
+        True,
+        description="Each width keeps its own normalization and biases, all that is not quantized.",
     )
     mask_at_most: Share = Field(1.0, description="tau: largest share of coordinates kept.")
     mask_at_least: Share = Field(0.9, description="Smallest share of coordinates kept.")

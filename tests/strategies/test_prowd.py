@@ -11,7 +11,13 @@ from task.errors import SettingsError
 # One channel whose 4-bit grid is 0.5 * [-7..7]: already on the grid but for the second entry, which
 # rounds to 0 and leaves 0.1 behind.
 START = {"w": torch.tensor([[3.5, 0.1, -1.0, 0.5]]), "b": torch.tensor([0.0])}
-UNTRAINED = {"finetune_every": 0, "mask_at_least": 1.0, "low_bit_weight": 1.0}
+UNTRAINED = {
+    "finetune_every": 0,
+    "mask_at_least": 1.0,
+    "low_bit_weight": 1.0,
+    "align": False,
+    "own_normalization": False,
+}
 
 
 def start_scale():

@@ -1,0 +1,56 @@
+"""Alignment: what low-bit training does to a weight because of the level that it starts on.
+
+A client whose weights never leave a coarse grid drifts. A weight on the outermost level can only
+move inwards, and the rounding noise of every step carries the others after it; how far depends on
+the level, not on the data. All low-bit clients of a round start on the same levels, so that their
+average keeps the drift in full, while the high-bit clients' movement has none. Where both are at
+hand the drift is seen: it is what separates the mean movements of the two groups over all weights
+that start on one level.
+"""
+
+import torch
+from torch import Tensor
+
+from quant.grid import largest_code, per_channel
+from quant.update import QuantizedTensor
+
+# Finer grids are cut into this many runs of neighbouring levels.
+_MOST_LEVELS = 15
+
+
+def level_drift(moved: Tensor, target: Tensor, start: QuantizedTensor, bits: int) -> Tensor:
+    """Return the mean of ``target - moved`` over the weights that start on each level.
+
+    Parameters
+    ----------
+    moved : Tensor
+        Movement of a low-bit group from its start, ``[channels, ...]``.
+    target : Tensor
+        Movement of the groups of higher bit-width, same shape.
+    start : QuantizedTensor
+        What the low-bit group started from.
+    bits : int
+        Its width.
+
+    Returns
+    -------
+    Tensor
+        Float32 ``[levels]``, in steps of the grid; 0 where no weight starts.
+    """
+    level, count = _levels(start.codes, bits)
+    difference = (target - moved) / per_channel(start.scale, moved.ndim)
+    total = torch.zeros(count).index_add_(0, level, difference.flatten())
+    return total / torch.bincount(level, minlength=count).clamp(min=1)
+
+
+def add_drift(moved: Tensor, drift: Tensor, start: QuantizedTensor, bits: int) -> Tensor:
+    """Return a movement with the drift of each weight's starting level added."""
+    level, _ = _levels(start.codes, bits)
+    return moved + drift[level].reshape(moved.shape) * per_channel(start.scale, moved.ndim)
+
+
+def _levels(codes: Tensor, bits: int) -> tuple[Tensor, int]:
+    """Number the level of each weight from 0; return the numbers, flat, and how many there are."""
+    most = min(largest_code(bits), _MOST_LEVELS // 2)
+    level = (codes.flatten().float() * (most / largest_code(bits))).round().long() + most
+    return level, 2 * most + 1
