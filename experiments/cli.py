@@ -4,11 +4,12 @@ import argparse
 import json
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments.plan import Experiment, Setting, read_experiment
 from experiments.runs import PlannedRun, execute, pending, planned_runs
-from experiments.table import make_table, result_of, to_markdown
+from experiments.table import result_of, to_markdown
 from task.errors import SettingsError
 
 
@@ -21,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
     compare.add_argument("--seeds", help="other seeds, as 0,1,2")
     compare.add_argument("--federation", help="another --federation-config")
+    compare.add_argument("--jobs", type=int, default=1, help="runs at a time")
     compare.add_argument("--output-dir", type=Path, help="default: ~/prowd-runs/FILE")
     compare.set_defaults(command=_compare)
     given = parser.parse_args(arguments)
@@ -41,21 +43,25 @@ def _compare(given: argparse.Namespace) -> int:
     experiment = Experiment.read({**experiment.to_settings(), **changes}, f"{given.file.name}: ")
     output_dir = given.output_dir or Path("~/prowd-runs").expanduser() / given.file.stem
     runs = planned_runs(experiment, output_dir.resolve(), _overrides(given.sets))
-    failures = _run_all(experiment, runs)
+    failures = _run_all(experiment, runs, given.jobs)
     _write_table(experiment, runs, output_dir)
     for run, reason in failures.items():
         print(f"failed: {run}: {reason}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def _run_all(experiment: Experiment, runs: list[PlannedRun]) -> dict[str, str]:
-    waiting = list(pending(runs))
-    print(f"{experiment.title}: {len(runs) - len(waiting)} of {len(runs)} runs are done")
+def _run_all(experiment: Experiment, runs: list[PlannedRun], jobs: int) -> dict[str, str]:
+    waiting, total = pending(runs), len({run.folder for run in runs})
+    print(f"{experiment.title}: {total - len(waiting)} of {total} runs are done")
     failures = {}
-    for number, run in enumerate(waiting, 1):
+
+    def run_one(number: int, run: PlannedRun) -> None:
         print(f"[{number}/{len(waiting)}] {run.folder.name} ...", flush=True)
         if reason := execute(run, experiment.federation):
             failures[run.folder.name] = reason
+
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        list(pool.map(run_one, range(1, len(waiting) + 1), waiting))
     return failures
 
 
@@ -63,11 +69,11 @@ def _write_table(experiment: Experiment, runs: list[PlannedRun], output_dir: Pat
     results = [result_of(run) for run in runs if run.completed]
     if not results:
         return
-    rows = make_table(results)
-    text = to_markdown(experiment.title, rows)
+    text = to_markdown(experiment.title, results)
     (output_dir / "table.md").write_text(text)
-    content = {"title": experiment.title, "results": results, "table": rows}
-    (output_dir / "table.json").write_text(json.dumps(content, indent=2) + "\n")
+    lines = ",\n".join(json.dumps(result) for result in results)
+    title = json.dumps(experiment.title)
+    (output_dir / "table.json").write_text(f'{{"title": {title}, "results": [\n{lines}\n]}}\n')
     print(f"\n{text}\n{output_dir / 'table.md'}")
 
 

@@ -26,6 +26,8 @@ class Experiment(Options):
         Every system runs once a seed.
     settings : dict
         Settings that all systems share.
+    scenarios : dict of str to dict
+        By name, the settings of each federation that the systems are compared in, on top.
     systems : dict of str to dict
         By name, the settings of each system on top.
     """
@@ -35,19 +37,20 @@ class Experiment(Options):
     federation: str = "num-supernodes=10 client-resources-num-cpus=1"
     seeds: Annotated[list[int], Field(min_length=1)]
     settings: dict[str, Setting] = Field(default_factory=dict)
+    scenarios: Annotated[dict[str, dict[str, Setting]], Field(min_length=1)]
     systems: Annotated[dict[str, dict[str, Setting]], Field(min_length=1)]
 
-    @field_validator("systems")
+    @field_validator("scenarios", "systems")
     @classmethod
     def _names_are_folders(cls, value: dict[str, dict[str, Setting]]) -> dict:
         for name in value:
             if not re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", name):
-                raise ValueError(f"system {name!r}: letters, digits and . _ + = - only")
+                raise ValueError(f"{name!r}: letters, digits and . _ + = - only")
         return value
 
     @model_validator(mode="after")
     def _runs_are_named_here(self) -> "Experiment":
-        for part in (self.settings, *self.systems.values()):
+        for part in (self.settings, *self.scenarios.values(), *self.systems.values()):
             if taken := sorted({"seed", "output-dir", "run-name"} & set(part)):
                 raise ValueError(f"{taken[0]} is set by prowd compare")
         return self

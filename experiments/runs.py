@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +15,12 @@ PROJECT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One system under one seed.
+    """One system in one scenario under one seed.
 
     Attributes
     ----------
-    system : str
-        Name in the experiment file.
+    scenario, system : str
+        Names in the experiment file.
     seed : int
         Its seed.
     folder : Path
@@ -30,6 +29,7 @@ class PlannedRun:
         Everything that is set for it.
     """
 
+    scenario: str
     system: str
     seed: int
     folder: Path
@@ -52,17 +52,21 @@ class PlannedRun:
 def planned_runs(
     experiment: Experiment, output_dir: Path, overrides: dict[str, Setting]
 ) -> list[PlannedRun]:
-    """List the runs: all systems under the first seed, then under the next."""
-    return [
-        PlannedRun(
-            system,
-            seed,
-            output_dir / f"{system}-seed{seed}",
-            {**experiment.settings, **own, **overrides, "seed": seed},
-        )
-        for seed in experiment.seeds
-        for system, own in experiment.systems.items()
-    ]
+    """List the runs: everything under the first seed, then under the next.
+
+    A system that overrides what tells two scenarios apart runs once for both: the runs of equal
+    settings share one folder.
+    """
+    runs: list[PlannedRun] = []
+    folders: dict[str, Path] = {}
+    for seed in experiment.seeds:
+        for scenario, federation in experiment.scenarios.items():
+            for system, own in experiment.systems.items():
+                settings = {**experiment.settings, **federation, **own, **overrides, "seed": seed}
+                name = output_dir / f"{scenario}-{system}-seed{seed}"
+                folder = folders.setdefault(json.dumps(settings, sort_keys=True), name)
+                runs.append(PlannedRun(scenario, system, seed, folder, settings))
+    return runs
 
 
 def execute(run: PlannedRun, federation: str) -> str:
@@ -89,9 +93,12 @@ def execute(run: PlannedRun, federation: str) -> str:
     return (run.summary or {}).get("reason") or f"it left no summary; see {log}"
 
 
-def pending(runs: list[PlannedRun]) -> Iterator[PlannedRun]:
-    """Yield the runs that have not completed."""
-    return (run for run in runs if not run.completed)
+def pending(runs: list[PlannedRun]) -> list[PlannedRun]:
+    """Return the runs that have not completed, each folder once."""
+    first: dict[Path, PlannedRun] = {}
+    for run in runs:
+        first.setdefault(run.folder, run)
+    return [run for run in first.values() if not run.completed]
 
 
 def _move_aside(folder: Path) -> None:

@@ -19,12 +19,26 @@ def result_of(run: PlannedRun) -> dict[str, object]:
     rounds = [json.loads(line) for line in lines]
     evaluated = [entry["accuracy"] for entry in rounds if entry["accuracy"]][-_LAST:]
     return {
+        "scenario": run.scenario,
         "system": run.system,
         "seed": run.seed,
-        "accuracy": {w: mean(a[w] for a in evaluated) for w in evaluated[-1]},
+        "accuracy": {w: round(mean(a[w] for a in evaluated), 6) for w in evaluated[-1]},
         "uplink_bytes": sum(sum(entry["uplink_bytes"].values()) for entry in rounds),
         "downlink_bytes": sum(sum(entry["downlink_bytes"].values()) for entry in rounds),
+        "seconds": round(sum(entry["seconds"]["round"] for entry in rounds)),
+        "curve": _curve(rounds),
     }
+
+
+def _curve(rounds: list[dict]) -> list[dict[str, object]]:
+    """Averaged accuracy and bytes sent up so far, wherever the model was evaluated."""
+    curve, sent = [], 0
+    for entry in rounds:
+        sent += sum(entry["uplink_bytes"].values())
+        if entry["accuracy"]:
+            accuracy = round(entry["accuracy"]["average"], 6)
+            curve.append({"round": entry["round"], "uplink_bytes": sent, "accuracy": accuracy})
+    return curve
 
 
 def make_table(results: Iterable[dict[str, object]]) -> list[dict[str, object]]:
@@ -59,8 +73,17 @@ def make_table(results: Iterable[dict[str, object]]) -> list[dict[str, object]]:
     return sorted(rows, key=lambda row: -row["accuracy"]["average"]["mean"])
 
 
-def to_markdown(title: str, rows: list[dict[str, object]]) -> str:
-    """Write the table as Markdown; accuracies in percent, bytes in megabytes."""
+def to_markdown(title: str, results: list[dict[str, object]]) -> str:
+    """Write a table for each scenario as Markdown; accuracies in percent, bytes in megabytes."""
+    scenarios = dict.fromkeys(str(result["scenario"]) for result in results)
+    parts = []
+    for scenario in scenarios:
+        rows = make_table(r for r in results if r["scenario"] == scenario)
+        parts.append(_scenario_table(f"{title}: {scenario}", rows))
+    return "\n".join(parts)
+
+
+def _scenario_table(title: str, rows: list[dict[str, object]]) -> str:
     widths = _widths(rows)
     head = ["system", *(f"{w}-bit" for w in widths), "averaged", "MB up", "MB down", "seeds"]
     lines = [f"### {title}", "", _row(head), _row(["---"] * len(head))]

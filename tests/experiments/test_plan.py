@@ -16,8 +16,10 @@ FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
 def test_every_run_of_a_published_experiment_has_settings_that_exist(path, tmp_path):
     experiment = read_experiment(path)
     runs = planned_runs(experiment, tmp_path, {"data-dir": str(tmp_path)})
-    assert len(runs) == len(experiment.systems) * len(experiment.seeds)
-    assert len({run.folder for run in runs}) == len(runs)
+    scenarios, systems = len(experiment.scenarios), len(experiment.systems)
+    assert len(runs) == scenarios * systems * len(experiment.seeds)
+    by_folder = {run.folder: run.settings for run in runs}
+    assert all(by_folder[run.folder] == run.settings for run in runs)
     for run in runs:
         settings, own = read_settings(run.settings)
         assert build_strategy(settings, own)
@@ -27,6 +29,7 @@ def test_every_run_of_a_published_experiment_has_settings_that_exist(path, tmp_p
 GOOD = """
 title = "t"
 seeds = [0]
+[scenarios.half]
 [systems.a]
 strategy = "fedavg"
 """
@@ -38,11 +41,12 @@ strategy = "fedavg"
         ("title = ", "file.toml"),
         (GOOD.replace("seeds = [0]", "seeds = []"), "file.toml: seeds"),
         (GOOD.replace("seeds = [0]", "seeds = 0"), "file.toml: seeds"),
-        (GOOD.replace("[systems.a]", "[systems.'a/b']"), "system 'a/b'"),
+        (GOOD.replace("[systems.a]", "[systems.'a/b']"), "'a/b': letters, digits"),
         (GOOD + "seed = 3", "seed is set by prowd compare"),
         (GOOD + "[settings]\nrun-name = 'x'", "run-name is set by prowd compare"),
         (GOOD.replace("title", "titel"), "file.toml: titel: there is no such setting"),
-        ("title = 't'\nseeds = [1]\n[systems]", "file.toml: systems"),
+        (GOOD.replace("[scenarios.half]", ""), "file.toml: scenarios"),
+        ("title = 't'\nseeds = [1]\n[scenarios.s]\n[systems]", "file.toml: systems"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named_in_one_line(tmp_path, text, message):

@@ -3,15 +3,23 @@
 import json
 
 from experiments.plan import Experiment
-from experiments.runs import PlannedRun, planned_runs
+from experiments.runs import PlannedRun, pending, planned_runs
 from experiments.table import make_table, result_of, to_markdown
 
 
 def record(folder, accuracies, up=1_000_000):
     folder.mkdir(parents=True)
     lines = [
-        json.dumps({"accuracy": a, "uplink_bytes": {"4": up, "32": up}, "downlink_bytes": {"4": 5}})
-        for a in accuracies
+        json.dumps(
+            {
+                "round": number,
+                "accuracy": a,
+                "uplink_bytes": {"4": up, "32": up},
+                "downlink_bytes": {"4": 5},
+                "seconds": {"round": 2.5},
+            }
+        )
+        for number, a in enumerate(accuracies, 1)
     ]
     (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "summary.json").write_text(json.dumps({"status": "completed"}))
@@ -31,16 +39,26 @@ def test_accuracy_is_the_mean_of_the_last_three_evaluated_rounds(tmp_path):
         {},
     ]
     record(tmp_path / "a", rounds)
-    result = result_of(PlannedRun("A", 0, tmp_path / "a", {}))
+    result = result_of(PlannedRun("50-50", "A", 0, tmp_path / "a", {}))
     # (0.3 + 0.4 + 0.5) / 3, (0.5 + 0.6 + 0.7) / 3; six rounds of 2 MB up and 5 B down.
     assert round(result["accuracy"]["4"], 9) == 0.4
     assert round(result["accuracy"]["32"], 9) == 0.6
     assert (result["uplink_bytes"], result["downlink_bytes"]) == (12_000_000, 30)
+    assert result["seconds"] == 15
+    assert result["curve"][-1] == {"round": 5, "uplink_bytes": 10_000_000, "accuracy": 0.6}
+    assert [point["round"] for point in result["curve"]] == [1, 2, 4, 5]
 
 
 def test_systems_are_ranked_by_their_average_with_spread_over_seeds(tmp_path):
     results = [
-        {"system": s, "seed": i, "accuracy": a, "uplink_bytes": 2e6, "downlink_bytes": 3e6}
+        {
+            "scenario": "50-50",
+            "system": s,
+            "seed": i,
+            "accuracy": a,
+            "uplink_bytes": 2e6,
+            "downlink_bytes": 3e6,
+        }
         for s, i, a in (
             ("low", 0, accuracy(0.50, 0.60)),
             ("high", 0, accuracy(0.70, 0.80)),
@@ -51,8 +69,8 @@ def test_systems_are_ranked_by_their_average_with_spread_over_seeds(tmp_path):
     rows = make_table(results)
     assert [row["system"] for row in rows] == ["ceiling", "high", "low"]
     # Two seeds: mean 0.71, sample deviation 0.02 / sqrt(2) = 0.01414.
-    assert to_markdown("T", rows).splitlines() == [
-        "### T",
+    assert to_markdown("T", results).splitlines() == [
+        "### T: 50-50",
         "",
         "| system | 4-bit | 32-bit | averaged | MB up | MB down | seeds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -63,7 +81,9 @@ def test_systems_are_ranked_by_their_average_with_spread_over_seeds(tmp_path):
 
 
 def test_a_run_is_done_only_if_its_summary_says_completed(tmp_path):
-    experiment = Experiment(title="t", seeds=[0, 1], systems={"a": {"strategy": "fedavg"}})
+    experiment = Experiment(
+        title="t", seeds=[0, 1], scenarios={"s": {}}, systems={"a": {"strategy": "fedavg"}}
+    )
     first, second = planned_runs(experiment, tmp_path, {})
     record(first.folder, [accuracy(0.1, 0.2)])
     assert first.completed
@@ -72,3 +92,31 @@ def test_a_run_is_done_only_if_its_summary_says_completed(tmp_path):
     assert not first.completed
     (first.folder / "summary.json").write_text("{")
     assert not first.completed
+
+
+def test_a_system_that_overrides_the_scenario_runs_once_for_all(tmp_path):
+    experiment = Experiment(
+        title="t",
+        seeds=[0, 1],
+        scenarios={"half": {"bit-mix": "4:0.5,32:0.5"}, "most": {"bit-mix": "4:0.8,32:0.2"}},
+        systems={"a": {}, "ceiling": {"bit-mix": "32:1.0"}},
+    )
+    runs = planned_runs(experiment, tmp_path, {})
+    assert [(r.scenario, r.system, r.seed) for r in runs] == [
+        (scenario, system, seed)
+        for seed in (0, 1)
+        for scenario in ("half", "most")
+        for system in ("a", "ceiling")
+    ]
+    names = [run.folder.name for run in pending(runs)]
+    assert names == [
+        "half-a-seed0",
+        "half-ceiling-seed0",
+        "most-a-seed0",
+        "half-a-seed1",
+        "half-ceiling-seed1",
+        "most-a-seed1",
+    ]
+    record(runs[1].folder, [accuracy(0.1, 0.2)])
+    assert runs[3].completed
+    assert len(pending(runs)) == 5
