@@ -102,6 +102,11 @@ def is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var"))
 
 
+def fixed_point(state: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
+    """Return the scales of a fixed-point model: one step for every weight of every layer."""
+    return {n: torch.full((t.shape[0],), step) for n, t in state.items() if is_quantized(t.shape)}
+
+
 def quantize_state(
     state: Mapping[str, Tensor], bits: int, scales: Mapping[str, Tensor] | None = None
 ) -> Update:

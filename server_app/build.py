@@ -80,6 +80,7 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
         "min_nodes": settings.min_nodes,
         "node_wait": settings.node_wait,
         "broadcast": _broadcast(settings, strategy_class),
+        "weight_step": settings.weight_step,
     }
     if hasattr(strategy_class, "Options"):
         prefix = f"{name}-"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from quant import Update, quantize_state, set_scales
+from quant import Update, quantize_state, set_scales, weight_scales
 from task.calibration import calibrate_normalization, round_weights
 from task.data import Images
 from task.settings import Settings
@@ -89,8 +89,10 @@ class CalibratedRounding:
 
     def _round(self, state: Mapping[str, Tensor], bits: int) -> Update:
         load_state(self._model, dict(state))
-        rounded = round_weights(at_width(self._model, self._settings, bits), self._buffer)
-        nearest = quantize_state(state, bits)
+        network = at_width(self._model, self._settings, bits)
+        rounded = round_weights(network, self._buffer)
+        # A layer that the images do not reach is rounded to nearest.
+        nearest = quantize_state(state, bits, weight_scales(network))
         return replace(nearest, quantized={**nearest.quantized, **rounded})
 
 

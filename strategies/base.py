@@ -35,6 +35,7 @@ from quant import (
     UpdateSpec,
     decode_update,
     encode_update,
+    fixed_point,
     is_variance,
     payload_size,
     quantize_state,
@@ -74,6 +75,8 @@ class MixedPrecisionStrategy(Strategy):
     broadcast : {"float32", "nearest", "calibrated"}
         How the model reaches low-bit clients: in float32, which they round to nearest themselves,
         or as codes of their own width that the server rounded.
+    weight_step : float
+        Step of the weights of low-bit clients in fixed point; 0 where each channel has its own.
 
     Attributes
     ----------
@@ -97,11 +100,13 @@ class MixedPrecisionStrategy(Strategy):
         min_nodes: int = 1,
         node_wait: float = 60.0,
         broadcast: Broadcast = "float32",
+        weight_step: float = 0.0,
     ) -> None:
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self.seed = seed
         self.broadcast = broadcast
+        self.weight_step = weight_step
         self.nodes = Nodes(min_nodes, node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
@@ -147,7 +152,8 @@ class MixedPrecisionStrategy(Strategy):
         state = self.state_for(bits, state)
         if bits != FLOAT_BITS and self.broadcast == "calibrated":
             return self.round_calibrated(state, bits)
-        return quantize_state(state, bits)
+        scales = fixed_point(state, self.weight_step) if self.weight_step else None
+        return quantize_state(state, bits, scales)
 
     # --- Flower's interface --------------------------------------------------------------------
 

@@ -79,6 +79,11 @@ class Settings(Options):
     low_bit_training: Literal["qat", "strict"] = Field(
         "qat", description="qat: float latent weights; strict: weights never leave their grid."
     )
+    weight_step: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Fixed-point weights: one step for all layers of strict low-bit clients, as "
+        "2**-6; 0: each channel's own, fitted to it.",
+    )
     activation_bits: int = Field(
         0, description="Width of the activations of low-bit clients; 0: the client's, 32: float32."
     )
@@ -153,6 +158,15 @@ class Settings(Options):
             raise SettingsError(
                 f"server-buffer: {self.server_buffer} leaves too few images for "
                 "calibrate-normalization; allowed: 2 or more, or calibrate-normalization=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fixed_point_is_strict(self) -> "Settings":
+        if self.weight_step and self.low_bit_training != "strict":
+            raise SettingsError(
+                f"weight-step: {self.weight_step:g} with low-bit-training {self.low_bit_training}; "
+                "allowed: strict, as qat fits its grid to the trained weights"
             )
         return self
 

@@ -18,6 +18,7 @@ from quant import (
     QuantLinear,
     StrictSGD,
     Update,
+    fixed_point,
     is_quantized,
     prepare,
     quantize_state,
@@ -43,6 +44,8 @@ class LocalTraining:
         The client's width, 2 to 16, or 32 for plain float32 training.
     low_bit_training : {"qat", "strict"}
         Float latent weights with a straight-through gradient, or weights on the grid.
+    weight_step : float
+        One step for all weights (fixed point); 0 fits each channel's.
     activation_bits, gradient_bits : int
         Widths of activations and of errors and gradients below 32 bits.
     epochs, batch_size : int
@@ -55,6 +58,7 @@ class LocalTraining:
 
     bits: int
     low_bit_training: Literal["qat", "strict"] = "qat"
+    weight_step: float = 0.0
     activation_bits: int = FLOAT_BITS
     gradient_bits: int = FLOAT_BITS
     epochs: int = 1
@@ -70,6 +74,7 @@ class LocalTraining:
         return cls(
             bits=bits,
             low_bit_training=settings.low_bit_training,
+            weight_step=settings.weight_step,
             activation_bits=settings.activation_bits_of(bits),
             gradient_bits=settings.gradient_bits_of_low_bit(),
             epochs=settings.local_epochs,
@@ -170,7 +175,8 @@ def train(
     if config.proximal_mu:
         anchored = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     if config.bits != FLOAT_BITS:
-        _prepare(model, QuantConfig(config.bits, config.activation_bits, config.gradient_bits))
+        widths = QuantConfig(config.bits, config.activation_bits, config.gradient_bits)
+        _prepare(model, widths, config.weight_step)
         set_scales(model, scales or {})
     optimizer = _optimizer(model, config, seed)
     began = {name: tensor.clone() for name, tensor in model_state(model).items()}
@@ -221,7 +227,8 @@ def at_width(model: nn.Module, settings: Settings, bits: int) -> nn.Module:
     model = copy.deepcopy(model)
     if bits == FLOAT_BITS:
         return model
-    return _prepare(model, QuantConfig(bits, settings.activation_bits_of(bits)))
+    widths = QuantConfig(bits, settings.activation_bits_of(bits))
+    return _prepare(model, widths, settings.weight_step)
 
 
 def check_quantizable(model: nn.Module, name: str) -> None:
@@ -247,9 +254,12 @@ def check_quantizable(model: nn.Module, name: str) -> None:
         )
 
 
-def _prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
+def _prepare(model: nn.Module, config: QuantConfig, weight_step: float) -> nn.Module:
     check_quantizable(model, type(model).__name__)
-    return prepare(model, config)
+    prepare(model, config)
+    if weight_step:
+        set_scales(model, fixed_point(model.state_dict(), weight_step))
+    return model
 
 
 def _optimizer(model: nn.Module, config: LocalTraining, seed: int) -> torch.optim.Optimizer:

@@ -11,9 +11,13 @@ from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
+from client_app.memory import own_model
+from quant import UpdateSpec, decode_update
 from server_app.app import main
 from server_app.rounds import format_bytes, format_round
 from task.errors import SettingsError
+from task.models import build_model
+from task.protocol import UPDATE
 
 SMALL = {
     "num-server-rounds": 2,
@@ -170,3 +174,40 @@ def test_the_rounds_line():
 )
 def test_bytes_are_given_with_a_unit(count, text):
     assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize("strategy", ["prowd", "fedavg", "local"])
+def test_fixed_point_clients_stay_on_one_grid(tmp_path, strategy):
+    """What an 8-bit client sends are multiples of the one step, whatever layer they belong to."""
+    sent = []
+
+    class Listening(ClientAppNode):
+        def __call__(self, message):
+            reply = super().__call__(message)
+            if reply.has_content() and UPDATE in reply.content:
+                sent.append(reply.content[UPDATE][UPDATE].data)
+            return reply
+
+    config = {**SMALL, "output-dir": str(tmp_path), "run-name": "run", "strategy": strategy}
+    config |= {"weight-step": 2**-6, "low-bit-training": "strict", "bit-mix": "8:0.5,32:0.5"}
+    nodes = {50 + i: Listening(i, 2, config) for i in range(2)}
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
+    main(InProcessGrid(nodes), context)
+    spec = UpdateSpec.of(build_model("cnn", 1, 8, 10, seed=0).state_dict())
+    if strategy == "local":
+        state, scales = own_model(nodes[50].context.state)
+        for name, scale in scales.items():
+            assert torch.equal(scale, torch.full_like(scale, 2**-6))
+            assert torch.equal(state[name] * 64, (state[name] * 64).round())
+        return
+    updates = [decode_update(data, spec, 8) for data in sent[::2]]
+    assert len(updates) == 2
+    for update in updates:
+        for tensor in update.quantized.values():
+            assert torch.equal(tensor.scale, torch.full_like(tensor.scale, 2**-6))
+            assert tensor.codes.unique().numel() > 3
+
+
+def test_fixed_point_is_for_strict_training(tmp_path):
+    with pytest.raises(SettingsError, match=r"weight-step: 0\.5 with low-bit-training qat"):
+        run(tmp_path, weight_step=0.5)
