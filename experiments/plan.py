@@ -59,15 +59,26 @@ class Experiment(Options):
 def read_experiment(path: Path) -> Experiment:
     """Read and check an experiment file.
 
+    A file that names another one beside it as ``base`` has everything from there that it does not
+    say itself; its settings add to those of the base.
+
     Raises
     ------
     SettingsError
         If it cannot be read, or something in it is missing, unknown or of the wrong type.
     """
+    content = _read_toml(path)
+    if "base" in content:
+        base = _read_toml(path.with_name(str(content.pop("base"))))
+        settings = {**base.get("settings", {}), **content.get("settings", {})}
+        content = {**base, **content, "settings": settings}
+    return Experiment.read(content, f"{path.name}: ")
+
+
+def _read_toml(path: Path) -> dict[str, object]:
     try:
-        content = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path}: {error}") from None
-    return Experiment.read(content, f"{path.name}: ")

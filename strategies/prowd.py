@@ -107,7 +107,7 @@ class ProWD(MixedPrecisionStrategy):
             means = {bits: group.mean() for bits, group in lifted.items()}
         if self.options.align:
             self._align(means, start, groups, used)
-        masks = self._masks(means, start, weights)
+        masks = self._masks(server_round, means, start, weights)
         if not self.options.own_normalization:
             return self._aggregate(start, means, groups, masks)
         floats = self._keep_own(means)
@@ -135,7 +135,9 @@ class ProWD(MixedPrecisionStrategy):
         with torch.no_grad():
             return self.dequantizer(quantized, bits, reference)
 
-    def _masks(self, means: dict[int, State], start: State, weights: State) -> dict[int, State]:
+    def _masks(
+        self, server_round: int, means: dict[int, State], start: State, weights: State
+    ) -> dict[int, State]:
         """Relevancy mask of each low-bit group, 1 where a coordinate is kept."""
         masks = {}
         *low, high = means
@@ -148,6 +150,11 @@ class ProWD(MixedPrecisionStrategy):
                 at_most=self.options.mask_at_most,
                 at_least=self.options.mask_at_least,
             )
+            if self.options.mask == "random":
+                generator = torch.Generator().manual_seed(
+                    derive_seed(self.seed, 7, server_round, bits)
+                )
+                keep = keep[torch.randperm(keep.numel(), generator=generator)]
             masks[bits] = _unflat(keep.float(), weights)
             self.round_log.own[f"mask-density-{bits}"] = float(keep.float().mean())
             self.round_log.own[f"cosine-{bits}"] = cosine(low_move, high_move)

@@ -49,6 +49,11 @@ class ProWDOptions(Options):
         True,
         description="Each width keeps its own normalization and biases, all that is not quantized.",
     )
+    mask: Literal["relevant", "random"] = Field(
+        "relevant",
+        description="Which coordinates are kept: the most relevant, or as many at random (a "
+        "control for experiments).",
+    )
     mask_at_most: Share = Field(1.0, description="tau: largest share of coordinates kept.")
     mask_at_least: Share = Field(0.9, description="Smallest share of coordinates kept.")
     low_bit_weight: Annotated[float, Field(gt=0, le=1)] = Field(
