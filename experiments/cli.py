@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments.plan import Experiment, Setting, read_experiment
+from experiments.publish import publish
 from experiments.runs import PlannedRun, execute, pending, planned_runs
 from experiments.table import result_of, to_markdown
 from task.errors import SettingsError
@@ -25,6 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time")
     compare.add_argument("--output-dir", type=Path, help="default: ~/prowd-runs/FILE")
     compare.set_defaults(command=_compare)
+    publish = commands.add_parser("publish", help="put a comparison into docs/results.md")
+    publish.add_argument("output_dir", type=Path, help="where prowd compare wrote")
+    publish.add_argument("--docs", type=Path, default=Path("docs"))
+    publish.set_defaults(command=_publish)
     given = parser.parse_args(arguments)
     try:
         return given.command(given)
@@ -48,6 +53,12 @@ def _compare(given: argparse.Namespace) -> int:
     for run, reason in failures.items():
         print(f"failed: {run}: {reason}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _publish(given: argparse.Namespace) -> int:
+    for path in publish(given.output_dir, given.docs):
+        print(path)
+    return 0
 
 
 def _run_all(experiment: Experiment, runs: list[PlannedRun], jobs: int) -> dict[str, str]:
