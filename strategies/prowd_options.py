@@ -31,7 +31,9 @@ class ProWDOptions(Options):
         "group", description="Lift the mean of a group, or each client's weights."
     )
     finetune_every: Annotated[int, Field(ge=0)] = Field(
-        5, description="Rounds between fine-tunings of the dequantizer; 0: never trained."
+        0,
+        description="Rounds between fine-tunings of the dequantizer's blocks; 0: never trained, "
+        "the lift is exact in what the server knows.",
     )
     finetune_steps: Annotated[int, Field(ge=1)] = Field(20, description="Steps of a fine-tuning.")
     finetune_learning_rate: Annotated[float, Field(gt=0)] = Field(
@@ -55,9 +57,9 @@ class ProWDOptions(Options):
         "control for experiments).",
     )
     mask_at_most: Share = Field(1.0, description="tau: largest share of coordinates kept.")
-    mask_at_least: Share = Field(0.9, description="Smallest share of coordinates kept.")
+    mask_at_least: Share = Field(1.0, description="Smallest share of coordinates kept.")
     low_bit_weight: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.3, description="Weight of a low-bit example against a high-bit one."
+        1.0, description="Weight of a low-bit example against a high-bit one."
     )
     normalization: Literal["count", "clients"] = Field(
         "count",

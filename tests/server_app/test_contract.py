@@ -285,7 +285,7 @@ def test_fedcomgate_in_the_real_app_keeps_corrections_that_sum_to_zero(tmp_path)
 
 
 def test_the_ladder_follows_more_than_two_widths(tmp_path):
-    folder, _ = run(tmp_path, MIXED)
+    folder, _ = run(tmp_path, MIXED, **{"prowd-finetune-every": 5})
     own = json.loads((folder / "rounds.jsonl").read_text().splitlines()[0])["prowd"]
     assert {key for key in own if key.startswith("mask-density")} == {
         "mask-density-2",
