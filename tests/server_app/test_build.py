@@ -26,7 +26,7 @@ def test_pyproject_holds_every_setting_with_its_default():
 
 def test_defaults_build_prowd():
     settings, own = read_settings(RUN_CONFIG)
-    assert own["prowd-low-bit-weight"] == 0.3
+    assert own["prowd-low-bit-weight"] == 1.0
     strategy = build_strategy(settings, own)
     assert isinstance(strategy, ProWD)
     assert strategy.low_bit_training == "qat"
