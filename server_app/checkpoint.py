@@ -3,8 +3,8 @@
 ``checkpoint/last.safetensors`` holds the global model and the strategy's tensors, and in its
 metadata, as JSON, the round, the settings and the strategy's other values. It is replaced whole, so
 that one good checkpoint is there at any moment. No generator is saved: every random number is drawn
-under a seed derived from the run's seed and the round. ``checkpoint/resume.toml`` holds the settings
-that go on with the run, as ``flwr run --run-config`` reads them.
+under a seed derived from the run's seed and the round. ``checkpoint/resume.toml`` holds the
+settings that go on with the run, as ``flwr run --run-config`` reads them.
 
 What a client keeps (`client_app.memory`) does not travel: it stays in ``checkpoint/clients`` in
 simulation, and in the node's own ``state-dir`` where it is networked. So a checkpoint costs no byte

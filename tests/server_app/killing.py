@@ -1,9 +1,10 @@
 """Runs that are killed with signal 9 and resumed until they are done, beside one left in peace.
 
-``python tests/server_app/killing.py FOLDER SEED KILLS RUN_CONFIG.json`` writes ``FOLDER/whole`` and
-``FOLDER/broken`` and prints the exit codes of the broken run's processes. The imports, which take
-most of a short run, happen once: each attempt is a process forked from this one, which never runs
-anything itself.
+A program of its own: ``python killing.py FOLDER``, with the project and its tests on PYTHONPATH.
+It reads jobs as JSON: by name, a number of kills and a run configuration. It writes
+``FOLDER/<name>/whole`` and ``.../broken``, and prints the exit codes of the broken run's processes
+by name. The imports, which take most of a short run, happen once: each attempt is a process forked
+from this one, which runs nothing itself.
 """
 
 import json
@@ -15,18 +16,18 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-
+import flwr_datasets.partitioner  # noqa: F401
+import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, RecordDict
 
+import client_app.app  # noqa: F401
 import server_app.app
 from task.data import load_dataset
 from task.settings import Settings
 
 CLIENTS = 4
-SECONDS_OF_RANDOM_KILLS = 1.2
 
 
 def run(config: dict) -> None:
@@ -70,13 +71,17 @@ def attempt(config: dict, log: Path, seconds: float | None = None, call=None) ->
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(folder: Path, seed: int, kills: int, config: dict) -> list[int]:
+def kill_and_resume(folder: Path, kills: int, config: dict) -> list[int]:
+    """Do one job; return the exit codes of the broken run's processes."""
+    folder.mkdir()
     config |= {"output-dir": str(folder)}
     load_dataset(Settings.of_run(config))
+    began = time.monotonic()
     code = attempt({**config, "run-name": "whole"}, folder / "whole.log")
+    took = time.monotonic() - began
     if code:
         return [code]
-    rng = random.Random(seed)
+    rng = random.Random(folder.name)
     codes = []
     broken = folder / "broken"
     while codes[-1:] != [0] and len(codes) < 10 * kills:
@@ -89,13 +94,15 @@ def main(folder: Path, seed: int, kills: int, config: dict) -> list[int]:
         if len(codes) >= kills:
             fault = {}
         elif len(codes) % 3 == 2:
-            fault = {"call": (rng.choice(["fsync", "replace"]), rng.randint(1, 12))}
+            # Somewhere in the writing of a file: before it is on the disk, or before its new name.
+            fault = {"call": (rng.choice(["fsync", "replace"]), rng.randint(1, 15))}
         else:
-            fault = {"seconds": rng.uniform(0.05, SECONDS_OF_RANDOM_KILLS)}
+            fault = {"seconds": rng.uniform(0, 0.4 * took)}
         codes.append(attempt(now, folder / "broken.log", **fault))
     return codes
 
 
 if __name__ == "__main__":
-    target, seed, kills, config = sys.argv[1:]
-    print(json.dumps(main(Path(target), int(seed), int(kills), json.loads(config))))
+    target = Path(sys.argv[1])
+    jobs = json.load(sys.stdin)
+    print(json.dumps({name: kill_and_resume(target / name, *job) for name, job in jobs.items()}))
