@@ -1,8 +1,8 @@
 """What a client keeps from one message to the next: in its ``Context.state``, and on its disk.
 
 ``Context.state`` lives in memory. A run that is gone on with after a crash needs what it held, to
-the bit, and it is too large and too private to travel. So each client writes it to a folder as well:
-one file a round, of which two stay, since the server may go on from before the last round.
+the bit, and it is too large and too private to travel. So each client writes it to a folder as
+well: one file a round, of which two stay, since the server may go on from before the last round.
 """
 
 import json
