@@ -81,6 +81,7 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
         "node_wait": settings.node_wait,
         "broadcast": _broadcast(settings, strategy_class),
         "weight_step": settings.weight_step,
+        "norm_bound": settings.norm_bound,
     }
     if hasattr(strategy_class, "Options"):
         prefix = f"{name}-"

@@ -41,6 +41,7 @@ from quant import (
     quantize_state,
 )
 from strategies.nodes import Nodes, sample_nodes
+from strategies.norms import norms_of, too_large
 from strategies.replies import (
     BadReply,
     ClientUpdate,
@@ -77,6 +78,8 @@ class MixedPrecisionStrategy(Strategy):
         or as codes of their own width that the server rounded.
     weight_step : float
         Step of the weights of low-bit clients in fixed point; 0 where each channel has its own.
+    norm_bound : float
+        Largest norm of an update, in that of the usual ones (`strategies.norms`); 0: any.
 
     Attributes
     ----------
@@ -101,15 +104,19 @@ class MixedPrecisionStrategy(Strategy):
         node_wait: float = 60.0,
         broadcast: Broadcast = "float32",
         weight_step: float = 0.0,
+        norm_bound: float = 10.0,
     ) -> None:
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self.seed = seed
         self.broadcast = broadcast
         self.weight_step = weight_step
+        self.norm_bound = norm_bound
         self.nodes = Nodes(min_nodes, node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
+        # Where simulated clients keep what they need again after a crash (`Instruction.keep_in`).
+        self.clients_keep_in = ""
         self._start: State = {}
         self._sent: list[Message] = []
         self._clients: dict[int, Declaration] = {}
@@ -155,6 +162,17 @@ class MixedPrecisionStrategy(Strategy):
         scales = fixed_point(state, self.weight_step) if self.weight_step else None
         return quantize_state(state, bits, scales)
 
+    def checkpoint(self) -> tuple[State, dict[str, object]]:
+        """Return what later rounds depend on besides the global model: tensors, and JSON values.
+
+        A strategy that keeps something from round to round returns it here and takes it back in
+        `restore`; after both, it must do what it would have done, to the bit.
+        """
+        return {}, {}
+
+    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+        """Take back what `checkpoint` returned, tensors in the same order."""
+
     # --- Flower's interface --------------------------------------------------------------------
 
     def configure_train(
@@ -177,7 +195,8 @@ class MixedPrecisionStrategy(Strategy):
                 packed.append(item)
         packed.sort(key=lambda item: item.client.partition_id)
         reports: list[Report] = []
-        state = self.combine(server_round, self._start, self._unpack(packed, reports))
+        usable = self._usable(packed)
+        state = self.combine(server_round, self._start, self._unpack(usable, reports))
         _log_left_out(server_round, self.round_log)
         if state is not None:
             state = _checked(state, server_round)
@@ -241,7 +260,7 @@ class MixedPrecisionStrategy(Strategy):
         purpose = (server_round, int(kind == MessageType.EVALUATE))
         self._clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, *purpose)
         self._instructions = {
-            client.partition_id: self._with_downlink(self.instruct(server_round, client), client)
+            client.partition_id: self._instruction_for(server_round, client)
             for client in self._clients.values()
         }
         self._start = to_state(arrays)
@@ -261,10 +280,12 @@ class MixedPrecisionStrategy(Strategy):
         round_log.sampled = [client.partition_id for client in self._clients.values()]
         return self._sent
 
-    def _with_downlink(self, instruction: Instruction, client: Declaration) -> Instruction:
-        if self.broadcast == "float32" or not instruction.downlink_bits:
-            return instruction
-        return replace(instruction, downlink_bits=client.bits)
+    def _instruction_for(self, server_round: int, client: Declaration) -> Instruction:
+        instruction = self.instruct(server_round, client)
+        downlink_bits = instruction.downlink_bits
+        if downlink_bits and self.broadcast != "float32":
+            downlink_bits = client.bits
+        return replace(instruction, downlink_bits=downlink_bits, keep_in=self.clients_keep_in)
 
     def _pack_model(self, bits: int, downlink_bits: int) -> bytes:
         if downlink_bits == FLOAT_BITS:
@@ -284,18 +305,31 @@ class MixedPrecisionStrategy(Strategy):
             self.round_log.rejected[client.partition_id] = str(error)
             return None
 
-    def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
-        spec = UpdateSpec.of(self._start)
+    def _usable(self, packed: list[Packed]) -> list[Packed]:
+        """Set aside what is malformed or far too large; no tensor outlives its turn."""
+        norms = {}
         for item in packed:
-            instruction = self._instructions[item.client.partition_id]
-            bits = instruction.uplink_bits or item.client.bits
-            update = None
             try:
-                if instruction.uplink != "nothing":
-                    update = decode_update(item.payload, spec, bits, instruction.uplink)
+                update = self._decode(item)
             except UpdateError as error:
                 self.round_log.rejected[item.client.partition_id] = str(error)
                 continue
+            values = update.dequantize() if update is not None else {}
+            norms[item.client.partition_id] = norms_of(values)
+        large = too_large(norms, norms_of(self._start), self.norm_bound)
+        self.round_log.rejected |= large
+        return [i for i in packed if i.client.partition_id in norms.keys() - large.keys()]
+
+    def _decode(self, item: Packed) -> Update | None:
+        instruction = self._instructions[item.client.partition_id]
+        if instruction.uplink == "nothing":
+            return None
+        bits = instruction.uplink_bits or item.client.bits
+        return decode_update(item.payload, UpdateSpec.of(self._start), bits, instruction.uplink)
+
+    def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
+        for item in packed:
+            update = self._decode(item)
             self.round_log.aggregated.append(item.client.partition_id)
             reports.append(item.report)
             yield ClientUpdate(item.client, update, item.report)
@@ -318,6 +352,20 @@ def _checked(state: State, server_round: int) -> State | None:
 def is_finite(state: Mapping[str, Tensor]) -> bool:
     """Return whether a model holds numbers only; one that does not is never sent."""
     return all(bool(tensor.isfinite().all()) for tensor in state.values())
+
+
+def join_states(states: Mapping[object, State]) -> State:
+    """Make one state of several, each name behind its key and a slash."""
+    return {f"{key}/{name}": t for key, state in states.items() for name, t in state.items()}
+
+
+def split_states(joined: State) -> dict[str, State]:
+    """Undo `join_states`; empty states are lost. Names of tensors hold no slash."""
+    states: dict[str, State] = {}
+    for path, tensor in joined.items():
+        key, _, name = path.rpartition("/")
+        states.setdefault(key, {})[name] = tensor
+    return states
 
 
 def to_array(payload: bytes) -> Array:

@@ -37,7 +37,13 @@ from quant import (
     relevancy_mask,
 )
 from strategies.averaging import WeightedMean
-from strategies.base import MixedPrecisionStrategy, State, is_finite
+from strategies.base import (
+    MixedPrecisionStrategy,
+    State,
+    is_finite,
+    join_states,
+    split_states,
+)
 from strategies.prowd_options import ProWDOptions, parse_ladder
 from strategies.replies import ClientUpdate
 from task.seeds import derive_seed
@@ -82,6 +88,28 @@ class ProWD(MixedPrecisionStrategy):
     def state_for(self, bits: int, state: State) -> State:
         """Return the global weights with the normalization and biases of a width."""
         return {**state, **self._own.get(bits, {})}
+
+    def checkpoint(self) -> tuple[State, dict[str, object]]:
+        """Return the dequantizer, what is known of the widths, and when it was tuned."""
+        values: dict[str, object] = {"widths": sorted(self._widths), "tuned-in": self._tuned_in}
+        parts = {f"drift/{bits}": drift for bits, drift in self._drift.items()}
+        parts |= {f"own/{bits}": own for bits, own in self._own.items()}
+        if self.dequantizer is not None:
+            parts["dequantizer"] = dict(self.dequantizer.state_dict())
+            values["dequantizer"] = self.dequantizer.arguments
+        return join_states(parts), values
+
+    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+        """Take them back."""
+        self._widths, self._tuned_in = set(values["widths"]), values["tuned-in"]
+        parts = split_states(tensors)
+        if "dequantizer" in values:
+            self.dequantizer = ProgressiveDequantizer(**values["dequantizer"], seed=0)
+            self.dequantizer.load_state_dict(parts["dequantizer"])
+        for path, part in parts.items():
+            kind, _, bits = path.partition("/")
+            if bits:
+                {"drift": self._drift, "own": self._own}[kind][int(bits)] = part
 
     def combine(
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import isfinite
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from quant import STYPE, Update
@@ -82,11 +82,13 @@ def open_report(reply: Message) -> Report:
     BadReply
         If there is none, or its numbers cannot be true.
     """
-    records = reply.content.metric_records
-    if REPORT not in records:
+    # By key: Flower's views of one kind of record tie the reply into a cycle, and it is kept until
+    # the next garbage collection.
+    record = reply.content.get(REPORT)
+    if not isinstance(record, MetricRecord):
         raise BadReply("the reply holds no report")
     try:
-        report = Report.from_record(records[REPORT])
+        report = Report.from_record(record)
     except ProtocolError as error:
         raise BadReply(str(error)) from None
     if report.num_examples < 1:
@@ -95,15 +97,17 @@ def open_report(reply: Message) -> Report:
         raise BadReply(f"it reports an accuracy of {report.accuracy}")
     if report.steps < 0 or not 0 <= report.began_clean <= 1:
         raise BadReply(f"it reports {report.steps} steps, began_clean {report.began_clean}")
-    if not isfinite(report.loss):
-        raise BadReply(f"it reports a loss of {report.loss}")
+    if not isfinite(report.loss) or not isfinite(report.seconds):
+        raise BadReply(f"it reports a loss of {report.loss} after {report.seconds} s")
     return report
 
 
 def payload_of(reply: Message) -> bytes | None:
     """Return the payload of a training reply as it was sent, None if there is not exactly one."""
-    arrays = reply.content.array_records.get(UPDATE, {})
-    if list(arrays) != [UPDATE] or arrays[UPDATE].stype != STYPE:
+    arrays = reply.content.get(UPDATE)
+    if not isinstance(arrays, ArrayRecord) or list(arrays) != [UPDATE]:
+        return None
+    if arrays[UPDATE].stype != STYPE:
         return None
     return arrays[UPDATE].data
 

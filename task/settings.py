@@ -44,6 +44,12 @@ class Settings(Options):
     min_nodes: AtLeastOne = Field(1, description="Nodes that must be there before the first round.")
     node_wait: Positive = Field(60.0, description="Seconds that the server waits for nodes.")
 
+    norm_bound: Annotated[float, Field(ge=0)] = Field(
+        10.0,
+        description="An update this many times as large as the model and as the round's median "
+        "update is set aside, so that one client cannot ruin the model; 1 or more, or 0: none is.",
+    )
+
     local_epochs: AtLeastOne = Field(1, description="Passes over a client's data in a round.")
     batch_size: AtLeastOne = Field(32, description="Images in a step of local training.")
     learning_rate: Positive = Field(0.05, description="Step size of local SGD in the first round.")
@@ -123,6 +129,11 @@ class Settings(Options):
     run_name: str = Field(
         "", description="Folder of this run's record; empty: strategy, data and time."
     )
+    resume: str = Field(
+        "",
+        description="Folder of a run to go on with from its last checkpoint; absolute or ~. All "
+        "settings that decide the result must be that run's. Empty: a new run.",
+    )
 
     @field_validator("bit_mix")
     @classmethod
@@ -137,7 +148,14 @@ class Settings(Options):
             raise ValueError(f"allowed are 0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}")
         return value
 
-    @field_validator("output_dir", "data_dir")
+    @field_validator("norm_bound")
+    @classmethod
+    def _bound_spares_the_usual(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("allowed are 0, and 1 or more")
+        return value
+
+    @field_validator("output_dir", "data_dir", "resume")
     @classmethod
     def _path_is_absolute(cls, value: str) -> str:
         # The app runs from a copy, in the SuperLink's working directory, not in the user's.

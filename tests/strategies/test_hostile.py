@@ -1,0 +1,275 @@
+"""What a hostile or broken client may send: it is set aside by name, and the round goes on."""
+
+import struct
+import tracemalloc
+import zlib
+from dataclasses import replace
+
+import pytest
+import torch
+from federation import ScriptedClient, federation, payload_record, report, run_round
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from quant import encode_update, quantize_state
+from strategies import STRATEGIES, FedAvg, FedCOMGATE
+from strategies.norms import norms_of, too_large
+from task.protocol import REPORT, UPDATE
+
+STATE = {
+    "w": torch.linspace(-1, 1, 24).reshape(4, 6),
+    "b": torch.zeros(4),
+    "bn.running_mean": torch.zeros(4),
+    "bn.running_var": torch.ones(4),
+}
+# Of the layout in quant/wire.py: the CRC stands 12 bytes in, the table begins after it.
+CRC, TABLE, BITS = 12, 16, 5
+TABLE_SIZE = struct.unpack_from("<I", encode_update(quantize_state(STATE, 4)), 8)[0]
+SCALES = TABLE + TABLE_SIZE
+
+
+def moved(state, by=0.01):
+    return {name: tensor + by for name, tensor in state.items()}
+
+
+def honest(partition, of=3, bits=8, train=moved):
+    return ScriptedClient(partition, of, bits, train)
+
+
+class Hostile(ScriptedClient):
+    """Declares 4 bits, trains as the others do, and alters the payload before it is sent."""
+
+    def __init__(self, partition, of, alter):
+        super().__init__(partition, of, 4, moved)
+        self.alter = alter
+
+    def __call__(self, message):
+        reply = super().__call__(message)
+        if UPDATE in reply.content:
+            data = self.alter(reply.content[UPDATE][UPDATE].data)
+            reply.content[UPDATE] = payload_record(with_crc(data))
+        return reply
+
+
+def with_crc(data):
+    crc = zlib.crc32(data[:CRC] + data[TABLE:])
+    return data[:CRC] + struct.pack("<I", crc) + data[TABLE:]
+
+
+def at(position, value):
+    return lambda data: data[:position] + value + data[position + len(value) :]
+
+
+def scale(value):
+    return at(SCALES, struct.pack("<f", value))
+
+
+ALTERATIONS = {
+    "NaN scale": (scale(float("nan")), "a scale is not finite"),
+    "infinite scale": (scale(float("inf")), "a scale is not finite"),
+    "negative scale": (scale(-1.0), "a scale is not positive"),
+    "scale of zero": (scale(0.0), "a scale is not positive"),
+    "scale beyond all networks": (scale(1e30), "a scale is so large"),
+    "huge scale": (
+        scale(1e6),
+        "its parameters have a norm of 1.41e+07; norm-bound allows 10 times",
+    ),
+    "NaN float": (lambda d: d[:-4] + struct.pack("<f", float("nan")), "not finite"),
+    "huge float": (lambda d: d[:-4] + struct.pack("<f", 1e20), "a value exceeds"),
+    "huge statistic": (lambda d: d[:-4] + struct.pack("<f", 1e5), "its statistics have a norm"),
+    "negative variance": (lambda d: d[:-4] + struct.pack("<f", -1.0), "is a variance"),
+    "another width in the header": (at(BITS, bytes([8])), "8 bits; the client declared 4"),
+    "another width throughout": (
+        lambda d: encode_update(quantize_state(STATE, 8)),
+        "bytes; this model takes",
+    ),
+    "other shape": (at(TABLE + 5, struct.pack("<II", 6, 4)), "the table of tensors"),
+    "table of terabytes": (at(8, struct.pack("<I", 2**32 - 1)), "the table of tensors"),
+    "tensor of terabytes": (at(TABLE + 5, struct.pack("<II", 2**32 - 1, 2**32 - 1)), "the table"),
+}
+
+
+@pytest.mark.parametrize("kind", ALTERATIONS)
+def test_a_hostile_payload_is_set_aside_by_name_and_the_round_goes_on(kind):
+    alter, reason = ALTERATIONS[kind]
+    strategy, without = FedAvg(), FedAvg(node_wait=0)
+    grid = federation([honest(0), Hostile(1, 3, alter), honest(2)], STATE)
+    new = run_round(strategy, grid, STATE)
+    assert list(strategy.round_log.rejected) == [1]
+    assert reason in strategy.round_log.rejected[1]
+    expected = run_round(without, federation([honest(0), honest(2)], STATE), STATE)
+    assert all(torch.equal(new[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_unaltered_payload_of_that_client_is_used():
+    strategy = FedAvg()
+    run_round(strategy, federation([honest(0, 2), Hostile(1, 2, lambda d: d)], STATE), STATE)
+    assert strategy.round_log.aggregated == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [
+        {"loss": float("inf")},
+        {"seconds": float("nan")},
+        {"seconds": float("inf")},
+        {"steps": -1},
+        {"num_examples": 2**62},
+        {"accuracy": float("nan")},
+    ],
+)
+def test_a_report_that_cannot_be_true_is_set_aside(reported):
+    strategy = FedAvg()
+    client = honest(1, 2)
+    client.reported = reported
+    run_round(strategy, federation([honest(0, 2), client], STATE), STATE)
+    assert strategy.round_log.aggregated == [0]
+    assert "it reports" in strategy.round_log.rejected[1]
+
+
+@pytest.mark.parametrize("name", [n for n in STRATEGIES if n != "local"])
+def test_one_client_cannot_blow_up_the_model(name):
+    """Ten million times the weights: finite, and within what a payload may hold."""
+    arguments = {"name": "FedAvgM"} if name == "flwr" else {}
+    difference = "com" in name or "paq" in name
+
+    def sends(factor):
+        def train(state):
+            values = (
+                moved(state, 0.01)
+                if not difference
+                else {n: t * 0 + 0.01 for n, t in state.items()}
+            )
+            update = quantize_state({n: t * factor for n, t in values.items()}, 8)
+            return replace(update, content="difference") if difference else update
+
+        return train
+
+    clients = [honest(0, train=sends(1)), honest(1, train=sends(1e7)), honest(2, train=sends(1))]
+    strategy = STRATEGIES[name](**arguments)
+    new = run_round(strategy, federation(clients, STATE), STATE)
+    assert list(strategy.round_log.rejected) == [1]
+    assert max(float(t.abs().max()) for t in new.values()) < 1.1
+    clients[1].train = sends(1e7)
+    loose = STRATEGIES[name](norm_bound=0, **arguments)
+    ruined = run_round(loose, federation(clients, STATE), STATE)
+    assert max(float(t.abs().max()) for t in ruined.values()) > 1e3
+
+
+def test_the_bound_by_hand():
+    def norms(*values):
+        return {i: {"parameters": v, "statistics": 0.0} for i, v in enumerate(values)}
+
+    sent = {"parameters": 1.0, "statistics": 0.0}
+    assert too_large(norms(0.1, 10.0, 0.2), sent, 10) == {}
+    assert too_large(norms(0.1, 10.1, 0.2), sent, 10) == {
+        1: "its parameters have a norm of 10.1; norm-bound allows 10 times 1"
+    }
+    # All leave the small model far behind: the median is what is usual.
+    assert too_large(norms(20, 30, 40, 299), sent, 10) == {}
+    assert list(too_large(norms(20, 30, 40, 301), sent, 10)) == [3]
+    # Of two, the smaller one; one alone has nobody to be compared with.
+    assert list(too_large(norms(20, 201), sent, 10)) == [1]
+    assert too_large(norms(1e7), sent, 10) == {}
+    assert too_large(norms(0.1, 1e7, 0.2), sent, 0) == {}
+    assert too_large({}, sent, 10) == {}
+
+
+def test_norms_by_hand():
+    state = {
+        "a": torch.tensor([[3.0]]),
+        "b": torch.tensor([4.0]),
+        "running_var": torch.full((4,), 2.0),
+    }
+    assert norms_of(state) == {"parameters": 5.0, "statistics": 4.0}
+
+
+def test_a_reply_that_comes_twice_counts_once():
+    strategy = FedAvg()
+    grid = federation([honest(0, 2), honest(1, 2)], STATE)
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+    replies = grid.send_and_receive(messages)
+    strategy.aggregate_train(1, [replies[0], replies[0], replies[1], replies[0]])
+    assert strategy.round_log.aggregated == [0, 1]
+    assert strategy.round_log.left_out == {}
+
+
+def test_a_reply_to_another_clients_message_leaves_its_own_unanswered():
+    """Node 101 sends again what answers node 100's message; Flower's SuperLink refuses that too."""
+    strategy = FedAvg()
+    grid = federation([honest(0, 2), honest(1, 2)], STATE)
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+    first, _ = grid.send_and_receive(messages)
+    again = Message(first.content, reply_to=messages[0])
+    strategy.aggregate_train(1, [first, again])
+    assert strategy.round_log.aggregated == [0]
+    assert strategy.round_log.failed == {1: "no reply in time"}
+
+
+@pytest.mark.parametrize("size", [None, 1_000_000])
+def test_memory_stays_bounded_however_much_comes(size):
+    """200 replies of up to 8 MB, made as they are read: what is unusable is not kept."""
+    clients = [honest(i, 200) for i in range(200)]
+    strategy = FedAvg()
+    grid = federation(clients, STATE)
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+    grid.push_messages(messages)
+
+    def replies():
+        for message in messages:
+            content = RecordDict({REPORT: report(10)})
+            content[UPDATE] = payload_record(bytes(size or 8_000_000))
+            if size:
+                # A payload that is right, beside much that nobody asked for.
+                content[UPDATE] = payload_record(encode_update(quantize_state(STATE, 8)))
+                content["more"] = ArrayRecord({"x": Array("uint8", (size,), "own", bytes(size))})
+            yield Message(content, reply_to=message)
+
+    tracemalloc.start()
+    try:
+        strategy.aggregate_train(1, replies())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(strategy.round_log.aggregated) == (200 if size else 0)
+    assert len(strategy.round_log.rejected) == (0 if size else 200)
+    assert peak < 30_000_000
+
+
+def test_an_array_that_claims_terabytes_is_never_made():
+    """The shape that Flower carries beside the bytes is not read."""
+
+    def claim(message):
+        record = ArrayRecord({UPDATE: Array("float64", (2**20, 2**30), "prowd.update/1", b"PRWD")})
+        return Message(RecordDict({UPDATE: record, REPORT: report(10)}), reply_to=message)
+
+    strategy = FedAvg()
+    grid = federation([honest(0, 2), honest(1, 2)], STATE)
+    client = grid.nodes[101]
+    grid.nodes[101] = lambda m: claim(m) if m.metadata.message_type == "train" else client(m)
+    run_round(strategy, grid, STATE)
+    assert strategy.round_log.aggregated == [0]
+    assert "4 bytes; this model takes" in strategy.round_log.rejected[1]
+
+
+def test_a_number_of_steps_beyond_all_training_does_not_stop_the_others():
+    """FedCOMGATE hands the largest number of steps on to the clients."""
+    from client_app.tracking import effective_steps
+
+    assert effective_steps(2**62, 0.9) == pytest.approx(10 * 2**62)
+    assert effective_steps(3, 0.5) == pytest.approx(1 + 1.5 + 1.75)
+    clients = [honest(i, 2, train=difference) for i in range(2)]
+    clients[1].reported = {"steps": 2**62}
+    strategy = FedCOMGATE()
+    grid = federation(clients, STATE)
+    for server_round in (1, 2):
+        assert run_round(strategy, grid, STATE, server_round) is not None
+    assert clients[0].instructions[1].tracking_steps == 2**62
+
+
+def difference(state):
+    return replace(
+        quantize_state({n: t * 0 + 0.01 for n, t in state.items()}, 8), content="difference"
+    )
