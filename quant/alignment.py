@@ -5,7 +5,9 @@ move inwards, and the rounding noise of every step carries the others after it; 
 the level, not on the data. All low-bit clients of a round start on the same levels, so that their
 average keeps the drift in full, while the high-bit clients' movement has none. Where both are at
 hand the drift is seen: it is what separates the mean movements of the two groups over all weights
-that start on one level.
+that start on one level. This is a block of the dequantizer in closed form: a correction of so many
+steps for each level, after which the weights of a level move on average as those of the groups
+above do.
 """
 
 import torch
@@ -19,7 +21,10 @@ _MOST_LEVELS = 15
 
 
 def level_drift(moved: Tensor, target: Tensor, start: QuantizedTensor, bits: int) -> Tensor:
-    """Return the mean of ``target - moved`` over the weights that start on each level.
+    """Return by how many steps ``target`` exceeds ``moved``, over the weights that start on a level.
+
+    It is the mean difference over the mean step, not the mean of their ratios: a channel of tiny
+    steps, in which any movement is countless steps, says little about the others.
 
     Parameters
     ----------
@@ -38,9 +43,12 @@ def level_drift(moved: Tensor, target: Tensor, start: QuantizedTensor, bits: int
         Float32 ``[levels]``, in steps of the grid; 0 where no weight starts.
     """
     level, count = _levels(start.codes, bits)
-    difference = (target - moved) / per_channel(start.scale, moved.ndim)
-    total = torch.zeros(count).index_add_(0, level, difference.flatten())
-    return total / torch.bincount(level, minlength=count).clamp(min=1)
+    step = per_channel(start.scale, moved.ndim).expand_as(moved)
+    steps, difference = (
+        torch.zeros(count, dtype=torch.float64).index_add_(0, level, values.flatten().double())
+        for values in (step, target - moved)
+    )
+    return torch.where(steps > 0, difference / steps, 0.0).float()
 
 
 def add_drift(moved: Tensor, drift: Tensor, start: QuantizedTensor, bits: int) -> Tensor:

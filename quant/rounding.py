@@ -88,7 +88,7 @@ def round_to_moments(weight: Tensor, scale: Tensor, bits: int, moments: Tensor) 
     Returns
     -------
     Tensor
-        Codes, int16, shape of `weight`. With a diagonal ``X^T X`` those of `quantize_nearest`.
+        Codes, int16, shape of `weight`. With a diagonal ``X^T X`` those of `quantize_nearest`, ties apart.
 
     Notes
     -----
@@ -96,7 +96,7 @@ def round_to_moments(weight: Tensor, scale: Tensor, bits: int, moments: Tensor) 
     """
     groups, fan_in = moments.shape[:2]
     limit = largest_code(bits)
-    hessian = moments.double()
+    hessian = moments.to(torch.float64, copy=True)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
     # Inputs that are always zero decide nothing; a one keeps the matrix invertible.

@@ -239,13 +239,12 @@ class ProWD(MixedPrecisionStrategy):
             above.add(means[bits], shares[bits])
 
     def _keep_own(self, means: Mapping[int, State]) -> State:
-        """Keep what is not quantized for each width; return that of the widest, if it took part."""
-        widest = max(self._widths)
+        """Keep what is not quantized for each width; return that of the widest."""
         for bits, mean in means.items():
             own = {name: t for name, t in mean.items() if not is_quantized(t.shape)}
-            if bits != widest and is_finite(own):
+            if is_finite(own):
                 self._own[bits] = own
-        return {n: t for n, t in means.get(widest, {}).items() if not is_quantized(t.shape)}
+        return self._own.get(max(self._widths), {})
 
     def _shares(self, groups: Mapping[int, WeightedMean]) -> dict[int, float]:
         """Weight of each group in the aggregate."""

@@ -60,7 +60,9 @@ def _collected_statistics(model: nn.Module) -> Iterator[bool]:
         layer.reset_running_stats()
         layer.momentum = None  # cumulative average
         layer.train()
-    yield bool(layers)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    model.eval()
+    try:
+        yield bool(layers)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        model.eval()
