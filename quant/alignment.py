@@ -21,7 +21,7 @@ _MOST_LEVELS = 15
 
 
 def level_drift(moved: Tensor, target: Tensor, start: QuantizedTensor, bits: int) -> Tensor:
-    """Return by how many steps ``target`` exceeds ``moved``, over the weights that start on a level.
+    """Return by how many steps ``target`` exceeds ``moved`` on each level that weights start on.
 
     It is the mean difference over the mean step, not the mean of their ratios: a channel of tiny
     steps, in which any movement is countless steps, says little about the others.

@@ -88,7 +88,8 @@ def round_to_moments(weight: Tensor, scale: Tensor, bits: int, moments: Tensor) 
     Returns
     -------
     Tensor
-        Codes, int16, shape of `weight`. With a diagonal ``X^T X`` those of `quantize_nearest`, ties apart.
+        Codes, int16, shape of `weight`. With a diagonal ``X^T X`` those of `quantize_nearest`, but
+        for ties.
 
     Notes
     -----
