@@ -273,14 +273,16 @@ def test_a_partition_belongs_to_its_first_node_until_that_is_gone():
     run_round(strategy, grid, STATE, 2)
     assert strategy.nodes.widths() == {32: 2}
     assert (len(first.instructions), len(second.instructions)) == (2, 0)
-    # The holder goes, a node of its partition comes: it takes the place.
+    # The holder goes, as the old connection of a device that died and came back: the node that
+    # waited takes the place, and one that comes now does not.
     del grid.nodes[100]
     third = good(0, 2, value=4.0)
     third.spec = first.spec
     grid.nodes[1000] = third
     new = run_round(strategy, grid, STATE, 3)
-    assert strategy.nodes.widths() == {32: 2}
-    assert torch.equal(new["b"], torch.full((2,), 3.0))
+    assert strategy.nodes.widths() == {2: 1, 32: 1}
+    assert torch.equal(new["b"], torch.full((2,), 5.5))
+    assert third.instructions == []
 
 
 @pytest.mark.parametrize(
