@@ -1,0 +1,91 @@
+"""docker-compose.yml, rehearsed once for all tests of this folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from containers import Containers, wait_until
+
+PROJECT = Path(__file__).parents[2]
+SITES = {"int4": "4", "int8-a": "8", "int8-b": "8", "float32": "32"}
+
+
+def _missing() -> str:
+    """What this machine lacks for a rehearsal; empty if nothing."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    for program in ("ip", "unshare", "setpriv", "caddy", "docker-compose"):
+        if shutil.which(program) is None:
+            return f"{program} is not installed"
+    probe = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"])
+    return "this machine allows no namespaces" if probe.returncode else ""
+
+
+@pytest.fixture(scope="session")
+def compose():
+    """The resolved compose file."""
+    if missing := _missing():
+        pytest.skip(missing)
+    words = ["docker-compose", "--profile", "operator", "config", "--format", "json"]
+    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+class Rehearsal(Containers):
+    """The compose project, and what its operator does with it."""
+
+    def start_run(self, name: str, app: str = ".", **settings) -> str:
+        """Start a run of the app in a folder, and return its ID."""
+        settings = {"run_name": name, "model": "cnn", "samples_per_client": 64, **settings}
+        config = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
+        words = ("flwr", "run", app, "prowd", "--format", "json", "--run-config", config)
+        done = self.run("operator", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return str(json.loads(done.stdout)["run-id"])
+
+    def status(self, run_id: str) -> str:
+        done = self.run("operator", "flwr", "ls", "prowd", "--run-id", run_id, "--format", "json")
+        return json.loads(done.stdout)["runs"][0]["status"]
+
+    def wait_for_run(self, run_id: str, seconds: float) -> str:
+        """Wait until a run has finished; how it did."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            status = self.status(run_id)
+            if status.startswith("finished"):
+                return status
+            time.sleep(1.0)
+        raise AssertionError(f"the run is still {status}: {self.services['serverapp'].log[-3000:]}")
+
+    def results(self, name: str) -> Path:
+        return self.folder / "volumes" / "results" / name
+
+    def rounds(self, name: str) -> list[dict]:
+        file = self.results(name) / "rounds.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def summary(self, name: str) -> dict:
+        return json.loads((self.results(name) / "summary.json").read_text())
+
+    def online(self) -> int:
+        done = self.run("operator", "flwr", "supernode", "ls", "prowd", "--format", "json")
+        nodes = json.loads(done.stdout or "{}").get("nodes", [])
+        return sum(node["status"] == "online" for node in nodes)
+
+
+@pytest.fixture(scope="session")
+def rehearsal(compose, tmp_path_factory):
+    """The whole project, up, with all four sites online."""
+    containers = Rehearsal(compose, tmp_path_factory.mktemp("compose"), PROJECT)
+    try:
+        containers.build_networks({"intruder": ["outside"]})
+        containers.up()
+        wait_until(lambda: containers.online() == len(SITES), 90, "four sites online")
+        yield containers
+    finally:
+        containers.down()
