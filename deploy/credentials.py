@@ -89,6 +89,7 @@ def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certifica
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "prowd authority")])
     builder = _certificate(name, name, key, _AUTHORITY_DAYS)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.add_extension(_usage(authority=True), critical=True)
     certificate = builder.sign(key, hashes.SHA384())
     _write(folder / "ca.key", _pem(key))
     _write(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM), secret=False)
@@ -105,6 +106,9 @@ def _issue(
     builder = _certificate(subject, ca.subject, key, _CERTIFICATE_DAYS)
     alternatives = x509.SubjectAlternativeName([_general_name(n) for n in dict.fromkeys(names)])
     builder = builder.add_extension(alternatives, critical=False)
+    builder = builder.add_extension(_usage(authority=False), critical=True)
+    of_issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+    builder = builder.add_extension(of_issuer, critical=False)
     certificate = builder.sign(ca_key, hashes.SHA384())
     _write(folder / "server.key", _pem(key))
     _write(folder / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
@@ -114,7 +118,7 @@ def _certificate(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
-    return x509.CertificateBuilder(
+    builder = x509.CertificateBuilder(
         issuer_name=issuer,
         subject_name=subject,
         public_key=key.public_key(),
@@ -122,6 +126,22 @@ def _certificate(
         # Clocks of several machines differ.
         not_valid_before=now - datetime.timedelta(hours=1),
         not_valid_after=now + datetime.timedelta(days=days),
+    )
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    return builder.add_extension(identifier, critical=False)
+
+
+def _usage(authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        encipher_only=False,
+        decipher_only=False,
     )
 
 

@@ -53,11 +53,10 @@ class Containers:
     def namespace(self, service: str) -> str:
         return f"{self._prefix}-{service}"
 
-    def build_networks(self, guests: Mapping[str, list[str]] | None = None) -> None:
-        """Make all networks; `guests` are hosts that are not in the file, with their networks."""
+    def build_networks(self) -> None:
+        """Make a bridge for every network, and plug every service into its own."""
         self._make_namespace(self._switch)
         members = {name: list(s.get("networks") or {}) for name, s in self._spec().items()}
-        members |= guests or {}
         networks = list(self._project["networks"])
         for number in range(len(networks)):
             command("ip", "-n", self._switch, "link", "add", f"br{number}", "type", "bridge")

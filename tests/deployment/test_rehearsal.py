@@ -1,10 +1,47 @@
-"""docker-compose.yml as it is: every service's own command, in namespaces of its own."""
+"""docker-compose.yml: what it says, and that it does."""
+
+import pytest
+
+SITES = ["int4", "int8-a", "int8-b", "float32"]
 
 
-def test_a_run_completes_with_all_four_sites(rehearsal):
-    run_id = rehearsal.start_run("all", num_server_rounds=2)
-    assert rehearsal.wait_for_run(run_id, 180) == "finished:completed"
-    assert rehearsal.summary("all")["status"] == "completed"
-    for entry in rehearsal.rounds("all"):
-        assert entry["clients"] == {"sampled": 4, "aggregated": 4, "rejected": 0, "failed": 0}
-        assert set(entry["accuracy"]) == {"4", "8", "32", "average"}
+def test_a_run_completes_with_all_four_sites(rehearsal, sound_run):
+    assert sound_run["clients"] == {"sampled": 4, "aggregated": 4, "rejected": 0, "failed": 0}
+    assert set(sound_run["accuracy"]) == {"4", "8", "32", "average"}
+    assert rehearsal.summary("sound")["status"] == "completed"
+    assert (rehearsal.results("sound") / "model.safetensors").exists()
+
+
+def test_the_sites_found_their_registration_at_once(rehearsal, sound_run):
+    """No process of a healthy start ends and has to be restarted, but those that do one job."""
+    ended = {name for name, service in rehearsal.services.items() if service.exits}
+    assert ended == {"credentials", "register"}
+    assert [rehearsal.services[name].exits for name in sorted(ended)] == [[0], [0]]
+
+
+def test_nobody_is_root_and_only_the_proxy_is_published(compose):
+    services = compose["services"]
+    assert {s["user"] for s in services.values()} == {"49999:49999"}
+    assert [name for name, s in services.items() if s.get("ports")] == ["proxy"]
+    for name, service in services.items():
+        if name not in ("credentials", "register", "operator", "intruder"):
+            assert service["restart"] == "unless-stopped", name
+
+
+def test_only_the_proxy_joins_the_servers_network_and_the_sites(compose):
+    joined = {name: set(s.get("networks") or {}) for name, s in compose["services"].items()}
+    assert {name for name, networks in joined.items() if {"core", "outside"} <= networks} == {
+        "proxy"
+    }
+    for site in SITES:
+        assert joined[site] == {"outside", site}
+        assert joined[f"{site}-clientapp"] == {site}
+        assert compose["networks"][site]["internal"]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_site_holds_no_keys_but_its_own(compose, site):
+    for name in (site, f"{site}-clientapp"):
+        mounts = {v["source"]: v for v in compose["services"][name]["volumes"]}
+        assert [source for source in mounts if source.startswith("keys")] == [f"keys-{site}"]
+        assert mounts[f"keys-{site}"]["read_only"]
