@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from torch import Tensor, nn
 
-from client_app.memory import has_model, keep_model, own_model
+from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
 from client_app.node import declare, in_simulation
 from client_app.tracking import TrackedRound, next_correction
 from quant import (
@@ -88,14 +88,24 @@ def answer_train(message: Message, context: Context) -> Message:
     report = _report(trained.score, started, trained.steps, began_clean=not delta)
     content = RecordDict({REPORT: report})
     if job.instruction.uplink == "nothing":
-        keep_model(context.state, model_state(job.model), weight_scales(job.model))
+        kept = RecordDict()
+        keep_model(kept, model_state(job.model), weight_scales(job.model))
+        _keep(kept, context, job.instruction)
         return Message(content, reply_to=message)
     update = _update(job, trained)
     content[UPDATE] = ArrayRecord({UPDATE: _to_array(encode_update(update))})
     if job.instruction.tracking_epoch:
-        # Last of all, so that a client whose training failed keeps what it had.
-        _tracked(job, delta, received, update).keep(context.state)
+        kept = RecordDict()
+        _tracked(job, delta, received, update).keep(kept)
+        _keep(kept, context, job.instruction)
     return Message(content, reply_to=message)
+
+
+def _keep(kept: RecordDict, context: Context, instruction: Instruction) -> None:
+    # Last of all, so that a client whose training failed keeps what it had.
+    folder = state_folder(context.node_config, instruction.keep_in)
+    store(kept, folder, instruction.server_round)
+    context.state.update(kept)
 
 
 @app.evaluate()
@@ -147,6 +157,8 @@ def _open(message: Message, context: Context) -> _Job:
     if client.refused:
         raise SettingsError(client.refused)
     instruction = Instruction.from_record(message.content[INSTRUCTION])
+    folder = state_folder(context.node_config, instruction.keep_in)
+    recall(context.state, folder, instruction.server_round)
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
     # A client that sends nothing goes on from its own model while it has one, whatever it was sent.

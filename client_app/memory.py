@@ -1,10 +1,22 @@
-"""What a client keeps in its ``Context.state`` from one message to the next."""
+"""What a client keeps from one message to the next: in its ``Context.state``, and on its disk.
 
+``Context.state`` lives in memory. A run that is gone on with after a crash needs what it held, to
+the bit, and it is too large and too private to travel. So each client writes it to a folder as
+well: one file a round, of which two stay, since the server may go on from before the last round.
+"""
+
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from safetensors import safe_open
+from safetensors.numpy import save
 from torch import Tensor
+
+from task.errors import SettingsError
+from task.files import write_atomic
 
 _MODEL, _SCALES = "own-model", "own-scales"
 
@@ -34,3 +46,70 @@ def has_model(state: RecordDict) -> bool:
 def own_model(state: RecordDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the model that was kept, and its scales."""
     return from_record(state[_MODEL]), from_record(state[_SCALES])
+
+
+def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None:
+    """Return where this client's state of this run is kept on disk; None: in memory only.
+
+    Parameters
+    ----------
+    node_config : mapping
+        A networked node may have a ``state-dir`` of its own.
+    keep_in : str
+        `Instruction.keep_in`: used as it is in simulation, where the server's disk is the client's.
+
+    Raises
+    ------
+    SettingsError
+        If ``state-dir`` is not an absolute path.
+    """
+    own = node_config.get("state-dir")
+    if own is not None and not (isinstance(own, str) and Path(own).is_absolute()):
+        raise SettingsError(f"node-config: state-dir is {own!r}; it must be an absolute path")
+    if not keep_in or (own is None and "bits" in node_config):
+        return None
+    folder = Path(own) / Path(keep_in).name if own else Path(keep_in)
+    return folder / str(node_config["partition-id"])
+
+
+def store(state: RecordDict, folder: Path | None, server_round: int) -> None:
+    """Write what is kept after a round to disk, and drop all but this round and the one before."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        f"{key}/{name}": array.numpy()
+        for key, record in state.array_records.items()
+        for name, array in record.items()
+    }
+    names = {key: list(record) for key, record in state.array_records.items()}
+    values = {key: dict(record) for key, record in state.config_records.items()}
+    head = {"names": json.dumps(names), "values": json.dumps(values)}
+    write_atomic(_file(folder, server_round), save(arrays, head))
+    earlier = [r for r in _rounds(folder) if r < server_round]
+    for other in _rounds(folder):
+        if other not in (server_round, *earlier[-1:]):
+            _file(folder, other).unlink()
+
+
+def recall(state: RecordDict, folder: Path | None, server_round: int) -> None:
+    """Fill an empty ``Context.state`` with what was kept before a round, if anything was."""
+    if folder is None or state:
+        return
+    earlier = [r for r in _rounds(folder) if r < server_round]
+    if not earlier:
+        return
+    with safe_open(_file(folder, earlier[-1]), "pt") as file:
+        head = file.metadata()
+        for key, names in json.loads(head["names"]).items():
+            state[key] = to_record({name: file.get_tensor(f"{key}/{name}") for name in names})
+        for key, values in json.loads(head["values"]).items():
+            state[key] = ConfigRecord(values)
+
+
+def _file(folder: Path, server_round: int) -> Path:
+    return folder / f"{server_round}.safetensors"
+
+
+def _rounds(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in folder.glob("*.safetensors"))

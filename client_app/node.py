@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 
+from client_app.memory import state_folder
 from task.errors import SettingsError
 from task.mix import check_client_bits, widths_of_partitions
 from task.partition import client_images
@@ -40,6 +41,7 @@ def declare(
     try:
         partition_id = _whole_number(node_config, "partition-id")
         num_partitions = _whole_number(node_config, "num-partitions")
+        state_folder(node_config, "")
         settings = Settings.of_run(run_config)
         if not 0 <= partition_id < num_partitions:
             raise SettingsError(f"node-config: partition-id {partition_id} of {num_partitions}")

@@ -172,6 +172,12 @@ class ProgressiveDequantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.ladder = tuple(ladder)
+        # All that the constructor needs but the seed.
+        self.arguments = {
+            "ladder": list(ladder),
+            "num_features": num_features,
+            "names": list(names),
+        }
         self.depth = {name: i / max(len(names) - 1, 1) for i, name in enumerate(names)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -1,25 +1,18 @@
 """The ServerApp: from settings to a finished run."""
 
 from collections.abc import Mapping
-from logging import ERROR, INFO
+from logging import ERROR
 
-import torch
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from quant import FLOAT_BITS
-from server_app.build import build_strategy, read_settings
-from server_app.evaluation import Evaluator, make_predict
+from server_app.build import read_settings
 from server_app.record import RunRecord, open_record
-from server_app.rounds import run_rounds
+from server_app.run import complete, prepare, take_up
 from strategies import FederationError
-from task.data import load_dataset
 from task.errors import SettingsError
-from task.models import build_model
-from task.partition import evaluation_images, server_pixels
 from task.settings import Settings
-from task.training import check_quantizable, model_state
 
 app = ServerApp()
 
@@ -27,10 +20,20 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Validate the settings, run the rounds, leave the run record."""
+    config = context.run_config
     record = None
     try:
-        record = _open_record(context.run_config)
-        _run(grid, context.run_config, record)
+        if config.get("resume"):
+            run, saved = take_up(grid, *read_settings(config))
+            # Not before all has been found in order: a refused run leaves the record as it was.
+            record = RunRecord(run.folder, saved.server_round, saved.seconds)
+            record.write_config(run.all_settings)
+        else:
+            record = _open_record(config)
+            settings, options = read_settings(config)
+            record.write_config({**settings.to_settings(), **options})
+            run, saved = prepare(record.folder, settings, options), None
+        complete(grid, run, record, saved)
     except (SettingsError, FederationError) as error:
         # One line that says what is wrong. Flower marks the run failed only if it is raised on, and
         # prints a traceback, which is kept short.
@@ -40,28 +43,9 @@ def main(grid: Grid, context: Context) -> None:
     except BaseException as error:
         _close_failed(record, f"{type(error).__name__}: {error}")
         raise
-
-
-def _run(grid: Grid, run_config: Mapping[str, object], record: RunRecord) -> None:
-    settings, options = read_settings(run_config)
-    record.write_config({**settings.to_settings(), **options})
-    torch.set_num_threads(settings.server_threads)
-    # Before the data, which may have to be downloaded.
-    strategy = build_strategy(settings, options)
-    data = load_dataset(settings)
-    model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
-    if min(settings.mix) < FLOAT_BITS:
-        check_quantizable(model, settings.model)
-    buffer = server_pixels(settings)
-    strategy.predict = make_predict(model, buffer)
-    evaluator = Evaluator(settings, model, evaluation_images(settings), buffer)
-    log(INFO, "prowd: %s on %s, record in %s", settings.strategy, settings.dataset, record.folder)
-    state = run_rounds(grid, strategy, settings, model_state(model), evaluator, record)
-    if strategy.evaluates_on_server:
-        widest = max(strategy.nodes.widths())
-        record.write_model(evaluator.deployable(strategy.state_for(widest, state)))
-    record.write_summary("completed")
-    log(INFO, "prowd: completed; record in %s", record.folder)
+    finally:
+        if record is not None:
+            record.close()
 
 
 def _open_record(run_config: Mapping[str, object]) -> RunRecord:
@@ -80,5 +64,9 @@ def _slug(text: str) -> str:
 
 
 def _close_failed(record: RunRecord | None, reason: str) -> None:
-    if record is not None:
+    if record is None:
+        return
+    try:
         record.write_summary("failed", reason)
+    except SettingsError as error:  # On a full disk; what failed first is what is reported.
+        log(ERROR, "prowd: %s", error)

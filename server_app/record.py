@@ -1,18 +1,21 @@
-"""The run record: the only writer of what a run leaves behind."""
+"""The run record: what a run leaves behind; its checkpoint is `server_app.checkpoint`'s."""
 
+import fcntl
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from task.errors import SettingsError
+from task.files import write_atomic
 
 _PACKAGES = ("prowd", "flwr", "torch", "torchvision", "numpy", "pydantic", "ray", "flwr-datasets")
 
@@ -21,69 +24,96 @@ class RunExistsError(SettingsError):
     """There is a run of this name already."""
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that cannot be written into one line that names it.
+
+    Raises
+    ------
+    SettingsError
+        In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise SettingsError(f"output-dir: {path} cannot be written: {reason}") from None
+
+
 class RunRecord:
     """Folder of one run.
 
     Parameters
     ----------
     folder : Path
-        Made here; must not exist.
+        Made here and must not exist, but for a run that is gone on with.
+    resumed_after : int, optional
+        Go on in this folder after so many rounds; later ones are dropped, as they will come again.
+    seconds : float
+        Time that those rounds took.
 
     Raises
     ------
     RunExistsError
         If the folder exists.
     SettingsError
-        If it cannot be made.
+        If it cannot be made; or, to go on, if another process writes it or rounds are missing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, resumed_after: int | None = None, seconds: float = 0.0
+    ) -> None:
         self.folder = folder
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            raise RunExistsError(
-                f"run-name: {folder} exists already; choose another name or leave it empty"
-            ) from None
-        except OSError as error:
-            raise SettingsError(f"output-dir: {folder} cannot be made: {error}") from None
+        if resumed_after is None:
+            _make(folder)
+        self._lock = _locked(folder)
         self._best: dict[str, float] = {}
         self._last: dict[str, object] = {}
         self._uplink = self._downlink = 0
         self._started = datetime.now().astimezone()
+        self._seconds_before = seconds
         self._board = None
+        self._resumed_after = resumed_after
+        if resumed_after is not None:
+            self._take_up(resumed_after)
         self.write_summary("running")
 
+    @property
+    def seconds(self) -> float:
+        """Time that the run has taken; what a crash lost is left out."""
+        passed = datetime.now().astimezone() - self._started
+        return self._seconds_before + passed.total_seconds()
+
     def write_config(self, settings: Mapping[str, object]) -> None:
-        """Write every setting as validated, and what it runs on."""
-        self._write_json(
-            "config.json",
-            {
-                "settings": dict(settings),
-                "date": self._started.isoformat(timespec="seconds"),
-                "versions": {"python": platform.python_version(), **_versions()},
-                "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-            },
-        )
+        """Write every setting as validated, what it runs on, and both before each resume."""
+        date = self._started.isoformat(timespec="seconds")
+        config = {
+            "settings": dict(settings),
+            "date": date,
+            "versions": {"python": platform.python_version(), **_versions()},
+            "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        }
+        if self._resumed_after is not None:
+            before = json.loads((self.folder / "config.json").read_text())
+            earlier = before.pop("earlier", [])
+            config |= {"resumed_after": self._resumed_after, "earlier": [*earlier, before]}
+        self._write_json("config.json", config)
 
     def append_round(self, entry: Mapping[str, object]) -> None:
         """Append one round to rounds.jsonl and to TensorBoard."""
-        with open(self.folder / "rounds.jsonl", "a") as file:
+        path = self.folder / "rounds.jsonl"
+        with writing(path), open(path, "a") as file:
             file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
-        self._uplink += sum(entry["uplink_bytes"].values())
-        self._downlink += sum(entry["downlink_bytes"].values())
-        self._last = dict(entry)
-        accuracy = entry.get("accuracy") or {}
-        for width, value in accuracy.items():
-            self._best[width] = max(value, self._best.get(width, 0.0))
-        self._to_board(entry)
+            file.flush()
+            os.fsync(file.fileno())
+        self._count(entry)
+        with writing(self.folder / "tensorboard"):
+            self._to_board(entry)
 
     def write_model(self, state: Mapping[str, Tensor]) -> None:
         """Write the float32 global model."""
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        partial = self.folder / "model.safetensors.part"
-        save_file(tensors, partial)
-        os.replace(partial, self.folder / "model.safetensors")
+        self._write("model.safetensors", save(tensors))
 
     def write_summary(self, status: str, reason: str = "") -> None:
         """Write how the run stands: running, completed or failed, and why."""
@@ -95,23 +125,55 @@ class RunRecord:
             "loss": {"final": self._last.get("loss") or {}},
             "uplink_bytes": self._uplink,
             "downlink_bytes": self._downlink,
-            "seconds": (datetime.now().astimezone() - self._started).total_seconds(),
+            "seconds": self.seconds,
         }
         self._write_json("summary.json", summary)
-        if status != "running" and self._board is not None:
+
+    def close(self) -> None:
+        """Let another process go on with the run."""
+        os.close(self._lock)
+        if self._board is not None:
             self._board.close()
 
+    def _take_up(self, rounds: int) -> None:
+        """Count the rounds of the checkpoint again, and drop what was written after it."""
+        path = self.folder / "rounds.jsonl"
+        try:
+            lines = path.read_text().splitlines()[:rounds] if rounds else []
+            entries = [json.loads(line) for line in lines]
+            if [entry["round"] for entry in entries] != list(range(1, rounds + 1)):
+                raise ValueError("a round is missing")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SettingsError(
+                f"resume: {path} does not hold the {rounds} rounds of the checkpoint: {error}"
+            ) from None
+        for entry in entries:
+            self._count(entry)
+        self._write("rounds.jsonl", "".join(f"{line}\n" for line in lines).encode())
+
+    def _count(self, entry: Mapping[str, object]) -> None:
+        self._uplink += sum(entry["uplink_bytes"].values())
+        self._downlink += sum(entry["downlink_bytes"].values())
+        self._last = dict(entry)
+        for width, value in (entry.get("accuracy") or {}).items():
+            self._best[width] = max(value, self._best.get(width, 0.0))
+
     def _write_json(self, name: str, content: Mapping[str, object]) -> None:
-        partial = self.folder / f"{name}.part"
-        partial.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-        os.replace(partial, self.folder / name)
+        text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+        self._write(name, text.encode())
+
+    def _write(self, name: str, data: bytes) -> None:
+        with writing(self.folder / name):
+            write_atomic(self.folder / name, data)
 
     def _to_board(self, entry: Mapping[str, object]) -> None:
         if self._board is None:
             # Here, because its import takes seconds that a refused run need not wait for.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+            # What was shown of rounds that come again is dropped by the reader.
+            again = None if self._resumed_after is None else self._resumed_after + 1
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=again)
         step = entry["round"]
         for tag, value in _flatten(entry):
             if tag != "round":
@@ -131,6 +193,31 @@ def open_record(output_dir: str, run_name: str, strategy: str, dataset: str) -> 
         except RunExistsError:
             continue  # Two runs may begin in one second.
     raise SettingsError(f"output-dir: {base} holds a hundred runs of this second")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise RunExistsError(
+            f"run-name: {folder} exists already; choose another name or leave it empty"
+        ) from None
+    except OSError as error:
+        raise SettingsError(f"output-dir: {folder} cannot be made: {error}") from None
+
+
+def _locked(folder: Path) -> int:
+    """Keep other processes from the folder for as long as this one lives or until it closes."""
+    with writing(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise SettingsError(f"resume: another process is writing {folder}") from None
+    except OSError:
+        pass  # A file system without locks.
+    return descriptor
 
 
 def _finite(value: object) -> object:

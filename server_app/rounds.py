@@ -1,7 +1,7 @@
 """The rounds of a run: train, aggregate, evaluate, record, one line each."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from logging import INFO
 
@@ -23,8 +23,10 @@ def run_rounds(
     state: State,
     evaluator: Evaluator,
     record: RunRecord,
-) -> State:
-    """Run all rounds from an initial model and return the last.
+    keep: Callable[[int, State], None],
+    done: int = 0,
+) -> None:
+    """Run all rounds from an initial model.
 
     Parameters
     ----------
@@ -35,26 +37,30 @@ def run_rounds(
     settings : Settings
         Number of rounds, timeout, how often to evaluate.
     state : dict of str to Tensor
-        Initial float32 model.
+        Initial float32 model, or that of the last round done.
     evaluator : Evaluator
         Evaluates the model at each width.
     record : RunRecord
         Written after every round.
+    keep : callable
+        Called with the number of rounds done and their model, after every one.
+    done : int
+        Rounds that need not be run again.
     """
     arrays = to_arrays(state)
     # Before the clock starts: waiting for nodes says nothing about the rounds.
     strategy.nodes.gather(grid)
     began = time.monotonic()
-    for server_round in range(1, settings.num_server_rounds + 1):
+    for server_round in range(done + 1, settings.num_server_rounds + 1):
         entry, arrays = _run_round(grid, strategy, settings, server_round, arrays, evaluator)
         record.append_round(entry)
         if server_round == 1 and not entry["clients"]["aggregated"]:
             reason = next(iter(entry["left_out"].values()), "none answered")
             raise FederationError(f"no client could be used in the first round: {reason}")
-        done = server_round / settings.num_server_rounds
-        left = (time.monotonic() - began) * (1 / done - 1)
+        keep(server_round, to_state(arrays))
+        seconds_a_round = (time.monotonic() - began) / (server_round - done)
+        left = seconds_a_round * (settings.num_server_rounds - server_round)
         log(INFO, "%s", format_round(entry, settings.num_server_rounds, left))
-    return to_state(arrays)
 
 
 def _run_round(

@@ -8,6 +8,7 @@ on in the order of their partitions, so that sums do not depend on who answered 
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from logging import INFO, WARNING
 
 import torch
@@ -92,6 +93,8 @@ class MixedPrecisionStrategy(Strategy):
         self.nodes = Nodes(min_nodes, node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
+        # Where simulated clients keep what they need again after a crash (`Instruction.keep_in`).
+        self.clients_keep_in = ""
         self._start: State = {}
         self._sent: list[Message] = []
         self._clients: dict[int, Declaration] = {}
@@ -128,6 +131,17 @@ class MixedPrecisionStrategy(Strategy):
     def state_for(self, bits: int, state: State) -> State:
         """Return the float32 model that clients of a width use; by default the global one."""
         return state
+
+    def checkpoint(self) -> tuple[State, dict[str, object]]:
+        """Return what later rounds depend on besides the global model: tensors, and JSON values.
+
+        A strategy that keeps something from round to round returns it here and takes it back in
+        `restore`; after both, it must do what it would have done, to the bit.
+        """
+        return {}, {}
+
+    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+        """Take back what `checkpoint` returned, tensors in the same order."""
 
     # --- Flower's interface --------------------------------------------------------------------
 
@@ -215,7 +229,9 @@ class MixedPrecisionStrategy(Strategy):
         purpose = (server_round, int(kind == MessageType.EVALUATE))
         self._clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, *purpose)
         self._instructions = {
-            client.partition_id: self.instruct(server_round, client)
+            client.partition_id: replace(
+                self.instruct(server_round, client), keep_in=self.clients_keep_in
+            )
             for client in self._clients.values()
         }
         self._start = to_state(arrays)

@@ -1,6 +1,6 @@
 """FedPAQ, FedCOM and FedCOMGATE: quantized differences, averaged, and a step of the server."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated
 
@@ -114,6 +114,19 @@ class FedCOMGATE(FedCOM):
         self._epoch = 1
         self._members: set[int] = set()
         self._steps = 0
+
+    def checkpoint(self) -> tuple[State, dict[str, object]]:
+        """Return the epoch of tracking; the corrections themselves stay with the clients."""
+        return {}, {
+            "epoch": self._epoch,
+            "members": sorted(self._members),
+            "steps": self._steps,
+        }
+
+    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+        """Take it back; if a client has lost its correction, a new epoch begins by itself."""
+        self._epoch, self._steps = values["epoch"], values["steps"]
+        self._members = set(values["members"])
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Ask for a difference, and for tracking."""

@@ -6,11 +6,13 @@ needs no change. It aggregates; who takes part and what is sent stays with the b
 
 import inspect
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import isfinite
 
 import flwr.serverapp.strategy as flower_strategies
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from pydantic import Field, field_validator
@@ -23,6 +25,7 @@ from task.options import Options
 from task.protocol import Declaration, Instruction
 
 PREFIX = "flwr:"
+_KEPT = (dict, list, ArrayRecord)
 
 
 def parse_arguments(text: str) -> dict[str, object]:
@@ -96,6 +99,25 @@ class FlowerStrategy(MixedPrecisionStrategy):
         """Pass on the proximal term, the only thing that Flower's classes ask of a client."""
         return Instruction(server_round, proximal_mu=float(self._config.get("proximal-mu", 0.0)))
 
+    def checkpoint(self) -> tuple[State, dict[str, object]]:
+        """Return the arrays that Flower's class keeps: momentum, moments, its present model."""
+        tensors: State = {}
+        kinds = {}
+        for key, kept in vars(self.inner).items():
+            if isinstance(kept, _KEPT) and (named := _named(kept)):
+                kinds[key] = type(kept).__name__
+                tensors |= {
+                    f"{key}/{name}": torch.from_numpy(a.copy()) for name, a in named.items()
+                }
+        return tensors, {"kinds": kinds}
+
+    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+        """Put them back."""
+        for key, kind in values["kinds"].items():
+            prefix = f"{key}/"
+            mine = {p.removeprefix(prefix): t for p, t in tensors.items() if p.startswith(prefix)}
+            setattr(self.inner, key, _rebuilt(kind, mine))
+
     def combine(
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
     ) -> State | None:
@@ -145,6 +167,23 @@ def _make(name: str, arguments: dict[str, object]) -> FedAvg:
     # It is to sample nobody: the base does.
     inner.fraction_train = inner.fraction_evaluate = 0.0
     return inner
+
+
+def _named(kept: dict | list | ArrayRecord) -> dict[str, np.ndarray]:
+    """Arrays of one attribute by name or position; empty if it holds anything else."""
+    if isinstance(kept, ArrayRecord):
+        return {name: array.numpy() for name, array in kept.items()}
+    pairs = kept.items() if isinstance(kept, dict) else enumerate(kept)
+    named = {str(name): value for name, value in pairs}
+    return named if all(isinstance(v, np.ndarray) for v in named.values()) else {}
+
+
+def _rebuilt(kind: str, tensors: State) -> dict | list | ArrayRecord:
+    """Make the attribute again that `_named` took apart."""
+    if kind == "ArrayRecord":
+        return to_arrays(tensors)
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return arrays if kind == "dict" else list(arrays.values())
 
 
 def _settable(kind: type[FedAvg]) -> dict[str, inspect.Parameter]:

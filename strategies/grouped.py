@@ -1,6 +1,6 @@
 """GroupedAvg: clients of one bit-width are averaged among themselves only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from strategies.averaging import WeightedMean
 from strategies.base import MixedPrecisionStrategy, State
@@ -29,6 +29,20 @@ class GroupedAvg(MixedPrecisionStrategy):
             average.add(item.update.dequantize(), item.report.num_examples)
         self._models |= {bits: average.mean() for bits, average in averages.items()}
         return self._models[max(self._models)] if self._models else None
+
+    def checkpoint(self) -> tuple[State, dict[str, object]]:
+        """Return the model of each width, and the common start."""
+        models = {**self._models, "common": self._common}
+        return {f"{key}/{n}": t for key, model in models.items() for n, t in model.items()}, {}
+
+    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+        """Take them back."""
+        models: dict[str, State] = {"common": {}}
+        for path, tensor in tensors.items():
+            key, _, name = path.partition("/")
+            models.setdefault(key, {})[name] = tensor
+        self._common = models.pop("common")
+        self._models = {int(bits): model for bits, model in models.items()}
 
     def state_for(self, bits: int, state: State) -> State:
         """Return the model of a width; before its clients first reported, the common start."""

@@ -1,6 +1,6 @@
 """Local training: no client ever hears of another; the baseline that a federation must beat."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from quant import FLOAT_BITS
 from strategies.base import MixedPrecisionStrategy, State
@@ -26,6 +26,14 @@ class Local(MixedPrecisionStrategy):
         """Send the model to those that have none yet."""
         downlink_bits = 0 if client.partition_id in self._started else FLOAT_BITS
         return Instruction(server_round, uplink="nothing", downlink_bits=downlink_bits)
+
+    def checkpoint(self) -> tuple[State, dict[str, object]]:
+        """Return who has begun; the models themselves stay with the clients."""
+        return {}, {"started": sorted(self._started)}
+
+    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+        """Take it back; a client that lost its model fails once and is sent the start again."""
+        self._started = set(values["started"])
 
     def combine(
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]

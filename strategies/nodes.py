@@ -70,24 +70,29 @@ class Nodes:
                 self._seat(node_id, declaration, connected)
             self._ask(grid, connected)
             self._hear(grid, connected)
-            self._present = {n: self._known[n] for n in connected if n in self._known}
+            present = {n: self._known[n] for n in connected if n in self._known}
             refused = [self._refused[n] for n in connected if n in self._refused]
-            answered = len(self._present) + len(refused)
+            answered = len(present) + len(refused)
             complete = 0 < self._expected() <= answered
-            enough = len(self._present) >= self._min_nodes
+            enough = len(present) >= self._min_nodes
             if complete or (enough and self._gathered) or time.monotonic() >= deadline:
                 break
             time.sleep(_POLL)
         if not enough:
             reason = refused[0] if refused else f"no more came in {self._wait:g} s"
             raise FederationError(
-                f"{len(self._present)} nodes can take part, min-nodes is {self._min_nodes}: "
-                f"{reason}"
+                f"{len(present)} nodes can take part, min-nodes is {self._min_nodes}: {reason}"
             )
         if not self._gathered and not complete:
-            log(WARNING, "Going on with %d of %d nodes", len(self._present), self._expected())
+            log(WARNING, "Going on with %d of %d nodes", len(present), self._expected())
         self._gathered = True
-        return self._present
+        self._present = present
+        return present
+
+    @property
+    def num_partitions(self) -> int:
+        """Parts that the data is dealt into, as the nodes declare; 0 before any has."""
+        return self._expected()
 
     def widths(self) -> dict[int, int]:
         """Return the number of present nodes of each bit-width."""

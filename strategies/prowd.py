@@ -78,6 +78,21 @@ class ProWD(MixedPrecisionStrategy):
         on_grid = self.options.downlink == "client-bits"
         return Instruction(server_round, downlink_bits=client.bits if on_grid else FLOAT_BITS)
 
+    def checkpoint(self) -> tuple[State, dict[str, object]]:
+        """Return the dequantizer, the widths that its ladder knows, and when it was tuned."""
+        values = {"widths": sorted(self._widths), "tuned-in": self._tuned_in}
+        if self.dequantizer is None:
+            return {}, values
+        return dict(self.dequantizer.state_dict()), {**values, **self.dequantizer.arguments}
+
+    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+        """Take them back."""
+        self._widths, self._tuned_in = set(values["widths"]), values["tuned-in"]
+        if tensors:
+            arguments = {key: values[key] for key in ("ladder", "num_features", "names")}
+            self.dequantizer = ProgressiveDequantizer(**arguments, seed=0)
+            self.dequantizer.load_state_dict(tensors)
+
     def combine(
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
     ) -> State | None:

@@ -70,6 +70,17 @@ def load_dataset(settings: Settings) -> Dataset:
     return _load(settings.dataset, settings.data_dir, settings.image_size)
 
 
+def fingerprint(dataset: Dataset) -> str:
+    """Return a short text that differs where any image or label does."""
+    crc = 0
+    for part in (dataset.train, dataset.test):
+        for array in (part.pixels, part.labels):
+            crc = zlib.crc32(
+                np.ascontiguousarray(array), zlib.crc32(str(array.shape).encode(), crc)
+            )
+    return f"{len(dataset.train)} + {len(dataset.test)} images, CRC {crc:08x}"
+
+
 @lru_cache(maxsize=2)
 def _load(name: str, data_dir: str, image_size: int) -> Dataset:
     folder = Path(data_dir).expanduser() if data_dir else None

@@ -102,6 +102,9 @@ class Instruction(_Record):
         Most local steps that a client took in the round before.
     server_learning_rate : float
         Step size with which the server applied the average difference of that round.
+    keep_in : str
+        Folder for what a simulated client keeps from round to round; its last part names the run.
+        A networked node keeps it in its own ``state-dir``. Empty: in memory only.
     """
 
     server_round: int
@@ -112,6 +115,7 @@ class Instruction(_Record):
     tracking_epoch: int = 0
     tracking_steps: int = 0
     server_learning_rate: float = 1.0
+    keep_in: str = ""
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,11 @@ class Settings(Options):
     run_name: str = Field(
         "", description="Folder of this run's record; empty: strategy, data and time."
     )
+    resume: str = Field(
+        "",
+        description="Folder of a run to go on with from its last checkpoint; absolute or ~. All "
+        "settings that decide the result must be that run's. Empty: a new run.",
+    )
 
     @field_validator("bit_mix")
     @classmethod
@@ -126,7 +131,7 @@ class Settings(Options):
             raise ValueError(f"allowed are 0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}")
         return value
 
-    @field_validator("output_dir", "data_dir")
+    @field_validator("output_dir", "data_dir", "resume")
     @classmethod
     def _path_is_absolute(cls, value: str) -> str:
         # The app runs from a copy, in the SuperLink's working directory, not in the user's.

@@ -5,8 +5,10 @@ killed while its ClientApp trains. Round 3: one ClientApp's process dies, and on
 cut. Round 4: everybody is back. Round 5: the SuperLink is killed.
 """
 
+import os
 import re
 import shutil
+import signal
 
 import pytest
 from containers import wait_until
@@ -108,11 +110,12 @@ def test_the_run_ends_completed_with_all_its_rounds(rehearsal, faulty_run):
 def test_what_failed_is_left_out_and_recorded(rehearsal, faulty_run):
     _, second, third, *_ = rehearsal.rounds("faulty")
     assert second["clients"] == {"sampled": 4, "aggregated": 1, "rejected": 0, "failed": 3}
-    assert second["left_out"] == {
-        str(INT8_A): "RuntimeError: the accelerator is on fire",
-        str(INT8_B): "no reply in time",
-        str(FLOAT32): "no reply in time",
-    }
+    assert second["left_out"].keys() == {str(INT8_A), str(INT8_B), str(FLOAT32)}
+    assert "the accelerator is on fire" in second["left_out"][str(INT8_A)]
+    assert second["left_out"][str(INT8_B)] == "no reply in time"
+    # Whichever comes first: the round's timeout, or that Flower gives the node up.
+    for left_out in (second["left_out"][str(FLOAT32)], third["left_out"][str(INT8_A)]):
+        assert re.search("no reply in time|Node Unavailable|stopped responding", left_out)
     assert set(third["left_out"]) >= {str(INT8_A), str(INT8_B)}
     assert third["clients"]["failed"] == len(third["left_out"])
     # Nothing of a client that was left out is counted.
@@ -138,3 +141,19 @@ def test_the_run_goes_on_after_the_superlink_came_back(rehearsal, faulty_run):
     fifth = rehearsal.rounds("faulty")[4]
     assert fifth["clients"]["sampled"] == 4
     assert fifth["clients"]["aggregated"] >= 1
+
+
+def test_a_killed_serverapp_is_resumed(rehearsal, round_timeout):
+    """After its first round, by `resume`: the record is one, and the last round has all sites."""
+    run_id = rehearsal.start_run("killed", num_server_rounds=2)
+    begin_round(rehearsal, run_id, "int4", 2)
+    [before] = rehearsal.rounds("killed")
+    [pid] = rehearsal.services["serverapp"].process_ids("flwr-serverapp")
+    os.kill(pid, signal.SIGKILL)
+    resume = "/srv/prowd/prowd-runs/killed"
+    run_id = rehearsal.start_run("", num_server_rounds=2, resume=resume)
+    assert rehearsal.wait_for_run("killed", run_id, 10 * round_timeout) == "finished:completed"
+    first, second = rehearsal.rounds("killed")
+    assert first == before
+    assert second["round"] == 2
+    assert second["clients"] == {"sampled": 4, "aggregated": 4, "rejected": 0, "failed": 0}

@@ -1,0 +1,241 @@
+"""The checkpoint: after every round, all that the next rounds depend on, in one file.
+
+``checkpoint/last.safetensors`` holds the global model and the strategy's tensors, and in its
+metadata, as JSON, the round, the settings and the strategy's other values. It is replaced whole, so
+that one good checkpoint is there at any moment. No generator is saved: every random number is drawn
+under a seed derived from the run's seed and the round. ``checkpoint/resume.toml`` holds the
+settings that go on with the run, as ``flwr run --run-config`` reads them.
+
+What a client keeps (`client_app.memory`) does not travel: it stays in ``checkpoint/clients`` in
+simulation, and in the node's own ``state-dir`` where it is networked. So a checkpoint costs no byte
+on the wire but the name of that folder.
+"""
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from server_app.record import writing
+from strategies.base import State
+from task.errors import SettingsError
+from task.files import write_atomic
+
+# Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
+FORMAT = 1
+# Settings that may change on resume: they decide where, how long and with how much patience a run
+# goes on, and how often it is looked at, but not what it computes.
+MAY_DIFFER = frozenset(
+    {
+        "num-server-rounds",
+        "evaluate-every",
+        "round-timeout",
+        "min-nodes",
+        "node-wait",
+        "data-dir",
+        "output-dir",
+        "run-name",
+        "resume",
+    }
+)
+_FOLDER, _FILE, _ARGUMENTS = "checkpoint", "last.safetensors", "resume.toml"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be the same when a run goes on.
+
+    Attributes
+    ----------
+    settings : mapping
+        Every setting by its full key.
+    data : str
+        Fingerprint of the dataset.
+    shapes : mapping
+        Shape of each of the model's tensors.
+    num_partitions : int
+        Parts that the data is dealt into.
+    client_key : str
+        Names the run to the clients that keep something for it.
+    """
+
+    settings: Mapping[str, object]
+    data: str
+    shapes: Mapping[str, list[int]]
+    num_partitions: int
+    client_key: str
+
+    @classmethod
+    def new(
+        cls,
+        settings: Mapping[str, object],
+        data: str,
+        shapes: Mapping[str, list[int]],
+        num_partitions: int,
+    ) -> Self:
+        """Return the identity of a run that begins."""
+        return cls(settings, data, shapes, num_partitions, uuid.uuid4().hex)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after a round.
+
+    Attributes
+    ----------
+    identity : Identity
+        Of the run.
+    server_round : int
+        Rounds done; 0 before the first.
+    seconds : float
+        Time that they took.
+    model : dict of str to Tensor
+        The global model.
+    tensors, values : dict
+        What `MixedPrecisionStrategy.checkpoint` returned.
+    """
+
+    identity: Identity
+    server_round: int
+    seconds: float
+    model: State
+    tensors: State
+    values: Mapping[str, object]
+
+    def refuse_other_settings(self, settings: Mapping[str, object]) -> None:
+        """Compare the settings with what a run has now.
+
+        Raises
+        ------
+        SettingsError
+            One line that names all that differs, with both values.
+        """
+        was = self.identity.settings
+        keys = (was.keys() | settings.keys()) - MAY_DIFFER
+        if was["strategy"] != settings["strategy"]:
+            keys = {"strategy"}  # The others' own settings differ then, and say nothing.
+        _refuse_unlike({k: was.get(k) for k in keys}, {k: settings.get(k) for k in keys})
+
+    def refuse_other(self, now: Identity) -> None:
+        """Compare what the settings do not tell: data, model, federation.
+
+        Raises
+        ------
+        SettingsError
+            As for `refuse_other_settings`.
+        """
+        _refuse_unlike(_facts(self.identity), _facts(now))
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's.
+    identity : Identity
+        What every checkpoint of it carries.
+    """
+
+    def __init__(self, folder: Path, identity: Identity) -> None:
+        self._folder = folder / _FOLDER
+        self._identity = identity
+        with writing(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            write_atomic(
+                self._folder / _ARGUMENTS, _as_toml({**identity.settings, "resume": str(folder)})
+            )
+
+    @property
+    def of_clients(self) -> str:
+        """Folder for what simulated clients keep; its last part names the run on any machine."""
+        return str(self._folder / "clients" / self._identity.client_key)
+
+    def write(
+        self,
+        server_round: int,
+        seconds: float,
+        model: State,
+        tensors: State,
+        values: Mapping[str, object],
+    ) -> None:
+        """Replace the checkpoint.
+
+        Raises
+        ------
+        SettingsError
+            If it cannot be written; the last one stays as it was.
+        """
+        data = _to_bytes(Checkpoint(self._identity, server_round, seconds, model, tensors, values))
+        path = self._folder / _FILE
+        with writing(path):
+            write_atomic(path, data)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read the checkpoint of a run.
+
+    Raises
+    ------
+    SettingsError
+        If there is none, it is damaged, or of another format.
+    """
+    path = folder / _FOLDER / _FILE
+    if not path.is_file():
+        raise SettingsError(f"resume: there is no checkpoint {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            head = json.loads((file.metadata() or {})["prowd"])
+            if head["format"] != FORMAT:
+                raise SettingsError(
+                    f"resume: {path} has format {head['format']}; this version reads {FORMAT}"
+                )
+            # In the order of the run: safetensors keeps its own.
+            model = {name: file.get_tensor(f"model/{name}") for name in head["model"]}
+            tensors = {name: file.get_tensor(f"strategy/{name}") for name in head["strategy"]}
+        identity = Identity(**head["identity"])
+        return Checkpoint(identity, head["round"], head["seconds"], model, tensors, head["values"])
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise SettingsError(f"resume: {path} is no checkpoint that can be read: {error}") from None
+
+
+def _facts(identity: Identity) -> dict[str, object]:
+    shapes = {f"shape of {name}": shape for name, shape in identity.shapes.items()}
+    return {"data": identity.data, "num-partitions": identity.num_partitions, **shapes}
+
+
+def _refuse_unlike(was: Mapping[str, object], now: Mapping[str, object]) -> None:
+    odd = [
+        f"{key} is {now.get(key)!r} and was {was.get(key)!r}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+    if odd:
+        raise SettingsError(f"resume: the checkpoint is of another run: {'; '.join(odd)}")
+
+
+def _to_bytes(checkpoint: Checkpoint) -> bytes:
+    head = {
+        "format": FORMAT,
+        "identity": asdict(checkpoint.identity),
+        "round": checkpoint.server_round,
+        "seconds": checkpoint.seconds,
+        "model": list(checkpoint.model),
+        "strategy": list(checkpoint.tensors),
+        "values": checkpoint.values,
+    }
+    arrays = {f"model/{name}": t.numpy() for name, t in checkpoint.model.items()}
+    arrays |= {f"strategy/{name}": t.numpy() for name, t in checkpoint.tensors.items()}
+    return save(arrays, {"prowd": json.dumps(head)})
+
+
+def _as_toml(settings: Mapping[str, object]) -> bytes:
+    """Write settings as ``flwr run --run-config FILE`` reads them."""
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
+    return ("\n".join(lines) + "\n").encode()

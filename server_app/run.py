@@ -1,0 +1,149 @@
+"""One run from its settings to its last model: begun anew, or gone on with from a checkpoint."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from logging import INFO
+from pathlib import Path
+
+import torch
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from torch import nn
+
+from quant import FLOAT_BITS
+from server_app.build import build_strategy
+from server_app.checkpoint import Checkpoint, Checkpoints, Identity, read_checkpoint
+from server_app.evaluation import Evaluator, make_predict
+from server_app.record import RunRecord
+from server_app.rounds import run_rounds
+from strategies import MixedPrecisionStrategy
+from strategies.base import State
+from task.data import fingerprint, load_dataset
+from task.errors import SettingsError
+from task.models import build_model
+from task.partition import evaluation_images, server_pixels
+from task.settings import Settings
+from task.training import check_quantizable, model_state
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of.
+
+    Attributes
+    ----------
+    folder : Path
+        Its record.
+    settings, options : Settings, mapping
+        The common settings, and the strategy's own by their full keys.
+    strategy : MixedPrecisionStrategy
+        Aggregation.
+    model : nn.Module
+        The initial model.
+    evaluator : Evaluator
+        Evaluates models at each width.
+    """
+
+    folder: Path
+    settings: Settings
+    options: Mapping[str, object]
+    strategy: MixedPrecisionStrategy
+    model: nn.Module
+    evaluator: Evaluator
+
+    @property
+    def all_settings(self) -> dict[str, object]:
+        """Every setting by its full key."""
+        return {**self.settings.to_settings(), **self.options}
+
+    def identity(self) -> Identity:
+        """What the run is, once its nodes have been gathered."""
+        shapes = {name: list(tensor.shape) for name, tensor in model_state(self.model).items()}
+        data = fingerprint(load_dataset(self.settings))
+        return Identity.new(self.all_settings, data, shapes, self.strategy.nodes.num_partitions)
+
+
+def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> Run:
+    """Make strategy, data and model as the settings say.
+
+    Raises
+    ------
+    SettingsError
+        If they do not go together, or the data cannot be had.
+    """
+    torch.set_num_threads(settings.server_threads)
+    # Before the data, which may have to be downloaded.
+    strategy = build_strategy(settings, options)
+    data = load_dataset(settings)
+    model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
+    if min(settings.mix) < FLOAT_BITS:
+        check_quantizable(model, settings.model)
+    buffer = server_pixels(settings)
+    strategy.predict = make_predict(model, buffer)
+    evaluator = Evaluator(settings, model, evaluation_images(settings), buffer)
+    return Run(folder, settings, options, strategy, model, evaluator)
+
+
+def take_up(
+    grid: Grid, settings: Settings, options: Mapping[str, object]
+) -> tuple[Run, Checkpoint]:
+    """Make a run again as it was after its last checkpoint.
+
+    Raises
+    ------
+    SettingsError
+        If there is no good checkpoint, it is of another run, or that run is completed.
+    """
+    folder = Path(settings.resume).expanduser()
+    saved = read_checkpoint(folder)
+    saved.refuse_other_settings({**settings.to_settings(), **options})
+    _refuse_completed(folder, saved.server_round, settings.num_server_rounds)
+    run = prepare(folder, settings, options)
+    run.strategy.nodes.gather(grid)
+    saved.refuse_other(run.identity())
+    run.strategy.restore(saved.tensors, saved.values)
+    return run, saved
+
+
+def complete(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None) -> None:
+    """Run the rounds that are left, and leave the last model whatever ends them."""
+    strategy, name = run.strategy, run.settings.strategy
+    log(INFO, "prowd: %s on %s, record in %s", name, run.settings.dataset, run.folder)
+    strategy.nodes.gather(grid)
+    if saved is None:
+        done, model, identity = 0, model_state(run.model), run.identity()
+    else:
+        done, model = saved.server_round, saved.model
+        identity = replace(saved.identity, settings=run.all_settings)
+        log(INFO, "prowd: going on after round %d", done)
+    checkpoints = Checkpoints(run.folder, identity)
+    strategy.clients_keep_in = checkpoints.of_clients
+
+    def keep(server_round: int, state: State) -> None:
+        nonlocal done, model
+        checkpoints.write(server_round, record.seconds, state, *strategy.checkpoint())
+        done, model = server_round, state
+
+    if saved is None:
+        keep(0, model)
+    try:
+        run_rounds(grid, strategy, run.settings, model, run.evaluator, record, keep, done)
+    finally:
+        # A run that fails, as for want of nodes, leaves the model that it had.
+        if done and strategy.evaluates_on_server:
+            widest = max(strategy.nodes.widths())
+            record.write_model(run.evaluator.deployable(strategy.state_for(widest, model)))
+    record.write_summary("completed")
+    log(INFO, "prowd: completed; record in %s", run.folder)
+
+
+def _refuse_completed(folder: Path, done: int, asked: int) -> None:
+    if done > asked:
+        raise SettingsError(f"num-server-rounds: {asked}, but {folder} has {done} rounds already")
+    status = json.loads((folder / "summary.json").read_text())["status"]
+    if done == asked and status == "completed":
+        raise SettingsError(
+            f"resume: {folder} is completed with its {done} rounds; "
+            "a higher num-server-rounds goes on with it"
+        )

@@ -1,0 +1,422 @@
+"""Going on with a run: as if it had never stopped, or refused with the reason."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import tomllib
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from federation import ClientAppNode, InProcessGrid
+from flwr.app import Context, Error, Message, RecordDict
+from safetensors import safe_open
+from safetensors.numpy import save
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from server_app.app import main
+from server_app.checkpoint import read_checkpoint
+from strategies import FederationError
+from task.errors import SettingsError
+
+SMALL = {
+    "samples-per-client": 32,
+    "server-buffer": 16,
+    "model": "cnn",
+    "bit-mix": "4:0.5,32:0.5",
+    "low-bit-training": "strict",
+    "node-wait": 0.3,
+}
+STRATEGIES = {
+    "prowd": {"prowd-finetune-every": 2, "prowd-finetune-steps": 2},
+    "prowd in the literal form": {
+        "prowd-reference": "global",
+        "prowd-dequantize": "client",
+        "prowd-finetune-every": 2,
+        "prowd-finetune-steps": 2,
+    },
+    **{name: {} for name in ("fedavg", "fedprox", "fedpaq", "fedcom", "fedcomgate")},
+    "grouped-avg": {},
+    "local": {},
+    "flwr:FedAdam": {"flwr-arguments": "eta = 0.01"},
+    "flwr:FedAvgM": {"flwr-arguments": "server_momentum = 0.5"},
+    "flwr:FedYogi": {},
+    "flwr:FedAdagrad": {},
+    "flwr:QFedAvg": {"flwr-arguments": "client_learning_rate = 0.05, q = 0.1"},
+    "flwr:FedMedian": {},
+}
+
+
+def run(output_dir, rounds, clients=2, grid=None, **settings):
+    """Run the real ServerApp, with ClientApps that have nothing in memory; return the folder."""
+    config = {"strategy": "fedavg", **SMALL, "num-server-rounds": rounds}
+    config |= {"output-dir": str(output_dir), "run-name": "run"}
+    config |= {key.replace("_", "-"): value for key, value in settings.items()}
+    nodes = {50 + i: ClientAppNode(i, clients, config) for i in range(clients)}
+    grid = grid(nodes) if grid else InProcessGrid(nodes)
+    main(grid, Context(1, 0, {}, RecordDict(), config))
+    return Path(config.get("resume") or output_dir / "run")
+
+
+def resume(folder, rounds, **settings):
+    return run(folder.parent, rounds, resume=str(folder), **settings)
+
+
+def entries(folder):
+    found = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in found]
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def model(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of two rounds, to be copied; never changed."""
+    return run(tmp_path_factory.mktemp("stopped"), 2)
+
+
+@pytest.fixture
+def two_rounds(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+@pytest.mark.parametrize("system", STRATEGIES)
+def test_two_rounds_and_two_more_are_four(tmp_path, system):
+    own = {"strategy": system.split()[0], **STRATEGIES[system]}
+    whole = run(tmp_path / "whole", 4, **own)
+    first = run(tmp_path / "parts", 2, **own)
+    parts = resume(first, 4, **own)
+    assert entries(parts) == entries(whole)
+    if system == "local":
+        assert parts.joinpath("checkpoint", "clients").is_dir()
+    else:
+        assert model(parts) == model(whole)
+    one, other = read_checkpoint(whole), read_checkpoint(parts)
+    assert one.values == other.values
+    assert list(one.tensors) == list(other.tensors)
+    assert list(one.model) == list(other.model)
+    for kept in ("model", "tensors"):
+        for name, tensor in getattr(one, kept).items():
+            assert torch.equal(tensor, getattr(other, kept)[name]), name
+
+
+def test_a_wider_ladder_goes_on_where_it_was(tmp_path):
+    """The dequantizer that a resumed run grows keeps its trained blocks."""
+    own = {"strategy": "prowd", **STRATEGIES["prowd"], "prowd-finetune-every": 1}
+    folder = run(tmp_path, 1, **own)
+    tensors = read_checkpoint(folder).tensors
+    assert any(bool(t.abs().max() > 0) for n, t in tensors.items() if n.endswith("4.weight"))
+    resume(folder, 2, **own)
+    assert entries(folder)[1]["prowd"]["reconstruction-loss"] > 0
+
+
+def test_corrections_that_clients_lost_begin_anew(tmp_path):
+    folder = run(tmp_path, 2, strategy="fedcomgate")
+    shutil.rmtree(folder / "checkpoint" / "clients")
+    before = read_checkpoint(folder).values["epoch"]
+    resume(folder, 3, strategy="fedcomgate")
+    assert read_checkpoint(folder).values["epoch"] == before + 1
+    assert summary(folder)["status"] == "completed"
+
+
+class Reporting(InProcessGrid):
+    """A node that raises answers with an error, as Flower's runtime does for it."""
+
+    def __init__(self, nodes):
+        super().__init__({node_id: self.guarded(node) for node_id, node in nodes.items()})
+
+    @staticmethod
+    def guarded(node):
+        def answer(message):
+            try:
+                return node(message)
+            except Exception as error:
+                return Message(Error(code=2, reason=str(error)), reply_to=message)
+
+        return answer
+
+
+def test_a_local_client_that_lost_its_model_is_sent_the_start_again(tmp_path):
+    folder = run(tmp_path, 2, strategy="local")
+    shutil.rmtree(next((folder / "checkpoint" / "clients").glob("*/0")))
+    resume(folder, 4, strategy="local", grid=Reporting)
+    assert [entry["clients"]["failed"] for entry in entries(folder)] == [0, 0, 1, 0]
+    assert "no longer has a model" in entries(folder)[2]["left_out"]["0"]
+
+
+def test_rounds_after_the_checkpoint_do_not_stand_twice(two_rounds, tmp_path):
+    """A crash between the record and the checkpoint, in the middle of a line at that."""
+    last = (two_rounds / "rounds.jsonl").read_text().splitlines()[-1]
+    lost = json.dumps({**json.loads(last), "round": 3})
+    with open(two_rounds / "rounds.jsonl", "a") as file:
+        file.write(lost + "\n" + lost[:40])
+    resume(two_rounds, 4)
+    assert [entry["round"] for entry in entries(two_rounds)] == [1, 2, 3, 4]
+    whole = run(tmp_path / "whole", 4)
+    assert model(two_rounds) == model(whole)
+    resumed, unbroken = summary(two_rounds), summary(whole)
+    assert resumed.pop("seconds") > 0
+    assert unbroken.pop("seconds") > 0
+    assert resumed == unbroken
+
+
+def test_tensorboard_shows_each_round_once(two_rounds):
+    # As if round 2 had been shown but not kept: its checkpoint is put back to round 1.
+    kept = read_checkpoint(two_rounds)
+    put_back(two_rounds, round=1, values=kept.values)
+    resume(two_rounds, 3)
+    board = EventAccumulator(str(two_rounds / "tensorboard")).Reload()
+    assert [s.step for s in board.Scalars("accuracy/average")] == [1, 2, 3]
+
+
+def test_the_record_tells_what_it_was_made_with(two_rounds):
+    resume(two_rounds, 3, round_timeout=77.0)
+    config = json.loads((two_rounds / "config.json").read_text())
+    assert config["settings"]["round-timeout"] == 77.0
+    assert config["resumed_after"] == 2
+    (earlier,) = config["earlier"]
+    assert earlier["settings"]["num-server-rounds"] == 2
+    assert earlier["settings"]["resume"] == ""
+    resume(two_rounds, 4)
+    config = json.loads((two_rounds / "config.json").read_text())
+    assert [e["settings"]["num-server-rounds"] for e in config["earlier"]] == [2, 3]
+
+
+def test_the_settings_to_go_on_with_stand_ready_in_a_file(two_rounds):
+    given = tomllib.loads((two_rounds / "checkpoint" / "resume.toml").read_text())
+    config = json.loads((two_rounds / "config.json").read_text())["settings"]
+    assert given.pop("resume").endswith("/run")
+    assert given == {key: value for key, value in config.items() if key != "resume"}
+
+
+def test_a_crash_before_the_first_round_is_over_can_be_resumed(two_rounds, stopped):
+    class Crash(InProcessGrid):
+        def pull_messages(self, ids):
+            if any(m.metadata.message_type == "train" for m in self.sent):
+                raise MemoryError("crashed")
+            return super().pull_messages(ids)
+
+    shutil.rmtree(two_rounds)
+    with pytest.raises(MemoryError):
+        run(two_rounds.parent, 2, grid=Crash)
+    assert summary(two_rounds)["rounds"] == 0
+    assert not (two_rounds / "model.safetensors").exists()
+    resume(two_rounds, 2)
+    assert model(two_rounds) == model(stopped)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"strategy": "fedprox"}, "strategy is 'fedprox' and was 'fedavg'"),
+        ({"model": "resnet8"}, "model is 'resnet8' and was 'cnn'"),
+        ({"learning_rate": 0.1}, "learning-rate is 0.1 and was 0.05"),
+        ({"bit_mix": "8:0.5,32:0.5"}, "bit-mix is '8:0.5,32:0.5' and was '4:0.5,32:0.5'"),
+        ({"seed": 1, "batch_size": 8}, "batch-size is 8 and was 32; seed is 1 and was 0"),
+        ({"dataset": "fashion-mnist"}, "dataset is 'fashion-mnist' and was 'digits'"),
+        ({"server_threads": 2}, "server-threads is 2 and was 1"),
+        ({"clients": 4}, "num-partitions is 4 and was 2"),
+        ({"rounds": 1}, "num-server-rounds: 1, but "),
+        ({"rounds": 2}, "is completed with its 2 rounds; a higher num-server-rounds"),
+        ({"resume": "run"}, "resume: 'run' is not allowed: value error, the path must be absolute"),
+        ({"resume": "/nowhere"}, "resume: there is no checkpoint /nowhere/checkpoint/last"),
+        ({"resume": 5}, "resume: 5 is not allowed"),
+    ],
+)
+def test_another_run_is_refused_in_one_line_and_the_record_left_alone(two_rounds, changes, reason):
+    before = contents(two_rounds)
+    arguments = {"rounds": 3, "resume": str(two_rounds), **changes}
+    with pytest.raises(SettingsError) as caught:
+        run(two_rounds.parent, **arguments)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(two_rounds) == before
+
+
+def put_back(folder, **changes):
+    """Rewrite the head of a checkpoint."""
+    path = folder / "checkpoint" / "last.safetensors"
+    with safe_open(path, "np") as file:
+        head = json.loads(file.metadata()["prowd"]) | changes
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    path.write_bytes(save(arrays, {"prowd": json.dumps(head)}))
+
+
+def test_other_data_under_the_same_name_is_refused(two_rounds):
+    kept = read_checkpoint(two_rounds).identity
+    put_back(two_rounds, identity={**vars(kept), "data": "1437 + 360 images, CRC 00000000"})
+    with pytest.raises(SettingsError, match=r"data is '1437 \+ 360 .* and was '.*CRC 00000000'"):
+        resume(two_rounds, 3)
+
+
+def test_a_model_of_other_shapes_under_the_same_name_is_refused(two_rounds):
+    kept = read_checkpoint(two_rounds).identity
+    shapes = {**kept.shapes, "hidden.bias": [99]}
+    put_back(two_rounds, identity={**vars(kept), "shapes": shapes})
+    with pytest.raises(SettingsError, match=r"shape of hidden.bias is \[\d+\] and was \[99\]"):
+        resume(two_rounds, 3)
+
+
+def test_another_format_is_refused(two_rounds):
+    put_back(two_rounds, format=99)
+    with pytest.raises(SettingsError, match=r"has format 99; this version reads 1$"):
+        resume(two_rounds, 3)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[:-1], lambda d: d[:100], lambda d: b"", bytes.upper]
+)
+def test_a_damaged_checkpoint_is_refused(two_rounds, damage):
+    path = two_rounds / "checkpoint" / "last.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SettingsError, match="no checkpoint that can be read"):
+        resume(two_rounds, 3)
+
+
+def test_a_record_without_the_rounds_of_the_checkpoint_is_refused(two_rounds):
+    (two_rounds / "rounds.jsonl").write_text("")
+    with pytest.raises(SettingsError, match="does not hold the 2 rounds"):
+        resume(two_rounds, 3)
+
+
+def test_a_run_that_is_still_going_is_not_resumed_beside(tmp_path):
+    class Beside(InProcessGrid):
+        def pull_messages(self, ids):
+            if any(m.metadata.message_type == "train" for m in self.sent) and not refused:
+                refused.append("")
+                with pytest.raises(SettingsError) as caught:
+                    resume(tmp_path / "run", 3)
+                refused[0] = str(caught.value)
+            return super().pull_messages(ids)
+
+    refused = []
+    folder = run(tmp_path, 2, grid=Beside)
+    assert refused == [f"resume: another process is writing {folder}"]
+    assert summary(folder)["status"] == "completed"
+
+
+# --- runs that fail on the way -----------------------------------------------------------------
+
+
+def test_a_run_that_falls_below_min_nodes_leaves_its_model_and_can_be_resumed(tmp_path):
+    class Leaving(InProcessGrid):
+        """One node goes after the second round."""
+
+        def push_messages(self, messages):
+            messages = list(messages)
+            ids = super().push_messages(messages)
+            trained = [m for m in self.sent if m.metadata.message_type == "train"]
+            self.leaving = len(trained) == 4
+            return ids
+
+        def get_node_ids(self):
+            if getattr(self, "leaving", False):
+                self.nodes.pop(51, None)
+            return super().get_node_ids()
+
+    with pytest.raises(FederationError, match="1 nodes can take part, min-nodes is 2"):
+        run(tmp_path, 4, grid=Leaving, min_nodes=2)
+    folder = tmp_path / "run"
+    assert summary(folder)["status"] == "failed"
+    assert summary(folder)["rounds"] == 2
+    assert model(folder) == model(run(tmp_path / "two", 2))
+    resume(folder, 4, min_nodes=2)
+    assert summary(folder)["status"] == "completed"
+    assert model(folder) == model(run(tmp_path / "four", 4))
+
+
+@contextmanager
+def file_size_limit(size):
+    """The kernel refuses files above this size, for root as well."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_last_one_intact(two_rounds):
+    kept = (two_rounds / "checkpoint" / "last.safetensors").read_bytes()
+    with file_size_limit(200_000), pytest.raises(SettingsError) as caught:
+        resume(two_rounds, 4)
+    assert "model.safetensors cannot be written: File too large" in str(caught.value)
+    assert summary(two_rounds)["status"] == "failed"
+    assert (two_rounds / "checkpoint" / "last.safetensors").read_bytes() == kept
+    assert not list(two_rounds.rglob("*.part"))
+    resume(two_rounds, 4)
+    assert summary(two_rounds)["status"] == "completed"
+
+
+@contextmanager
+def mounted(folder, *options):
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kib", [400, 1000, 1300])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_intact(tmp_path, kib):
+    """A disk of so many KiB; a checkpoint takes 606 kB, or twice that while it is replaced."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs") as disk:
+        with pytest.raises(SettingsError, match="No space left on device") as caught:
+            run(disk, 100)
+        assert str(caught.value).startswith("output-dir: ")
+        assert "\n" not in str(caught.value)
+        rescued = shutil.copytree(disk / "run", tmp_path / "rescued")
+    if kib == 400:
+        assert not (rescued / "checkpoint" / "last.safetensors").exists()
+        return
+    done = read_checkpoint(rescued).server_round
+    assert done == 0 if kib == 1000 else done > 0
+    resume(rescued, done + 1)
+    assert summary(rescued)["status"] == "completed"
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint"])
+def test_a_folder_that_cannot_be_written_is_one_line(two_rounds, place):
+    folder = two_rounds / place
+    kept = contents(two_rounds)
+    with mounted(folder, "--bind", "-o", "ro", str(folder)):
+        with pytest.raises(SettingsError, match="cannot be written: Read-only file system"):
+            resume(two_rounds, 3)
+        last = two_rounds / "checkpoint" / "last.safetensors"
+        assert last.read_bytes() == kept[last]
+
+
+def test_a_file_in_place_of_the_checkpoints_folder_is_one_line(tmp_path, monkeypatch):
+    class Meddling(InProcessGrid):
+        def get_node_ids(self):
+            (tmp_path / "run" / "checkpoint").touch()
+            return super().get_node_ids()
+
+    with pytest.raises(SettingsError, match=r"checkpoint cannot be written: File exists"):
+        run(tmp_path, 2, grid=Meddling)
+    assert summary(tmp_path / "run")["status"] == "failed"
+
+
+def test_what_simulated_clients_keep_does_not_grow(tmp_path):
+    folder = run(tmp_path, 5, strategy="fedcomgate")
+    kept = sorted(os.listdir(next((folder / "checkpoint" / "clients").glob("*/0"))))
+    assert kept == ["4.safetensors", "5.safetensors"]
