@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,14 @@ class Rehearsal(Containers):
         file = self.results(name) / "summary.json"
         return json.loads(file.read_text()) if file.exists() else {"status": "running"}
 
+    def begin_round(self, run_id: str, site: str, number: int) -> None:
+        """Wait until a site has received its training message of a round, by its own log."""
+        pattern = re.compile(rf"RUN {run_id}\]\s.*?Receiving: train")
+        service = self.services[site]
+        wait_until(
+            lambda: len(pattern.findall(service.log)) >= number, 600, f"round {number} at {site}"
+        )
+
     def online(self) -> int:
         done = self.run("operator", "flwr", "supernode", "ls", "prowd", "--format", "json")
         nodes = json.loads(done.stdout or "{}").get("nodes", [])
@@ -105,10 +116,30 @@ def rehearsal(compose, tmp_path_factory):
         containers.down()
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """A run whose ServerApp was killed in its second round, and what `resume` made of it.
+
+    With how the killed one stands, and the exit codes of all services' processes that had ended.
+    """
+
+    before: list[dict]
+    rounds: list[dict]
+    status: str
+    killed_status: str
+    exits: dict[str, list[int]]
+
+
 @pytest.fixture(scope="session")
-def sound_run(rehearsal):
-    """The record of a round in which nothing goes wrong."""
-    run_id = rehearsal.start_run("sound", num_server_rounds=1)
-    assert rehearsal.wait_for_run("sound", run_id, 300) == "finished:completed"
-    [entry] = rehearsal.rounds("sound")
-    return entry
+def resumed(rehearsal):
+    killed_id = rehearsal.start_run("killed", num_server_rounds=2)
+    rehearsal.begin_round(killed_id, "int4", 2)
+    before = rehearsal.rounds("killed")
+    [pid] = rehearsal.services["serverapp"].process_ids("flwr-serverapp")
+    os.kill(pid, signal.SIGKILL)
+    folder = "/srv/prowd/prowd-runs/killed"
+    run_id = rehearsal.start_run("", num_server_rounds=2, resume=folder)
+    status = rehearsal.wait_for_run("killed", run_id, 600)
+    exits = {name: list(s.exits) for name, s in rehearsal.services.items() if s.exits}
+    killed_status = rehearsal.status(killed_id)
+    return Resumed(before, rehearsal.rounds("killed"), status, killed_status, exits)

@@ -5,18 +5,23 @@ import pytest
 SITES = ["int4", "int8-a", "int8-b", "float32"]
 
 
-def test_a_run_completes_with_all_four_sites(rehearsal, sound_run):
-    assert sound_run["clients"] == {"sampled": 4, "aggregated": 4, "rejected": 0, "failed": 0}
-    assert set(sound_run["accuracy"]) == {"4", "8", "32", "average"}
-    assert rehearsal.summary("sound")["status"] == "completed"
-    assert (rehearsal.results("sound") / "model.safetensors").exists()
+def test_a_sound_start_needs_no_restarts(resumed):
+    assert resumed.exits == {"credentials": [0], "register": [0]}
 
 
-def test_the_sites_found_their_registration_at_once(rehearsal, sound_run):
-    """No process of a healthy start ends and has to be restarted, but those that do one job."""
-    ended = {name for name, service in rehearsal.services.items() if service.exits}
-    assert ended == {"credentials", "register"}
-    assert [rehearsal.services[name].exits for name in sorted(ended)] == [[0], [0]]
+def test_a_run_completes_with_all_four_sites(rehearsal, resumed):
+    assert resumed.status == "finished:completed"
+    assert rehearsal.summary("killed")["status"] == "completed"
+    assert (rehearsal.results("killed") / "model.safetensors").exists()
+    for entry in resumed.rounds:
+        assert entry["clients"] == {"sampled": 4, "aggregated": 4, "rejected": 0, "failed": 0}
+        assert set(entry["accuracy"]) == {"4", "8", "32", "average"}
+
+
+def test_after_its_serverapp_was_killed_it_goes_on_from_the_last_round(resumed):
+    assert resumed.killed_status == "finished:failed"
+    assert [entry["round"] for entry in resumed.rounds] == [1, 2]
+    assert resumed.rounds[:1] == resumed.before
 
 
 def test_nobody_is_root_and_only_the_proxy_is_published(compose):
