@@ -72,8 +72,11 @@ class Nodes:
             self._hear(grid, connected)
             present = {n: self._known[n] for n in connected if n in self._known}
             refused = [self._refused[n] for n in connected if n in self._refused]
-            answered = len(present) + len(refused)
-            complete = 0 < self._expected() <= answered
+            # A refused node may stand where another is still to answer.
+            heard = len(present)
+            if not set(self._queries.values()) & set(connected):
+                heard += len(refused)
+            complete = 0 < self._expected() <= heard
             enough = len(present) >= self._min_nodes
             if complete or (enough and self._gathered) or time.monotonic() >= deadline:
                 break
