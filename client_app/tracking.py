@@ -36,7 +36,8 @@ def effective_steps(steps: int, momentum: float) -> float:
     """Return by how many plain SGD steps heavy-ball SGD moves under a constant gradient."""
     if momentum == 0:
         return float(steps)
-    return sum((1 - momentum**i) / (1 - momentum) for i in range(1, steps + 1))
+    # The sum of (1 - m^i) / (1 - m) in closed form: `steps` comes from outside, and may be huge.
+    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
 @dataclass(frozen=True)

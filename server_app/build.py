@@ -78,6 +78,7 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
         "seed": settings.seed,
         "min_nodes": settings.min_nodes,
         "node_wait": settings.node_wait,
+        "norm_bound": settings.norm_bound,
     }
     if hasattr(strategy_class, "Options"):
         prefix = f"{name}-"

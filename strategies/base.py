@@ -28,6 +28,7 @@ from torch import Tensor
 
 from quant import (
     STYPE,
+    Update,
     UpdateError,
     UpdateSpec,
     decode_update,
@@ -37,6 +38,7 @@ from quant import (
     quantize_state,
 )
 from strategies.nodes import Nodes, sample_nodes
+from strategies.norms import norms_of, too_large
 from strategies.replies import (
     BadReply,
     ClientUpdate,
@@ -66,6 +68,8 @@ class MixedPrecisionStrategy(Strategy):
         Nodes that must take part.
     node_wait : float
         Seconds to wait for them before the first round.
+    norm_bound : float
+        Largest norm of an update, in that of the usual ones (`strategies.norms`); 0: any.
 
     Attributes
     ----------
@@ -86,10 +90,12 @@ class MixedPrecisionStrategy(Strategy):
         seed: int = 0,
         min_nodes: int = 1,
         node_wait: float = 60.0,
+        norm_bound: float = 10.0,
     ) -> None:
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self.seed = seed
+        self.norm_bound = norm_bound
         self.nodes = Nodes(min_nodes, node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
@@ -165,7 +171,8 @@ class MixedPrecisionStrategy(Strategy):
                 packed.append(item)
         packed.sort(key=lambda item: item.client.partition_id)
         reports: list[Report] = []
-        state = self.combine(server_round, self._start, self._unpack(packed, reports))
+        usable = self._usable(packed)
+        state = self.combine(server_round, self._start, self._unpack(usable, reports))
         _log_left_out(server_round, self.round_log)
         if state is not None:
             state = _checked(state, server_round)
@@ -268,18 +275,31 @@ class MixedPrecisionStrategy(Strategy):
             self.round_log.rejected[client.partition_id] = str(error)
             return None
 
-    def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
-        spec = UpdateSpec.of(self._start)
+    def _usable(self, packed: list[Packed]) -> list[Packed]:
+        """Set aside what is malformed or far too large; no tensor outlives its turn."""
+        norms = {}
         for item in packed:
-            instruction = self._instructions[item.client.partition_id]
-            bits = instruction.uplink_bits or item.client.bits
-            update = None
             try:
-                if instruction.uplink != "nothing":
-                    update = decode_update(item.payload, spec, bits, instruction.uplink)
+                update = self._decode(item)
             except UpdateError as error:
                 self.round_log.rejected[item.client.partition_id] = str(error)
                 continue
+            values = update.dequantize() if update is not None else {}
+            norms[item.client.partition_id] = norms_of(values)
+        large = too_large(norms, norms_of(self._start), self.norm_bound)
+        self.round_log.rejected |= large
+        return [i for i in packed if i.client.partition_id in norms.keys() - large.keys()]
+
+    def _decode(self, item: Packed) -> Update | None:
+        instruction = self._instructions[item.client.partition_id]
+        if instruction.uplink == "nothing":
+            return None
+        bits = instruction.uplink_bits or item.client.bits
+        return decode_update(item.payload, UpdateSpec.of(self._start), bits, instruction.uplink)
+
+    def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
+        for item in packed:
+            update = self._decode(item)
             self.round_log.aggregated.append(item.client.partition_id)
             reports.append(item.report)
             yield ClientUpdate(item.client, update, item.report)

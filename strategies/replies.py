@@ -95,8 +95,8 @@ def open_report(reply: Message) -> Report:
         raise BadReply(f"it reports an accuracy of {report.accuracy}")
     if report.steps < 0 or not 0 <= report.began_clean <= 1:
         raise BadReply(f"it reports {report.steps} steps, began_clean {report.began_clean}")
-    if not isfinite(report.loss):
-        raise BadReply(f"it reports a loss of {report.loss}")
+    if not isfinite(report.loss) or not isfinite(report.seconds):
+        raise BadReply(f"it reports a loss of {report.loss} after {report.seconds} s")
     return report
 
 

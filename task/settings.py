@@ -44,6 +44,12 @@ class Settings(Options):
     min_nodes: AtLeastOne = Field(1, description="Nodes that must be there before the first round.")
     node_wait: Positive = Field(60.0, description="Seconds that the server waits for nodes.")
 
+    norm_bound: Annotated[float, Field(ge=0)] = Field(
+        10.0,
+        description="An update this many times as large as the model and as the round's median "
+        "update is set aside, so that one client cannot ruin the model; 1 or more, or 0: none is.",
+    )
+
     local_epochs: AtLeastOne = Field(1, description="Passes over a client's data in a round.")
     batch_size: AtLeastOne = Field(32, description="Images in a step of local training.")
     learning_rate: Positive = Field(0.05, description="Step size of local SGD in the first round.")
@@ -129,6 +135,13 @@ class Settings(Options):
     def _bits_are_valid(cls, value: int) -> int:
         if value not in (0, FLOAT_BITS) and not MIN_BITS <= value <= MAX_BITS:
             raise ValueError(f"allowed are 0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}")
+        return value
+
+    @field_validator("norm_bound")
+    @classmethod
+    def _bound_spares_the_usual(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("allowed are 0, and 1 or more")
         return value
 
     @field_validator("output_dir", "data_dir", "resume")

@@ -48,14 +48,25 @@ class Flower:
         """Run the app to its end; settings in snake_case."""
         settings = {"output_dir": str(self.output_dir), "run_name": name, **settings}
         config = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
-        command = [str(_BIN / "flwr"), "run", str(PROJECT), "--stream", "--run-config", config]
-        if federation:
-            command += ["--federation-config", federation]
+        return self.run_config(name, config, federation)
+
+    def run_config(self, name: str, config: str, federation: str = "") -> Run:
+        """Run the app to its end with what stands after `--run-config`."""
         done = subprocess.run(
-            command, env=self.env, cwd=self.home, capture_output=True, text=True, timeout=600
+            self.command(config, federation),
+            env=self.env,
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
         run_id = re.search(r"run (\d+)", done.stdout).group(1)
         return Run(self.output_dir / name, done.stdout + done.stderr, self._status(run_id))
+
+    def command(self, config: str, federation: str = "") -> list[str]:
+        """Return the command that runs the app."""
+        command = [str(_BIN / "flwr"), "run", str(PROJECT), "--stream", "--run-config", config]
+        return [*command, "--federation-config", federation] if federation else command
 
     def compare(self, plan: Path, output_dir: Path) -> subprocess.CompletedProcess:
         """Run `prowd compare`."""

@@ -29,6 +29,7 @@ def test_it_shows_a_line_a_round(default_run):
 def test_it_leaves_the_whole_run_record(default_run):
     names = {path.name for path in default_run.folder.iterdir()}
     assert names == {
+        "checkpoint",
         "config.json",
         "rounds.jsonl",
         "summary.json",

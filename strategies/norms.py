@@ -1,0 +1,55 @@
+"""Updates that are finite but far too large, which one client could ruin the model with."""
+
+from collections.abc import Mapping
+from math import hypot
+
+from torch import Tensor
+
+from quant import is_statistic
+
+Norms = Mapping[str, float]
+
+
+def norms_of(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the Euclidean norms of a model's parameters and of its BatchNorm statistics."""
+    squares: dict[str, list[float]] = {"parameters": [], "statistics": []}
+    for name, tensor in values.items():
+        squares["statistics" if is_statistic(name) else "parameters"].append(float(tensor.norm()))
+    return {kind: hypot(*norms) for kind, norms in squares.items()}
+
+
+def too_large(updates: Mapping[int, Norms], sent: Norms, bound: float) -> dict[int, str]:
+    """Say which updates are out of all proportion.
+
+    An update may be `bound` times as large as the model that was sent, or as the round's median
+    update if that is larger. The model alone would not do, as all honest clients may leave a small
+    one far behind; nor the median, as all but one may stand still. Of an even number the lower
+    median is taken, so that of two clients the smaller one counts.
+
+    Parameters
+    ----------
+    updates : mapping of int to mapping
+        `norms_of` the decoded update of each partition.
+    sent : mapping
+        `norms_of` the model that was sent.
+    bound : float
+        From 1; 0 lets everything pass.
+
+    Returns
+    -------
+    dict of int to str
+        The reason by partition.
+    """
+    reasons: dict[int, str] = {}
+    if not bound or not updates:
+        return reasons
+    for kind, norm_sent in sent.items():
+        norms = sorted(norms[kind] for norms in updates.values())
+        usual = max(norm_sent, norms[(len(norms) - 1) // 2])
+        for partition, own in updates.items():
+            if own[kind] > bound * usual:
+                reasons[partition] = (
+                    f"its {kind} have a norm of {own[kind]:.3g}; norm-bound allows {bound:g} times "
+                    f"{usual:.3g}"
+                )
+    return reasons
