@@ -13,7 +13,7 @@ import pytest
 from containers import Containers, wait_until
 
 PROJECT = Path(__file__).parents[2]
-SITES = {"int4": "4", "int8-a": "8", "int8-b": "8", "float32": "32"}
+NUM_SITES = 4
 
 
 def _missing() -> str:
@@ -86,7 +86,7 @@ class Rehearsal(Containers):
         return sum(node["status"] == "online" for node in nodes)
 
 
-# A machine of somebody else that reaches what the sites reach.
+# A machine of somebody else, which reaches the port that the proxy publishes.
 INTRUDER = {
     "user": "49999:49999",
     "profiles": ["intruder"],
@@ -110,7 +110,7 @@ def rehearsal(compose, tmp_path_factory):
     try:
         containers.build_networks()
         containers.up()
-        wait_until(lambda: containers.online() == len(SITES), 90, "four sites online")
+        wait_until(lambda: containers.online() == NUM_SITES, 90, "four sites online")
         yield containers
     finally:
         containers.down()

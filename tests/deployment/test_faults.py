@@ -62,11 +62,11 @@ def faulty_run(rehearsal, round_timeout):
         round_timeout=round_timeout,
     )
     rehearsal.begin_round(run_id, "int8-b", 2)
-    rehearsal.set_link("int8-b", "outside", "down")
+    rehearsal.set_link("int8-b", "uplink-int8-b", "down")
     rehearsal.begin_round(run_id, "float32", 2)
     rehearsal.services["float32"].kill()
     wait_until(lambda: len(rehearsal.rounds("faulty")) == 2, 3 * round_timeout, "round 2 ends")
-    rehearsal.set_link("int8-b", "outside", "up")
+    rehearsal.set_link("int8-b", "uplink-int8-b", "up")
     rehearsal.begin_round(run_id, "int4", 4)
     rehearsal.services["superlink"].kill()
     return rehearsal.wait_for_run("faulty", run_id, 5 * round_timeout)

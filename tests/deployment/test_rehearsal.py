@@ -33,15 +33,21 @@ def test_nobody_is_root_and_only_the_proxy_is_published(compose):
             assert service["restart"] == "unless-stopped", name
 
 
-def test_only_the_proxy_joins_the_servers_network_and_the_sites(compose):
-    joined = {name: set(s.get("networks") or {}) for name, s in compose["services"].items()}
-    assert {name for name, networks in joined.items() if {"core", "outside"} <= networks} == {
-        "proxy"
-    }
+def test_sites_share_no_network_with_each_other_or_the_server(compose):
+    services = compose["services"].items()
+    joined = {name: set(s.get("networks") or {}) for name, s in services if name != "intruder"}
+    members = {n: {s for s in joined if n in joined[s]} for n in compose["networks"]}
+    assert members.pop("outside") == {"proxy"}
+    assert members.pop("core") == {"superlink", "serverapp", "register", "operator", "proxy"}
     for site in SITES:
-        assert joined[site] == {"outside", site}
-        assert joined[f"{site}-clientapp"] == {site}
-        assert compose["networks"][site]["internal"]
+        assert members.pop(f"uplink-{site}") == {site, "proxy"}
+        assert members.pop(site) == {site, f"{site}-clientapp"}
+    assert members == {}
+    assert not any(
+        network.get("internal") is None
+        for name, network in compose["networks"].items()
+        if name != "outside"
+    )
 
 
 @pytest.mark.parametrize("site", SITES)
