@@ -43,7 +43,9 @@ class Rehearsal(Containers):
 
     def start_run(self, name: str, app: str = ".", **settings) -> str:
         """Start a run of the app in a folder, and return its ID."""
-        settings = {"run_name": name, "model": "cnn", "samples_per_client": 64, **settings}
+        small = {"model": "cnn", "samples_per_client": 64}
+        # A loaded machine starts four ClientApps slower than in the usual minute.
+        settings = {"run_name": name, "node_wait": 300.0, **small, **settings}
         config = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
         words = ("flwr", "run", app, "prowd", "--format", "json", "--run-config", config)
         done = self.run("operator", *words)
