@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from logging import ERROR
 
 import torch
 from flwr.app import (
@@ -15,10 +16,11 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 from torch import Tensor, nn
 
 from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
-from client_app.node import declare
+from client_app.node import declare, in_simulation
 from client_app.tracking import TrackedRound, next_correction
 from quant import (
     STYPE,
@@ -64,7 +66,9 @@ app = ClientApp()
 @app.query()
 def answer_query(message: Message, context: Context) -> Message:
     """Declare the node: its partition, bit-width and examples, or why it cannot take part."""
-    declaration = declare(context.node_config, context.run_config)
+    declaration = declare(context.node_config, context.run_config, in_simulation())
+    if declaration.refused:
+        log(ERROR, "prowd: this node cannot take part: %s", declaration.refused)
     record = ConfigRecord(declaration.to_record())
     return Message(RecordDict({DECLARATION: record}), reply_to=message)
 
@@ -149,7 +153,7 @@ def _open(message: Message, context: Context) -> _Job:
     settings = Settings.of_run(context.run_config)
     # A fixed number of threads: sums, and with them the last bits, depend on it.
     torch.set_num_threads(settings.client_threads)
-    client = declare(context.node_config, context.run_config)
+    client = declare(context.node_config, context.run_config, in_simulation())
     if client.refused:
         raise SettingsError(client.refused)
     instruction = Instruction.from_record(message.content[INSTRUCTION])

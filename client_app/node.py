@@ -1,5 +1,6 @@
 """What this node is: read from its own configuration, else from the simulated mix."""
 
+import sys
 from collections.abc import Mapping
 
 from client_app.memory import state_folder
@@ -10,16 +11,26 @@ from task.protocol import Declaration
 from task.settings import Settings
 
 
-def declare(node_config: Mapping[str, object], run_config: Mapping[str, object]) -> Declaration:
+def in_simulation() -> bool:
+    """Return whether Flower's simulation engine runs this node: then this process is Ray's."""
+    # Not imported: a networked device need not have it, and pays a second for it at every message.
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def declare(
+    node_config: Mapping[str, object], run_config: Mapping[str, object], simulated: bool
+) -> Declaration:
     """Describe this node to the server.
 
     Parameters
     ----------
     node_config : mapping
-        ``partition-id``, ``num-partitions`` and, on a networked device, ``bits``. In simulation
-        there is no ``bits``, and the run's ``bit-mix`` says which partition has which width.
+        ``partition-id``, ``num-partitions`` and, on a networked device, ``bits``.
     run_config : mapping
         The run's settings.
+    simulated : bool
+        Whether a node without ``bits`` takes its width from the run's ``bit-mix``.
 
     Returns
     -------
@@ -34,8 +45,8 @@ def declare(node_config: Mapping[str, object], run_config: Mapping[str, object])
         settings = Settings.of_run(run_config)
         if not 0 <= partition_id < num_partitions:
             raise SettingsError(f"node-config: partition-id {partition_id} of {num_partitions}")
-        if "bits" in node_config:
-            bits = check_client_bits(node_config["bits"], "node-config bits")
+        if "bits" in node_config or not simulated:
+            bits = check_client_bits(node_config.get("bits"), "node-config bits")
         else:
             bits = widths_of_partitions(settings.mix, num_partitions)[partition_id]
         num_examples = len(client_images(settings, partition_id, num_partitions))

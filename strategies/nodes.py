@@ -27,7 +27,9 @@ class FederationError(RuntimeError):
 class Nodes:
     """Declarations of the nodes.
 
-    A partition belongs to the first node that declares it, for as long as that node is connected.
+    A partition belongs to the first node that declares it, for as long as that node is connected;
+    a second one waits for it. So a device that died and came back under another ID takes part
+    again as soon as its old connection has lapsed.
 
     Parameters
     ----------
@@ -43,6 +45,7 @@ class Nodes:
         self._present: dict[int, Declaration] = {}
         self._known: dict[int, Declaration] = {}
         self._refused: dict[int, str] = {}
+        self._waiting: dict[int, Declaration] = {}
         self._queries: dict[str, int] = {}
         self._failures: dict[int, int] = {}
         self._spoken_of = 0
@@ -63,12 +66,17 @@ class Nodes:
         deadline = time.monotonic() + self._wait
         while True:
             connected = sorted(grid.get_node_ids())
+            for node_id, declaration in list(self._waiting.items()):
+                self._seat(node_id, declaration, connected)
             self._ask(grid, connected)
             self._hear(grid, connected)
             present = {n: self._known[n] for n in connected if n in self._known}
             refused = [self._refused[n] for n in connected if n in self._refused]
-            answered = len(present) + len(refused)
-            complete = 0 < self._expected() <= answered
+            # A refused node may stand where another is still to answer.
+            heard = len(present)
+            if not set(self._queries.values()) & set(connected):
+                heard += len(refused)
+            complete = 0 < self._expected() <= heard
             enough = len(present) >= self._min_nodes
             if complete or (enough and self._gathered) or time.monotonic() >= deadline:
                 break
@@ -128,11 +136,25 @@ class Nodes:
         except ProtocolError as error:
             self._refuse(node_id, str(error))
             return
-        reason = declaration.refused or self._objection(declaration, connected)
+        reason = declaration.refused or self._objection(declaration)
         if reason:
             self._spoken_of = max(self._spoken_of, declaration.num_partitions)
             self._refuse(node_id, reason)
             return
+        self._seat(node_id, declaration, connected)
+
+    def _seat(self, node_id: int, declaration: Declaration, connected: list[int]) -> None:
+        """Give the node its partition, or let it wait while another connected node holds that."""
+        partition = declaration.partition_id
+        holders = (n for n, d in self._known.items() if d.partition_id == partition)
+        holder = next((n for n in holders if n in connected), None)
+        if holder is not None:
+            if node_id not in self._waiting:
+                self._refuse(node_id, f"partition {partition} is held by node {holder}")
+            self._waiting[node_id] = declaration
+            return
+        self._waiting.pop(node_id, None)
+        self._refused.pop(node_id, None)
         self._known[node_id] = declaration
         log(
             INFO,
@@ -144,7 +166,7 @@ class Nodes:
             declaration.num_examples,
         )
 
-    def _objection(self, new: Declaration, connected: list[int]) -> str:
+    def _objection(self, new: Declaration) -> str:
         if new.bits != FLOAT_BITS and not MIN_BITS <= new.bits <= MAX_BITS:
             return (
                 f"it declares {new.bits} bits; allowed: {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
@@ -153,11 +175,9 @@ class Nodes:
             return f"it declares partition {new.partition_id} of {new.num_partitions}"
         if not 1 <= new.num_examples <= _MOST_EXAMPLES:
             return f"it declares {new.num_examples} examples; allowed: 1 to {_MOST_EXAMPLES}"
-        for node_id, other in self._known.items():
+        for other in self._known.values():
             if other.num_partitions != new.num_partitions:
                 return f"it declares {new.num_partitions} partitions, others {other.num_partitions}"
-            if other.partition_id == new.partition_id and node_id in connected:
-                return f"partition {new.partition_id} is held by node {node_id}"
         return ""
 
     def _refuse(self, node_id: int, reason: str) -> None:

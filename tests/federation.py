@@ -142,7 +142,7 @@ def run_round(strategy, grid, state, server_round=1):
 
 
 class ClientAppNode:
-    """A node that runs the project's real ClientApp, with a context of its own."""
+    """A simulated node that runs the project's real ClientApp, with a context of its own."""
 
     def __init__(self, partition, of, run_config, node_config=None) -> None:
         self.config = {"partition-id": partition, "num-partitions": of, **(node_config or {})}
@@ -160,6 +160,8 @@ class ClientAppNode:
         )
 
     def __call__(self, message: Message) -> Message:
-        from client_app.app import app
+        from client_app import app as client
 
-        return app(message, self.context)
+        # This process stands in for a worker of Ray, in which a node's width comes from the mix.
+        client.in_simulation = lambda: True
+        return client.app(message, self.context)

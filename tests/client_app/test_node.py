@@ -2,9 +2,13 @@
 
 import pytest
 
-from client_app.node import declare
+from client_app.node import declare as declare_node
 
 RUN = {"server-buffer": 64, "bit-mix": "4:0.5,32:0.5"}
+
+
+def declare(node_config, run_config, simulated=True):
+    return declare_node(node_config, run_config, simulated)
 
 
 def config(partition=0, of=4, **more):
@@ -17,6 +21,14 @@ def test_without_bits_the_mix_says_which_partition_has_which_width(partition, bi
     assert (declaration.bits, declaration.refused) == (bits, "")
     # 1,437 training digits less 64 for the server, dealt to four.
     assert declaration.num_examples in (343, 344)
+
+
+def test_a_networked_node_without_bits_is_refused_whatever_the_mix():
+    declaration = declare(config(), RUN, simulated=False)
+    assert declaration.bits == 0
+    assert declaration.refused == (
+        "node-config bits: None is not a bit-width; allowed: 2 to 16, or 32"
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 7, 16, 32])

@@ -245,6 +245,31 @@ def test_a_silent_node_delays_the_first_round_only():
     assert asked.count(101) == 1
 
 
+class SlowGrid(InProcessGrid):
+    """From its third node on, nothing is there at the first look."""
+
+    looks = 0
+
+    def pull_messages(self, message_ids):
+        self.looks += 1
+        slow = {i: m for i, m in self._waiting.items() if m.metadata.dst_node_id > 101}
+        if self.looks > 1:
+            return super().pull_messages(message_ids)
+        return super().pull_messages(set(message_ids) - slow.keys())
+
+
+def test_refused_nodes_that_answer_first_do_not_end_the_run():
+    """Two that are refused, for both of two partitions, and then the two good ones."""
+    clients = [good(i, 2) for i in (0, 1, 0, 1)]
+    for client in clients[:2]:
+        partition = client.declaration.partition_id
+        client.declaration = Declaration(partition, 2, 0, 0, "no width")
+    grid = SlowGrid(federation(clients, STATE).nodes)
+    strategy = FedAvg()
+    run_round(strategy, grid, STATE)
+    assert strategy.round_log.aggregated == [0, 1]
+
+
 def test_a_query_that_failed_once_is_asked_again():
     client = good(1, 2)
     failures = [1]
@@ -273,14 +298,16 @@ def test_a_partition_belongs_to_its_first_node_until_that_is_gone():
     run_round(strategy, grid, STATE, 2)
     assert strategy.nodes.widths() == {32: 2}
     assert (len(first.instructions), len(second.instructions)) == (2, 0)
-    # The holder goes, a node of its partition comes: it takes the place.
+    # The holder goes, as the old connection of a device that died and came back: the node that
+    # waited takes the place, and one that comes now does not.
     del grid.nodes[100]
     third = good(0, 2, value=4.0)
     third.spec = first.spec
     grid.nodes[1000] = third
     new = run_round(strategy, grid, STATE, 3)
-    assert strategy.nodes.widths() == {32: 2}
-    assert torch.equal(new["b"], torch.full((2,), 3.0))
+    assert strategy.nodes.widths() == {2: 1, 32: 1}
+    assert torch.equal(new["b"], torch.full((2,), 5.5))
+    assert third.instructions == []
 
 
 @pytest.mark.parametrize(

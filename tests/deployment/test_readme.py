@@ -1,0 +1,115 @@
+"""The README's chapter "Across machines", its first part, as it is typed: in a host of its own."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from containers import wait_until
+
+PROJECT = Path(__file__).parents[2]
+REASONS = {
+    "missing": "node-config bits: None is not a bit-width; allowed: 2 to 16, or 32",
+    "wrong": "node-config bits: 17 is not a bit-width; allowed: 2 to 16, or 32",
+}
+
+
+def blocks(title):
+    """Return the commands under a heading of the README."""
+    chapter = (PROJECT / "README.md").read_text().split(f"### {title}\n")[1].split("\n#")[0]
+    return re.findall(r"```bash\n(.*?)```", chapter, flags=re.S)
+
+
+class Host:
+    """A network namespace, as Flower's default ports may be taken on the machine itself."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.name = f"pw{os.getpid()}-readme"
+        self.processes = []
+        self.env = {
+            "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
+            "HOME": str(folder),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self, script, log):
+        with open(self.folder / log, "w") as file:
+            words = ["ip", "netns", "exec", self.name, "bash", "-ec", script]
+            process = subprocess.Popen(
+                words,
+                env=self.env,
+                cwd=self.folder / "prowd",
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def read(self, name):
+        path = self.folder / name
+        return path.read_text() if path.exists() else ""
+
+    def __enter__(self):
+        subprocess.run(["ip", "netns", "add", self.name], check=True)
+        subprocess.run(["ip", "-n", self.name, "link", "set", "lo", "up"], check=True)
+        return self
+
+    def __exit__(self, *error):
+        for process in self.processes:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
+        for pid in pids.stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        subprocess.run(["ip", "netns", "delete", self.name], check=True)
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    """The commands of both shells, with two devices more that do not say a width; the host."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("a network namespace needs root and ip")
+    folder = tmp_path_factory.mktemp("readme")
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "tests")
+    shutil.copytree(PROJECT, folder / "prowd", ignore=ignore)
+    [superlink], [config, run] = (found := blocks("On one host, to try it"))[:1], found[1:]
+    with Host(folder) as host:
+        host.start(superlink, "superlink.log")
+        wait_until(lambda: "Uvicorn running" in host.read("superlink.log"), 60, "the SuperLink")
+        # `bits` missing, and wrong.
+        for port, bits, log in ((9096, "", "missing.log"), (9097, " bits=17", "wrong.log")):
+            node_config = f"partition-id=0 num-partitions=2{bits}"
+            host.start(
+                f"flower-supernode --insecure --superlink 127.0.0.1:8000 --port {port} "
+                f"--node-config '{node_config}'",
+                log,
+            )
+        shell = host.start(config + run, "shell.log")
+        shell.wait(timeout=400)
+        yield host
+
+
+def test_the_run_completes_with_the_two_devices(tried):
+    output = tried.read("shell.log")
+    assert "prowd: completed" in output
+    assert re.search(r"partition 0 of 2, 8 bits, \d+ examples", output)
+    assert re.search(r"partition 1 of 2, 32 bits, \d+ examples", output)
+    assert "clients 2 of 2" in output
+
+
+@pytest.mark.parametrize("kind", ["missing", "wrong"])
+def test_a_device_without_a_width_is_refused_on_both_sides(tried, kind):
+    reason = REASONS[kind]
+    server = [line for line in tried.read("shell.log").splitlines() if reason in line]
+    assert len(server) == 1
+    assert re.search(r"Node \d+ is refused: ", server[0])
+    assert f"prowd: this node cannot take part: {reason}" in tried.read(f"{kind}.log")
