@@ -61,14 +61,17 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
     Raises
     ------
     SettingsError
-        If ``state-dir`` is not an absolute path.
+        If ``state-dir`` is not an absolute path, or `keep_in` names no run.
     """
     own = node_config.get("state-dir")
     if own is not None and not (isinstance(own, str) and Path(own).is_absolute()):
         raise SettingsError(f"node-config: state-dir is {own!r}; it must be an absolute path")
     if not keep_in or (own is None and "bits" in node_config):
         return None
-    folder = Path(own) / Path(keep_in).name if own else Path(keep_in)
+    name = Path(keep_in).name
+    if not name.isalnum():
+        raise SettingsError(f"keep_in is {keep_in!r}; its last part must be letters and digits")
+    folder = Path(own) / name if own else Path(keep_in)
     return folder / str(node_config["partition-id"])
 
 

@@ -50,12 +50,13 @@ STRATEGIES = {
 }
 
 
-def run(output_dir, rounds, clients=2, grid=None, **settings):
+def run(output_dir, rounds, clients=2, grid=None, node_configs=None, **settings):
     """Run the real ServerApp, with ClientApps that have nothing in memory; return the folder."""
     config = {"strategy": "fedavg", **SMALL, "num-server-rounds": rounds}
     config |= {"output-dir": str(output_dir), "run-name": "run"}
     config |= {key.replace("_", "-"): value for key, value in settings.items()}
-    nodes = {50 + i: ClientAppNode(i, clients, config) for i in range(clients)}
+    own = node_configs or {}
+    nodes = {50 + i: ClientAppNode(i, clients, config, own.get(i)) for i in range(clients)}
     grid = grid(nodes) if grid else InProcessGrid(nodes)
     main(grid, Context(1, 0, {}, RecordDict(), config))
     return Path(config.get("resume") or output_dir / "run")
@@ -414,6 +415,21 @@ def test_a_file_in_place_of_the_checkpoints_folder_is_one_line(tmp_path, monkeyp
     with pytest.raises(SettingsError, match=r"checkpoint cannot be written: File exists"):
         run(tmp_path, 2, grid=Meddling)
     assert summary(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize("strategy", ["local", "fedcomgate"])
+def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, strategy):
+    def node_configs(name):
+        return {
+            i: {"bits": b, "state-dir": str(tmp_path / name / str(i))} for i, b in ((0, 4), (1, 32))
+        }
+
+    own = {"strategy": strategy, "bit_mix": "4:0.5,32:0.5"}
+    whole = run(tmp_path / "whole", 3, node_configs=node_configs("a"), **own)
+    folder = run(tmp_path, 2, node_configs=node_configs("b"), **own)
+    assert not (folder / "checkpoint" / "clients").exists()
+    resume(folder, 3, node_configs=node_configs("b"), **own)
+    assert entries(folder) == entries(whole)
 
 
 def test_what_simulated_clients_keep_does_not_grow(tmp_path):
