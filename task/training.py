@@ -44,8 +44,6 @@ class LocalTraining:
         The client's width, 2 to 16, or 32 for plain float32 training.
     low_bit_training : {"qat", "strict"}
         Float latent weights with a straight-through gradient, or weights on the grid.
-    weight_step : float
-        One step for all weights (fixed point); 0 fits each channel's.
     activation_bits, gradient_bits : int
         Widths of activations and of errors and gradients below 32 bits.
     epochs, batch_size : int
@@ -54,11 +52,12 @@ class LocalTraining:
         Of SGD.
     proximal_mu : float
         Factor of ``mu / 2 |w - w_received|^2`` in the loss (Li et al., arXiv:1812.06127).
+    weight_step : float
+        One step for all weights (fixed point); 0 fits each channel's.
     """
 
     bits: int
     low_bit_training: Literal["qat", "strict"] = "qat"
-    weight_step: float = 0.0
     activation_bits: int = FLOAT_BITS
     gradient_bits: int = FLOAT_BITS
     epochs: int = 1
@@ -67,6 +66,7 @@ class LocalTraining:
     momentum: float = 0.9
     weight_decay: float = 0.0
     proximal_mu: float = 0.0
+    weight_step: float = 0.0
 
     @classmethod
     def of(cls, settings: Settings, bits: int, server_round: int, mu: float) -> "LocalTraining":
@@ -74,7 +74,6 @@ class LocalTraining:
         return cls(
             bits=bits,
             low_bit_training=settings.low_bit_training,
-            weight_step=settings.weight_step,
             activation_bits=settings.activation_bits_of(bits),
             gradient_bits=settings.gradient_bits_of_low_bit(),
             epochs=settings.local_epochs,
@@ -84,6 +83,7 @@ class LocalTraining:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             proximal_mu=mu,
+            weight_step=settings.weight_step,
         )
 
 

@@ -459,8 +459,9 @@ def test_local_training_takes_everything_from_the_settings():
         learning_rate=0.2,
         momentum=0.4,
         weight_decay=0.01,
+        weight_step=0.125,
     )
-    expected = LocalTraining(4, "strict", 6, 7, 3, 11, 0.2, 0.4, 0.01, 0.3)
+    expected = LocalTraining(4, "strict", 6, 7, 3, 11, 0.2, 0.4, 0.01, 0.3, 0.125)
     assert LocalTraining.of(settings, 4, 1, 0.3) == expected
 
 
