@@ -54,7 +54,9 @@ class Rehearsal(Containers):
 
     def status(self, run_id: str) -> str:
         done = self.run("operator", "flwr", "ls", "prowd", "--run-id", run_id, "--format", "json")
-        return json.loads(done.stdout)["runs"][0]["status"]
+        # A SuperLink that is just coming back has no answer.
+        runs = json.loads(done.stdout or "{}").get("runs")
+        return runs[0]["status"] if runs else "unknown"
 
     def wait_for_run(self, name: str, run_id: str, seconds: float) -> str:
         """Wait until a run has finished; how it did."""
