@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "strategies": {"quant", "task", "strategies"},
     "client_app": {"quant", "task", "client_app"},
     "server_app": {"quant", "task", "strategies", "server_app"},
-    "experiments": {"task", "experiments"},
+    "experiments": {"quant", "task", "experiments"},
 }
 # Of `task`, strategies read only what both sides share.
 STRATEGIES_OF_TASK = {"task.errors", "task.options", "task.protocol", "task.seeds"}
