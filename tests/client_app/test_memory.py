@@ -99,4 +99,4 @@ def test_a_node_with_a_wrong_state_dir_is_refused(wrong):
     config = {"partition-id": 0, "num-partitions": 2, "bits": 8, "state-dir": wrong}
     with pytest.raises(SettingsError, match="node-config: state-dir is"):
         state_folder(config, "/x")
-    assert "must be an absolute path" in declare(config, {}).refused
+    assert "must be an absolute path" in declare(config, {}, False).refused
