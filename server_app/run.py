@@ -86,17 +86,16 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     return Run(folder, settings, options, strategy, model, evaluator)
 
 
-def take_up(
-    grid: Grid, settings: Settings, options: Mapping[str, object]
+def restore(
+    grid: Grid, folder: Path, settings: Settings, options: Mapping[str, object]
 ) -> tuple[Run, Checkpoint]:
-    """Make a run again as it was after its last checkpoint.
+    """Make a run again as it was after its last checkpoint; its nodes are gathered.
 
     Raises
     ------
     SettingsError
         If there is no good checkpoint, it is of another run, or that run is completed.
     """
-    folder = Path(settings.resume).expanduser()
     saved = read_checkpoint(folder)
     saved.refuse_other_settings({**settings.to_settings(), **options})
     _refuse_completed(folder, saved.server_round, settings.num_server_rounds)
@@ -107,12 +106,12 @@ def take_up(
     return run, saved
 
 
-def complete(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None) -> None:
+def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = None) -> None:
     """Run the rounds that are left, and leave the last model whatever ends them."""
     strategy, name = run.strategy, run.settings.strategy
     log(INFO, "prowd: %s on %s, record in %s", name, run.settings.dataset, run.folder)
-    strategy.nodes.gather(grid)
     if saved is None:
+        strategy.nodes.gather(grid)
         done, model, identity = 0, model_state(run.model), run.identity()
     else:
         done, model = saved.server_round, saved.model

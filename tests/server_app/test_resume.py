@@ -236,7 +236,7 @@ def test_a_crash_before_the_first_round_is_over_can_be_resumed(two_rounds, stopp
         ({"rounds": 1}, "num-server-rounds: 1, but "),
         ({"rounds": 2}, "is completed with its 2 rounds; a higher num-server-rounds"),
         ({"resume": "run"}, "resume: 'run' is not allowed: value error, the path must be absolute"),
-        ({"resume": "/nowhere"}, "resume: there is no checkpoint /nowhere/checkpoint/last"),
+        ({"resume": "/nowhere"}, "resume: /nowhere cannot be opened: No such file or directory"),
         ({"resume": 5}, "resume: 5 is not allowed"),
     ],
 )
@@ -310,6 +310,24 @@ def test_a_run_that_is_still_going_is_not_resumed_beside(tmp_path):
     folder = run(tmp_path, 2, grid=Beside)
     assert refused == [f"resume: another process is writing {folder}"]
     assert summary(folder)["status"] == "completed"
+
+
+def test_a_resume_holds_the_run_while_it_still_gathers(two_rounds):
+    """Its checkpoint would be stale, and its record cut, had another one finished meanwhile."""
+
+    class Beside(InProcessGrid):
+        def get_node_ids(self):
+            if not refused:
+                refused.append("")
+                with pytest.raises(SettingsError) as caught:
+                    resume(two_rounds, 4)
+                refused[0] = str(caught.value)
+            return super().get_node_ids()
+
+    refused = []
+    resume(two_rounds, 3, grid=Beside)
+    assert refused == [f"resume: another process is writing {two_rounds}"]
+    assert [entry["round"] for entry in entries(two_rounds)] == [1, 2, 3]
 
 
 # --- runs that fail on the way -----------------------------------------------------------------
