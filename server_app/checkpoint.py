@@ -187,9 +187,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         If there is none, it is damaged, or of another format.
     """
     path = folder / _FOLDER / _FILE
-    if not path.is_file():
-        raise SettingsError(f"resume: there is no checkpoint {path}")
     try:
+        path.stat()  # safe_open calls a file missing that we may not see.
         with safe_open(path, "pt") as file:
             head = json.loads((file.metadata() or {})["prowd"])
             if head["format"] != FORMAT:
@@ -201,6 +200,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(f"strategy/{name}") for name in head["strategy"]}
         identity = Identity(**head["identity"])
         return Checkpoint(identity, head["round"], head["seconds"], model, tensors, head["values"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise SettingsError(f"resume: there is no checkpoint {path}") from None
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise SettingsError(f"resume: {path} is no checkpoint that can be read: {error}") from None
 

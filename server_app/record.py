@@ -69,6 +69,23 @@ def _lock(descriptor: int, folder: Path) -> None:
         pass  # A file system without locks.
 
 
+def read_json(path: Path) -> dict[str, object]:
+    """Read a file of a record that is gone on with.
+
+    Raises
+    ------
+    SettingsError
+        If it is missing or damaged; one line.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"resume: {path} cannot be read: {error}") from None
+    return content
+
+
 class RunRecord:
     """Folder of one run.
 
@@ -86,7 +103,7 @@ class RunRecord:
     RunExistsError
         If the folder exists.
     SettingsError
-        If it cannot be made; or, to go on, if rounds are missing.
+        If it cannot be made; or, to go on, if rounds or settings are missing.
     """
 
     def __init__(
@@ -101,8 +118,11 @@ class RunRecord:
         self._started = datetime.now().astimezone()
         self._seconds_before = seconds
         self._board = None
+        self._config_before: dict[str, object] = {}
         self._resumed_after = resumed_after
         if resumed_after is not None:
+            # Read before anything is rewritten.
+            self._config_before = read_json(folder / "config.json")
             self._recount(resumed_after)
         self.write_summary("running")
 
@@ -122,7 +142,7 @@ class RunRecord:
             "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         }
         if self._resumed_after is not None:
-            before = json.loads((self.folder / "config.json").read_text())
+            before = dict(self._config_before)
             earlier = before.pop("earlier", [])
             config |= {"resumed_after": self._resumed_after, "earlier": [*earlier, before]}
         self._write_json("config.json", config)

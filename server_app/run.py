@@ -1,6 +1,5 @@
 """One run from its settings to its last model: begun anew, or gone on with from a checkpoint."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from logging import INFO
@@ -15,7 +14,7 @@ from quant import FLOAT_BITS, quantize_state
 from server_app.build import build_strategy
 from server_app.checkpoint import Checkpoint, Checkpoints, Identity, read_checkpoint
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
-from server_app.record import RunRecord
+from server_app.record import RunRecord, read_json
 from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
 from strategies.base import State
@@ -142,7 +141,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
 def _refuse_completed(folder: Path, done: int, asked: int) -> None:
     if done > asked:
         raise SettingsError(f"num-server-rounds: {asked}, but {folder} has {done} rounds already")
-    status = json.loads((folder / "summary.json").read_text())["status"]
+    status = read_json(folder / "summary.json").get("status")
     if done == asked and status == "completed":
         raise SettingsError(
             f"resume: {folder} is completed with its {done} rounds; "

@@ -8,6 +8,7 @@ import subprocess
 import tomllib
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -294,6 +295,50 @@ def test_a_record_without_the_rounds_of_the_checkpoint_is_refused(two_rounds):
     (two_rounds / "rounds.jsonl").write_text("")
     with pytest.raises(SettingsError, match="does not hold the 2 rounds"):
         resume(two_rounds, 3)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")])
+def test_a_missing_or_torn_file_of_the_record_is_one_line(two_rounds, name, damage):
+    damage(two_rounds / name)
+    before = contents(two_rounds)
+    with pytest.raises(SettingsError, match=rf"resume: .*{name} cannot be read") as caught:
+        resume(two_rounds, 3)
+    assert "\n" not in str(caught.value)
+    assert contents(two_rounds) == before
+
+
+def test_a_folder_without_a_checkpoint_is_refused(two_rounds):
+    shutil.rmtree(two_rounds / "checkpoint")
+    with pytest.raises(SettingsError, match=r"there is no checkpoint .*last\.safetensors$"):
+        resume(two_rounds, 3)
+
+
+@contextmanager
+def closed_to_us(folder):
+    """What another user's folder is; root, who may read all, becomes nobody meanwhile."""
+    folder.chmod(0)
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if was_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint"])
+def test_the_folder_of_another_user_is_one_line(stopped, place):
+    # Not under tmp_path, which is closed to nobody altogether.
+    with TemporaryDirectory() as base:
+        os.chmod(base, 0o755)
+        folder = shutil.copytree(stopped, Path(base) / "run")
+        with closed_to_us(folder / place), pytest.raises(SettingsError) as caught:
+            resume(folder, 3)
+        assert "Permission denied" in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_run_that_is_still_going_is_not_resumed_beside(tmp_path):
