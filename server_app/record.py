@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
@@ -180,7 +180,9 @@ class RunRecord:
     def close(self) -> None:
         """Let go of TensorBoard's file."""
         if self._board is not None:
-            self._board.close()
+            # On a full disk it fails once more, which would hide what ended the run.
+            with suppress(OSError):
+                self._board.close()
 
     def _recount(self, rounds: int) -> None:
         """Count the rounds of the checkpoint again, and drop what was written after it."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from logging import INFO
+from logging import ERROR, INFO
 from pathlib import Path
 
 import torch
@@ -128,14 +128,24 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
         keep(0, model)
     try:
         run_rounds(grid, strategy, run.settings, model, run.evaluator, record, keep, done)
-    finally:
+    except BaseException:
         # A run that fails, as for want of nodes, leaves the model that it had.
-        if done and strategy.evaluates_on_server:
-            model = strategy.state_for(max(strategy.nodes.widths()), model)
-            network = run.evaluator.network(quantize_state(model, FLOAT_BITS))
-            record.write_model(model_state(network))
+        try:
+            _write_model(run, record, done, model)
+        except SettingsError as error:  # On a full disk; what failed first is what is reported.
+            log(ERROR, "prowd: %s", error)
+        raise
+    _write_model(run, record, done, model)
     record.write_summary("completed")
     log(INFO, "prowd: completed; record in %s", run.folder)
+
+
+def _write_model(run: Run, record: RunRecord, done: int, model: State) -> None:
+    """Write the model of the last round, if there was one and the server has the model."""
+    if done and run.strategy.evaluates_on_server:
+        model = run.strategy.state_for(max(run.strategy.nodes.widths()), model)
+        network = run.evaluator.network(quantize_state(model, FLOAT_BITS))
+        record.write_model(model_state(network))
 
 
 def _refuse_completed(folder: Path, done: int, asked: int) -> None:

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from server_app.app import main
 from server_app.checkpoint import read_checkpoint
+from server_app.record import RunRecord
 from strategies import FederationError
 from task.errors import SettingsError
 
@@ -378,22 +379,23 @@ def test_a_resume_holds_the_run_while_it_still_gathers(two_rounds):
 # --- runs that fail on the way -----------------------------------------------------------------
 
 
+class Leaving(InProcessGrid):
+    """One node goes after the second round."""
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        ids = super().push_messages(messages)
+        trained = [m for m in self.sent if m.metadata.message_type == "train"]
+        self.leaving = len(trained) == 4
+        return ids
+
+    def get_node_ids(self):
+        if getattr(self, "leaving", False):
+            self.nodes.pop(51, None)
+        return super().get_node_ids()
+
+
 def test_a_run_that_falls_below_min_nodes_leaves_its_model_and_can_be_resumed(tmp_path):
-    class Leaving(InProcessGrid):
-        """One node goes after the second round."""
-
-        def push_messages(self, messages):
-            messages = list(messages)
-            ids = super().push_messages(messages)
-            trained = [m for m in self.sent if m.metadata.message_type == "train"]
-            self.leaving = len(trained) == 4
-            return ids
-
-        def get_node_ids(self):
-            if getattr(self, "leaving", False):
-                self.nodes.pop(51, None)
-            return super().get_node_ids()
-
     with pytest.raises(FederationError, match="1 nodes can take part, min-nodes is 2"):
         run(tmp_path, 4, grid=Leaving, min_nodes=2)
     folder = tmp_path / "run"
@@ -420,12 +422,22 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_last_one_intact
     kept = (two_rounds / "checkpoint" / "last.safetensors").read_bytes()
     with file_size_limit(200_000), pytest.raises(SettingsError) as caught:
         resume(two_rounds, 4)
-    assert "model.safetensors cannot be written: File too large" in str(caught.value)
+    assert "last.safetensors cannot be written: File too large" in str(caught.value)
     assert summary(two_rounds)["status"] == "failed"
     assert (two_rounds / "checkpoint" / "last.safetensors").read_bytes() == kept
     assert not list(two_rounds.rglob("*.part"))
     resume(two_rounds, 4)
     assert summary(two_rounds)["status"] == "completed"
+
+
+def test_a_full_disk_does_not_hide_why_the_run_ended(tmp_path, monkeypatch):
+    def full(self, state):
+        raise SettingsError("output-dir: model.safetensors cannot be written: No space left")
+
+    monkeypatch.setattr(RunRecord, "write_model", full)
+    with pytest.raises(FederationError, match="1 nodes can take part, min-nodes is 2"):
+        run(tmp_path, 4, grid=Leaving, min_nodes=2)
+    assert "min-nodes is 2" in summary(tmp_path / "run")["reason"]
 
 
 @contextmanager
@@ -456,6 +468,16 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_intact(tmp_path, kib):
     assert done == 0 if kib == 1000 else done > 0
     resume(rescued, done + 1)
     assert summary(rescued)["status"] == "completed"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_under_tensorboard_is_one_line(two_rounds):
+    """TensorBoard writes in a thread of its own, and fails once more when it is closed."""
+    disk = ("-t", "tmpfs", "-o", "size=4k", "tmpfs")
+    with mounted(two_rounds / "tensorboard", *disk), pytest.raises(SettingsError) as caught:
+        resume(two_rounds, 40)
+    assert "tensorboard cannot be written: No space left" in str(caught.value)
+    assert "tensorboard cannot be written" in summary(two_rounds)["reason"]
 
 
 @pytest.mark.parametrize("place", [".", "checkpoint"])
