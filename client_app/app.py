@@ -158,7 +158,9 @@ def _open(message: Message, context: Context) -> _Job:
         raise SettingsError(client.refused)
     instruction = Instruction.from_record(message.content[INSTRUCTION])
     folder = state_folder(context.node_config, instruction.keep_in)
-    recall(context.state, folder, instruction.server_round)
+    # What a round's training kept is from before its evaluation, but not from before itself.
+    trained = message.metadata.message_type == MessageType.EVALUATE
+    recall(context.state, folder, instruction.server_round + trained)
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
     # A client that sends nothing goes on from its own model while it has one, whatever it was sent.

@@ -65,6 +65,17 @@ def test_a_round_that_comes_again_begins_from_the_round_before(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["3.safetensors", "4.safetensors"]
 
 
+@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: d[:50], lambda d: b""])
+def test_a_damaged_file_counts_as_lost(tmp_path, damage):
+    for server_round in (1, 2):
+        store(kept(float(server_round)), tmp_path, server_round)
+    path = tmp_path / "2.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    state = RecordDict()
+    recall(state, tmp_path, 3)
+    assert not state, "nor is anything older taken for it"
+
+
 def test_what_is_in_memory_is_newer_than_the_disk(tmp_path):
     store(kept(1.0), tmp_path, 1)
     state = RecordDict({"x": ArrayRecord()})

@@ -517,6 +517,18 @@ def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, strategy):
     assert entries(folder) == entries(whole)
 
 
+def test_a_client_restarted_before_evaluation_evaluates_what_it_trained_last(tmp_path):
+    class Restarting(InProcessGrid):
+        def push_messages(self, messages):
+            for node in self.nodes.values():
+                node.lose_state()
+            return super().push_messages(messages)
+
+    whole = run(tmp_path / "whole", 2, strategy="local")
+    restarted = run(tmp_path / "restarted", 2, strategy="local", grid=Restarting)
+    assert entries(restarted) == entries(whole)
+
+
 def test_what_simulated_clients_keep_does_not_grow(tmp_path):
     folder = run(tmp_path, 5, strategy="fedcomgate")
     kept = sorted(os.listdir(next((folder / "checkpoint" / "clients").glob("*/0"))))
