@@ -20,7 +20,7 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 
 from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
-from client_app.node import declare, in_simulation
+from client_app.node import declare
 from client_app.tracking import TrackedRound, next_correction
 from quant import (
     STYPE,
@@ -49,6 +49,7 @@ from task.protocol import (
 )
 from task.seeds import derive_seed
 from task.settings import Settings
+from task.simulation import in_simulation
 from task.training import (
     LocalTraining,
     Score,

@@ -61,7 +61,7 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
     node_config : mapping
         A networked node may have a ``state-dir`` of its own.
     keep_in : str
-        `Instruction.keep_in`: used as it is in simulation, where the server's disk is the client's.
+        `Instruction.keep_in`: in simulation a folder, as the server's disk is the client's.
 
     Raises
     ------
@@ -76,6 +76,8 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
     name = Path(keep_in).name
     if not name.isalnum():
         raise SettingsError(f"keep_in is {keep_in!r}; its last part must be letters and digits")
+    if own is None and not Path(keep_in).is_absolute():
+        return None
     folder = Path(own) / name if own else Path(keep_in)
     return folder / str(node_config["partition-id"])
 

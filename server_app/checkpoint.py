@@ -8,7 +8,7 @@ settings that go on with the run, as ``flwr run --run-config`` reads them.
 
 What a client keeps (`client_app.memory`) does not travel: it stays in ``checkpoint/clients`` in
 simulation, and in the node's own ``state-dir`` where it is networked. So a checkpoint costs no byte
-on the wire but the name of that folder.
+on the wire but the name of that folder, or of the run.
 """
 
 import json
@@ -49,6 +49,9 @@ _FOLDER, _FILE, _ARGUMENTS = "checkpoint", "last.safetensors", "resume.toml"
 @dataclass(frozen=True)
 class Identity:
     """What must be the same when a run goes on.
+
+    The widths of networked nodes are not part of it: a device may be replaced by one of another
+    width while a run is going, and so it may before it goes on.
 
     Attributes
     ----------

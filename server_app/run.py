@@ -23,6 +23,7 @@ from task.errors import SettingsError
 from task.models import build_model
 from task.partition import evaluation_images, server_pixels
 from task.settings import Settings
+from task.simulation import in_simulation
 from task.training import check_quantizable, model_state
 
 
@@ -117,7 +118,9 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
         identity = replace(saved.identity, settings=run.all_settings)
         log(INFO, "prowd: going on after round %d", done)
     checkpoints = Checkpoints(run.folder, identity)
-    strategy.clients_keep_in = checkpoints.of_clients
+    # A networked node is told the key alone: it keeps nothing in the server's folders.
+    shared = in_simulation()
+    strategy.clients_keep_in = checkpoints.of_clients if shared else identity.client_key
 
     def keep(server_round: int, state: State) -> None:
         nonlocal done, model

@@ -91,7 +91,9 @@ def test_what_is_in_memory_is_newer_than_the_disk(tmp_path):
         # A networked node writes nowhere but where its owner says.
         ({"bits": 8}, "/runs/a/checkpoint/clients/1f", None),
         ({"bits": 8, "state-dir": "/mine"}, "/runs/a/checkpoint/clients/1f", "/mine/1f/7"),
+        ({"bits": 8, "state-dir": "/mine"}, "1f", "/mine/1f/7"),
         ({"bits": 8, "state-dir": "/mine"}, "", None),
+        ({}, "1f", None),
     ],
 )
 def test_where_a_client_keeps_its_state(node_config, keep_in, folder):

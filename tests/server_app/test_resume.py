@@ -23,6 +23,7 @@ from server_app.checkpoint import read_checkpoint
 from server_app.record import RunRecord
 from strategies import FederationError
 from task.errors import SettingsError
+from task.protocol import INSTRUCTION
 
 SMALL = {
     "samples-per-client": 32,
@@ -83,6 +84,12 @@ def contents(folder):
 
 def model(folder):
     return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def in_simulation(monkeypatch):
+    """Clients share the server's disk."""
+    monkeypatch.setattr("server_app.run.in_simulation", lambda: True)
 
 
 @pytest.fixture(scope="module")
@@ -502,19 +509,44 @@ def test_a_file_in_place_of_the_checkpoints_folder_is_one_line(tmp_path, monkeyp
     assert summary(tmp_path / "run")["status"] == "failed"
 
 
+def told_to_keep_in(grids):
+    records = [m.content[INSTRUCTION] for g in grids for m in g.sent if INSTRUCTION in m.content]
+    return {record["keep_in"] for record in records}
+
+
 @pytest.mark.parametrize("strategy", ["local", "fedcomgate"])
-def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, strategy):
+def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, monkeypatch, strategy):
+    grids = []
+
+    class Networked(InProcessGrid):
+        def __init__(self, nodes):
+            super().__init__(nodes)
+            grids.append(self)
+
+    monkeypatch.setattr("server_app.run.in_simulation", lambda: False)
+
     def node_configs(name):
         return {
             i: {"bits": b, "state-dir": str(tmp_path / name / str(i))} for i, b in ((0, 4), (1, 32))
         }
 
     own = {"strategy": strategy, "bit_mix": "4:0.5,32:0.5"}
+    own["grid"] = Networked
     whole = run(tmp_path / "whole", 3, node_configs=node_configs("a"), **own)
     folder = run(tmp_path, 2, node_configs=node_configs("b"), **own)
     assert not (folder / "checkpoint" / "clients").exists()
     resume(folder, 3, node_configs=node_configs("b"), **own)
     assert entries(folder) == entries(whole)
+    keys = [read_checkpoint(path).identity.client_key for path in (whole, folder)]
+    assert told_to_keep_in(grids) == set(keys), "no folder of the server's"
+
+
+def test_networked_nodes_may_have_other_widths_when_a_run_goes_on(tmp_path):
+    own = {"strategy": "prowd", "prowd-finetune-steps": 1}
+    folder = run(tmp_path, 1, node_configs={0: {"bits": 4}, 1: {"bits": 32}}, **own)
+    resume(folder, 2, node_configs={0: {"bits": 8}, 1: {"bits": 32}}, **own)
+    assert [sorted(e["uplink_bytes"]) for e in entries(folder)] == [["32", "4"], ["32", "8"]]
+    assert summary(folder)["status"] == "completed"
 
 
 def test_a_client_restarted_before_evaluation_evaluates_what_it_trained_last(tmp_path):
