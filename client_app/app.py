@@ -20,7 +20,7 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 
 from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
-from client_app.node import declare, in_simulation
+from client_app.node import declare
 from client_app.tracking import TrackedRound, next_correction
 from quant import (
     STYPE,
@@ -49,6 +49,7 @@ from task.protocol import (
 )
 from task.seeds import derive_seed
 from task.settings import Settings
+from task.simulation import in_simulation
 from task.training import (
     LocalTraining,
     Score,
@@ -158,7 +159,9 @@ def _open(message: Message, context: Context) -> _Job:
         raise SettingsError(client.refused)
     instruction = Instruction.from_record(message.content[INSTRUCTION])
     folder = state_folder(context.node_config, instruction.keep_in)
-    recall(context.state, folder, instruction.server_round)
+    # What a round's training kept is from before its evaluation, but not from before itself.
+    trained = message.metadata.message_type == MessageType.EVALUATE
+    recall(context.state, folder, instruction.server_round + trained)
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
     # A client that sends nothing goes on from its own model while it has one, whatever it was sent.

@@ -7,11 +7,13 @@ well: one file a round, of which two stay, since the server may go on from befor
 
 import json
 from collections.abc import Mapping
+from logging import WARNING
 from pathlib import Path
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from safetensors import safe_open
+from flwr.common.logger import log
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
@@ -51,12 +53,15 @@ def own_model(state: RecordDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None:
     """Return where this client's state of this run is kept on disk; None: in memory only.
 
+    Every run has a folder of its own in ``state-dir``. A node is not told that a run has ended, or
+    will not be gone on with, so it deletes none: its owner may, of runs that are over.
+
     Parameters
     ----------
     node_config : mapping
         A networked node may have a ``state-dir`` of its own.
     keep_in : str
-        `Instruction.keep_in`: used as it is in simulation, where the server's disk is the client's.
+        `Instruction.keep_in`: in simulation a folder, as the server's disk is the client's.
 
     Raises
     ------
@@ -71,6 +76,8 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
     name = Path(keep_in).name
     if not name.isalnum():
         raise SettingsError(f"keep_in is {keep_in!r}; its last part must be letters and digits")
+    if own is None and not Path(keep_in).is_absolute():
+        return None
     folder = Path(own) / name if own else Path(keep_in)
     return folder / str(node_config["partition-id"])
 
@@ -89,25 +96,39 @@ def store(state: RecordDict, folder: Path | None, server_round: int) -> None:
     values = {key: dict(record) for key, record in state.config_records.items()}
     head = {"names": json.dumps(names), "values": json.dumps(values)}
     write_atomic(_file(folder, server_round), save(arrays, head))
-    earlier = [r for r in _rounds(folder) if r < server_round]
-    for other in _rounds(folder):
+    rounds = _rounds(folder)
+    earlier = [r for r in rounds if r < server_round]
+    for other in rounds:
         if other not in (server_round, *earlier[-1:]):
             _file(folder, other).unlink()
 
 
-def recall(state: RecordDict, folder: Path | None, server_round: int) -> None:
-    """Fill an empty ``Context.state`` with what was kept before a round, if anything was."""
+def recall(state: RecordDict, folder: Path | None, before: int) -> None:
+    """Fill an empty ``Context.state`` with what was kept before a round, if anything was.
+
+    A damaged file counts as lost: what is older would be of another round.
+    """
     if folder is None or state:
         return
-    earlier = [r for r in _rounds(folder) if r < server_round]
+    earlier = [r for r in _rounds(folder) if r < before]
     if not earlier:
         return
-    with safe_open(_file(folder, earlier[-1]), "pt") as file:
-        head = file.metadata()
+    path = _file(folder, earlier[-1])
+    try:
+        state.update(_read(path))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        log(WARNING, "prowd: %s is damaged and counts as lost: %s", path, error)
+
+
+def _read(path: Path) -> RecordDict:
+    kept = RecordDict()
+    with safe_open(path, "pt") as file:
+        head = file.metadata() or {}
         for key, names in json.loads(head["names"]).items():
-            state[key] = to_record({name: file.get_tensor(f"{key}/{name}") for name in names})
+            kept[key] = to_record({name: file.get_tensor(f"{key}/{name}") for name in names})
         for key, values in json.loads(head["values"]).items():
-            state[key] = ConfigRecord(values)
+            kept[key] = ConfigRecord(values)
+    return kept
 
 
 def _file(folder: Path, server_round: int) -> Path:

@@ -1,6 +1,5 @@
 """What this node is: read from its own configuration, else from the simulated mix."""
 
-import sys
 from collections.abc import Mapping
 
 from client_app.memory import state_folder
@@ -9,13 +8,6 @@ from task.mix import check_client_bits, widths_of_partitions
 from task.partition import client_images
 from task.protocol import Declaration
 from task.settings import Settings
-
-
-def in_simulation() -> bool:
-    """Return whether Flower's simulation engine runs this node: then this process is Ray's."""
-    # Not imported: a networked device need not have it, and pays a second for it at every message.
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized()
 
 
 def declare(

@@ -8,7 +8,7 @@ settings that go on with the run, as ``flwr run --run-config`` reads them.
 
 What a client keeps (`client_app.memory`) does not travel: it stays in ``checkpoint/clients`` in
 simulation, and in the node's own ``state-dir`` where it is networked. So a checkpoint costs no byte
-on the wire but the name of that folder.
+on the wire but the name of that folder, or of the run.
 """
 
 import json
@@ -49,6 +49,9 @@ _FOLDER, _FILE, _ARGUMENTS = "checkpoint", "last.safetensors", "resume.toml"
 @dataclass(frozen=True)
 class Identity:
     """What must be the same when a run goes on.
+
+    The widths of networked nodes are not part of it: a device may be replaced by one of another
+    width while a run is going, and so it may before it goes on.
 
     Attributes
     ----------
@@ -187,9 +190,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         If there is none, it is damaged, or of another format.
     """
     path = folder / _FOLDER / _FILE
-    if not path.is_file():
-        raise SettingsError(f"resume: there is no checkpoint {path}")
     try:
+        path.stat()  # safe_open calls a file missing that we may not see.
         with safe_open(path, "pt") as file:
             head = json.loads((file.metadata() or {})["prowd"])
             if head["format"] != FORMAT:
@@ -201,6 +203,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(f"strategy/{name}") for name in head["strategy"]}
         identity = Identity(**head["identity"])
         return Checkpoint(identity, head["round"], head["seconds"], model, tensors, head["values"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise SettingsError(f"resume: there is no checkpoint {path}") from None
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise SettingsError(f"resume: {path} is no checkpoint that can be read: {error}") from None
 

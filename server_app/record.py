@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
@@ -40,6 +40,52 @@ def writing(path: Path) -> Iterator[None]:
         raise SettingsError(f"output-dir: {path} cannot be written: {reason}") from None
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from going on with a run; the lock ends with this one at the latest.
+
+    Raises
+    ------
+    SettingsError
+        If another process has it, or there is no such folder.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise SettingsError(f"resume: {folder} cannot be opened: {error.strerror}") from None
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SettingsError(f"resume: another process is writing {folder}") from None
+    except OSError:
+        pass  # A file system without locks.
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a file of a record that is gone on with.
+
+    Raises
+    ------
+    SettingsError
+        If it is missing or damaged; one line.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"resume: {path} cannot be read: {error}") from None
+    return content
+
+
 class RunRecord:
     """Folder of one run.
 
@@ -57,7 +103,7 @@ class RunRecord:
     RunExistsError
         If the folder exists.
     SettingsError
-        If it cannot be made; or, to go on, if another process writes it or rounds are missing.
+        If it cannot be made; or, to go on, if rounds or settings are missing.
     """
 
     def __init__(
@@ -66,16 +112,18 @@ class RunRecord:
         self.folder = folder
         if resumed_after is None:
             _make(folder)
-        self._lock = _locked(folder)
         self._best: dict[str, float] = {}
         self._last: dict[str, object] = {}
         self._uplink = self._downlink = 0
         self._started = datetime.now().astimezone()
         self._seconds_before = seconds
         self._board = None
+        self._config_before: dict[str, object] = {}
         self._resumed_after = resumed_after
         if resumed_after is not None:
-            self._take_up(resumed_after)
+            # Read before anything is rewritten.
+            self._config_before = read_json(folder / "config.json")
+            self._recount(resumed_after)
         self.write_summary("running")
 
     @property
@@ -94,7 +142,7 @@ class RunRecord:
             "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         }
         if self._resumed_after is not None:
-            before = json.loads((self.folder / "config.json").read_text())
+            before = dict(self._config_before)
             earlier = before.pop("earlier", [])
             config |= {"resumed_after": self._resumed_after, "earlier": [*earlier, before]}
         self._write_json("config.json", config)
@@ -130,12 +178,13 @@ class RunRecord:
         self._write_json("summary.json", summary)
 
     def close(self) -> None:
-        """Let another process go on with the run."""
-        os.close(self._lock)
+        """Let go of TensorBoard's file."""
         if self._board is not None:
-            self._board.close()
+            # On a full disk it fails once more, which would hide what ended the run.
+            with suppress(OSError):
+                self._board.close()
 
-    def _take_up(self, rounds: int) -> None:
+    def _recount(self, rounds: int) -> None:
         """Count the rounds of the checkpoint again, and drop what was written after it."""
         path = self.folder / "rounds.jsonl"
         try:
@@ -204,20 +253,6 @@ def _make(folder: Path) -> None:
         ) from None
     except OSError as error:
         raise SettingsError(f"output-dir: {folder} cannot be made: {error}") from None
-
-
-def _locked(folder: Path) -> int:
-    """Keep other processes from the folder for as long as this one lives or until it closes."""
-    with writing(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise SettingsError(f"resume: another process is writing {folder}") from None
-    except OSError:
-        pass  # A file system without locks.
-    return descriptor
 
 
 def _finite(value: object) -> object:

@@ -26,7 +26,7 @@ def run_rounds(
     keep: Callable[[int, State], None],
     done: int = 0,
 ) -> None:
-    """Run all rounds from an initial model.
+    """Run all rounds from an initial model, with nodes that have been gathered.
 
     Parameters
     ----------
@@ -48,8 +48,6 @@ def run_rounds(
         Rounds that need not be run again.
     """
     arrays = to_arrays(state)
-    # Before the clock starts: waiting for nodes says nothing about the rounds.
-    strategy.nodes.gather(grid)
     began = time.monotonic()
     for server_round in range(done + 1, settings.num_server_rounds + 1):
         entry, arrays = _run_round(grid, strategy, settings, server_round, arrays, evaluator)

@@ -1,9 +1,8 @@
 """One run from its settings to its last model: begun anew, or gone on with from a checkpoint."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from logging import INFO
+from logging import ERROR, INFO
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from quant import FLOAT_BITS, quantize_state
 from server_app.build import build_strategy
 from server_app.checkpoint import Checkpoint, Checkpoints, Identity, read_checkpoint
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
-from server_app.record import RunRecord
+from server_app.record import RunRecord, read_json
 from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
 from strategies.base import State
@@ -24,6 +23,7 @@ from task.errors import SettingsError
 from task.models import build_model
 from task.partition import evaluation_images, server_pixels
 from task.settings import Settings
+from task.simulation import in_simulation
 from task.training import check_quantizable, model_state
 
 
@@ -86,17 +86,16 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     return Run(folder, settings, options, strategy, model, evaluator)
 
 
-def take_up(
-    grid: Grid, settings: Settings, options: Mapping[str, object]
+def restore(
+    grid: Grid, folder: Path, settings: Settings, options: Mapping[str, object]
 ) -> tuple[Run, Checkpoint]:
-    """Make a run again as it was after its last checkpoint.
+    """Make a run again as it was after its last checkpoint; its nodes are gathered.
 
     Raises
     ------
     SettingsError
         If there is no good checkpoint, it is of another run, or that run is completed.
     """
-    folder = Path(settings.resume).expanduser()
     saved = read_checkpoint(folder)
     saved.refuse_other_settings({**settings.to_settings(), **options})
     _refuse_completed(folder, saved.server_round, settings.num_server_rounds)
@@ -107,19 +106,21 @@ def take_up(
     return run, saved
 
 
-def complete(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None) -> None:
+def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = None) -> None:
     """Run the rounds that are left, and leave the last model whatever ends them."""
     strategy, name = run.strategy, run.settings.strategy
     log(INFO, "prowd: %s on %s, record in %s", name, run.settings.dataset, run.folder)
-    strategy.nodes.gather(grid)
     if saved is None:
+        strategy.nodes.gather(grid)
         done, model, identity = 0, model_state(run.model), run.identity()
     else:
         done, model = saved.server_round, saved.model
         identity = replace(saved.identity, settings=run.all_settings)
         log(INFO, "prowd: going on after round %d", done)
     checkpoints = Checkpoints(run.folder, identity)
-    strategy.clients_keep_in = checkpoints.of_clients
+    # A networked node is told the key alone: it keeps nothing in the server's folders.
+    shared = in_simulation()
+    strategy.clients_keep_in = checkpoints.of_clients if shared else identity.client_key
 
     def keep(server_round: int, state: State) -> None:
         nonlocal done, model
@@ -130,20 +131,30 @@ def complete(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None) 
         keep(0, model)
     try:
         run_rounds(grid, strategy, run.settings, model, run.evaluator, record, keep, done)
-    finally:
+    except BaseException:
         # A run that fails, as for want of nodes, leaves the model that it had.
-        if done and strategy.evaluates_on_server:
-            model = strategy.state_for(max(strategy.nodes.widths()), model)
-            network = run.evaluator.network(quantize_state(model, FLOAT_BITS))
-            record.write_model(model_state(network))
+        try:
+            _write_model(run, record, done, model)
+        except SettingsError as error:  # On a full disk; what failed first is what is reported.
+            log(ERROR, "prowd: %s", error)
+        raise
+    _write_model(run, record, done, model)
     record.write_summary("completed")
     log(INFO, "prowd: completed; record in %s", run.folder)
+
+
+def _write_model(run: Run, record: RunRecord, done: int, model: State) -> None:
+    """Write the model of the last round, if there was one and the server has the model."""
+    if done and run.strategy.evaluates_on_server:
+        model = run.strategy.state_for(max(run.strategy.nodes.widths()), model)
+        network = run.evaluator.network(quantize_state(model, FLOAT_BITS))
+        record.write_model(model_state(network))
 
 
 def _refuse_completed(folder: Path, done: int, asked: int) -> None:
     if done > asked:
         raise SettingsError(f"num-server-rounds: {asked}, but {folder} has {done} rounds already")
-    status = json.loads((folder / "summary.json").read_text())["status"]
+    status = read_json(folder / "summary.json").get("status")
     if done == asked and status == "completed":
         raise SettingsError(
             f"resume: {folder} is completed with its {done} rounds; "

@@ -7,12 +7,14 @@ needs no change. It aggregates; who takes part and what is sent stays with the b
 import inspect
 import tomllib
 from collections.abc import Iterator, Mapping
+from logging import WARNING
 from math import isfinite
 
 import flwr.serverapp.strategy as flower_strategies
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from pydantic import Field, field_validator
@@ -121,22 +123,30 @@ class FlowerStrategy(MixedPrecisionStrategy):
     def combine(
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
     ) -> State | None:
-        """Hand the decoded updates to Flower's class."""
+        """Hand the decoded updates to Flower's class; a round that it cannot use is left out."""
         replies = [_as_reply(item, list(start)) for item in updates]
         if not replies:
             return None
-        name = type(self.inner).__name__
+        arrays, reason = self._aggregate(server_round, replies)
+        if arrays is not None:
+            return to_state(arrays)
+        if server_round == 1:
+            # What does not work at once, as for want of clients, will hardly do so later.
+            raise FederationError(f"strategy: {reason}")
+        log(WARNING, "Round %d is left out: %s", server_round, reason)
+        return None
+
+    def _aggregate(
+        self, server_round: int, replies: list[Message]
+    ) -> tuple[ArrayRecord | None, str]:
+        """Return what Flower's class makes of the replies, or why it makes nothing."""
+        name = PREFIX + type(self.inner).__name__
         try:
             arrays, _ = self.inner.aggregate_train(server_round, replies)
         except Exception as error:
             # A rule that needs more clients than there are, for example.
-            raise FederationError(f"strategy: {PREFIX}{name} cannot aggregate: {error}") from error
-        if arrays is None:
-            raise FederationError(
-                f"strategy: {PREFIX}{name} made no model of {len(replies)} updates; it may need "
-                "more clients"
-            )
-        return to_state(arrays)
+            return None, f"{name} cannot aggregate: {error}"
+        return arrays, f"{name} made no model of {len(replies)} updates; it may need more clients"
 
 
 def _make(name: str, arguments: dict[str, object]) -> FedAvg:

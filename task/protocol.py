@@ -104,7 +104,8 @@ class Instruction(_Record):
         Step size with which the server applied the average difference of that round.
     keep_in : str
         Folder for what a simulated client keeps from round to round; its last part names the run.
-        A networked node keeps it in its own ``state-dir``. Empty: in memory only.
+        A networked node, which keeps it in its own ``state-dir``, is told that last part alone.
+        Empty: in memory only.
     """
 
     server_round: int

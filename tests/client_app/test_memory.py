@@ -65,6 +65,17 @@ def test_a_round_that_comes_again_begins_from_the_round_before(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["3.safetensors", "4.safetensors"]
 
 
+@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: d[:50], lambda d: b""])
+def test_a_damaged_file_counts_as_lost(tmp_path, damage):
+    for server_round in (1, 2):
+        store(kept(float(server_round)), tmp_path, server_round)
+    path = tmp_path / "2.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    state = RecordDict()
+    recall(state, tmp_path, 3)
+    assert not state, "nor is anything older taken for it"
+
+
 def test_what_is_in_memory_is_newer_than_the_disk(tmp_path):
     store(kept(1.0), tmp_path, 1)
     state = RecordDict({"x": ArrayRecord()})
@@ -80,7 +91,9 @@ def test_what_is_in_memory_is_newer_than_the_disk(tmp_path):
         # A networked node writes nowhere but where its owner says.
         ({"bits": 8}, "/runs/a/checkpoint/clients/1f", None),
         ({"bits": 8, "state-dir": "/mine"}, "/runs/a/checkpoint/clients/1f", "/mine/1f/7"),
+        ({"bits": 8, "state-dir": "/mine"}, "1f", "/mine/1f/7"),
         ({"bits": 8, "state-dir": "/mine"}, "", None),
+        ({}, "1f", None),
     ],
 )
 def test_where_a_client_keeps_its_state(node_config, keep_in, folder):
@@ -99,4 +112,4 @@ def test_a_node_with_a_wrong_state_dir_is_refused(wrong):
     config = {"partition-id": 0, "num-partitions": 2, "bits": 8, "state-dir": wrong}
     with pytest.raises(SettingsError, match="node-config: state-dir is"):
         state_folder(config, "/x")
-    assert "must be an absolute path" in declare(config, {}).refused
+    assert "must be an absolute path" in declare(config, {}, False).refused

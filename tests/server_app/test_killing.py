@@ -24,11 +24,11 @@ PROWD = {"strategy": "prowd", "prowd-finetune-every": 2, "prowd-finetune-steps":
 MOMENTUM = {"strategy": "flwr:FedAvgM", "flwr-arguments": "server_momentum = 0.5"}
 # Name: kills, configuration. The strategies that keep something, on the server or with clients.
 JOBS = {
-    "prowd": (10, SMALL | PROWD | {"num-server-rounds": 6}),
-    "fedcomgate": (5, SMALL | {"strategy": "fedcomgate"}),
-    "grouped-avg": (5, SMALL | {"strategy": "grouped-avg", "fraction-train": 0.5}),
-    "local": (5, SMALL | {"strategy": "local", "fraction-train": 0.5}),
-    "fedavgm": (5, SMALL | MOMENTUM),
+    "prowd": (8, SMALL | PROWD),
+    "fedcomgate": (4, SMALL | {"strategy": "fedcomgate"}),
+    "grouped-avg": (4, SMALL | {"strategy": "grouped-avg", "fraction-train": 0.5}),
+    "local": (4, SMALL | {"strategy": "local", "fraction-train": 0.5}),
+    "fedavgm": (4, SMALL | MOMENTUM),
 }
 
 

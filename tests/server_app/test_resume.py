@@ -8,6 +8,7 @@ import subprocess
 import tomllib
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from server_app.app import main
 from server_app.checkpoint import read_checkpoint
+from server_app.record import RunRecord
 from strategies import FederationError
 from task.errors import SettingsError
+from task.protocol import INSTRUCTION
 
 SMALL = {
     "samples-per-client": 32,
@@ -31,12 +34,12 @@ SMALL = {
     "node-wait": 0.3,
 }
 STRATEGIES = {
-    "prowd": {"prowd-finetune-every": 2, "prowd-finetune-steps": 2},
+    "prowd": {"prowd-finetune-every": 1, "prowd-finetune-steps": 1},
     "prowd in the literal form": {
         "prowd-reference": "global",
         "prowd-dequantize": "client",
-        "prowd-finetune-every": 2,
-        "prowd-finetune-steps": 2,
+        "prowd-finetune-every": 1,
+        "prowd-finetune-steps": 1,
     },
     **{name: {} for name in ("fedavg", "fedprox", "fedpaq", "fedcom", "fedcomgate")},
     "grouped-avg": {},
@@ -83,6 +86,12 @@ def model(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.fixture(autouse=True)
+def in_simulation(monkeypatch):
+    """Clients share the server's disk."""
+    monkeypatch.setattr("server_app.run.in_simulation", lambda: True)
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run of two rounds, to be copied; never changed."""
@@ -95,11 +104,12 @@ def two_rounds(stopped, tmp_path):
 
 
 @pytest.mark.parametrize("system", STRATEGIES)
-def test_two_rounds_and_two_more_are_four(tmp_path, system):
-    own = {"strategy": system.split()[0], **STRATEGIES[system]}
-    whole = run(tmp_path / "whole", 4, **own)
+def test_two_rounds_and_one_more_are_three(tmp_path, system):
+    # Both runs evaluate rounds 2 and 3: as an even one, or as their last.
+    own = {"strategy": system.split()[0], "evaluate-every": 2, **STRATEGIES[system]}
+    whole = run(tmp_path / "whole", 3, **own)
     first = run(tmp_path / "parts", 2, **own)
-    parts = resume(first, 4, **own)
+    parts = resume(first, 3, **own)
     assert entries(parts) == entries(whole)
     if system == "local":
         assert parts.joinpath("checkpoint", "clients").is_dir()
@@ -116,7 +126,7 @@ def test_two_rounds_and_two_more_are_four(tmp_path, system):
 
 def test_a_wider_ladder_goes_on_where_it_was(tmp_path):
     """The dequantizer that a resumed run grows keeps its trained blocks."""
-    own = {"strategy": "prowd", **STRATEGIES["prowd"], "prowd-finetune-every": 1}
+    own = {"strategy": "prowd", **STRATEGIES["prowd"]}
     folder = run(tmp_path, 1, **own)
     tensors = read_checkpoint(folder).tensors
     assert any(bool(t.abs().max() > 0) for n, t in tensors.items() if n.endswith("4.weight"))
@@ -236,7 +246,7 @@ def test_a_crash_before_the_first_round_is_over_can_be_resumed(two_rounds, stopp
         ({"rounds": 1}, "num-server-rounds: 1, but "),
         ({"rounds": 2}, "is completed with its 2 rounds; a higher num-server-rounds"),
         ({"resume": "run"}, "resume: 'run' is not allowed: value error, the path must be absolute"),
-        ({"resume": "/nowhere"}, "resume: there is no checkpoint /nowhere/checkpoint/last"),
+        ({"resume": "/nowhere"}, "resume: /nowhere cannot be opened: No such file or directory"),
         ({"resume": 5}, "resume: 5 is not allowed"),
     ],
 )
@@ -296,6 +306,50 @@ def test_a_record_without_the_rounds_of_the_checkpoint_is_refused(two_rounds):
         resume(two_rounds, 3)
 
 
+@pytest.mark.parametrize("name", ["summary.json", "config.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")])
+def test_a_missing_or_torn_file_of_the_record_is_one_line(two_rounds, name, damage):
+    damage(two_rounds / name)
+    before = contents(two_rounds)
+    with pytest.raises(SettingsError, match=rf"resume: .*{name} cannot be read") as caught:
+        resume(two_rounds, 3)
+    assert "\n" not in str(caught.value)
+    assert contents(two_rounds) == before
+
+
+def test_a_folder_without_a_checkpoint_is_refused(two_rounds):
+    shutil.rmtree(two_rounds / "checkpoint")
+    with pytest.raises(SettingsError, match=r"there is no checkpoint .*last\.safetensors$"):
+        resume(two_rounds, 3)
+
+
+@contextmanager
+def closed_to_us(folder):
+    """What another user's folder is; root, who may read all, becomes nobody meanwhile."""
+    folder.chmod(0)
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if was_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint"])
+def test_the_folder_of_another_user_is_one_line(stopped, place):
+    # Not under tmp_path, which is closed to nobody altogether.
+    with TemporaryDirectory() as base:
+        os.chmod(base, 0o755)
+        folder = shutil.copytree(stopped, Path(base) / "run")
+        with closed_to_us(folder / place), pytest.raises(SettingsError) as caught:
+            resume(folder, 3)
+        assert "Permission denied" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_run_that_is_still_going_is_not_resumed_beside(tmp_path):
     class Beside(InProcessGrid):
         def pull_messages(self, ids):
@@ -312,25 +366,44 @@ def test_a_run_that_is_still_going_is_not_resumed_beside(tmp_path):
     assert summary(folder)["status"] == "completed"
 
 
+def test_a_resume_holds_the_run_while_it_still_gathers(two_rounds):
+    """Its checkpoint would be stale, and its record cut, had another one finished meanwhile."""
+
+    class Beside(InProcessGrid):
+        def get_node_ids(self):
+            if not refused:
+                refused.append("")
+                with pytest.raises(SettingsError) as caught:
+                    resume(two_rounds, 4)
+                refused[0] = str(caught.value)
+            return super().get_node_ids()
+
+    refused = []
+    resume(two_rounds, 3, grid=Beside)
+    assert refused == [f"resume: another process is writing {two_rounds}"]
+    assert [entry["round"] for entry in entries(two_rounds)] == [1, 2, 3]
+
+
 # --- runs that fail on the way -----------------------------------------------------------------
 
 
+class Leaving(InProcessGrid):
+    """One node goes after the second round."""
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        ids = super().push_messages(messages)
+        trained = [m for m in self.sent if m.metadata.message_type == "train"]
+        self.leaving = len(trained) == 4
+        return ids
+
+    def get_node_ids(self):
+        if getattr(self, "leaving", False):
+            self.nodes.pop(51, None)
+        return super().get_node_ids()
+
+
 def test_a_run_that_falls_below_min_nodes_leaves_its_model_and_can_be_resumed(tmp_path):
-    class Leaving(InProcessGrid):
-        """One node goes after the second round."""
-
-        def push_messages(self, messages):
-            messages = list(messages)
-            ids = super().push_messages(messages)
-            trained = [m for m in self.sent if m.metadata.message_type == "train"]
-            self.leaving = len(trained) == 4
-            return ids
-
-        def get_node_ids(self):
-            if getattr(self, "leaving", False):
-                self.nodes.pop(51, None)
-            return super().get_node_ids()
-
     with pytest.raises(FederationError, match="1 nodes can take part, min-nodes is 2"):
         run(tmp_path, 4, grid=Leaving, min_nodes=2)
     folder = tmp_path / "run"
@@ -357,12 +430,22 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_last_one_intact
     kept = (two_rounds / "checkpoint" / "last.safetensors").read_bytes()
     with file_size_limit(200_000), pytest.raises(SettingsError) as caught:
         resume(two_rounds, 4)
-    assert "model.safetensors cannot be written: File too large" in str(caught.value)
+    assert "last.safetensors cannot be written: File too large" in str(caught.value)
     assert summary(two_rounds)["status"] == "failed"
     assert (two_rounds / "checkpoint" / "last.safetensors").read_bytes() == kept
     assert not list(two_rounds.rglob("*.part"))
     resume(two_rounds, 4)
     assert summary(two_rounds)["status"] == "completed"
+
+
+def test_a_full_disk_does_not_hide_why_the_run_ended(tmp_path, monkeypatch):
+    def full(self, state):
+        raise SettingsError("output-dir: model.safetensors cannot be written: No space left")
+
+    monkeypatch.setattr(RunRecord, "write_model", full)
+    with pytest.raises(FederationError, match="1 nodes can take part, min-nodes is 2"):
+        run(tmp_path, 4, grid=Leaving, min_nodes=2)
+    assert "min-nodes is 2" in summary(tmp_path / "run")["reason"]
 
 
 @contextmanager
@@ -395,6 +478,16 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_intact(tmp_path, kib):
     assert summary(rescued)["status"] == "completed"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_under_tensorboard_is_one_line(two_rounds):
+    """TensorBoard writes in a thread of its own, and fails once more when it is closed."""
+    disk = ("-t", "tmpfs", "-o", "size=4k", "tmpfs")
+    with mounted(two_rounds / "tensorboard", *disk), pytest.raises(SettingsError) as caught:
+        resume(two_rounds, 40)
+    assert "tensorboard cannot be written: No space left" in str(caught.value)
+    assert "tensorboard cannot be written" in summary(two_rounds)["reason"]
+
+
 @pytest.mark.parametrize("place", [".", "checkpoint"])
 def test_a_folder_that_cannot_be_written_is_one_line(two_rounds, place):
     folder = two_rounds / place
@@ -417,19 +510,56 @@ def test_a_file_in_place_of_the_checkpoints_folder_is_one_line(tmp_path, monkeyp
     assert summary(tmp_path / "run")["status"] == "failed"
 
 
+def told_to_keep_in(grids):
+    records = [m.content[INSTRUCTION] for g in grids for m in g.sent if INSTRUCTION in m.content]
+    return {record["keep_in"] for record in records}
+
+
 @pytest.mark.parametrize("strategy", ["local", "fedcomgate"])
-def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, strategy):
+def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, monkeypatch, strategy):
+    grids = []
+
+    class Networked(InProcessGrid):
+        def __init__(self, nodes):
+            super().__init__(nodes)
+            grids.append(self)
+
+    monkeypatch.setattr("server_app.run.in_simulation", lambda: False)
+
     def node_configs(name):
         return {
             i: {"bits": b, "state-dir": str(tmp_path / name / str(i))} for i, b in ((0, 4), (1, 32))
         }
 
     own = {"strategy": strategy, "bit_mix": "4:0.5,32:0.5"}
+    own["grid"] = Networked
     whole = run(tmp_path / "whole", 3, node_configs=node_configs("a"), **own)
     folder = run(tmp_path, 2, node_configs=node_configs("b"), **own)
     assert not (folder / "checkpoint" / "clients").exists()
     resume(folder, 3, node_configs=node_configs("b"), **own)
     assert entries(folder) == entries(whole)
+    keys = [read_checkpoint(path).identity.client_key for path in (whole, folder)]
+    assert told_to_keep_in(grids) == set(keys), "no folder of the server's"
+
+
+def test_networked_nodes_may_have_other_widths_when_a_run_goes_on(tmp_path):
+    own = {"strategy": "prowd", "prowd-finetune-steps": 1}
+    folder = run(tmp_path, 1, node_configs={0: {"bits": 4}, 1: {"bits": 32}}, **own)
+    resume(folder, 2, node_configs={0: {"bits": 8}, 1: {"bits": 32}}, **own)
+    assert [sorted(e["uplink_bytes"]) for e in entries(folder)] == [["32", "4"], ["32", "8"]]
+    assert summary(folder)["status"] == "completed"
+
+
+def test_a_client_restarted_before_evaluation_evaluates_what_it_trained_last(tmp_path):
+    class Restarting(InProcessGrid):
+        def push_messages(self, messages):
+            for node in self.nodes.values():
+                node.lose_state()
+            return super().push_messages(messages)
+
+    whole = run(tmp_path / "whole", 2, strategy="local")
+    restarted = run(tmp_path / "restarted", 2, strategy="local", grid=Restarting)
+    assert entries(restarted) == entries(whole)
 
 
 def test_what_simulated_clients_keep_does_not_grow(tmp_path):

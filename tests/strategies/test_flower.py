@@ -158,6 +158,16 @@ def test_a_rule_that_cannot_aggregate_ends_with_its_reason(monkeypatch):
         run_round(strategy, federation(clients(), STATE), STATE)
 
 
+def test_a_later_round_that_a_rule_cannot_use_is_left_out(monkeypatch, caplog):
+    strategy = make("Bulyan", "num_malicious_nodes = 1")
+    assert run_round(strategy, federation(clients(), STATE), STATE, server_round=2) is None
+    assert "Round 2 is left out: flwr:Bulyan made no model of 5 updates" in caplog.text
+    strategy = make("FedAvg")
+    monkeypatch.setattr(strategy.inner, "weighted_by_key", "absent")
+    assert run_round(strategy, federation(clients(), STATE), STATE, server_round=3) is None
+    assert "Round 3 is left out: flwr:FedAvg cannot aggregate" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
