@@ -126,7 +126,7 @@ def test_a_foreign_supernode_is_refused(intruder, arguments, reason):
         ("ls", "prowd"),
         ("run", ".", "prowd"),
         ("supernode", "ls", "prowd"),
-        ("supernode", "register", f"{KEYS}/sites/own/node.pub", "prowd"),
+        ("supernode", "register", f"{KEYS}/operator/sites/own.pub", "prowd"),
     ],
     ids=lambda words: " ".join(words[:2]),
 )
