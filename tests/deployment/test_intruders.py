@@ -154,7 +154,7 @@ def test_a_foreign_superexec_gets_no_task(rehearsal, intruder, secret):
 def test_without_the_secret_the_superlink_itself_gives_no_task(rehearsal):
     """On the server's own network, where no proxy stands between."""
     superexec = ["flower-superexec", "--runtime-api-address=superlink:8000"]
-    ca = "--root-certificates=/srv/prowd/keys/server/ca.crt"
+    ca = "--root-certificates=/srv/prowd/keys/ca.crt"
     refusals = rehearsal.services["superlink"].log.count("SuperExec authentication failed")
     rehearsal.run("serverapp", *superexec, ca)
     log = rehearsal.services["superlink"].log
