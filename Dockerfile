@@ -1,13 +1,13 @@
 # One image for every Flower process of docker-compose.yml, and for the app.
 FROM python:3.12-slim
 
+ARG SITES="int4 int8-a int8-b float32"
+# A volume takes over the owner of the folder that it is first mounted on.
 RUN useradd --uid 49999 --create-home --home-dir /srv/prowd prowd \
-    # A volume takes over the owner of the folder that it is first mounted on.
-    && install -d -o prowd -g prowd /srv/prowd/keys /srv/prowd/state /srv/prowd/home \
-        /srv/prowd/prowd-runs /srv/prowd/keys/authority /srv/prowd/keys/operator \
-        /srv/prowd/keys/server /srv/prowd/keys/proxy \
-        /srv/prowd/keys/sites/int4 /srv/prowd/keys/sites/int8-a \
-        /srv/prowd/keys/sites/int8-b /srv/prowd/keys/sites/float32
+    && cd /srv/prowd && install -d -o prowd -g prowd keys state home data prowd-runs \
+    && cd keys && install -d -o prowd -g prowd authority operator server serverapp proxy \
+        sites clientapps \
+    && for site in $SITES; do install -d -o prowd -g prowd sites/$site clientapps/$site; done
 
 WORKDIR /srv/prowd/app
 # For pip, as an index that holds PyTorch without CUDA, which is ten times smaller.

@@ -2,8 +2,10 @@
 
 Every service has its own network (one interface a compose network, on a bridge of that network),
 its own process tree and mounts (named volumes at their targets, a private /srv and /tmp), runs as
-the user that the file names, and is started again as its restart policy says. What is not
-rehearsed is the image: the processes see this machine's programs and the tests' environment.
+the user that the file names, may write no more of /srv than the file lets it, and is started again
+as its restart policy says. What is not rehearsed is the image, whose folders test_compose.py
+compares, and the limits on memory and processes: the processes see this machine's programs and the
+tests' environment.
 """
 
 import os
@@ -87,7 +89,7 @@ class Containers:
             waiting = {n: s for n, s in waiting.items() if n not in ready}
 
     def run(self, service: str, *words: str, timeout: float = 60) -> subprocess.CompletedProcess:
-        """Run another command in place of a service's own, as `docker compose run` does."""
+        """Run another command in place of a service's own and of its entrypoint."""
         return subprocess.run(
             self.services[service].words(list(words)),
             capture_output=True,
@@ -189,9 +191,16 @@ class Service:
         if "networks" in spec:
             script += [f"mount --bind {root / (self.name + '.hosts')} /etc/hosts"]
         script += _private_folders()
+        for entry in spec.get("tmpfs", []):
+            target, _, options = entry.partition(":")
+            if target != "/tmp":
+                options = ",".join(filter(None, ["noexec", options]))
+                script += [f"mkdir -p {target}", f"mount -t tmpfs -o {options} tmpfs {target}"]
+        if spec.get("read_only"):
+            script += ["mount -o remount,ro /srv"]
         run = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--no-new-privs"]
         run += ["env", "-i", *(f"{k}={v}" for k, v in environment.items())]
-        run += words or spec["command"]
+        run += words or [*(spec.get("entrypoint") or []), *spec["command"]]
         script += [f"cd {spec.get('working_dir', '/')}", f"exec {shlex.join(run)}"]
         entry = ["ip", "netns", "exec", self._containers.namespace(self.name), "unshare"]
         entry += ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -222,7 +231,7 @@ def _private_folders() -> list[str]:
     places = {path: f"/srv/kept/{number}" for number, path in enumerate(kept)}
     return [
         *(f"mkdir -p {place} && mount --bind {path} {place}" for path, place in places.items()),
-        "mount -t tmpfs -o mode=1777 tmpfs /tmp",
+        "mount -t tmpfs -o mode=1777,noexec tmpfs /tmp",
         "mount -t tmpfs -o mode=755 tmpfs /root",
         *(f"mkdir -p {path} && mount --bind {place} {path}" for path, place in places.items()),
     ]

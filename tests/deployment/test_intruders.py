@@ -38,6 +38,33 @@ for path in {PATHS!r}:
     print(connection.getresponse().status)
 """
 
+# Bodies under and over what the proxy passes on, each of an announced and an unannounced length.
+LARGE = f"""
+import http.client, ssl
+for size in (15_000_000, 64_000_000):
+    for announced in (True, False):
+        trusted = ssl.create_default_context(cafile="{REAL}")
+        connection = http.client.HTTPSConnection("proxy", 8443, context=trusted, timeout=60)
+        connection.putrequest("POST", "/v1/fleet/push-messages")
+        connection.putheader("Content-Type", "application/protobuf")
+        if announced:
+            connection.putheader("Content-Length", size)
+        else:
+            connection.putheader("Transfer-Encoding", "chunked")
+        connection.endheaders()
+        block = bytes(1_000_000)
+        try:
+            for _ in range(size // len(block)):
+                connection.send(block if announced else b"f4240\\r\\n" + block + b"\\r\\n")
+            connection.send(b"" if announced else b"0\\r\\n\\r\\n")
+        except OSError:
+            pass  # cut off on the way
+        try:
+            print(connection.getresponse().status)
+        except (OSError, http.client.HTTPException):
+            print("cut")
+"""
+
 
 def known_to(rehearsal):
     """Return the runs and nodes that the SuperLink knows."""
@@ -99,7 +126,7 @@ def test_a_foreign_supernode_is_refused(intruder, arguments, reason):
         ("ls", "prowd"),
         ("run", ".", "prowd"),
         ("supernode", "ls", "prowd"),
-        ("supernode", "register", f"{KEYS}/sites/own/node.pub", "prowd"),
+        ("supernode", "register", f"{KEYS}/operator/sites/own.pub", "prowd"),
     ],
     ids=lambda words: " ".join(words[:2]),
 )
@@ -127,7 +154,7 @@ def test_a_foreign_superexec_gets_no_task(rehearsal, intruder, secret):
 def test_without_the_secret_the_superlink_itself_gives_no_task(rehearsal):
     """On the server's own network, where no proxy stands between."""
     superexec = ["flower-superexec", "--runtime-api-address=superlink:8000"]
-    ca = "--root-certificates=/srv/prowd/keys/server/ca.crt"
+    ca = "--root-certificates=/srv/prowd/keys/ca.crt"
     refusals = rehearsal.services["superlink"].log.count("SuperExec authentication failed")
     rehearsal.run("serverapp", *superexec, ca)
     log = rehearsal.services["superlink"].log
@@ -141,6 +168,16 @@ def test_no_path_leads_past_the_fleets_interface(intruder):
     # 404: passed on as it was written, and the SuperLink has no such path.
     assert set(answers.values()) <= {"403", "404"}, answers
     assert answers["/v1/control/list-runs"] == answers["/v1/runtime/acquire-task"] == "403"
+
+
+def test_a_large_request_is_not_passed_on_to_the_superlink(intruder):
+    """Which reads it into memory, whole, before it asks who sends it."""
+    done = intruder("python", "-c", LARGE)
+    answers = done.stdout.split()
+    assert len(answers) == 4, done.stderr
+    # The SuperLink's own answer to what is no message.
+    assert answers[:2] == ["400", "400"]
+    assert set(answers[2:]) <= {"413", "cut"}, answers
 
 
 @pytest.mark.parametrize(

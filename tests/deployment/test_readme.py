@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,15 @@ def test_a_device_without_a_width_is_refused_on_both_sides(tried, kind):
     assert len(server) == 1
     assert re.search(r"Node \d+ is refused: ", server[0])
     assert f"prowd: this node cannot take part: {reason}" in tried.read(f"{kind}.log")
+
+
+def test_the_quick_start_keeps_its_default_connection(tmp_path):
+    """With no configuration before: Flower writes its own only where there is no file."""
+    [script] = [b for b in blocks("On one host, to try it") if "superlink.lab" in b]
+    env = {k: v for k, v in os.environ.items() if k != "FLWR_HOME"}
+    env |= {"HOME": str(tmp_path), "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", script], env=env, check=True, capture_output=True)
+    held = tomllib.loads((tmp_path / ".flwr" / "config.toml").read_text())["superlink"]
+    assert held["default"] == "local"
+    assert held["local"]["address"] == ":local:"
+    assert held["lab"] == {"address": "127.0.0.1:8000", "insecure": True}
