@@ -9,6 +9,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
+from strategies.inbox import pull
 from strategies.replies import last_line
 from task.protocol import DECLARATION, Declaration, ProtocolError
 from task.seeds import derive_seed
@@ -46,7 +47,7 @@ class Nodes:
         self._known: dict[int, Declaration] = {}
         self._refused: dict[int, str] = {}
         self._waiting: dict[int, Declaration] = {}
-        self._queries: dict[str, int] = {}
+        self._queries: dict[int, Message] = {}
         self._failures: dict[int, int] = {}
         self._spoken_of = 0
         self._gathered = False
@@ -74,7 +75,7 @@ class Nodes:
             refused = [self._refused[n] for n in connected if n in self._refused]
             # A refused node may stand where another is still to answer.
             heard = len(present)
-            if not set(self._queries.values()) & set(connected):
+            if not self._queries.keys() & set(connected):
                 heard += len(refused)
             complete = 0 < self._expected() <= heard
             enough = len(present) >= self._min_nodes
@@ -107,21 +108,21 @@ class Nodes:
         return next((d.num_partitions for d in self._known.values()), self._spoken_of)
 
     def _ask(self, grid: Grid, connected: list[int]) -> None:
-        heard = self._known.keys() | self._refused.keys() | set(self._queries.values())
+        heard = self._known.keys() | self._refused.keys() | self._queries.keys()
         new = [node_id for node_id in connected if node_id not in heard]
         if not new:
             return
         messages = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in new]
         grid.push_messages(messages)
-        self._queries |= {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+        self._queries |= dict(zip(new, messages, strict=True))
 
     def _hear(self, grid: Grid, connected: list[int]) -> None:
         # A node that never answers costs nothing but this look.
-        replies = list(grid.pull_messages(list(self._queries))) if self._queries else []
-        for reply in replies:
-            node_id = self._queries.pop(reply.metadata.reply_to_message_id, None)
-            if node_id is None:
+        for node_id, query in list(self._queries.items()):
+            reply = pull(grid, query)
+            if reply is None:
                 continue
+            del self._queries[node_id]
             if reply.has_error():
                 self._failures[node_id] = self._failures.get(node_id, 0) + 1
                 if self._failures[node_id] >= _QUERIES:

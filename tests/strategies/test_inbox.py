@@ -1,0 +1,106 @@
+"""Replies through the door that a run uses: `receive`, and `Nodes.gather` for declarations."""
+
+import tracemalloc
+
+import httpx
+import pytest
+import torch
+from federation import InProcessGrid, ScriptedClient, federation, payload_record
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+
+from strategies import FedAvg, receive
+from task.protocol import UPDATE
+
+STATE = {"w": torch.linspace(-1, 1, 24).reshape(4, 6), "b": torch.zeros(4)}
+
+
+def honest(partition, of=3, bits=8):
+    return ScriptedClient(partition, of, bits, lambda state: state)
+
+
+def train(strategy, grid, timeout=0.0):
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+    return strategy.aggregate_train(1, receive(grid, messages, timeout))
+
+
+class Undecodable(InProcessGrid):
+    """Pulling what node 101 answers to one kind of message raises, as Flower's decoding does."""
+
+    def __init__(self, nodes, kind, error):
+        super().__init__(nodes)
+        self.kind, self.error = kind, error
+
+    def pull_messages(self, message_ids):
+        asked = [self._waiting[i].metadata for i in message_ids if i in self._waiting]
+        if any(m.dst_node_id == 101 and m.message_type == self.kind for m in asked):
+            raise self.error
+        return super().pull_messages(message_ids)
+
+
+def undecodable(kind, error):
+    return Undecodable(federation([honest(i) for i in range(3)], STATE).nodes, kind, error)
+
+
+ERRORS = [ValueError("no head"), KeyError("x"), AttributeError("data"), RecursionError("deep")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+def test_a_reply_that_flower_cannot_decode_fails_its_client_only(error):
+    strategy = FedAvg()
+    train(strategy, undecodable("train", error))
+    assert strategy.round_log.aggregated == [0, 2]
+    assert "its reply cannot be read" in strategy.round_log.failed[1]
+
+
+def test_a_declaration_that_flower_cannot_decode_refuses_its_node_only():
+    strategy = FedAvg(node_wait=1.0)
+    train(strategy, undecodable("query", ValueError("no head")))
+    assert strategy.round_log.aggregated == [0, 2]
+
+
+@pytest.mark.parametrize("kind", ["query", "train"])
+def test_a_lost_connection_to_the_superlink_is_not_taken_for_a_bad_reply(kind):
+    with pytest.raises(httpx.ConnectError):
+        train(FedAvg(node_wait=1.0), undecodable(kind, httpx.ConnectError("gone")))
+
+
+def test_a_reply_that_claims_to_answer_anothers_message_fails_its_own_client():
+    """What a reply says of itself is what its node wrote; Flower does not compare it."""
+    grid = federation([honest(i) for i in range(3)], STATE)
+    strategy, client = FedAvg(), grid.nodes[101]
+
+    def forging(message):
+        if message.metadata.message_type == "query":
+            return client(message)
+        first = next(m for m in grid.sent if m.metadata.message_type == "train")
+        return Message(client(message).content, reply_to=first)
+
+    grid.nodes[101] = forging
+    train(strategy, grid)
+    assert strategy.round_log.aggregated == [0, 2]
+    assert "answers another message" in strategy.round_log.failed[1]
+
+
+def test_replies_that_are_ready_together_are_not_in_memory_together():
+    grid = federation([honest(i, 50) for i in range(50)], STATE)
+
+    def large(client):
+        def answer(message):
+            reply = client(message)
+            if message.metadata.message_type == "train":
+                reply.content[UPDATE] = payload_record(bytes(4_000_000))
+            return reply
+
+        return answer
+
+    grid.nodes = {node_id: large(client) for node_id, client in grid.nodes.items()}
+    strategy = FedAvg()
+    tracemalloc.start()
+    try:
+        train(strategy, grid)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(strategy.round_log.rejected) == 50
+    assert peak < 20_000_000
