@@ -1,5 +1,6 @@
 """Replies through the door that a run uses: `receive`, and `Nodes.gather` for declarations."""
 
+import json
 import tracemalloc
 
 import httpx
@@ -7,6 +8,14 @@ import pytest
 import torch
 from federation import InProcessGrid, ScriptedClient, federation, payload_record
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.supercore.inflatable.inflatable_object import (
+    add_header_to_object_body,
+    get_all_nested_objects,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    inflate_object_from_contents,
+    validate_object_content,
+)
 
 from strategies import FedAvg, receive
 from task.protocol import UPDATE
@@ -21,7 +30,7 @@ def honest(partition, of=3, bits=8):
 def train(strategy, grid, timeout=0.0):
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
-    return strategy.aggregate_train(1, receive(grid, messages, timeout))
+    return strategy.aggregate_train(1, receive(grid, messages, timeout, strategy.largest_payload))
 
 
 class Undecodable(InProcessGrid):
@@ -104,3 +113,76 @@ def test_replies_that_are_ready_together_are_not_in_memory_together():
         tracemalloc.stop()
     assert len(strategy.round_log.rejected) == 50
     assert peak < 20_000_000
+
+
+class Inflating(InProcessGrid):
+    """Brings every reply through Flower's own objects, as the grid of a real federation does."""
+
+    def pull_messages(self, message_ids):
+        return [self._through_flower(reply) for reply in super().pull_messages(message_ids)]
+
+    def _through_flower(self, reply):
+        objects = get_all_nested_objects(reply)
+        contents = {object_id: part.deflate() for object_id, part in objects.items()}
+        for content in contents.values():
+            validate_object_content(content)
+        return inflate_object_from_contents(reply.object_id, contents)
+
+
+def repeating(monkeypatch, data, times):
+    """Arrays that hold `data` list each of their chunks so often."""
+    deflate = Array.deflate
+
+    def repeated(array):
+        if array.data != data:
+            return deflate(array)
+        fields = {"dtype": "uint8", "shape": [1], "stype": array.stype}
+        body = json.dumps({**fields, "arraychunk_ids": [0] * times}).encode()
+        array.slice_array()
+        return add_header_to_object_body(object_body=body, obj=array)
+
+    monkeypatch.setattr(Array, "deflate", repeated)
+
+
+@pytest.mark.parametrize("arrays", [1, 40])
+def test_an_array_that_repeats_its_chunks_is_never_built(monkeypatch, arrays):
+    """2 MB sent, 400 MB built: by one array, or by many that are each within bounds."""
+    grid = Inflating(federation([honest(i) for i in range(3)], STATE).nodes)
+    client, data = grid.nodes[101], bytes(2_000_000) if arrays == 1 else bytes(100)
+    repeating(monkeypatch, data, 200 if arrays == 1 else 1)
+
+    def bomb(message):
+        reply = client(message)
+        if message.metadata.message_type == "train":
+            kinds = [f"kind-{i}" for i in range(arrays)]
+            reply.content[UPDATE] = ArrayRecord({k: Array("uint8", (1,), k, data) for k in kinds})
+        return reply
+
+    grid.nodes[101] = bomb
+    strategy = FedAvg()
+    tracemalloc.start()
+    try:
+        train(strategy, grid)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert strategy.round_log.aggregated == [0, 2]
+    assert "its arrays take more than" in strategy.round_log.failed[1]
+    assert peak < 20_000_000
+    assert Array.inflate.__qualname__ == "Array.inflate"
+
+
+def test_a_declaration_brings_no_arrays():
+    grid = Inflating(federation([honest(i) for i in range(3)], STATE).nodes)
+    client = grid.nodes[101]
+
+    def bulky(message):
+        reply = client(message)
+        if message.metadata.message_type == "query":
+            reply.content["more"] = payload_record(bytes(1000))
+        return reply
+
+    grid.nodes[101] = bulky
+    strategy = FedAvg(node_wait=1.0)
+    train(strategy, grid)
+    assert strategy.round_log.aggregated == [0, 2]
