@@ -101,6 +101,7 @@ def take_up(
     saved.refuse_other_settings({**settings.to_settings(), **options})
     _refuse_completed(folder, saved.server_round, settings.num_server_rounds)
     run = prepare(folder, settings, options)
+    run.strategy.nodes.expect(saved.identity.num_partitions)
     run.strategy.nodes.gather(grid)
     saved.refuse_other(run.identity())
     run.strategy.restore(saved.tensors, saved.values)
