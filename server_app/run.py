@@ -76,6 +76,7 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     # Before the data, which may have to be downloaded.
     strategy = build_strategy(settings, options)
     data = load_dataset(settings)
+    strategy.nodes.most_examples = len(data.train)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
     if min(settings.mix) < FLOAT_BITS:
         check_quantizable(model, settings.model)

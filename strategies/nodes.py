@@ -12,14 +12,12 @@ from flwr.serverapp import Grid
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
 from strategies.inbox import pull
 from strategies.replies import last_line
-from task.protocol import DECLARATION, Declaration, ProtocolError
+from task.protocol import DECLARATION, Declaration, ProtocolError, plain
 from task.seeds import derive_seed
 
 _POLL = 0.1
 # A query can fail for a passing reason; a node that fails this often is refused.
 _QUERIES = 3
-# Keeps weighted sums finite whatever a node claims.
-_MOST_EXAMPLES = 10**9
 
 
 class FederationError(RuntimeError):
@@ -43,11 +41,18 @@ class Nodes:
         Nodes that must take part.
     wait : float
         Seconds to wait for them.
+
+    Attributes
+    ----------
+    most_examples : int
+        A node that declares more is refused, as its claim is its weight in the mean; the server
+        sets it to the number of training images.
     """
 
     def __init__(self, min_nodes: int = 1, wait: float = 60.0) -> None:
         self._min_nodes = min_nodes
         self._wait = wait
+        self.most_examples = 10**9
         self._present: dict[int, Declaration] = {}
         # All of these hold connected nodes only; declarations in the order in which they came.
         self._declared: dict[int, Declaration] = {}
@@ -195,8 +200,8 @@ class Nodes:
             )
         if not 0 <= new.partition_id < new.num_partitions:
             return f"it declares partition {new.partition_id} of {new.num_partitions}"
-        if not 1 <= new.num_examples <= _MOST_EXAMPLES:
-            return f"it declares {new.num_examples} examples; allowed: 1 to {_MOST_EXAMPLES}"
+        if not 1 <= new.num_examples <= self.most_examples:
+            return f"it declares {new.num_examples} examples; allowed: 1 to {self.most_examples}"
         return ""
 
     def _seated(self) -> dict[int, Declaration]:
@@ -236,8 +241,8 @@ class Nodes:
                 )
 
     def _refuse(self, node_id: int, reason: str) -> None:
-        self._refused[node_id] = reason
-        log(WARNING, "Node %d is refused: %s", node_id, reason)
+        self._refused[node_id] = plain(reason)
+        log(WARNING, "Node %d is refused: %s", node_id, plain(reason))
 
 
 def sample_nodes(

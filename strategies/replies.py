@@ -8,11 +8,14 @@ from math import isfinite
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from quant import STYPE, Update
-from task.protocol import REPORT, UPDATE, Declaration, ProtocolError, Report
+from task.protocol import REPORT, UPDATE, Declaration, ProtocolError, Report, plain
 
 
 class BadReply(ValueError):
-    """A reply that cannot be used; the message says why."""
+    """A reply that cannot be used; the message says why, in one short line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(plain(reason))
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ def match_replies(
 def last_line(reason: str | None) -> str:
     """Return the last line of an error's reason: of a traceback, what was raised."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "no reason given"
+    return plain(lines[-1]) if lines else "no reason given"
 
 
 def _by_message_id(

@@ -7,7 +7,7 @@ import httpx
 import pytest
 import torch
 from federation import InProcessGrid, ScriptedClient, federation, payload_record
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.supercore.inflatable.inflatable_object import (
     add_header_to_object_body,
     get_all_nested_objects,
@@ -18,7 +18,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 
 from strategies import FedAvg, receive
-from task.protocol import UPDATE
+from task.protocol import REPORT, UPDATE
 
 STATE = {"w": torch.linspace(-1, 1, 24).reshape(4, 6), "b": torch.zeros(4)}
 
@@ -186,3 +186,21 @@ def test_a_declaration_brings_no_arrays():
     strategy = FedAvg(node_wait=1.0)
     train(strategy, grid)
     assert strategy.round_log.aggregated == [0, 2]
+
+
+def test_the_reason_for_setting_a_reply_aside_is_one_short_line():
+    grid = federation([honest(i) for i in range(3)], STATE)
+    client = grid.nodes[101]
+
+    def wordy(message):
+        reply = client(message)
+        if message.metadata.message_type == "train":
+            reply.content[REPORT] = MetricRecord({"\n" + "k" * 10_000: 1})
+        return reply
+
+    grid.nodes[101] = wordy
+    strategy = FedAvg()
+    train(strategy, grid)
+    reason = strategy.round_log.rejected[1]
+    assert len(reason) <= 500
+    assert reason.isprintable()

@@ -1,5 +1,6 @@
 """Who holds which partition, through `Nodes.gather` on a grid whose nodes come and go."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -135,3 +136,24 @@ def test_a_query_that_was_lost_with_its_node_is_sent_again():
     nodes.gather(grid)
     grid.nodes[101] = node
     assert gathered(nodes, grid) == {100: 0, 101: 1}
+
+
+def test_a_node_declares_no_more_examples_than_there_are_images():
+    nodes = Nodes(wait=0.3)
+    nodes.most_examples = 1000
+    grid = federation([client(0, 2, examples=1000), client(1, 2, examples=1001)], STATE)
+    assert gathered(nodes, grid) == {100: 0}
+
+
+def test_the_text_of_a_refusal_is_one_short_line(caplog):
+    talker = client(1, 2)
+    refused = "x\nINFO: completed\x1b[2J" + "y" * 10_000
+    talker.declaration = replace(talker.declaration, refused=refused)
+    logging.getLogger("flwr").addHandler(caplog.handler)
+    try:
+        Nodes(wait=0.3).gather(federation([client(0, 2), talker], STATE))
+    finally:
+        logging.getLogger("flwr").removeHandler(caplog.handler)
+    line = next(m for m in caplog.messages if "is refused" in m)
+    assert "x?INFO: completed?[2J" in line
+    assert len(line) < 600
