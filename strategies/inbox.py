@@ -70,8 +70,8 @@ def pull(grid: Grid, message: Message, most_bytes: int = 0) -> Message | None:
         with _arrays_of(most_bytes):
             replies = list(grid.pull_messages([message_id]))
         return _checked(replies[0], message_id) if replies else None
-    except (httpx.HTTPError, OSError):
-        # The connection to the SuperLink, not the reply.
+    except (httpx.HTTPError, OSError, MemoryError):
+        # The connection to the SuperLink or this machine, not the reply.
         raise
     except Exception as error:  # Decoding raises whatever the bytes of a stranger lead to.
         reason = f"its reply cannot be read: {type(error).__name__}: {error}"
