@@ -71,7 +71,7 @@ def _run_round(
 ) -> tuple[dict[str, object], ArrayRecord]:
     started = time.monotonic()
     messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
-    replies = _Timed(receive(grid, messages, settings.round_timeout))
+    replies = _Timed(receive(grid, messages, settings.round_timeout, strategy.largest_payload))
     aggregated, metrics = strategy.aggregate_train(server_round, replies)
     arrays = arrays if aggregated is None else aggregated
     combined = time.monotonic()
@@ -146,7 +146,7 @@ def _evaluate_on_clients(
     arrays: ArrayRecord,
 ) -> dict[str, float]:
     messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-    replies = receive(grid, messages, settings.round_timeout)
+    replies = receive(grid, messages, settings.round_timeout, strategy.largest_payload)
     return dict(strategy.aggregate_evaluate(server_round, replies) or {})
 
 

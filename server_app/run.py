@@ -76,6 +76,7 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     # Before the data, which may have to be downloaded.
     strategy = build_strategy(settings, options)
     data = load_dataset(settings)
+    strategy.nodes.most_examples = len(data.train)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
     if min(settings.mix) < FLOAT_BITS:
         check_quantizable(model, settings.model)
@@ -100,6 +101,7 @@ def restore(
     saved.refuse_other_settings({**settings.to_settings(), **options})
     _refuse_completed(folder, saved.server_round, settings.num_server_rounds)
     run = prepare(folder, settings, options)
+    run.strategy.nodes.expect(saved.identity.num_partitions)
     run.strategy.nodes.gather(grid)
     saved.refuse_other(run.identity())
     run.strategy.restore(saved.tensors, saved.values)

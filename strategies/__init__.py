@@ -6,10 +6,11 @@ from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
 from strategies.flower import FlowerStrategy
 from strategies.grouped import GroupedAvg
+from strategies.inbox import receive
 from strategies.local import Local
 from strategies.nodes import FederationError
 from strategies.prowd import ProWD, ProWDOptions
-from strategies.replies import ClientUpdate, RoundLog, receive
+from strategies.replies import ClientUpdate, RoundLog
 
 STRATEGIES: dict[str, type[MixedPrecisionStrategy]] = {
     "prowd": ProWD,

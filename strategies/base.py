@@ -280,6 +280,18 @@ class MixedPrecisionStrategy(Strategy):
         round_log.sampled = [client.partition_id for client in self._clients.values()]
         return self._sent
 
+    @property
+    def largest_payload(self) -> int:
+        """Bytes of the largest update that a client was asked for in the last messages."""
+        sizes = (self._uplink_size(client) for client in self._clients.values())
+        return max((size or 0 for size in sizes), default=0)
+
+    def _uplink_size(self, client: Declaration) -> int | None:
+        instruction = self._instructions[client.partition_id]
+        if instruction.uplink == "nothing":
+            return None
+        return payload_size(UpdateSpec.of(self._start), instruction.uplink_bits or client.bits)
+
     def _instruction_for(self, server_round: int, client: Declaration) -> Instruction:
         instruction = self.instruct(server_round, client)
         downlink_bits = instruction.downlink_bits
@@ -293,11 +305,7 @@ class MixedPrecisionStrategy(Strategy):
         return encode_update(self.model_for(bits, self._start))
 
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:
-        instruction = self._instructions[client.partition_id]
-        size = None
-        if instruction.uplink != "nothing":
-            bits = instruction.uplink_bits or client.bits
-            size = payload_size(UpdateSpec.of(self._start), bits)
+        size = self._uplink_size(client)
         self.round_log.uplink_bytes[client.bits] += len(payload_of(reply) or b"")
         try:
             return open_training_reply(reply, client, size)

@@ -1,6 +1,7 @@
 """The nodes of a federation: asked once what they are, then sampled by partition under the seed."""
 
 import time
+from collections import Counter
 from logging import INFO, WARNING
 
 import numpy as np
@@ -9,15 +10,14 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
+from strategies.inbox import pull
 from strategies.replies import last_line
-from task.protocol import DECLARATION, Declaration, ProtocolError
+from task.protocol import DECLARATION, Declaration, ProtocolError, plain
 from task.seeds import derive_seed
 
 _POLL = 0.1
 # A query can fail for a passing reason; a node that fails this often is refused.
 _QUERIES = 3
-# Keeps weighted sums finite whatever a node claims.
-_MOST_EXAMPLES = 10**9
 
 
 class FederationError(RuntimeError):
@@ -29,7 +29,11 @@ class Nodes:
 
     A partition belongs to the first node that declares it, for as long as that node is connected;
     a second one waits for it. So a device that died and came back under another ID takes part
-    again as soon as its old connection has lapsed.
+    again as soon as its old connection has lapsed. A node that was gone is asked anew: it may have
+    been repaired, and its partition may be another's by now.
+
+    How many partitions there are, the most declarations of the first gathering decide; of equally
+    many, those that speak of more, so that nobody ends the waiting by naming fewer.
 
     Parameters
     ----------
@@ -37,19 +41,32 @@ class Nodes:
         Nodes that must take part.
     wait : float
         Seconds to wait for them.
+
+    Attributes
+    ----------
+    most_examples : int
+        A node that declares more is refused, as its claim is its weight in the mean; the server
+        sets it to the number of training images.
     """
 
     def __init__(self, min_nodes: int = 1, wait: float = 60.0) -> None:
         self._min_nodes = min_nodes
         self._wait = wait
+        self.most_examples = 10**9
         self._present: dict[int, Declaration] = {}
-        self._known: dict[int, Declaration] = {}
+        # All of these hold connected nodes only; declarations in the order in which they came.
+        self._declared: dict[int, Declaration] = {}
         self._refused: dict[int, str] = {}
-        self._waiting: dict[int, Declaration] = {}
-        self._queries: dict[str, int] = {}
+        self._refused_parts: dict[int, int] = {}
+        self._queries: dict[int, Message] = {}
         self._failures: dict[int, int] = {}
-        self._spoken_of = 0
+        self._before = 0
+        self._parts = 0
         self._gathered = False
+
+    def expect(self, num_partitions: int) -> None:
+        """Believe the nodes that declare so many partitions, as the run did before its resume."""
+        self._before = num_partitions
 
     def gather(self, grid: Grid) -> dict[int, Declaration]:
         """Return the declarations of the nodes that are connected now and may take part.
@@ -66,70 +83,103 @@ class Nodes:
         deadline = time.monotonic() + self._wait
         while True:
             connected = sorted(grid.get_node_ids())
-            for node_id, declaration in list(self._waiting.items()):
-                self._seat(node_id, declaration, connected)
+            self._forget_all_but(connected)
             self._ask(grid, connected)
-            self._hear(grid, connected)
-            present = {n: self._known[n] for n in connected if n in self._known}
-            refused = [self._refused[n] for n in connected if n in self._refused]
-            # A refused node may stand where another is still to answer.
-            heard = len(present)
-            if not set(self._queries.values()) & set(connected):
-                heard += len(refused)
-            complete = 0 < self._expected() <= heard
+            self._hear(grid)
+            present = self._seated()
+            complete = self._is_complete(present)
             enough = len(present) >= self._min_nodes
-            if complete or (enough and self._gathered) or time.monotonic() >= deadline:
+            if enough and (complete or self._gathered):
+                break
+            if (complete and not present) or time.monotonic() >= deadline:
                 break
             time.sleep(_POLL)
+        if present and not self._parts:
+            self._parts = self.num_partitions
+        self._refuse_unseated(present)
         if not enough:
-            reason = refused[0] if refused else f"no more came in {self._wait:g} s"
+            reason = next(iter(self._refused.values()), f"no more came in {self._wait:g} s")
             raise FederationError(
                 f"{len(present)} nodes can take part, min-nodes is {self._min_nodes}: {reason}"
             )
         if not self._gathered and not complete:
-            log(WARNING, "Going on with %d of %d nodes", len(present), self._expected())
+            log(WARNING, "Going on with %d of %d nodes", len(present), self.num_partitions)
+        self._welcome(present)
         self._gathered = True
         self._present = present
         return present
 
     @property
     def num_partitions(self) -> int:
-        """Parts that the data is dealt into, as the nodes declare; 0 before any has."""
-        return self._expected()
+        """Parts that the data is dealt into; 0 before any node has declared itself."""
+        if self._parts:
+            return self._parts
+        votes = self._votes()
+        if self._before in votes:
+            return self._before
+        return max(votes, key=lambda parts: (votes[parts], parts), default=0)
 
     def widths(self) -> dict[int, int]:
         """Return the number of present nodes of each bit-width."""
         widths = sorted(declaration.bits for declaration in self._present.values())
         return {bits: widths.count(bits) for bits in sorted(set(widths))}
 
-    def _expected(self) -> int:
-        """Nodes that the federation has in all, as the first one to declare itself says."""
-        return next((d.num_partitions for d in self._known.values()), self._spoken_of)
+    def _votes(self) -> Counter[int]:
+        """Nodes by the number of partitions that they declare."""
+        declared = Counter(d.num_partitions for d in self._declared.values())
+        # Nodes that are refused are believed only where there are no others.
+        return declared or Counter(self._refused_parts.values())
+
+    def _is_complete(self, present: dict[int, Declaration]) -> bool:
+        """Return whether nobody need be waited for in the first gathering."""
+        expected = self.num_partitions
+        heard = len(present)
+        if not self._queries:
+            # A refused node may stand where another is still to answer.
+            heard = len(self._declared.keys() | self._refused.keys())
+        elif expected not in (self._parts, self._before):
+            votes = self._votes()
+            others = max((n for parts, n in votes.items() if parts != expected), default=0)
+            if votes[expected] <= others + len(self._queries):
+                # Those who are still to answer may speak of another number.
+                return False
+        return 0 < expected <= heard
+
+    def _forget_all_but(self, connected: list[int]) -> None:
+        for kept in (
+            self._declared,
+            self._refused,
+            self._refused_parts,
+            self._queries,
+            self._failures,
+        ):
+            for node_id in kept.keys() - set(connected):
+                del kept[node_id]
 
     def _ask(self, grid: Grid, connected: list[int]) -> None:
-        heard = self._known.keys() | self._refused.keys() | set(self._queries.values())
+        heard = self._declared.keys() | self._refused.keys() | self._queries.keys()
         new = [node_id for node_id in connected if node_id not in heard]
         if not new:
             return
         messages = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in new]
         grid.push_messages(messages)
-        self._queries |= {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+        self._queries |= dict(zip(new, messages, strict=True))
 
-    def _hear(self, grid: Grid, connected: list[int]) -> None:
+    def _hear(self, grid: Grid) -> None:
         # A node that never answers costs nothing but this look.
-        replies = list(grid.pull_messages(list(self._queries))) if self._queries else []
-        for reply in replies:
-            node_id = self._queries.pop(reply.metadata.reply_to_message_id, None)
-            if node_id is None:
+        for node_id, query in list(self._queries.items()):
+            reply = pull(grid, query)
+            if reply is None:
                 continue
+            del self._queries[node_id]
             if reply.has_error():
                 self._failures[node_id] = self._failures.get(node_id, 0) + 1
                 if self._failures[node_id] >= _QUERIES:
                     self._refuse(node_id, last_line(reply.error.reason))
             else:
-                self._admit(node_id, reply, connected)
+                self._admit(node_id, reply)
 
-    def _admit(self, node_id: int, reply: Message, connected: list[int]) -> None:
+    def _admit(self, node_id: int, reply: Message) -> None:
         record = reply.content.config_records.get(DECLARATION, ConfigRecord())
         try:
             declaration = Declaration.from_record(record)
@@ -138,33 +188,10 @@ class Nodes:
             return
         reason = declaration.refused or self._objection(declaration)
         if reason:
-            self._spoken_of = max(self._spoken_of, declaration.num_partitions)
+            self._refused_parts[node_id] = declaration.num_partitions
             self._refuse(node_id, reason)
             return
-        self._seat(node_id, declaration, connected)
-
-    def _seat(self, node_id: int, declaration: Declaration, connected: list[int]) -> None:
-        """Give the node its partition, or let it wait while another connected node holds that."""
-        partition = declaration.partition_id
-        holders = (n for n, d in self._known.items() if d.partition_id == partition)
-        holder = next((n for n in holders if n in connected), None)
-        if holder is not None:
-            if node_id not in self._waiting:
-                self._refuse(node_id, f"partition {partition} is held by node {holder}")
-            self._waiting[node_id] = declaration
-            return
-        self._waiting.pop(node_id, None)
-        self._refused.pop(node_id, None)
-        self._known[node_id] = declaration
-        log(
-            INFO,
-            "Node %d: partition %d of %d, %d bits, %d examples",
-            node_id,
-            declaration.partition_id,
-            declaration.num_partitions,
-            declaration.bits,
-            declaration.num_examples,
-        )
+        self._declared[node_id] = declaration
 
     def _objection(self, new: Declaration) -> str:
         if new.bits != FLOAT_BITS and not MIN_BITS <= new.bits <= MAX_BITS:
@@ -173,16 +200,49 @@ class Nodes:
             )
         if not 0 <= new.partition_id < new.num_partitions:
             return f"it declares partition {new.partition_id} of {new.num_partitions}"
-        if not 1 <= new.num_examples <= _MOST_EXAMPLES:
-            return f"it declares {new.num_examples} examples; allowed: 1 to {_MOST_EXAMPLES}"
-        for other in self._known.values():
-            if other.num_partitions != new.num_partitions:
-                return f"it declares {new.num_partitions} partitions, others {other.num_partitions}"
+        if not 1 <= new.num_examples <= self.most_examples:
+            return f"it declares {new.num_examples} examples; allowed: 1 to {self.most_examples}"
         return ""
 
+    def _seated(self) -> dict[int, Declaration]:
+        """Give each partition to the first of the connected nodes that declared it."""
+        expected = self.num_partitions
+        holders: dict[int, int] = {}
+        for node_id, declaration in self._declared.items():
+            if declaration.num_partitions == expected:
+                holders.setdefault(declaration.partition_id, node_id)
+        return {node_id: self._declared[node_id] for node_id in sorted(holders.values())}
+
+    def _refuse_unseated(self, present: dict[int, Declaration]) -> None:
+        """Say once why a node whose declaration is good is not among those present."""
+        expected = self.num_partitions
+        holders = {d.partition_id: node_id for node_id, d in present.items()}
+        for node_id, declaration in self._declared.items():
+            parts, partition = declaration.num_partitions, declaration.partition_id
+            if node_id in present:
+                self._refused.pop(node_id, None)
+            elif node_id not in self._refused and parts != expected:
+                self._refuse(node_id, f"it declares {parts} partitions, the others {expected}")
+            elif node_id not in self._refused:
+                holder = holders[partition]
+                self._refuse(node_id, f"partition {partition} is held by node {holder}")
+
+    def _welcome(self, present: dict[int, Declaration]) -> None:
+        for node_id, declaration in present.items():
+            if self._present.get(node_id) != declaration:
+                log(
+                    INFO,
+                    "Node %d: partition %d of %d, %d bits, %d examples",
+                    node_id,
+                    declaration.partition_id,
+                    declaration.num_partitions,
+                    declaration.bits,
+                    declaration.num_examples,
+                )
+
     def _refuse(self, node_id: int, reason: str) -> None:
-        self._refused[node_id] = reason
-        log(WARNING, "Node %d is refused: %s", node_id, reason)
+        self._refused[node_id] = plain(reason)
+        log(WARNING, "Node %d is refused: %s", node_id, plain(reason))
 
 
 def sample_nodes(

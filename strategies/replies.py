@@ -1,49 +1,21 @@
-"""Messages out, replies in: one by one, checked at the door, a bad one set aside."""
+"""Replies one by one: checked at the door, a bad one set aside."""
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import isfinite
 
 from flwr.app import ArrayRecord, Message, MetricRecord
-from flwr.serverapp import Grid
 
 from quant import STYPE, Update
-from task.protocol import REPORT, UPDATE, Declaration, ProtocolError, Report
-
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
-
-
-def receive(grid: Grid, messages: list[Message], timeout: float | None) -> Iterator[Message]:
-    """Send messages and yield each reply as soon as it is there.
-
-    Parameters
-    ----------
-    grid : Grid
-        Flower's way to the nodes.
-    messages : list of Message
-        One a node.
-    timeout : float or None
-        Seconds after which the replies that have not come are given up.
-    """
-    waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
-    deadline = None if timeout is None else time.monotonic() + timeout
-    pause = _SHORTEST_PAUSE
-    while waiting:
-        replies = list(grid.pull_messages(waiting))
-        for reply in replies:
-            waiting.discard(reply.metadata.reply_to_message_id)
-            yield reply
-        if deadline is not None and time.monotonic() >= deadline:
-            return
-        pause = _SHORTEST_PAUSE if replies else min(1.5 * pause, _LONGEST_PAUSE)
-        if waiting:
-            time.sleep(pause)
+from task.protocol import REPORT, UPDATE, Declaration, ProtocolError, Report, plain
 
 
 class BadReply(ValueError):
-    """A reply that cannot be used; the message says why."""
+    """A reply that cannot be used; the message says why, in one short line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(plain(reason))
 
 
 @dataclass(frozen=True)
@@ -208,7 +180,7 @@ def match_replies(
 def last_line(reason: str | None) -> str:
     """Return the last line of an error's reason: of a traceback, what was raised."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "no reason given"
+    return plain(lines[-1]) if lines else "no reason given"
 
 
 def _by_message_id(

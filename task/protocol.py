@@ -20,6 +20,11 @@ REPORT = "report"
 Uplink = Literal["weights", "difference", "nothing"]
 
 
+def plain(text: str) -> str:
+    """Return a stranger's text as one short line that can be logged."""
+    return "".join(c if c.isprintable() else "?" for c in text[:500])
+
+
 class ProtocolError(ValueError):
     """A record that does not hold what the protocol says."""
 

@@ -47,7 +47,8 @@ class Settings(Options):
     norm_bound: Annotated[float, Field(ge=0)] = Field(
         10.0,
         description="An update this many times as large as the model and as the round's median "
-        "update is set aside, so that one client cannot ruin the model; 1 or more, or 0: none is.",
+        "update is set aside, so that one client cannot ruin the model in a round; over many it "
+        "can still draw it away; 1 or more, or 0: none is.",
     )
 
     local_epochs: AtLeastOne = Field(1, description="Passes over a client's data in a round.")
