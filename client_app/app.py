@@ -175,8 +175,7 @@ def _open(message: Message, context: Context) -> _Job:
         spec = UpdateSpec.of(model.state_dict())
         sent = decode_update(payload, spec, instruction.downlink_bits)
         state = sent.dequantize()
-        on_own_grid = instruction.downlink_bits == client.bits
-        scales = {n: t.scale for n, t in sent.quantized.items()} if on_own_grid else {}
+        scales = sent.scales if instruction.downlink_bits == client.bits else {}
     else:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
     load_state(model, state)

@@ -15,7 +15,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quant import FLOAT_BITS, QuantizedTensor, add_drift, level_drift, quantize_state
+from quant import (
+    FLOAT_BITS,
+    QuantizedTensor,
+    add_drift,
+    cosine,
+    is_quantized,
+    level_drift,
+    quantize_state,
+)
 from quant.grid import per_channel
 from task.data import load_dataset
 from task.models import build_model
@@ -32,7 +40,7 @@ def movements(model: nn.Module, settings: Settings, bits: int, partitions: range
     scales = None
     if bits != FLOAT_BITS:
         rounded = quantize_state(start, bits)
-        scales = {name: tensor.scale for name, tensor in rounded.quantized.items()}
+        scales = rounded.scales
         start = rounded.dequantize()
     moves = []
     for partition in partitions:
@@ -42,7 +50,7 @@ def movements(model: nn.Module, settings: Settings, bits: int, partitions: range
         config = LocalTraining.of(settings, bits, settings.num_server_rounds // 2, 0.0)
         images = client_images(settings, partition, of)
         moved = train(client, images, config, partition, scales=scales).moved
-        moves.append({name: t for name, t in moved.items() if t.ndim >= 2})
+        moves.append({name: t for name, t in moved.items() if is_quantized(t.shape)})
         print(
             f"\r{bits}-bit clients trained: {len(moves)} of {len(partitions)}", end="", flush=True
         )
@@ -117,8 +125,7 @@ def main() -> None:
         (f"eight {given.bits}-bit clients", eight),
         ("the eight, aligned to the two", aligned(eight, pair, start, given.bits)),
     ):
-        cosine = torch.nn.functional.cosine_similarity(flat(move), truth, dim=0)
-        print(f"{name}: {float(cosine):.2f}")
+        print(f"{name}: {cosine(flat(move), truth):.2f}")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,9 @@ class ProgressiveDequantizer(nn.Module):
         """Apply the block of rung `bits`: values on that rung to values on the next."""
         high = self.ladder[self.ladder.index(bits) + 1]
         block = self.blocks[str(bits)]
-        lifted = {}
+        lifted = {name: reference.base(q, name, bits, high) for name, q in values.items()}
+        if not torch.is_grad_enabled() and not any(p.any() for p in block[-1].parameters()):
+            return lifted  # What an untrained block adds is zero, and costs more than all else.
         for name, q in values.items():
             step = per_channel(reference.start.scales[bits][name], q.ndim)
             correction = torch.cat(
@@ -205,7 +207,7 @@ class ProgressiveDequantizer(nn.Module):
                     for part, rows in _channel_chunks(q)
                 ]
             )
-            lifted[name] = reference.base(q, name, bits, high) + step * correction.reshape(q.shape)
+            lifted[name] = lifted[name] + step * correction.reshape(q.shape)
         return lifted
 
     def forward(

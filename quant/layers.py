@@ -128,6 +128,12 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | Quan
             yield name, module
 
 
+def layers_by_weight(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
+    """Yield the quantization-aware layers of a prepared model by the names of their weights."""
+    for name, layer in quantized_layers(model):
+        yield f"{name}.weight" if name else "weight", layer
+
+
 def refit_scales(model: nn.Module) -> None:
     """Fit the scales of a prepared model to its present weights."""
     for _, layer in quantized_layers(model):
@@ -144,18 +150,14 @@ def set_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
     scales : mapping of str to Tensor
         Float32 scales ``[channels]`` by weight name; layers that are not named keep theirs.
     """
-    for name, layer in quantized_layers(model):
-        key = f"{name}.weight" if name else "weight"
-        if key in scales:
-            layer.weight_scale = scales[key].clone()
+    for name, layer in layers_by_weight(model):
+        if name in scales:
+            layer.weight_scale = scales[name].clone()
 
 
 def weight_scales(model: nn.Module) -> dict[str, Tensor]:
     """Return the scales of a prepared model by the names of the weights they belong to."""
-    return {
-        f"{name}.weight" if name else "weight": layer.weight_scale
-        for name, layer in quantized_layers(model)
-    }
+    return {name: layer.weight_scale for name, layer in layers_by_weight(model)}
 
 
 def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:

@@ -66,6 +66,8 @@ def relevancy_mask(
     most = floor(at_most * a.numel() + 1e-9)
     least = ceil(at_least * a.numel() - 1e-9)
     least = min(least, most)
+    if least == a.numel():
+        return torch.ones_like(low, dtype=torch.bool)
     mask = _unbounded_mask(a, b)
     if not least <= int(mask.sum()) <= most:
         mask = _bounded_mask(a, b, least, most, start=mask)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quant.grid import largest_code
-from quant.layers import QuantConv2d, QuantLinear, quantized_layers
+from quant.layers import QuantConv2d, QuantLinear, layers_by_weight
 from quant.update import QuantizedTensor
 
 # Rows of a layer's input that its second moments are taken from.
@@ -57,11 +57,9 @@ def calibrated_rounding(
 
     hooks = [
         layer.register_forward_pre_hook(
-            lambda layer, inputs, name=f"{path}.weight" if path else "weight": round_layer(
-                name, layer, inputs[0]
-            )
+            lambda layer, inputs, name=name: round_layer(name, layer, inputs[0])
         )
-        for path, layer in quantized_layers(model)
+        for name, layer in layers_by_weight(model)
     ]
     try:
         forward(model)
@@ -76,12 +74,8 @@ def round_to_moments(weight: Tensor, scale: Tensor, bits: int, moments: Tensor) 
 
     Parameters
     ----------
-    weight : Tensor
-        Float tensor ``[channels, ...]``.
-    scale : Tensor
-        Float32 scales ``[channels]``.
-    bits : int
-        Bit-width, 2 to 16.
+    weight, scale, bits
+        As in `quantize_nearest`.
     moments : Tensor
         ``X^T X`` of the inputs, ``[groups, fan_in, fan_in]``.
 

@@ -52,6 +52,11 @@ class Update:
     quantized: Mapping[str, QuantizedTensor]
     floats: Mapping[str, Tensor]
 
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """Scales of the quantized tensors by name."""
+        return {name: tensor.scale for name, tensor in self.quantized.items()}
+
     def dequantize(self) -> dict[str, Tensor]:
         """Return every tensor in float32, exactly as the sender holds it."""
         lifted = {name: tensor.dequantize() for name, tensor in self.quantized.items()}

@@ -52,7 +52,7 @@ class Evaluator:
         """Return a network that computes with a model at its width, as a client of it would."""
         load_state(self._model, model.dequantize())
         network = at_width(self._model, self._settings, model.bits)
-        set_scales(network, {name: tensor.scale for name, tensor in model.quantized.items()})
+        set_scales(network, model.scales)
         if self._settings.calibrate_normalization:
             calibrate_normalization(network, self._buffer)
         return network

@@ -118,6 +118,7 @@ class MixedPrecisionStrategy(Strategy):
         # Where simulated clients keep what they need again after a crash (`Instruction.keep_in`).
         self.clients_keep_in = ""
         self._start: State = {}
+        self._spec = UpdateSpec({})
         self._sent: list[Message] = []
         self._clients: dict[int, Declaration] = {}
         self._instructions: dict[int, Instruction] = {}
@@ -264,6 +265,7 @@ class MixedPrecisionStrategy(Strategy):
             for client in self._clients.values()
         }
         self._start = to_state(arrays)
+        self._spec = UpdateSpec.of(self._start)
         packed: dict[tuple[int, int], ArrayRecord] = {}
         self._sent = []
         for node_id, client in self._clients.items():
@@ -290,7 +292,7 @@ class MixedPrecisionStrategy(Strategy):
         instruction = self._instructions[client.partition_id]
         if instruction.uplink == "nothing":
             return None
-        return payload_size(UpdateSpec.of(self._start), instruction.uplink_bits or client.bits)
+        return payload_size(self._spec, instruction.uplink_bits or client.bits)
 
     def _instruction_for(self, server_round: int, client: Declaration) -> Instruction:
         instruction = self.instruct(server_round, client)
@@ -333,7 +335,7 @@ class MixedPrecisionStrategy(Strategy):
         if instruction.uplink == "nothing":
             return None
         bits = instruction.uplink_bits or item.client.bits
-        return decode_update(item.payload, UpdateSpec.of(self._start), bits, instruction.uplink)
+        return decode_update(item.payload, self._spec, bits, instruction.uplink)
 
     def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
         for item in packed:

@@ -241,8 +241,8 @@ class Nodes:
                 )
 
     def _refuse(self, node_id: int, reason: str) -> None:
-        self._refused[node_id] = plain(reason)
-        log(WARNING, "Node %d is refused: %s", node_id, plain(reason))
+        reason = self._refused[node_id] = plain(reason)
+        log(WARNING, "Node %d is refused: %s", node_id, reason)
 
 
 def sample_nodes(
