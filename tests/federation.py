@@ -114,6 +114,16 @@ class ScriptedClient:
         return self.declaration.bits
 
 
+def assert_same_update(one: Update, other: Update) -> None:
+    assert (one.bits, one.content) == (other.bits, other.content)
+    assert one.quantized.keys() == other.quantized.keys()
+    for name, tensor in one.quantized.items():
+        assert torch.equal(tensor.codes, other.quantized[name].codes)
+        assert torch.equal(tensor.scale, other.quantized[name].scale)
+    assert one.floats.keys() == other.floats.keys()
+    assert all(torch.equal(t, other.floats[n]) for n, t in one.floats.items())
+
+
 def payload_record(payload: bytes) -> ArrayRecord:
     return ArrayRecord({UPDATE: Array("uint8", (len(payload),), STYPE, payload)})
 

@@ -1,11 +1,11 @@
 import random
 import struct
-import tracemalloc
 import zlib
 from dataclasses import replace
 
 import pytest
 import torch
+from measuring import peak_memory
 
 from quant import (
     QuantizedTensor,
@@ -362,13 +362,11 @@ def test_short_and_empty_payloads_are_refused(data):
 
 
 def peak_of_refusal(data, spec, bits):
-    tracemalloc.start()
-    try:
+    def refuse():
         with pytest.raises(UpdateError):
             decode_update(data, spec, bits)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+
+    return peak_memory(refuse)
 
 
 @pytest.mark.parametrize("bits", [4, 32])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from federation import ClientAppNode, InProcessGrid
+from federation import ClientAppNode, InProcessGrid, assert_same_update
 from flwr.app import Context, RecordDict
 from torch import nn
 
@@ -179,16 +179,6 @@ def test_a_layer_that_no_image_reaches_is_rounded_to_nearest(step):
     assert not torch.equal(update.quantized["used.weight"].codes, nearest["used.weight"].codes)
 
 
-def assert_equal_updates(one, other):
-    assert one.bits == other.bits
-    assert one.quantized.keys() == other.quantized.keys()
-    for name, tensor in one.quantized.items():
-        assert torch.equal(tensor.codes, other.quantized[name].codes)
-        assert torch.equal(tensor.scale, other.quantized[name].scale)
-    assert one.floats.keys() == other.floats.keys()
-    assert all(torch.equal(t, other.floats[n]) for n, t in one.floats.items())
-
-
 def test_the_last_model_of_each_width_is_kept_and_no_other(monkeypatch):
     calls = []
 
@@ -201,26 +191,26 @@ def test_the_last_model_of_each_width_is_kept_and_no_other(monkeypatch):
     state = state_of(small(3))
     first = rounding(state, 4)
     again = rounding({n: t.clone() for n, t in state.items()}, 4)
-    assert_equal_updates(again, first)
+    assert_same_update(again, first)
     assert len(calls) == 1
     eight = rounding(state, 8)
     assert eight.bits == 8
     assert len(calls) == 2
-    assert_equal_updates(rounding(state, 4), first)
+    assert_same_update(rounding(state, 4), first)
     assert len(calls) == 2
     # One value of one tensor, also one that is not quantized, makes another model.
     for name in ("1.bias", "1.running_mean", "4.weight"):
         other = {n: t.clone() for n, t in state.items()}
         other[name].flatten()[0] += 0.5
         update = rounding(other, 4)
-        assert_equal_updates(
+        assert_same_update(
             update, CalibratedRounding(Settings(), small(), images().pixels)(other, 4)
         )
         if name != "4.weight":
             assert update.floats[name][0] == other[name][0]
     assert len(calls) == 2 + 2 * 3
-    assert_equal_updates(rounding(state, 4), first)
-    assert_equal_updates(rounding(state, 8), eight)
+    assert_same_update(rounding(state, 4), first)
+    assert_same_update(rounding(state, 8), eight)
     assert len(calls) == 2 + 2 * 3 + 1
 
 
@@ -361,7 +351,7 @@ def test_clients_start_on_exactly_the_codes_that_were_evaluated(
         assert (asked.server_round, asked.downlink_bits) == (2, bits)
         sent = decode_update(message.content[MODEL][MODEL].data, SPEC, bits)
         model, weights, scales = models[bits]
-        assert_equal_updates(sent, model)
+        assert_same_update(sent, model)
         if bits == 32:
             continue
         # And what the client then computes with is what the server evaluated with.

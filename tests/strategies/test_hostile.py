@@ -1,7 +1,6 @@
 """What a hostile or broken client may send: it is set aside by name, and the round goes on."""
 
 import struct
-import tracemalloc
 import zlib
 from dataclasses import replace
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from federation import ScriptedClient, federation, payload_record, report, run_round
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from measuring import peak_memory
 
 from quant import encode_update, quantize_state
 from strategies import STRATEGIES, FedAvg, FedCOMGATE
@@ -227,12 +227,7 @@ def test_memory_stays_bounded_however_much_comes(size):
                 content["more"] = ArrayRecord({"x": Array("uint8", (size,), "own", bytes(size))})
             yield Message(content, reply_to=message)
 
-    tracemalloc.start()
-    try:
-        strategy.aggregate_train(1, replies())
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    peak = peak_memory(lambda: strategy.aggregate_train(1, replies()))
     assert len(strategy.round_log.aggregated) == (200 if size else 0)
     assert len(strategy.round_log.rejected) == (0 if size else 200)
     assert peak < 30_000_000

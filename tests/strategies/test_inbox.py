@@ -1,7 +1,6 @@
 """Replies through the door that a run uses: `receive`, and `Nodes.gather` for declarations."""
 
 import json
-import tracemalloc
 
 import httpx
 import pytest
@@ -16,6 +15,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
     validate_object_content,
 )
+from measuring import peak_memory
 
 from strategies import FedAvg, receive
 from task.protocol import REPORT, UPDATE
@@ -105,12 +105,7 @@ def test_replies_that_are_ready_together_are_not_in_memory_together():
 
     grid.nodes = {node_id: large(client) for node_id, client in grid.nodes.items()}
     strategy = FedAvg()
-    tracemalloc.start()
-    try:
-        train(strategy, grid)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    peak = peak_memory(lambda: train(strategy, grid))
     assert len(strategy.round_log.rejected) == 50
     assert peak < 20_000_000
 
@@ -160,12 +155,7 @@ def test_an_array_that_repeats_its_chunks_is_never_built(monkeypatch, arrays):
 
     grid.nodes[101] = bomb
     strategy = FedAvg()
-    tracemalloc.start()
-    try:
-        train(strategy, grid)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    peak = peak_memory(lambda: train(strategy, grid))
     assert strategy.round_log.aggregated == [0, 2]
     assert "its arrays take more than" in strategy.round_log.failed[1]
     assert peak < 20_000_000

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from federation import ScriptedClient, federation, run_round
+from federation import ScriptedClient, assert_same_update, federation, run_round
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from quant import (
@@ -18,14 +18,8 @@ from quant import (
     quantize_state,
 )
 from strategies import (
+    STRATEGIES,
     FedAvg,
-    FedCOM,
-    FedCOMGATE,
-    FedPAQ,
-    FedProx,
-    FlowerStrategy,
-    GroupedAvg,
-    Local,
     ProWD,
     ProWDOptions,
 )
@@ -460,24 +454,12 @@ class Obedient(ScriptedClient):
         return quantize_state({n: t + self.step for n, t in received.items()}, self.bits)
 
 
-BROADCASTING = {
-    "prowd": ProWD,
-    "fedavg": FedAvg,
-    "fedprox": FedProx,
-    "fedpaq": FedPAQ,
-    "fedcom": FedCOM,
-    "fedcomgate": FedCOMGATE,
-    "grouped-avg": GroupedAvg,
-    "local": Local,
-    "flwr:FedAdam": lambda **kwargs: FlowerStrategy("FedAdam", **kwargs),
-}
+BROADCASTING = [*(name for name in STRATEGIES if name != "flwr"), "flwr:FedAdam"]
 
 
 def make(name, broadcast):
-    strategy = BROADCASTING[name](broadcast=broadcast)
-    if name == "prowd":
-        strategy.options = ProWDOptions(finetune_every=0)
-    return strategy
+    kind, _, inner = name.partition(":")
+    return STRATEGIES[kind](broadcast=broadcast, **({"name": inner} if inner else {}))
 
 
 PLAIN = {"w": NORMALIZED["w"], "b": torch.zeros(4)}
@@ -502,16 +484,6 @@ def sent_codes(grid):
     return found
 
 
-def assert_same(one, other):
-    assert (one.bits, one.content) == (other.bits, other.content)
-    assert one.quantized.keys() == other.quantized.keys()
-    for name, tensor in one.quantized.items():
-        assert torch.equal(tensor.codes, other.quantized[name].codes)
-        assert torch.equal(tensor.scale, other.quantized[name].scale)
-    assert one.floats.keys() == other.floats.keys()
-    assert all(torch.equal(t, other.floats[n]) for n, t in one.floats.items())
-
-
 @pytest.mark.parametrize("broadcast", ["nearest", "calibrated"])
 @pytest.mark.parametrize("name", BROADCASTING)
 def test_low_bit_clients_get_codes_of_their_own_width(name, broadcast):
@@ -522,7 +494,7 @@ def test_low_bit_clients_get_codes_of_their_own_width(name, broadcast):
     for partition, (_, update) in sent_codes(grid).items():
         bits = clients[partition].bits
         expected = quantize_state(PLAIN, 32) if bits == 32 else rounded(PLAIN, bits, broadcast)
-        assert_same(update, expected)
+        assert_same_update(update, expected)
     assert len(sent_codes(grid)) == 5
     if name == "local":
         # Nothing more is sent, and there is no model to evaluate.
@@ -537,9 +509,9 @@ def test_low_bit_clients_get_codes_of_their_own_width(name, broadcast):
     for partition, (sent_in, update) in sent_codes(grid).items():
         bits = clients[partition].bits
         assert sent_in == 2
-        assert_same(update, evaluated[bits])
+        assert_same_update(update, evaluated[bits])
         as_it_is = quantize_state(own[bits], 32)
-        assert_same(update, as_it_is if bits == 32 else rounded(own[bits], bits, broadcast))
+        assert_same_update(update, as_it_is if bits == 32 else rounded(own[bits], bits, broadcast))
         received = clients[partition].got[-1]
         assert all(torch.equal(t, received[n]) for n, t in update.dequantize().items())
     moved_apart = not torch.equal(own[2]["w"], own[32]["w"])
@@ -554,7 +526,7 @@ def test_in_float32_all_get_the_same_model_but_for_what_is_a_widths_own(name):
     got = sent_codes(grid)
     assert len(got) == 5
     for _, update in got.values():
-        assert_same(update, quantize_state(PLAIN, 32))
+        assert_same_update(update, quantize_state(PLAIN, 32))
     assert all(i.downlink_bits == 32 for client in clients for i in client.instructions)
 
 
@@ -589,7 +561,7 @@ def test_clients_that_evaluate_get_codes_of_their_own_width(broadcast):
         assert instruction.downlink_bits == bits
         update = decode_update(message.content[MODEL][MODEL].data, UpdateSpec.of(PLAIN), bits)
         expected = quantize_state(PLAIN, 32) if bits == 32 else rounded(PLAIN, bits, broadcast)
-        assert_same(update, expected)
+        assert_same_update(update, expected)
 
 
 def test_fixed_point_weights_are_rounded_to_nearest_with_their_one_step():
@@ -614,8 +586,10 @@ def test_model_for_takes_the_state_of_the_width():
     strategy.state_for = lambda bits, state: {n: t + bits for n, t in state.items()}
     seen = []
     strategy.round_calibrated = lambda s, bits: seen.append((s, bits)) or ceiling(s, bits)
-    assert_same(strategy.model_for(4, PLAIN), ceiling({n: t + 4 for n, t in PLAIN.items()}, 4))
+    assert_same_update(
+        strategy.model_for(4, PLAIN), ceiling({n: t + 4 for n, t in PLAIN.items()}, 4)
+    )
     assert [bits for _, bits in seen] == [4]
     shifted = {n: t + 32 for n, t in PLAIN.items()}
-    assert_same(strategy.model_for(32, PLAIN), quantize_state(shifted, 32))
+    assert_same_update(strategy.model_for(32, PLAIN), quantize_state(shifted, 32))
     assert len(seen) == 1
