@@ -119,6 +119,8 @@ class MixedPrecisionStrategy(Strategy):
         self.clients_keep_in = ""
         self._start: State = {}
         self._spec = UpdateSpec({})
+        # BatchNorm's variances as each client was sent them.
+        self._variances: dict[int, State] = {}
         self._sent: list[Message] = []
         self._clients: dict[int, Declaration] = {}
         self._instructions: dict[int, Instruction] = {}
@@ -266,8 +268,9 @@ class MixedPrecisionStrategy(Strategy):
         }
         self._start = to_state(arrays)
         self._spec = UpdateSpec.of(self._start)
-        packed: dict[tuple[int, int], ArrayRecord] = {}
+        packed: dict[tuple[int, int], tuple[ArrayRecord, State]] = {}
         self._sent = []
+        self._variances = {}
         for node_id, client in self._clients.items():
             instruction = self._instructions[client.partition_id]
             content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
@@ -275,9 +278,9 @@ class MixedPrecisionStrategy(Strategy):
                 # Nodes of one width share one record: Flower then stores the model once.
                 key = (client.bits, instruction.downlink_bits)
                 if key not in packed:
-                    packed[key] = ArrayRecord({MODEL: to_array(self._pack_model(*key))})
-                content[MODEL] = packed[key]
-                round_log.downlink_bytes[client.bits] += len(packed[key][MODEL].data)
+                    packed[key] = self._pack_model(*key)
+                content[MODEL], self._variances[client.partition_id] = packed[key]
+                round_log.downlink_bytes[client.bits] += len(content[MODEL][MODEL].data)
             self._sent.append(Message(content, node_id, kind))
         round_log.sampled = [client.partition_id for client in self._clients.values()]
         return self._sent
@@ -301,10 +304,13 @@ class MixedPrecisionStrategy(Strategy):
             downlink_bits = client.bits
         return replace(instruction, downlink_bits=downlink_bits, keep_in=self.clients_keep_in)
 
-    def _pack_model(self, bits: int, downlink_bits: int) -> bytes:
+    def _pack_model(self, bits: int, downlink_bits: int) -> tuple[ArrayRecord, State]:
         if downlink_bits == FLOAT_BITS:
-            return encode_update(quantize_state(self.state_for(bits, self._start), FLOAT_BITS))
-        return encode_update(self.model_for(bits, self._start))
+            model = quantize_state(self.state_for(bits, self._start), FLOAT_BITS)
+        else:
+            model = self.model_for(bits, self._start)
+        variances = {name: t for name, t in model.floats.items() if is_variance(name)}
+        return ArrayRecord({MODEL: to_array(encode_update(model))}), variances
 
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:
         size = self._uplink_size(client)
@@ -321,6 +327,7 @@ class MixedPrecisionStrategy(Strategy):
         for item in packed:
             try:
                 update = self._decode(item)
+                _check_variances(update, self._variances.get(item.client.partition_id, {}))
             except UpdateError as error:
                 self.round_log.rejected[item.client.partition_id] = str(error)
                 continue
@@ -343,6 +350,15 @@ class MixedPrecisionStrategy(Strategy):
             self.round_log.aggregated.append(item.client.partition_id)
             reports.append(item.report)
             yield ClientUpdate(item.client, update, item.report)
+
+
+def _check_variances(update: Update | None, sent: State) -> None:
+    """Refuse a difference that nobody can have trained: it ends below a variance of zero."""
+    if update is None or update.content != "difference":
+        return
+    for name, start in sent.items():
+        if (start + update.floats[name] < 0).any():
+            raise UpdateError(f"{name} is a variance and would become negative")
 
 
 def _log_left_out(server_round: int, round_log: RoundLog) -> None:

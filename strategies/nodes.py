@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from dataclasses import dataclass
 from logging import INFO, WARNING
 
 import numpy as np
@@ -24,13 +25,22 @@ class FederationError(RuntimeError):
     """The federation cannot go on; the message says why."""
 
 
+@dataclass(frozen=True)
+class _Query:
+    """A question that is still to be answered, and until when that is waited for."""
+
+    message: Message
+    deadline: float
+
+
 class Nodes:
     """Declarations of the nodes.
 
     A partition belongs to the first node that declares it, for as long as that node is connected;
     a second one waits for it. So a device that died and came back under another ID takes part
     again as soon as its old connection has lapsed. A node that was gone is asked anew: it may have
-    been repaired, and its partition may be another's by now.
+    been repaired, and its partition may be another's by now. While a partition has no holder, a
+    round waits for the nodes that were asked, for each at most once.
 
     How many partitions there are, the most declarations of the first gathering decide; of equally
     many, those that speak of more, so that nobody ends the waiting by naming fewer.
@@ -40,7 +50,7 @@ class Nodes:
     min_nodes : int
         Nodes that must take part.
     wait : float
-        Seconds to wait for them.
+        Seconds to wait for them, and for the declaration of a node that comes later.
 
     Attributes
     ----------
@@ -58,7 +68,7 @@ class Nodes:
         self._declared: dict[int, Declaration] = {}
         self._refused: dict[int, str] = {}
         self._refused_parts: dict[int, int] = {}
-        self._queries: dict[int, Message] = {}
+        self._queries: dict[int, _Query] = {}
         self._failures: dict[int, int] = {}
         self._before = 0
         self._parts = 0
@@ -72,8 +82,8 @@ class Nodes:
         """Return the declarations of the nodes that are connected now and may take part.
 
         New nodes are asked. The first time, this waits until there are as many as the nodes'
-        declarations speak of (`num_partitions`), or the time is up; later it waits only if fewer
-        than `min_nodes` are there.
+        declarations speak of (`num_partitions`), or the time is up; later it waits only for the
+        declarations of nodes that are connected, or if fewer than `min_nodes` are there.
 
         Raises
         ------
@@ -84,12 +94,12 @@ class Nodes:
         while True:
             connected = sorted(grid.get_node_ids())
             self._forget_all_but(connected)
-            self._ask(grid, connected)
+            self._ask(grid, connected, deadline)
             self._hear(grid)
             present = self._seated()
             complete = self._is_complete(present)
             enough = len(present) >= self._min_nodes
-            if enough and (complete or self._gathered):
+            if enough and (complete or (self._gathered and not self._is_awaited())):
                 break
             if (complete and not present) or time.monotonic() >= deadline:
                 break
@@ -145,6 +155,11 @@ class Nodes:
                 return False
         return 0 < expected <= heard
 
+    def _is_awaited(self) -> bool:
+        """Return whether a connected node may still declare itself in its time."""
+        now = time.monotonic()
+        return any(now < query.deadline for query in self._queries.values())
+
     def _forget_all_but(self, connected: list[int]) -> None:
         for kept in (
             self._declared,
@@ -156,19 +171,19 @@ class Nodes:
             for node_id in kept.keys() - set(connected):
                 del kept[node_id]
 
-    def _ask(self, grid: Grid, connected: list[int]) -> None:
+    def _ask(self, grid: Grid, connected: list[int], deadline: float) -> None:
         heard = self._declared.keys() | self._refused.keys() | self._queries.keys()
         new = [node_id for node_id in connected if node_id not in heard]
         if not new:
             return
         messages = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in new]
         grid.push_messages(messages)
-        self._queries |= dict(zip(new, messages, strict=True))
+        self._queries |= {m.metadata.dst_node_id: _Query(m, deadline) for m in messages}
 
     def _hear(self, grid: Grid) -> None:
         # A node that never answers costs nothing but this look.
         for node_id, query in list(self._queries.items()):
-            reply = pull(grid, query)
+            reply = pull(grid, query.message)
             if reply is None:
                 continue
             del self._queries[node_id]

@@ -108,13 +108,6 @@ def test_what_failed_is_left_out_and_recorded(rehearsal, faulty_run):
     assert third["left_out"][str(INT4)] == "no reply in time"
 
 
-# Open: who was gone declares itself anew, and a round does not wait for a declaration under way.
-MAY_MISS_A_ROUND = pytest.mark.xfail(
-    strict=False, reason="a node that comes back can miss one more round"
-)
-
-
-@MAY_MISS_A_ROUND
 def test_only_what_came_in_time_is_in_the_model(rehearsal, faulty_run):
     """The one good reply of round 2, of a known size; the late one of round 3 never, also not in
     round 4, when it came."""
@@ -124,7 +117,6 @@ def test_only_what_came_in_time_is_in_the_model(rehearsal, faulty_run):
     assert fourth["uplink_bytes"] == first["uplink_bytes"]
 
 
-@MAY_MISS_A_ROUND
 def test_all_come_back_by_themselves(rehearsal, faulty_run):
     """The killed SuperNode was refused until its old connection lapsed, and tried again."""
     fourth = rehearsal.rounds("faulty")[3]

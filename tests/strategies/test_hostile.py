@@ -155,6 +155,30 @@ def test_one_client_cannot_blow_up_the_model(name):
     assert max(float(t.abs().max()) for t in ruined.values()) > 1e3
 
 
+@pytest.mark.parametrize("broadcast", ["float32", "calibrated"])
+def test_a_difference_that_ends_below_a_variance_of_zero_is_set_aside(broadcast):
+    """Where the start is as it was sent: to the 8-bit clients, rounded with a variance of 0.5."""
+
+    def moves_variance(by, bits=8):
+        moved = {n: t * 0 + (by if n.endswith("var") else 0.01) for n, t in STATE.items()}
+        return replace(quantize_state(moved, bits), content="difference")
+
+    def rounded(state, bits):
+        return quantize_state(state | {"bn.running_var": torch.full((4,), 0.5)}, bits)
+
+    lowest = -1.0 if broadcast == "float32" else -0.5
+    clients = [honest(0), honest(1), honest(2, bits=32)]
+    clients[0].train = lambda state: moves_variance(lowest)
+    clients[1].train = lambda state: moves_variance(lowest - 1e-6)
+    clients[2].train = lambda state: moves_variance(-1.0, 32)
+    strategy = STRATEGIES["fedcom"](broadcast=broadcast)
+    strategy.round_calibrated = rounded
+    run_round(strategy, federation(clients, STATE), STATE)
+    assert strategy.round_log.aggregated == [0, 2]
+    reason = "bn.running_var is a variance and would become negative"
+    assert strategy.round_log.rejected == {1: reason}
+
+
 def test_the_bound_by_hand():
     def norms(*values):
         return {i: {"parameters": v, "statistics": 0.0} for i, v in enumerate(values)}

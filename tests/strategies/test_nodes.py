@@ -35,6 +35,21 @@ class FirstSpeaks(InProcessGrid):
         return super().pull_messages([i for i in asked if self.looks > 1 or asked[i] == 100])
 
 
+class SlowToAnswer(InProcessGrid):
+    """Node 101 answers at the third look, as a device whose program has to start first."""
+
+    looks = 0
+    answers_at = 3
+
+    def get_node_ids(self):
+        self.looks += 1
+        return super().get_node_ids()
+
+    def pull_messages(self, message_ids):
+        asked = {i: self._waiting[i].metadata.dst_node_id for i in message_ids}
+        return super().pull_messages([i for i in asked if asked[i] != 101 or self.looks >= self.answers_at])
+
+
 @pytest.mark.parametrize("claim", [1, 2, 1000])
 def test_the_first_node_to_speak_does_not_decide_for_all(claim):
     clients = [client(0, claim), client(1, 4), client(2, 4), client(3, 4)]
@@ -136,6 +151,37 @@ def test_a_query_that_was_lost_with_its_node_is_sent_again():
     nodes.gather(grid)
     grid.nodes[101] = node
     assert gathered(nodes, grid) == {100: 0, 101: 1}
+
+
+def test_a_round_waits_for_a_node_that_came_back():
+    grid = SlowToAnswer(federation([client(0, 2), client(1, 2)], STATE).nodes)
+    nodes = Nodes(wait=600)
+    nodes.gather(grid)
+    node = grid.nodes.pop(101)
+    assert gathered(nodes, grid) == {100: 0}
+    grid.nodes[101], grid.looks = node, 0
+    assert gathered(nodes, grid) == {100: 0, 101: 1}
+    assert grid.looks == 3
+
+
+def test_a_node_that_stays_silent_is_waited_for_once():
+    grid = SlowToAnswer(federation([client(0, 2), client(1, 2)], STATE).nodes)
+    grid.answers_at = 1000
+    nodes = Nodes(wait=0.3)
+    assert gathered(nodes, grid) == {100: 0}
+    for _ in range(3):
+        grid.looks = 0
+        assert gathered(nodes, grid) == {100: 0}
+        assert grid.looks == 1
+
+
+def test_nobody_is_waited_for_where_every_partition_is_held():
+    grid = SlowToAnswer(federation([client(0, 2), client(1, 2)], STATE).nodes)
+    nodes = Nodes(wait=600)
+    nodes.gather(grid)
+    grid.nodes[102], grid.looks = lambda message: None, 0
+    assert gathered(nodes, grid) == {100: 0, 101: 1}
+    assert grid.looks == 1
 
 
 def test_a_node_declares_no_more_examples_than_there_are_images():
