@@ -1,4 +1,4 @@
-"""The README's chapter "Across machines", its first part, as it is typed: in a host of its own."""
+"""The README's chapter "Across machines", as it is typed: every host in a network of its own."""
 
 import os
 import re
@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from containers import wait_until
+from containers import command, wait_until
 
 PROJECT = Path(__file__).parents[2]
 REASONS = {
@@ -26,12 +27,18 @@ def blocks(title):
 
 
 class Host:
-    """A network namespace, as Flower's default ports may be taken on the machine itself."""
+    """A network namespace, as Flower's default ports may be taken on the machine itself.
 
-    def __init__(self, folder):
+    Commands are typed in its folder `place`; it knows itself and the given names.
+    """
+
+    def __init__(self, folder, name="readme", place="prowd", names=()):
         self.folder = folder
-        self.name = f"pw{os.getpid()}-readme"
+        self.place = place
+        self.name = f"pw{os.getpid()}-{name}"
         self.processes = []
+        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in names)]
+        (folder / "hosts").write_text("\n".join(lines) + "\n")
         self.env = {
             "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
             "HOME": str(folder),
@@ -43,11 +50,13 @@ class Host:
 
     def start(self, script, log):
         with open(self.folder / log, "w") as file:
-            words = ["ip", "netns", "exec", self.name, "bash", "-ec", script]
+            # `ip netns exec` gives the command mounts of its own.
+            mount = f"mount --bind {self.folder / 'hosts'} /etc/hosts"
+            words = ["ip", "netns", "exec", self.name, "bash", "-ec", f"{mount}\n{script}"]
             process = subprocess.Popen(
                 words,
                 env=self.env,
-                cwd=self.folder / "prowd",
+                cwd=self.folder / self.place,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -66,7 +75,8 @@ class Host:
 
     def __exit__(self, *error):
         for process in self.processes:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
         for pid in pids.stdout.split():
@@ -74,14 +84,20 @@ class Host:
         subprocess.run(["ip", "netns", "delete", self.name], check=True)
 
 
+def copy_project(folder):
+    """What a user has: a checkout."""
+    for program in ("ip", "caddy"):
+        if os.geteuid() != 0 or shutil.which(program) is None:
+            pytest.skip(f"a host of its own needs root and {program}")
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "tests", "docs")
+    shutil.copytree(PROJECT, folder / "prowd", ignore=ignore)
+
+
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory):
     """The commands of both shells, with two devices more that do not say a width; the host."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("a network namespace needs root and ip")
     folder = tmp_path_factory.mktemp("readme")
-    ignore = shutil.ignore_patterns(".*", "__pycache__", "tests")
-    shutil.copytree(PROJECT, folder / "prowd", ignore=ignore)
+    copy_project(folder)
     [superlink], [config, run] = (found := blocks("On one host, to try it"))[:1], found[1:]
     with Host(folder) as host:
         host.start(superlink, "superlink.log")
@@ -114,6 +130,54 @@ def test_a_device_without_a_width_is_refused_on_both_sides(tried, kind):
     assert len(server) == 1
     assert re.search(r"Node \d+ is refused: ", server[0])
     assert f"prowd: this node cannot take part: {reason}" in tried.read(f"{kind}.log")
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """The commands on a server and two sites, each at its own end of a link; the server."""
+    folder = tmp_path_factory.mktemp("several")
+    make, start, first, run = blocks("On several hosts, with TLS and authentication")
+    second = first.replace("int8", "float32").replace("id=0", "id=1").replace("bits=8", "bits=32")
+    with ExitStack() as hosts:
+        server = hosts.enter_context(Host(new(folder / "server"), "server"))
+        copy_project(server.folder)
+        server.start(make, "make.log").wait(timeout=60)
+        for number, (name, script) in enumerate({"int8": first, "float32": second}.items()):
+            names = [("fed.example.org", f"10.232.{number}.1")]
+            site = hosts.enter_context(Host(new(folder / f"site-{name}"), name, ".", names))
+            connect(server, site, number)
+            # The app of a run comes from the server: a site has its keys alone.
+            shutil.copytree(server.folder / "prowd" / "keys" / "sites" / name, site.folder / name)
+            site.start(script, "site.log")
+        server.start(start, "start.log").wait(timeout=120)
+        server.start(run, "run.log").wait(timeout=400)
+        yield server
+
+
+def new(folder):
+    folder.mkdir()
+    return folder
+
+
+def connect(server, site, number):
+    """Lay a cable between two hosts."""
+    link = ["type", "veth", "peer", "name", "uplink", "netns", site.name]
+    command("ip", "-n", server.name, "link", "add", f"site{number}", *link)
+    for host, device, address in (
+        (server, f"site{number}", f"10.232.{number}.1/24"),
+        (site, "uplink", f"10.232.{number}.2/24"),
+    ):
+        command("ip", "-n", host.name, "address", "add", address, "dev", device)
+        command("ip", "-n", host.name, "link", "set", device, "up")
+
+
+def test_several_hosts_complete_a_run(several):
+    assert "int8: registered" in several.read("start.log")
+    output = several.read("run.log")
+    assert "prowd: completed" in output, output
+    assert re.search(r"partition 0 of 2, 8 bits, \d+ examples", output)
+    assert re.search(r"partition 1 of 2, 32 bits, \d+ examples", output)
+    assert "clients 2 of 2" in output
 
 
 def test_the_quick_start_keeps_its_default_connection(tmp_path):
