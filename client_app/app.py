@@ -32,7 +32,7 @@ from quant import (
     set_scales,
     weight_scales,
 )
-from task.calibration import calibrate_normalization
+from task.calibration import calibrate_activations, calibrate_normalization
 from task.data import Images, load_dataset
 from task.errors import SettingsError
 from task.models import build_model
@@ -116,6 +116,7 @@ def answer_evaluate(message: Message, context: Context) -> Message:
     job = _open(message, context)
     model = at_width(job.model, job.settings, job.client.bits)
     set_scales(model, job.scales)
+    calibrate_activations(model, job.images.pixels)
     if job.settings.calibrate_normalization:
         # Statistics of the client's own images: it has no access to the server's.
         calibrate_normalization(model, job.images.pixels[: job.settings.server_buffer])

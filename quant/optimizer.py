@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from quant.activations import fake_quantize_gradient
 from quant.grid import FLOAT_BITS, dequantize, quantize_nearest, quantize_stochastic
-from quant.layers import fake_quantize_gradient
 
 
 class StrictSGD(torch.optim.SGD):

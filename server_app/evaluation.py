@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from quant import Update, quantize_state, set_scales, weight_scales
-from task.calibration import calibrate_normalization, round_weights
+from task.calibration import calibrate_activations, calibrate_normalization, round_weights
 from task.data import Images
+from task.models import to_input
 from task.settings import Settings
 from task.training import (
     Score,
     at_width,
     evaluate,
     load_state,
-    to_input,
 )
 
 # Images of the buffer that the distillation term looks at.
@@ -53,6 +53,7 @@ class Evaluator:
         load_state(self._model, model.dequantize())
         network = at_width(self._model, self._settings, model.bits)
         set_scales(network, model.scales)
+        calibrate_activations(network, self._buffer)
         if self._settings.calibrate_normalization:
             calibrate_normalization(network, self._buffer)
         return network
@@ -90,6 +91,7 @@ class CalibratedRounding:
     def _round(self, state: Mapping[str, Tensor], bits: int) -> Update:
         load_state(self._model, dict(state))
         network = at_width(self._model, self._settings, bits)
+        calibrate_activations(network, self._buffer)
         rounded = round_weights(network, self._buffer)
         # A layer that the images do not reach is rounded to nearest.
         nearest = quantize_state(state, bits, weight_scales(network))

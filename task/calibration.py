@@ -8,12 +8,29 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import quant
 from quant import QuantizedTensor, calibrated_rounding
-from task.training import to_input
+from task.models import to_input
 
 _BATCH = 128
+# Images that the grids of the activations are fitted to.
+_ACTIVATION_IMAGES = 64
 # Values of all images that pass at once when a model is rounded; bounds the memory.
 _MOST_VALUES = 2**22
+
+
+def calibrate_activations(model: nn.Module, pixels: np.ndarray) -> None:
+    """Fit the grids of a prepared model's activations to some of the given images, in place.
+
+    BatchNorm uses the statistics of the images meanwhile, and keeps its own.
+    """
+    if not len(pixels):
+        return
+    # From all over, as they may be sorted by class.
+    chosen = np.linspace(0, len(pixels) - 1, min(len(pixels), _ACTIVATION_IMAGES)).astype(int)
+    images = to_input(pixels[chosen])
+    with _normalized_by_batch(model, momentum=0.0):
+        quant.calibrate_activations(model, lambda network: network(images))
 
 
 @torch.no_grad()
@@ -53,16 +70,25 @@ def round_weights(model: nn.Module, pixels: np.ndarray) -> dict[str, QuantizedTe
 @contextmanager
 def _collected_statistics(model: nn.Module) -> Iterator[bool]:
     """Let BatchNorm compute with, and average, the statistics of what passes; yield if any does."""
+    # Without a momentum they are averaged cumulatively.
+    with _normalized_by_batch(model, momentum=None) as layers:
+        for layer in layers:
+            layer.reset_running_stats()
+        yield bool(layers)
+
+
+@contextmanager
+def _normalized_by_batch(model: nn.Module, momentum: float | None) -> Iterator[list[_BatchNorm]]:
+    """Let BatchNorm compute with the statistics of what passes; yield its layers."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [layer.momentum for layer in layers]
     model.eval()
     for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
+        layer.momentum = momentum
         layer.train()
     try:
-        yield bool(layers)
+        yield layers
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+        for layer, kept in zip(layers, momenta, strict=True):
+            layer.momentum = kept
         model.eval()

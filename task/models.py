@@ -2,11 +2,18 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from task.errors import SettingsError
+
+
+def to_input(pixels: np.ndarray) -> Tensor:
+    """Turn uint8 pixels into the network's input: float32, 0..255 to -2..2, channels last."""
+    x = torch.from_numpy(pixels).to(torch.float32, memory_format=torch.channels_last)
+    return x.mul_(4 / 255).sub_(2)
 
 
 class BasicBlock(nn.Module):

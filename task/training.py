@@ -26,8 +26,10 @@ from quant import (
     set_scales,
     weight_scales,
 )
+from task.calibration import calibrate_activations
 from task.data import Images
 from task.errors import SettingsError
+from task.models import to_input
 from task.settings import Settings
 
 # Small enough for the cache: twice as fast as 500 on a CPU.
@@ -98,12 +100,6 @@ class Score:
     loss: float
     accuracy: float
     num_examples: int
-
-
-def to_input(pixels: np.ndarray) -> Tensor:
-    """Turn uint8 pixels into the network's input: float32, 0..255 to -2..2, channels last."""
-    x = torch.from_numpy(pixels).to(torch.float32, memory_format=torch.channels_last)
-    return x.mul_(4 / 255).sub_(2)
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -178,6 +174,7 @@ def train(
         widths = QuantConfig(config.bits, config.activation_bits, config.gradient_bits)
         _prepare(model, widths, config.weight_step)
         set_scales(model, scales or {})
+        calibrate_activations(model, images.pixels)
     optimizer = _optimizer(model, config, seed)
     began = {name: tensor.clone() for name, tensor in model_state(model).items()}
     corrected = [(p, correction[n]) for n, p in model.named_parameters() if n in (correction or {})]

@@ -15,7 +15,7 @@ from quant import (
     refit_scales,
     weight_scales,
 )
-from quant.layers import fake_quantize_activation, fake_quantize_gradient
+from quant.activations import fake_quantize_activation, fake_quantize_gradient
 
 
 def small_model():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from quant import StrictSGD, absmax_scale, largest_code
-from quant.layers import fake_quantize_gradient
+from quant.activations import fake_quantize_gradient
 
 
 def generator(seed=0):

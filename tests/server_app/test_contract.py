@@ -18,12 +18,12 @@ import client_app.app as client_app
 from client_app.memory import own_model
 from quant import UpdateSpec, payload_size, quantized_layers, set_scales
 from server_app.app import main
-from task.models import build_model
+from task.models import build_model, to_input
 from task.partition import client_images
 from task.protocol import MODEL, UPDATE
 from task.seeds import derive_seed
 from task.settings import Settings
-from task.training import at_width, load_state, model_state, to_input
+from task.training import at_width, load_state, model_state
 
 FLOAT = "32:1.0"
 MIXED = "2:0.2,4:0.2,8:0.2,32:0.4"

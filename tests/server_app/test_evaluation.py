@@ -26,13 +26,13 @@ from server_app.app import main
 from server_app.build import build_strategy, read_settings
 from server_app.evaluation import CalibratedRounding, Evaluator
 from strategies import STRATEGIES
-from task.calibration import calibrate_normalization, round_weights
+from task.calibration import calibrate_activations, calibrate_normalization, round_weights
 from task.data import Images
 from task.errors import SettingsError
-from task.models import build_model
+from task.models import build_model, to_input
 from task.protocol import INSTRUCTION, MODEL, Instruction
 from task.settings import Settings
-from task.training import at_width, evaluate, model_state, to_input
+from task.training import at_width, evaluate, model_state
 
 FLOAT_STATISTICS = Settings(calibrate_normalization=False)
 
@@ -119,6 +119,17 @@ def test_statistics_are_those_of_the_buffer_if_asked_for(bits):
     assert found[1].running_mean.abs().max() < 9
 
 
+def test_grids_of_activations_are_fitted_to_the_buffer():
+    buffer, update = images(30, seed=5).pixels, quantize_state(state_of(small()), 3)
+    network = Evaluator(Settings(), small(), images(), buffer).network(update)
+    fitted = [layer.input_grid for _, layer in quantized_layers(network)]
+    calibrate_activations(network, buffer)
+    assert fitted == [layer.input_grid for _, layer in quantized_layers(network)]
+    assert None not in fitted
+    network = Evaluator(FLOAT_STATISTICS, small(), images(), buffer[:0]).network(update)
+    assert {layer.input_grid for _, layer in quantized_layers(network)} == {None}
+
+
 def test_a_score_is_that_of_the_network_and_leaves_no_trace():
     model, held_out = small(), images(60, seed=1)
     before = state_of(model)
@@ -142,7 +153,9 @@ def test_codes_are_those_of_rounding_the_network_for_the_buffer(bits):
     state = state_of(small(3))
     update = CalibratedRounding(Settings(), model, buffer)(state, bits)
     plain = small(3)
-    expected = round_weights(at_width(plain, Settings(), bits), buffer)
+    network = at_width(plain, Settings(), bits)
+    calibrate_activations(network, buffer)
+    expected = round_weights(network, buffer)
     nearest = quantize_state(state, bits)
     assert (update.bits, update.content) == (bits, "weights")
     assert update.quantized.keys() == expected.keys() == nearest.quantized.keys()

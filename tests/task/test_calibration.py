@@ -1,4 +1,4 @@
-"""`round_weights`: the images' way through a network while it is rounded, step by step."""
+"""What images tell: the grids of activations; `round_weights`, step by step."""
 
 import copy
 
@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 import task.calibration
 from quant import QuantConfig, fit_scale, prepare, quantize_state, quantized_layers, weight_scales
+from quant.activations import fit_activation_grid
 from quant.rounding import round_to_moments
-from task.calibration import calibrate_normalization, round_weights
-from task.models import build_model
+from task.calibration import calibrate_activations, calibrate_normalization, round_weights
+from task.models import build_model, to_input
 from task.settings import Settings
-from task.training import at_width, model_state, to_input
+from task.training import at_width, model_state
 
 
 def pixels_of(count, size=6, channels=1, seed=0):
@@ -136,3 +137,35 @@ def test_real_networks_keep_their_outputs_better_than_rounded_to_nearest(name, b
         expected, x = model.eval()(to_input(pixels)), to_input(pixels)
         errors = [float((m.eval()(x) - expected).square().mean()) for m in (calibrated, nearest)]
     assert errors[0] < 0.7 * errors[1]
+
+
+def test_activations_are_fitted_to_normalized_images_and_the_statistics_stay():
+    model, pixels = network(), pixels_of(64)
+    model[0].config = model[4].config = QuantConfig(4, 4)
+    before = copy.deepcopy(model_state(model))
+    momentum = model[1].momentum
+    calibrate_activations(model, pixels)
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
+    assert model[1].momentum == momentum
+    assert not any(m.training for m in model.modules())
+    again = copy.deepcopy(model)
+    calibrate_normalization(again, pixels)
+    seen = again[:4](to_input(pixels))
+    # The same but for the last bits: the first layer's grid, and statistics of all in one batch.
+    assert model[4].input_grid.scale == pytest.approx(fit_activation_grid(seen, 4).scale, rel=2e-3)
+
+
+def test_images_that_are_sorted_are_looked_at_from_end_to_end():
+    dark, bright = np.zeros((500, 1, 6, 6), np.uint8), np.full((500, 1, 6, 6), 160, np.uint8)
+    model = prepare(nn.Conv2d(1, 1, 1), QuantConfig(8, 8))
+    for pixels in (np.concatenate([dark, bright]), np.concatenate([bright, dark])):
+        calibrate_activations(model, pixels)
+        x = to_input(np.concatenate([dark[:32], bright[:32]]))
+        assert model.input_grid == fit_activation_grid(x, 8)
+
+
+def test_without_images_every_input_has_the_grid_that_spans_it():
+    model = network()
+    model[0].config = model[4].config = QuantConfig(4, 4)
+    calibrate_activations(model, pixels_of(1)[:0])
+    assert model[0].input_grid is None

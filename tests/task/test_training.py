@@ -17,10 +17,10 @@ from quant import (
     quantized_layers,
     weight_scales,
 )
-from task.calibration import calibrate_normalization
+from task.calibration import calibrate_activations, calibrate_normalization
 from task.data import Images
 from task.errors import SettingsError
-from task.models import build_model
+from task.models import build_model, to_input
 from task.settings import Settings
 from task.training import (
     DivergedError,
@@ -30,7 +30,6 @@ from task.training import (
     evaluate,
     load_state,
     model_state,
-    to_input,
     train,
 )
 
@@ -262,6 +261,8 @@ def test_strict_step_has_the_widths_of_its_configuration(gradient_bits):
         generator=torch.Generator().manual_seed(seed),
         lr=0.1,
     )
+    calibrate_activations(expected, images.pixels)
+    expected.train()
     order = np.random.default_rng(seed).permutation(24)
     logits = expected(to_input(images.pixels[order]))
     F.cross_entropy(logits, torch.from_numpy(images.labels[order])).backward()

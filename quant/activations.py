@@ -1,0 +1,144 @@
+"""What passes between layers, on a grid: activations on the way forward, errors on the way back.
+
+Both have one scale a tensor. That of an error is taken from the tensor itself; so is that of an
+activation, until it is fitted to a few images (`calibrate_activations`). A fitted grid stays as it
+is, as integer hardware needs it, costs no pass over the tensor to find its range, and clips the
+rare large values for a finer step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.grid import largest_code
+
+# Keeps the inverse of a scale finite.
+_SMALLEST_RANGE = torch.finfo(torch.float32).tiny * 2**16
+# Magnitudes are counted in so many bins to find the clipping point of least squared error.
+_BINS = 2048
+_CLIP_CANDIDATES = torch.arange(20, 4, -1) / 20
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """The levels ``scale * {low, ..., high}`` of a layer's input.
+
+    Attributes
+    ----------
+    scale : float
+        Step.
+    low, high : int
+        Outermost codes: ``[0, 2**bits - 1]`` where nothing is negative, as after a ReLU, and
+        symmetric otherwise. Neither has a zero point.
+    """
+
+    scale: float
+    low: int
+    high: int
+
+
+def fit_activation_grid(x: Tensor, bits: int) -> ActivationGrid:
+    """Fit a grid to a tensor: of several clipping points that of the least mean squared error.
+
+    Parameters
+    ----------
+    x : Tensor
+        Float tensor of any shape.
+    bits : int
+        Width, 2 to 16.
+    """
+    x = x.detach()
+    low, high = (float(end) for end in _range(x))
+    limit = largest_code(bits) if low < 0 else 2**bits - 1
+    largest = max(high, -low, _SMALLEST_RANGE)
+    counts = torch.histc(x.abs().float(), _BINS, 0, largest).cpu()
+    value = (torch.arange(_BINS) + 0.5) * (largest / _BINS)
+    scales = _CLIP_CANDIDATES * (largest / limit)
+    nearest = (value / scales[:, None]).round_().clamp_(max=limit) * scales[:, None]
+    errors = ((nearest - value).square_() * counts).sum(dim=1)
+    return ActivationGrid(float(scales[errors.argmin()]), -limit if low < 0 else 0, limit)
+
+
+def put_on_grid(x: Tensor, grid: ActivationGrid) -> Tensor:
+    """Put a tensor on a fitted grid.
+
+    The gradient passes unchanged where nothing was clipped and is zero where it was.
+    """
+    return _PutOnGrid.apply(x, grid)
+
+
+def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:
+    """Put a tensor on one grid of `bits` bits, its range taken from the tensor itself.
+
+    A tensor without negative entries, as after a ReLU, uses the unsigned grid
+    ``[0, 2**bits - 1]``; any other the symmetric one. Neither has a zero point. Nothing is clipped,
+    so that the straight-through gradient passes unchanged everywhere.
+    """
+    return _QuantizeActivation.apply(x, bits)
+
+
+def fake_quantize_gradient(gradient: Tensor, bits: int) -> Tensor:
+    """Put a gradient on one symmetric grid of `bits` bits that spans its largest magnitude."""
+    low, high = _range(gradient)
+    return _on_spanning_grid(gradient, torch.maximum(high, -low) / largest_code(bits))
+
+
+def quantize_error(y: Tensor, bits: int) -> Tensor:
+    """Return `y`; its gradient is put on a grid of `bits` bits on the way back."""
+    return _QuantizeError.apply(y, bits)
+
+
+class _PutOnGrid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, grid: ActivationGrid) -> Tensor:
+        ctx.save_for_backward(x)
+        # Half a step further is still rounded to the outermost level.
+        ctx.ends = [
+            (code + half) * grid.scale for code, half in ((grid.low, -0.5), (grid.high, 0.5))
+        ]
+        return x.mul(1 / grid.scale).round_().clamp_(grid.low, grid.high).mul_(grid.scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        # One pass: zero outside of the ends.
+        return torch.ops.aten.hardtanh_backward(gradient, *ctx.saved_tensors, *ctx.ends), None
+
+
+class _QuantizeActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, bits: int) -> Tensor:
+        limit, unsigned = largest_code(bits), 2**bits - 1
+        low, high = _range(x)
+        # Written without a branch on a value, which would stall a GPU.
+        scale = torch.where(low < 0, torch.maximum(high, -low) / limit, high / unsigned)
+        return _on_spanning_grid(x, scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _QuantizeError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, bits: int) -> Tensor:
+        ctx.bits = bits
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return fake_quantize_gradient(gradient, ctx.bits), None
+
+
+def _range(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        # In the order of its memory: seven times as fast.
+        x = x.permute(0, 2, 3, 1)
+    return torch.aminmax(x.detach())
+
+
+def _on_spanning_grid(x: Tensor, scale: Tensor) -> Tensor:
+    # A tenth of the time of torch's fake_quantize_per_tensor_affine, which is not vectorized; no
+    # clipping is needed where the scale spans the tensor.
+    scale = scale.float().clamp(min=_SMALLEST_RANGE)
+    return x.mul(scale.reciprocal()).round_().mul_(scale)
