@@ -94,7 +94,8 @@ def answer_train(message: Message, context: Context) -> Message:
         _keep(kept, context, job.instruction)
         return Message(content, reply_to=message)
     update = _update(job, trained)
-    content[UPDATE] = ArrayRecord({UPDATE: _to_array(encode_update(update))})
+    payload = encode_update(update, coded=bool(job.instruction.coded), start=job.codes_sent)
+    content[UPDATE] = ArrayRecord({UPDATE: _to_array(payload)})
     if job.instruction.tracking_epoch:
         kept = RecordDict()
         _tracked(job, delta, received, update).keep(kept)
@@ -126,13 +127,24 @@ def answer_evaluate(message: Message, context: Context) -> Message:
 
 @dataclass(frozen=True)
 class _Job:
-    """One message's work: who is asked for what, with which model, and the grid it came on."""
+    """One message's work: who is asked for what, with which model, and as what it came."""
 
     settings: Settings
     client: Declaration
     instruction: Instruction
     model: nn.Module
     scales: dict[str, Tensor]
+    sent: Update | None
+
+    @property
+    def codes_sent(self) -> Update | None:
+        """What an update of weights may refer to: the model, if it came as codes of its width."""
+        asked = self.instruction
+        return (
+            self.sent
+            if (asked.uplink, asked.downlink_bits) == ("weights", self.client.bits)
+            else None
+        )
 
     @property
     def images(self) -> Images:
@@ -165,6 +177,7 @@ def _open(message: Message, context: Context) -> _Job:
     recall(context.state, folder, instruction.server_round + trained)
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
+    sent = None
     # A client that sends nothing goes on from its own model while it has one, whatever it was sent.
     if instruction.uplink == "nothing" and has_model(context.state):
         state, scales = own_model(context.state)
@@ -180,7 +193,7 @@ def _open(message: Message, context: Context) -> _Job:
     else:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
     load_state(model, state)
-    return _Job(settings, client, instruction, model, scales)
+    return _Job(settings, client, instruction, model, scales, sent)
 
 
 def _update(job: _Job, trained: Trained) -> Update:

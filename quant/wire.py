@@ -2,15 +2,17 @@
 
 Layout (little-endian)::
 
-    magic "PRWD" | version u8 | bits u8 | content u8 | zero u8 | table bytes u32 | CRC-32 u32
+    magic "PRWD" | version u8 | bits u8 | content u8 | coding u8 | table bytes u32 | CRC-32 u32
     table     per tensor: name length u16, name (UTF-8), encoding u8, dimensions u8, sizes u32 each
     scales    float32, one per output channel of every quantized tensor, in table order
-    codes     all quantized tensors as one flat run, packed
     floats    float32, the other tensors, in table order
+    codes     all quantized tensors as one flat run: packed (coding 0), entropy-coded (1), or
+              entropy-coded differences from the codes that the receiver had sent (2)
 
 The CRC-32 covers everything else in the payload, so that no altered byte goes unnoticed. Nothing is
-pickled. The receiver knows every name and shape beforehand (`UpdateSpec`) and therefore the
-exact length: it is compared before anything is allocated.
+pickled. The receiver knows every name and shape beforehand (`UpdateSpec`) and therefore the length
+of everything but coded codes, which are never longer than packed ones: it is compared before
+anything is allocated, and no more is unfolded than there are codes.
 """
 
 import math
@@ -22,18 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quant.coding import deflate_codes, inflate_codes
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, largest_code
 from quant.packing import PackingError, pack, packed_size, unpack
 from quant.update import Content, QuantizedTensor, Update, UpdateSpec, is_variance
 
-STYPE = "prowd.update/1"
+STYPE = "prowd.update/2"
 
 _MAGIC = b"PRWD"
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("<4sBBBBII")
 _CRC_OFFSET = _HEADER.size - 4
 _CONTENTS: tuple[str, ...] = get_args(Content)
 _FLOAT, _CODES = 0, 1
+_PACKED, _CODED, _CODED_FROM_START = 0, 1, 2
 # No network that works holds a larger value; sums over clients stay far from overflow.
 _LARGEST_VALUE = 1e8
 
@@ -43,14 +47,21 @@ class UpdateError(ValueError):
 
 
 def payload_size(spec: UpdateSpec, bits: int) -> int:
-    """Return the exact bytes of an update of width `bits`."""
-    scales, codes, floats = _counts(spec, bits)
-    packed = packed_size(codes, bits) if codes else 0
-    return _HEADER.size + len(_table(spec, bits)) + 4 * scales + packed + 4 * floats
+    """Return the bytes of an update of width `bits`: exact if packed, the most if coded."""
+    return _fixed_size(spec, bits) + _packed_size(spec, bits)
 
 
-def encode_update(update: Update) -> bytes:
+def encode_update(update: Update, *, coded: bool = False, start: Update | None = None) -> bytes:
     """Serialize an update.
+
+    Parameters
+    ----------
+    update : Update
+        What is sent.
+    coded : bool
+        Whether the codes are entropy-coded (`quant.coding`), where that makes them shorter.
+    start : Update, optional
+        Model of the same width whose codes the receiver has sent; coded codes may refer to them.
 
     Raises
     ------
@@ -61,19 +72,25 @@ def encode_update(update: Update) -> bytes:
     spec = _spec_of(update)
     table = _table(spec, update.bits)
     scales = [update.quantized[n].scale for n in spec.quantized(update.bits)]
-    codes = [update.quantized[n].codes for n in spec.quantized(update.bits)]
-    packed = pack(_flat(codes), update.bits) if codes else b""
     floats = [update.floats[n] for n in spec.floats(update.bits)]
-    body = [_flat_bytes(scales), packed, _flat_bytes(floats)]
+    coding, codes = _shortest(_flat_codes(update, spec), update.bits, coded, start, spec)
+    body = [_flat_bytes(scales), _flat_bytes(floats), codes]
     content = _CONTENTS.index(update.content)
-    head = _HEADER.pack(_MAGIC, _VERSION, update.bits, content, 0, len(table), 0)[:_CRC_OFFSET]
+    head = _HEADER.pack(_MAGIC, _VERSION, update.bits, content, coding, len(table), 0)
+    head = head[:_CRC_OFFSET]
     crc = zlib.crc32(head)
     for part in (table, *body):
         crc = zlib.crc32(part, crc)
     return b"".join([head, struct.pack("<I", crc), table, *body])
 
 
-def decode_update(data: bytes, spec: UpdateSpec, bits: int, content: Content = "weights") -> Update:
+def decode_update(
+    data: bytes,
+    spec: UpdateSpec,
+    bits: int,
+    content: Content = "weights",
+    start: Update | None = None,
+) -> Update:
     """Read and check an update.
 
     Parameters
@@ -86,6 +103,8 @@ def decode_update(data: bytes, spec: UpdateSpec, bits: int, content: Content = "
         Width that the sender declared.
     content : {"weights", "difference"}
         What the receiver asked for.
+    start : Update, optional
+        Model whose codes the receiver had sent to the sender.
 
     Raises
     ------
@@ -93,8 +112,8 @@ def decode_update(data: bytes, spec: UpdateSpec, bits: int, content: Content = "
         If the payload is anything but a whole, unaltered, finite update of this model, width and
         content.
     """
-    table = _check_header(data, spec, bits, content)
-    scale_count, code_count, float_count = _counts(spec, bits)
+    coding, table = _check_header(data, spec, bits, content)
+    scale_count, _, float_count = _counts(spec, bits)
     view = memoryview(data)
     position = _HEADER.size + len(table)
     scales = _floats_at(view, position, scale_count, "a scale")
@@ -103,19 +122,65 @@ def decode_update(data: bytes, spec: UpdateSpec, bits: int, content: Content = "
     if bits != FLOAT_BITS and (scales > _LARGEST_VALUE / largest_code(bits)).any():
         raise UpdateError(f"a scale is so large that its grid exceeds {_LARGEST_VALUE:g}")
     position += 4 * scale_count
-    packed = packed_size(code_count, bits) if code_count else 0
-    floats = _floats_at(view, position + packed, float_count, "a float tensor")
+    floats = _floats_at(view, position, float_count, "a float tensor")
     if float_count and np.abs(floats).max() > _LARGEST_VALUE:
         raise UpdateError(f"a value exceeds {_LARGEST_VALUE:g}")
-    try:
-        codes = unpack(view[position : position + packed], bits, code_count) if packed else None
-    except PackingError as error:
-        raise UpdateError(str(error)) from None
+    codes = _read_codes(view[position + 4 * float_count :], spec, bits, coding, start)
     tensors = _split(spec, bits, floats)
     for name, tensor in tensors.items():
         if content == "weights" and is_variance(name) and (tensor < 0).any():
             raise UpdateError(f"{name} is a variance and has a negative entry")
     return Update(bits, content, _split_codes(spec, bits, codes, scales), tensors)
+
+
+def _shortest(
+    codes: np.ndarray, bits: int, coded: bool, start: Update | None, spec: UpdateSpec
+) -> tuple[int, bytes]:
+    """Return the shortest of the allowed forms of the codes, and which it is."""
+    if not codes.size:
+        return _PACKED, b""
+    forms = [(_PACKED, pack(codes, bits))]
+    if coded:
+        forms.append((_CODED, deflate_codes(codes, bits)))
+        if start is not None:
+            known = _flat_codes(start, spec)
+            forms.append((_CODED_FROM_START, deflate_codes(codes, bits, known)))
+    return min(forms, key=lambda form: len(form[1]))
+
+
+def _read_codes(
+    data: memoryview, spec: UpdateSpec, bits: int, coding: int, start: Update | None
+) -> np.ndarray | None:
+    _, count, _ = _counts(spec, bits)
+    if not count:
+        return None
+    known = None
+    if coding == _CODED_FROM_START:
+        if start is None or start.bits != bits:
+            raise UpdateError("payload refers to codes that were not sent")
+        known = _flat_codes(start, spec)
+    try:
+        if coding == _PACKED:
+            return unpack(data, bits, count)
+        return inflate_codes(data, bits, count, known)
+    except PackingError as error:
+        raise UpdateError(str(error)) from None
+
+
+def _flat_codes(update: Update, spec: UpdateSpec) -> np.ndarray:
+    tensors = [update.quantized[n].codes for n in spec.quantized(update.bits)]
+    return _flat(tensors) if tensors else np.empty(0, np.int16)
+
+
+def _fixed_size(spec: UpdateSpec, bits: int) -> int:
+    """Bytes of everything but the codes."""
+    scales, _, floats = _counts(spec, bits)
+    return _HEADER.size + len(_table(spec, bits)) + 4 * scales + 4 * floats
+
+
+def _packed_size(spec: UpdateSpec, bits: int) -> int:
+    _, codes, _ = _counts(spec, bits)
+    return packed_size(codes, bits) if codes else 0
 
 
 def _counts(spec: UpdateSpec, bits: int) -> tuple[int, int, int]:
@@ -137,10 +202,11 @@ def _table(spec: UpdateSpec, bits: int) -> bytes:
     return b"".join(entries)
 
 
-def _check_header(data: bytes, spec: UpdateSpec, bits: int, content: Content) -> bytes:
+def _check_header(data: bytes, spec: UpdateSpec, bits: int, content: Content) -> tuple[int, bytes]:
+    """Check everything that needs no look at the values; return the coding and the table."""
     if len(data) < _HEADER.size:
         raise UpdateError(f"payload of {len(data)} bytes is shorter than the header")
-    magic, version, got_bits, got_content, zero, table_size, crc = _HEADER.unpack_from(data)
+    magic, version, got_bits, got_content, coding, table_size, crc = _HEADER.unpack_from(data)
     if magic != _MAGIC:
         raise UpdateError(f"payload begins with {magic!r}, not {_MAGIC!r}")
     if version != _VERSION:
@@ -151,15 +217,28 @@ def _check_header(data: bytes, spec: UpdateSpec, bits: int, content: Content) ->
         raise UpdateError(f"payload holds content {got_content}; asked for {content}")
     if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
         raise UpdateError(f"payload has {bits} bits; allowed are {MIN_BITS} to {MAX_BITS} and 32")
-    if len(data) != (size := payload_size(spec, bits)):
-        raise UpdateError(f"payload has {len(data)} bytes; this model at {bits} bits takes {size}")
+    _check_length(len(data), spec, bits, coding)
     table = _table(spec, bits)
     start = _HEADER.size
-    if zero or table_size != len(table) or data[start : start + len(table)] != table:
+    if table_size != len(table) or data[start : start + len(table)] != table:
         raise UpdateError("the table of tensors is not that of the model that was sent")
     if crc != zlib.crc32(memoryview(data)[start:], zlib.crc32(data[:_CRC_OFFSET])):
         raise UpdateError("checksum does not match: the payload was altered on its way")
-    return table
+    return coding, table
+
+
+def _check_length(length: int, spec: UpdateSpec, bits: int, coding: int) -> None:
+    most = payload_size(spec, bits)
+    if coding == _PACKED:
+        if length != most:
+            raise UpdateError(f"payload has {length} bytes; this model at {bits} bits takes {most}")
+        return
+    if coding not in (_CODED, _CODED_FROM_START) or not spec.quantized(bits):
+        raise UpdateError(f"payload has coding {coding}, which is none of this width")
+    if not _fixed_size(spec, bits) < length < most:
+        raise UpdateError(
+            f"payload has {length} bytes; this model at {bits} bits, coded, takes less than {most}"
+        )
 
 
 def _floats_at(view: memoryview, position: int, count: int, what: str) -> np.ndarray:

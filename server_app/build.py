@@ -82,6 +82,7 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
         "broadcast": _broadcast(settings, strategy_class),
         "weight_step": settings.weight_step,
         "norm_bound": settings.norm_bound,
+        "coded": settings.lossless_coding,
     }
     if hasattr(strategy_class, "Options"):
         prefix = f"{name}-"

@@ -80,6 +80,8 @@ class MixedPrecisionStrategy(Strategy):
         Step of the weights of low-bit clients in fixed point; 0 where each channel has its own.
     norm_bound : float
         Largest norm of an update, in that of the usual ones (`strategies.norms`); 0: any.
+    coded : bool
+        Whether codes are entropy-coded on their way, in both directions (`quant.coding`).
 
     Attributes
     ----------
@@ -105,6 +107,7 @@ class MixedPrecisionStrategy(Strategy):
         broadcast: Broadcast = "float32",
         weight_step: float = 0.0,
         norm_bound: float = 10.0,
+        coded: bool = True,
     ) -> None:
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
@@ -112,6 +115,7 @@ class MixedPrecisionStrategy(Strategy):
         self.broadcast = broadcast
         self.weight_step = weight_step
         self.norm_bound = norm_bound
+        self.coded = coded
         self.nodes = Nodes(min_nodes, node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
@@ -119,8 +123,8 @@ class MixedPrecisionStrategy(Strategy):
         self.clients_keep_in = ""
         self._start: State = {}
         self._spec = UpdateSpec({})
-        # BatchNorm's variances as each client was sent them.
-        self._variances: dict[int, State] = {}
+        # The model as each client was sent it.
+        self._models_sent: dict[int, Update] = {}
         self._sent: list[Message] = []
         self._clients: dict[int, Declaration] = {}
         self._instructions: dict[int, Instruction] = {}
@@ -268,9 +272,9 @@ class MixedPrecisionStrategy(Strategy):
         }
         self._start = to_state(arrays)
         self._spec = UpdateSpec.of(self._start)
-        packed: dict[tuple[int, int], tuple[ArrayRecord, State]] = {}
+        packed: dict[tuple[int, int], tuple[ArrayRecord, Update]] = {}
         self._sent = []
-        self._variances = {}
+        self._models_sent = {}
         for node_id, client in self._clients.items():
             instruction = self._instructions[client.partition_id]
             content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
@@ -279,7 +283,7 @@ class MixedPrecisionStrategy(Strategy):
                 key = (client.bits, instruction.downlink_bits)
                 if key not in packed:
                     packed[key] = self._pack_model(*key)
-                content[MODEL], self._variances[client.partition_id] = packed[key]
+                content[MODEL], self._models_sent[client.partition_id] = packed[key]
                 round_log.downlink_bytes[client.bits] += len(content[MODEL][MODEL].data)
             self._sent.append(Message(content, node_id, kind))
         round_log.sampled = [client.partition_id for client in self._clients.values()]
@@ -302,15 +306,19 @@ class MixedPrecisionStrategy(Strategy):
         downlink_bits = instruction.downlink_bits
         if downlink_bits and self.broadcast != "float32":
             downlink_bits = client.bits
-        return replace(instruction, downlink_bits=downlink_bits, keep_in=self.clients_keep_in)
+        return replace(
+            instruction,
+            downlink_bits=downlink_bits,
+            coded=int(self.coded),
+            keep_in=self.clients_keep_in,
+        )
 
-    def _pack_model(self, bits: int, downlink_bits: int) -> tuple[ArrayRecord, State]:
+    def _pack_model(self, bits: int, downlink_bits: int) -> tuple[ArrayRecord, Update]:
         if downlink_bits == FLOAT_BITS:
             model = quantize_state(self.state_for(bits, self._start), FLOAT_BITS)
         else:
             model = self.model_for(bits, self._start)
-        variances = {name: t for name, t in model.floats.items() if is_variance(name)}
-        return ArrayRecord({MODEL: to_array(encode_update(model))}), variances
+        return ArrayRecord({MODEL: to_array(encode_update(model, coded=self.coded))}), model
 
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:
         size = self._uplink_size(client)
@@ -327,7 +335,7 @@ class MixedPrecisionStrategy(Strategy):
         for item in packed:
             try:
                 update = self._decode(item)
-                _check_variances(update, self._variances.get(item.client.partition_id, {}))
+                _check_variances(update, self._models_sent.get(item.client.partition_id))
             except UpdateError as error:
                 self.round_log.rejected[item.client.partition_id] = str(error)
                 continue
@@ -342,7 +350,10 @@ class MixedPrecisionStrategy(Strategy):
         if instruction.uplink == "nothing":
             return None
         bits = instruction.uplink_bits or item.client.bits
-        return decode_update(item.payload, self._spec, bits, instruction.uplink)
+        start = None
+        if instruction.uplink == "weights" and instruction.downlink_bits == bits:
+            start = self._models_sent[item.client.partition_id]
+        return decode_update(item.payload, self._spec, bits, instruction.uplink, start)
 
     def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
         for item in packed:
@@ -352,12 +363,12 @@ class MixedPrecisionStrategy(Strategy):
             yield ClientUpdate(item.client, update, item.report)
 
 
-def _check_variances(update: Update | None, sent: State) -> None:
+def _check_variances(update: Update | None, sent: Update | None) -> None:
     """Refuse a difference that nobody can have trained: it ends below a variance of zero."""
-    if update is None or update.content != "difference":
+    if update is None or sent is None or update.content != "difference":
         return
-    for name, start in sent.items():
-        if (start + update.floats[name] < 0).any():
+    for name, moved in update.floats.items():
+        if is_variance(name) and (sent.floats[name] + moved < 0).any():
             raise UpdateError(f"{name} is a variance and would become negative")
 
 

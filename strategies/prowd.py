@@ -84,6 +84,7 @@ class ProWD(MixedPrecisionStrategy):
         self._tuned_in = 0
         self._drift: dict[int, State] = {}
         self._own: dict[int, State] = {}
+        self._velocity: State = {}
 
     def state_for(self, bits: int, state: State) -> State:
         """Return the global weights with the normalization and biases of a width."""
@@ -94,6 +95,8 @@ class ProWD(MixedPrecisionStrategy):
         values: dict[str, object] = {"widths": sorted(self._widths), "tuned-in": self._tuned_in}
         parts = {f"drift/{bits}": drift for bits, drift in self._drift.items()}
         parts |= {f"own/{bits}": own for bits, own in self._own.items()}
+        if self._velocity:
+            parts["velocity"] = self._velocity
         if self.dequantizer is not None:
             parts["dequantizer"] = dict(self.dequantizer.state_dict())
             values["dequantizer"] = self.dequantizer.arguments
@@ -106,6 +109,7 @@ class ProWD(MixedPrecisionStrategy):
         if "dequantizer" in values:
             self.dequantizer = ProgressiveDequantizer(**values["dequantizer"], seed=0)
             self.dequantizer.load_state_dict(parts["dequantizer"])
+        self._velocity = parts.get("velocity", {})
         for path, part in parts.items():
             kind, _, bits = path.partition("/")
             if bits:
@@ -136,10 +140,12 @@ class ProWD(MixedPrecisionStrategy):
         if self.options.align:
             self._align(means, start, groups, used)
         masks = self._masks(server_round, means, start, weights)
-        if not self.options.own_normalization:
-            return self._aggregate(start, means, groups, masks)
-        floats = self._keep_own(means)
-        return {**start, **self._aggregate(weights, means, groups, masks), **floats}
+        if self.options.own_normalization:
+            floats, shared = self._keep_own(means), weights
+        else:
+            floats, shared = {}, start
+        aggregated = self._aggregate(shared, means, groups, masks)
+        return {**start, **aggregated, **self._step(weights, aggregated), **floats}
 
     def _average(
         self,
@@ -213,6 +219,22 @@ class ProWD(MixedPrecisionStrategy):
             average = total / (contributed if by_count else sum(shares.values()))
             new[name] = average if literal else anchor + average
         return new
+
+    def _step(self, weights: State, aggregated: State) -> State:
+        """Apply the movement of the weights with the server's step size and momentum.
+
+        Momentum as in FedAvgM (Hsu et al., 2019, arXiv:1909.06335).
+        """
+        rate, momentum = self.options.server_learning_rate, self.options.server_momentum
+        if rate == 1 and not momentum:
+            return {}
+        moved = {name: aggregated[name] - tensor for name, tensor in weights.items()}
+        if momentum:
+            for name, velocity in self._velocity.items():
+                moved[name].add_(velocity, alpha=momentum)
+            if is_finite(moved):
+                self._velocity = moved
+        return {name: tensor.add(moved[name], alpha=rate) for name, tensor in weights.items()}
 
     def _align(
         self,

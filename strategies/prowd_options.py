@@ -61,6 +61,12 @@ class ProWDOptions(Options):
     low_bit_weight: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Weight of a low-bit example against a high-bit one."
     )
+    server_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Step size with which the server applies the aggregated movement."
+    )
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of the last round's movement of the weights that goes on in this."
+    )
     normalization: Literal["count", "clients"] = Field(
         "count",
         description="Divide each coordinate by the clients that contribute to it, or by all.",

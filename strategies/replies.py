@@ -94,12 +94,13 @@ def open_training_reply(reply: Message, client: Declaration, size: int | None) -
     client : Declaration
         Who sent it.
     size : int or None
-        Bytes that its update takes; None if none was asked for.
+        Bytes that its update takes at most; None if none was asked for.
 
     Raises
     ------
     BadReply
-        If the reply does not hold exactly one update of this size, or its report cannot be true.
+        If the reply does not hold exactly one update of no more than this size, or its report
+        cannot be true.
     """
     report = open_report(reply)
     if report.num_examples > client.num_examples:
@@ -111,7 +112,7 @@ def open_training_reply(reply: Message, client: Declaration, size: int | None) -
     payload = payload_of(reply)
     if payload is None:
         raise BadReply(f"the reply does not hold one array of type {STYPE}")
-    if len(payload) != size:
+    if len(payload) > size:
         # Here, so that what is too long is not kept until its turn comes.
         raise BadReply(f"its payload has {len(payload)} bytes; this model takes {size}")
     return Packed(client, payload, report)

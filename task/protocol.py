@@ -107,6 +107,9 @@ class Instruction(_Record):
         Most local steps that a client took in the round before.
     server_learning_rate : float
         Step size with which the server applied the average difference of that round.
+    coded : int
+        1 if the update's codes may be entropy-coded, from those that were sent where the model
+        came as codes, else 0.
     keep_in : str
         Folder for what a simulated client keeps from round to round; its last part names the run.
         A networked node, which keeps it in its own ``state-dir``, is told that last part alone.
@@ -121,6 +124,7 @@ class Instruction(_Record):
     tracking_epoch: int = 0
     tracking_steps: int = 0
     server_learning_rate: float = 1.0
+    coded: int = 0
     keep_in: str = ""
 
 

@@ -44,6 +44,11 @@ class Settings(Options):
     min_nodes: AtLeastOne = Field(1, description="Nodes that must be there before the first round.")
     node_wait: Positive = Field(60.0, description="Seconds that the server waits for nodes.")
 
+    lossless_coding: bool = Field(
+        True,
+        description="Codes travel entropy-coded where that makes them shorter, as differences from "
+        "the codes that the client was sent where it was sent codes.",
+    )
     norm_bound: Annotated[float, Field(ge=0)] = Field(
         10.0,
         description="An update this many times as large as the model and as the round's median "

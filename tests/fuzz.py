@@ -14,6 +14,7 @@ import time
 import tracemalloc
 import zlib
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import torch
@@ -29,13 +30,15 @@ from quant import (
 )
 
 # Where the layout in quant/wire.py puts the fields of the header.
-TABLE_BYTES, CRC, TABLE = 8, 12, 16
+CODING, TABLE_BYTES, CRC, TABLE = 7, 8, 12, 16
 WIDTHS = (2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 32)
 SHAPES = (
     {"conv.weight": (3, 2, 2, 2), "conv.bias": (3,), "bn.running_var": (3,), "fc.weight": (5, 3)},
     {"w": (1, 1)},
     {"b": (4,), "s": ()},
     {"empty.weight": (0, 3), "none": (0,), "w": (2, 9)},
+    # Large enough that coded codes are shorter.
+    {"w": (6, 40), "b": (2,)},
 )
 # Every so many payloads, memory is measured: it makes decoding several times slower.
 _MEASURED = 20
@@ -56,22 +59,27 @@ _EXTREMES = struct.pack(
 class Target:
     """One model at one width: a good payload, and what the decoder is told to expect."""
 
-    def __init__(self, shapes: dict, bits: int, content: str, seed: int) -> None:
+    def __init__(self, shapes: dict, bits: int, content: str, coded: bool, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         state = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+        self.start = None
         if content == "weights":
+            self.start = quantize_state({n: t * 0.98 for n, t in state.items()}, bits)
             update = quantize_state(state, bits)
         else:
             update = quantize_difference(state, bits, generator)
         self.bits, self.content = bits, content
         self.spec = UpdateSpec.of(state)
-        self.data = np.frombuffer(encode_update(update), np.uint8)
+        data = encode_update(update, coded=coded, start=self.start)
+        self.coding = data[CODING]
+        self.data = np.frombuffer(data, np.uint8)
 
 
 def targets() -> list[Target]:
     """Return all of them."""
     contents = ("weights", "difference")
-    return [Target(s, b, c, 0) for s in SHAPES for b in WIDTHS for c in contents]
+    choices = product(SHAPES, WIDTHS, contents, (False, True))
+    return [Target(*choice, seed=0) for choice in choices]
 
 
 def mutate(data: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> bytes:
@@ -168,7 +176,7 @@ def check(data: bytes, target: Target) -> bool:
     """
     bits = target.bits
     try:
-        update = decode_update(data, target.spec, bits, target.content)
+        update = decode_update(data, target.spec, bits, target.content, target.start)
     except UpdateError:
         return False
     assert (update.bits, update.content) == (bits, target.content)

@@ -1,10 +1,13 @@
 """A hundred thousand mutated payloads; `python -m tests.fuzz` runs a million."""
 
+import zlib
+
 import numpy as np
 import pytest
 from fuzz import MOST_BYTES, MOST_GROWTH, check, fuzz, targets
 
 import quant.wire
+from quant import PackingError
 
 COUNT = 100_000
 
@@ -31,8 +34,21 @@ def unchecked_codes(data, bits, count):
     return np.resize(np.frombuffer(data, np.int8).astype(np.int16) * 300, count)
 
 
+def unbounded_codes(data, bits, count, start=None):
+    try:
+        unfolded = zlib.decompressobj(-15).decompress(data)
+    except zlib.error as error:
+        raise PackingError(str(error)) from None
+    return unchecked_codes(unfolded or b"\0", bits, count)
+
+
 @pytest.mark.parametrize(
-    ("function", "careless"), [("_floats_at", unchecked_floats), ("unpack", unchecked_codes)]
+    ("function", "careless"),
+    [
+        ("_floats_at", unchecked_floats),
+        ("unpack", unchecked_codes),
+        ("inflate_codes", unbounded_codes),
+    ],
 )
 def test_the_fuzz_finds_a_decoder_that_checks_less(monkeypatch, function, careless):
     monkeypatch.setattr(quant.wire, function, careless)

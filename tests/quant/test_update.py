@@ -24,7 +24,7 @@ from quant import (
 WIDTHS = [*range(2, 17), 32]
 
 # Where the documented layout puts the fields of the header.
-MAGIC, VERSION, BITS, CONTENT, ZERO, TABLE_BYTES, CRC, TABLE = 0, 4, 5, 6, 7, 8, 12, 16
+MAGIC, VERSION, BITS, CONTENT, CODING, TABLE_BYTES, CRC, TABLE = 0, 4, 5, 6, 7, 8, 12, 16
 
 
 def small_state(seed=0):
@@ -71,9 +71,9 @@ def tiny_payload(scale=0.5, codes=231, bias=2.0):
     """The payload of `tiny_update`, written by hand from the documented layout."""
     # w: 1 name byte, codes, 2 dimensions 1 x 4; b: 1 name byte, floats, 1 dimension of 1.
     table = struct.pack("<HcBBII", 1, b"w", 1, 2, 1, 4) + struct.pack("<HcBBI", 1, b"b", 0, 1, 1)
-    header = struct.pack("<4sBBBBII", b"PRWD", 1, 2, 0, 0, len(table), 0)
+    header = struct.pack("<4sBBBBII", b"PRWD", 2, 2, 0, 0, len(table), 0)
     # Patterns code + 2: 3 + 1*4 + 2*16 + 3*64 = 231.
-    return with_crc(header + table + struct.pack("<fBf", scale, codes, bias))
+    return with_crc(header + table + struct.pack("<ffB", scale, bias, codes))
 
 
 TINY_SPEC = UpdateSpec({"b": (1,), "w": (1, 4)})
@@ -240,11 +240,12 @@ def test_an_altered_payload_with_a_fitting_checksum_is_refused_or_sane(bits):
     ("position", "value", "message"),
     [
         (MAGIC, ord("Q"), "begins with"),
-        (VERSION, 2, "version 2"),
+        (VERSION, 1, "version 1"),
         (BITS, 8, "8 bits"),
         (CONTENT, 1, "content 1"),
         (CONTENT, 9, "content 9"),
-        (ZERO, 1, "table"),
+        (CODING, 1, "coded, takes less than"),
+        (CODING, 3, "coding 3"),
         (TABLE_BYTES, 0, "table"),
         (TABLE_BYTES + 3, 255, "table"),
         (TABLE, 2, "table"),
@@ -383,7 +384,7 @@ def test_a_claim_of_terabytes_is_refused_without_allocation(bits):
     # And a short payload for a model that is as large.
     huge = UpdateSpec({"w": (big, big)})
     table = struct.pack("<HcBBII", 1, b"w", int(bits == 4), 2, big, big)
-    header = struct.pack("<4sBBBBII", b"PRWD", 1, bits, 0, 0, len(table), 0)
+    header = struct.pack("<4sBBBBII", b"PRWD", 2, bits, 0, 0, len(table), 0)
     assert peak_of_refusal(with_crc(header + table), huge, bits) < 200_000
 
 

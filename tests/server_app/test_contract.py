@@ -88,7 +88,7 @@ def payloads(messages, record):
 @pytest.mark.parametrize("system", TABLE)
 def test_bytes_on_the_wire_are_those_of_the_table(tmp_path, system, mix):
     settings, up, down = TABLE[system]
-    folder, grid = run(tmp_path, mix, **settings)
+    folder, grid = run(tmp_path, mix, **settings, **{"lossless-coding": False})
     assert json.loads((folder / "summary.json").read_text())["status"] == "completed"
     widths = {FLOAT: [32] * 5, MIXED: [2, 4, 8, 32, 32]}[mix]
 
@@ -119,6 +119,29 @@ def test_bytes_on_the_wire_are_those_of_the_table(tmp_path, system, mix):
                 expected = {}
             assert entry[key] == expected
     assert set(entries[0]["accuracy"]) == {*map(str, widths), "average"}
+
+
+@pytest.mark.parametrize(
+    ("system", "coding"), [("prowd, rounded by the server", 2), ("fedavg", 1), ("fedcom", 1)]
+)
+def test_coded_payloads_are_shorter_and_change_nothing(tmp_path, system, coding):
+    settings, _, _ = TABLE[system]
+    plain, _ = run(tmp_path, MIXED, name="plain", **settings, **{"lossless-coding": False})
+    coded, grid = run(tmp_path, MIXED, name="coded", **settings)
+    assert weights_of(plain) == weights_of(coded)
+    entries = [[json.loads(x) for x in (f / "rounds.jsonl").open()] for f in (plain, coded)]
+    for before, after in zip(*entries, strict=True):
+        for key in ("uplink_bytes", "downlink_bytes"):
+            assert all(after[key][bits] <= size for bits, size in before[key].items())
+        assert after["uplink_bytes"]["2"] < before["uplink_bytes"]["2"]
+        assert after["accuracy"] == before["accuracy"]
+    # Byte 7 of the header: from the start where that was sent as codes; packed if not shorter.
+    used = {data[7] for _, _, data in payloads(grid.received, UPDATE)}
+    assert coding in used <= {0, coding}
+
+
+def weights_of(folder):
+    return (folder / "model.safetensors").read_bytes()
 
 
 def model_of(tmp_path, name, **settings):

@@ -49,10 +49,13 @@ def encoded(bits, state=None):
 
 NAN = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
 BAD_REPLIES = {
-    "garbage": (content(b"garbage", report(10)), "7 bytes; this model takes 70"),
-    "truncated": (content(encoded(32)[:-1], report(10)), "69 bytes; this model takes 70"),
+    "garbage": (content(b"garbage", report(10)), "7 bytes is shorter than the header"),
+    "truncated": (
+        content(encoded(32)[:-1], report(10)),
+        "69 bytes; this model at 32 bits takes 70",
+    ),
     "altered": (content(encoded(32)[:-1] + b"\7", report(10)), "checksum"),
-    "other width": (content(encoded(8), report(10)), "60 bytes; this model takes 70"),
+    "other width": (content(encoded(8), report(10)), "8 bits; the client declared 32"),
     "other model": (
         content(encoded(32, {"w": torch.zeros(3, 2), "b": torch.zeros(2)}), report(10)),
         "table of tensors",

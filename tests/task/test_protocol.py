@@ -49,6 +49,7 @@ def test_instruction_defaults_ask_for_weights_at_the_clients_width_and_send_floa
         "tracking_epoch": 0,
         "tracking_steps": 0,
         "server_learning_rate": 1.0,
+        "coded": 0,
         "keep_in": "",
     }
 

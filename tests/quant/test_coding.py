@@ -1,0 +1,175 @@
+"""Entropy-coded codes: exact for every width, near the entropy, and strict about bad input."""
+
+import zlib
+from collections import Counter
+from math import log2
+
+import numpy as np
+import pytest
+import torch
+from measuring import peak_memory
+
+from quant import (
+    PackingError,
+    UpdateError,
+    UpdateSpec,
+    decode_update,
+    encode_update,
+    largest_code,
+    packed_size,
+    payload_size,
+    quantize_state,
+)
+from quant.coding import deflate_codes, inflate_codes
+
+WIDTHS = range(2, 17)
+
+
+def some_codes(bits, count, seed=0, spread=0.5):
+    rng = np.random.default_rng(seed)
+    limit = largest_code(bits)
+    codes = np.clip(np.rint(rng.normal(0, spread * limit, count)), -limit, limit)
+    return codes.astype(np.int8 if bits <= 8 else np.int16)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 1000])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_codes_come_back_with_and_without_a_start(bits, count):
+    codes, start = some_codes(bits, count), some_codes(bits, count, seed=1)
+    limit = largest_code(bits)
+    # The differences of the extremes leave the grid, and come back onto it.
+    codes[:2], start[:2] = (limit, -limit)[:count], (-limit, limit)[:count]
+    for known in (None, start):
+        back = inflate_codes(deflate_codes(codes, bits, known), bits, count, known)
+        assert back.dtype == codes.dtype
+        assert np.array_equal(back, codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_every_pair_of_code_and_start_comes_back(bits):
+    limit = largest_code(bits)
+    levels = np.arange(-limit, limit + 1, dtype=np.int8)
+    codes, start = (grid.ravel() for grid in np.meshgrid(levels, levels))
+    assert np.array_equal(
+        inflate_codes(deflate_codes(codes, bits, start), bits, codes.size, start), codes
+    )
+
+
+def entropy(values):
+    counts = Counter(values.tolist()).values()
+    return -sum(n / len(values) * log2(n / len(values)) for n in counts)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_the_size_is_near_the_entropy(bits):
+    codes = some_codes(bits, 200_000)
+    size = 8 * len(deflate_codes(codes, bits)) / codes.size
+    # Huffman's method spends less than a bit a byte beyond it, and much less here.
+    assert entropy(codes) <= size <= 1.04 * entropy(codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 12])
+def test_steps_from_a_start_are_shorter_where_most_codes_stay_near(bits):
+    start = some_codes(bits, 50_000)
+    rng = np.random.default_rng(3)
+    moved = start + rng.integers(-1, 2, start.size) * (rng.random(start.size) < 0.3)
+    codes = np.clip(moved, -largest_code(bits), largest_code(bits)).astype(start.dtype)
+    assert len(deflate_codes(codes, bits, start)) < 0.9 * len(deflate_codes(codes, bits))
+
+
+def raw_deflate(data, level=9):
+    coder = zlib.compressobj(level, zlib.DEFLATED, -15)
+    return coder.compress(data) + coder.flush()
+
+
+@pytest.mark.parametrize("count", [10, 1000])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+def test_what_is_not_so_many_codes_is_refused(bits, count):
+    good = deflate_codes(some_codes(bits, count), bits)
+    for bad in (b"", good[:-1], good[1:], good + b"\0", b"\xff" * 20, raw_deflate(b"")):
+        with pytest.raises(PackingError):
+            inflate_codes(bad, bits, count)
+    for other in (count - 9, count + 9):
+        with pytest.raises(PackingError):
+            inflate_codes(good, bits, other)
+
+
+def test_a_bomb_is_refused_before_it_unfolds():
+    """A hundred megabytes of zeros in a hundred kilobytes."""
+    bomb = raw_deflate(bytes(100_000_000))
+    assert len(bomb) < 150_000
+
+    def unfold():
+        with pytest.raises(PackingError, match="not those of 100000 weights"):
+            inflate_codes(bomb, 4, 100_000)
+
+    assert peak_memory(unfold) < 1_000_000
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7, 9, 12])
+def test_a_code_of_the_wider_container_is_refused(bits):
+    container = 4 if bits == 3 else 8 if bits < 8 else 16
+    codes = np.full(100, largest_code(bits) + 1, np.int16)
+    with pytest.raises(PackingError, match=f"off the grid of width {bits}"):
+        inflate_codes(deflate_codes(codes, container), bits, 100)
+
+
+# --- in a payload ---------------------------------------------------------------------------------
+
+
+def model(seed=0, moved=0.0):
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "w": torch.randn(40, 60, generator=generator),
+        "b": torch.randn(40, generator=generator),
+    }
+    step = torch.Generator().manual_seed(seed)
+    return {n: t + moved * torch.randn(t.shape, generator=step) for n, t in state.items()}
+
+
+SPEC = UpdateSpec.of(model())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 11, 16])
+def test_a_coded_payload_is_the_same_update_in_fewer_bytes(bits):
+    start, update = quantize_state(model(), bits), quantize_state(model(1, moved=0.05), bits)
+    plain = encode_update(update)
+    coded = encode_update(update, coded=True)
+    from_start = encode_update(update, coded=True, start=start)
+    assert len(from_start) < len(plain) == payload_size(SPEC, bits)
+    assert len(from_start) <= len(coded) <= len(plain)
+    for data in (plain, coded, from_start):
+        back = decode_update(data, SPEC, bits, start=start)
+        assert torch.equal(back.quantized["w"].codes.int(), update.quantized["w"].codes.int())
+        assert torch.equal(back.quantized["w"].scale, update.quantized["w"].scale)
+        assert torch.equal(back.floats["b"], update.floats["b"])
+
+
+def test_codes_that_do_not_get_shorter_are_packed():
+    generator = torch.Generator().manual_seed(0)
+    uniform = {"w": torch.rand(40, 60, generator=generator) * 2 - 1, "b": torch.zeros(40)}
+    update = quantize_state(uniform, 8)
+    assert encode_update(update, coded=True) == encode_update(update)
+    # Nothing is quantized at all.
+    update = quantize_state(uniform, 32)
+    assert encode_update(update, coded=True) == encode_update(update)
+
+
+def test_a_payload_that_refers_to_codes_that_were_not_sent_is_refused():
+    start, update = quantize_state(model(), 4), quantize_state(model(1, moved=0.05), 4)
+    data = encode_update(update, coded=True, start=start)
+    for other in (None, quantize_state(model(), 8), quantize_state(model(), 32)):
+        with pytest.raises(UpdateError, match="refers to codes that were not sent"):
+            decode_update(data, SPEC, 4, start=other)
+
+
+def test_a_coded_payload_is_shorter_than_a_packed_one_or_it_is_refused():
+    """What is longer can only be a bomb, or a client that pads."""
+    update = quantize_state(model(), 4)
+    data = encode_update(update)
+    codes = update.quantized["w"].codes.numpy().ravel()
+    head = data[: len(data) - packed_size(codes.size, 4)]
+    stored = raw_deflate(np.zeros(codes.size // 2, np.uint8).tobytes(), level=0)
+    long = head[:7] + b"\1" + head[8:] + stored
+    with pytest.raises(UpdateError, match="coded, takes less than"):
+        decode_update(long, SPEC, 4)
