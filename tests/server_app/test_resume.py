@@ -34,7 +34,11 @@ SMALL = {
     "node-wait": 0.3,
 }
 STRATEGIES = {
-    "prowd": {"prowd-finetune-every": 1, "prowd-finetune-steps": 1},
+    "prowd": {
+        "prowd-finetune-every": 1,
+        "prowd-finetune-steps": 1,
+        "prowd-server-momentum": 0.5,
+    },
     "prowd in the literal form": {
         "prowd-reference": "global",
         "prowd-dequantize": "client",

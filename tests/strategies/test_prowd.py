@@ -243,3 +243,24 @@ def test_bad_options_are_one_clear_line(options, message):
         ProWDOptions.read(options, "prowd-")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("own_normalization", [True, False])
+def test_the_servers_step_and_momentum_by_hand(own_normalization):
+    """Two precise clients move every weight by 1 and every bias by 3, in each round."""
+    state = {"w": torch.zeros(1, 4), "b": torch.zeros(1), "running_mean": torch.zeros(1)}
+
+    def train(received):
+        return {"w": received["w"] + 1, "b": received["b"] + 3, "running_mean": torch.ones(1)}
+
+    options = ProWDOptions(
+        server_learning_rate=1.5, server_momentum=0.5, own_normalization=own_normalization
+    )
+    strategy = ProWD(options, norm_bound=0)
+    grid = federation([ScriptedClient(i, 2, 32, train) for i in range(2)], state)
+    # The velocity is 1, then 1 + 0.5 * 1 = 1.5, then 1.75; each is applied 1.5 times.
+    for server_round, (weight, bias) in enumerate([(1.5, 3), (3.75, 6), (6.375, 9)], start=1):
+        state = run_round(strategy, grid, state, server_round)
+        assert state["w"].tolist() == [[weight] * 4]
+        assert state["b"].tolist() == [bias]
+        assert state["running_mean"].tolist() == [1]
