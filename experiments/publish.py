@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from experiments import margins
 from experiments.table import to_markdown
 from task.errors import SettingsError
 
@@ -58,5 +59,7 @@ def block(name: str) -> str:
 def tables(summary: Path) -> str:
     """Return what stands in results.md for a summary: its tables between their two lines."""
     content = json.loads(summary.read_text())
-    text = to_markdown(content["title"], content["results"])
+    parts = [to_markdown(content["title"], content["results"])]
+    parts += [table for table in [margins.to_markdown(content["results"])] if table]
+    text = "\n".join(parts)
     return f"<!-- {summary.stem} -->\n\n{text}\n<!-- end of {summary.stem} -->"

@@ -1,0 +1,97 @@
+"""By how much ProWD leads: over each rival, against the ceiling, and in bytes for one accuracy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+_OURS, _CEILING, _BYTES_RIVAL = "ProWD", "all-Float32", "FedCOM"
+_NAIVE = ("FedAvg", "GroupedAvg")
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Means over seeds, of one scenario; accuracies averaged over the clients, 0 to 1.
+
+    Attributes
+    ----------
+    ceiling, ours : float
+        Accuracy where every client is Float32, and of ProWD.
+    best_rival, rival : str, float
+        The most accurate of the others, and its accuracy.
+    naive : dict of str to float
+        Accuracies of FedAvg and GroupedAvg.
+    rival_bytes : float
+        Sent up by FedCOM in all, in bytes.
+    our_bytes : float or None
+        Sent up by ProWD until it was as accurate as FedCOM in the end; None if it never was.
+    """
+
+    ceiling: float
+    ours: float
+    best_rival: str
+    rival: float
+    naive: dict[str, float]
+    rival_bytes: float
+    our_bytes: float | None
+
+    @property
+    def distance_share(self) -> float:
+        """Distance of ProWD to the ceiling over that of the best rival."""
+        return (self.ceiling - self.ours) / (self.ceiling - self.rival)
+
+
+def margins(results: Sequence[dict], scenario: str) -> Margins | None:
+    """Return the margins in a scenario; None if a system that they speak of has no run there."""
+    runs: dict[str, list[dict]] = {}
+    for result in results:
+        if result["scenario"] == scenario:
+            runs.setdefault(result["system"], []).append(result)
+    if not {_OURS, _CEILING, _BYTES_RIVAL, *_NAIVE} <= runs.keys():
+        return None
+    accuracy = {s: mean(r["accuracy"]["average"] for r in own) for s, own in runs.items()}
+    rivals = accuracy.keys() - {_OURS, _CEILING}
+    best = max(sorted(rivals), key=accuracy.__getitem__)
+    return Margins(
+        ceiling=accuracy[_CEILING],
+        ours=accuracy[_OURS],
+        best_rival=best,
+        rival=accuracy[best],
+        naive={system: accuracy[system] for system in _NAIVE},
+        rival_bytes=mean(r["uplink_bytes"] for r in runs[_BYTES_RIVAL]),
+        our_bytes=_bytes_until(runs[_OURS], accuracy[_BYTES_RIVAL]),
+    )
+
+
+def _bytes_until(runs: list[dict], accuracy: float) -> float | None:
+    """Bytes sent up until the mean over runs first had an accuracy, where it was evaluated."""
+    for points in zip(*(run["curve"] for run in runs), strict=True):
+        if mean(point["accuracy"] for point in points) >= accuracy:
+            return mean(point["uplink_bytes"] for point in points)
+    return None
+
+
+def to_markdown(results: Sequence[dict]) -> str:
+    """Write the margins of all scenarios as one Markdown table; empty if there are none."""
+    scenarios = dict.fromkeys(str(result["scenario"]) for result in results)
+    found = {scenario: margins(results, scenario) for scenario in scenarios}
+    lines = [
+        "| | ceiling | ProWD | best rival | distance to the ceiling, of the best rival's "
+        "| lead over FedAvg | over GroupedAvg | MB up for FedCOM's accuracy, FedCOM / ProWD |",
+        "| --- " * 8 + "|",
+    ]
+    lines += [_row(scenario, margin) for scenario, margin in found.items() if margin is not None]
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def _row(scenario: str, m: Margins) -> str:
+    ours = "never" if m.our_bytes is None else f"{m.our_bytes / 1e6:.1f}"
+    cells = [
+        scenario,
+        f"{100 * m.ceiling:.2f}",
+        f"{100 * m.ours:.2f}",
+        f"{m.best_rival} {100 * m.rival:.2f}",
+        f"{m.distance_share:.0%}",
+        *(f"{100 * (m.ours - accuracy):+.2f}" for accuracy in m.naive.values()),
+        f"{m.rival_bytes / 1e6:.1f} / {ours}",
+    ]
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,58 @@
+"""ProWD's lead, worked by hand."""
+
+import pytest
+
+from experiments.margins import margins, to_markdown
+
+
+def runs(system, accuracies, per_round=1_000_000, scenario="50-50"):
+    """One run a seed: accuracy rises to the last of each, which is its result."""
+    for seed, curve in enumerate(accuracies):
+        points = [
+            {"round": r, "uplink_bytes": r * per_round, "accuracy": a}
+            for r, a in enumerate(curve, start=1)
+        ]
+        yield {
+            "scenario": scenario,
+            "system": system,
+            "seed": seed,
+            "accuracy": {"average": curve[-1]},
+            "uplink_bytes": len(curve) * per_round,
+            "curve": points,
+        }
+
+
+RESULTS = [
+    *runs("ProWD", [[0.3, 0.5, 0.57], [0.3, 0.6, 0.59]], per_round=900_000),
+    *runs("FedAvg", [[0.2, 0.3, 0.40], [0.2, 0.3, 0.42]]),
+    *runs("GroupedAvg", [[0.2, 0.3, 0.45], [0.2, 0.3, 0.45]]),
+    *runs("FedCOM", [[0.2, 0.4, 0.54], [0.2, 0.4, 0.54]]),
+    *runs("all-Float32", [[0.3, 0.6, 0.62], [0.3, 0.6, 0.62]]),
+]
+
+
+def test_margins_by_hand():
+    found = margins(RESULTS, "50-50")
+    assert found.best_rival == "FedCOM"
+    assert found.ours == pytest.approx(0.58)
+    # 0.62 - 0.58 over 0.62 - 0.54.
+    assert found.distance_share == pytest.approx(0.5)
+    assert found.naive == {"FedAvg": pytest.approx(0.41), "GroupedAvg": 0.45}
+    # After the second round ProWD has 0.55 on average, which is more than 0.54.
+    assert (found.our_bytes, found.rival_bytes) == (1_800_000, 3_000_000)
+
+
+def test_an_accuracy_that_is_never_reached_is_said_so():
+    worse = [*RESULTS[2:], *runs("ProWD", [[0.1, 0.2, 0.3]])]
+    assert margins(worse, "50-50").our_bytes is None
+    assert "| 3.0 / never |" in to_markdown(worse)
+
+
+def test_the_table():
+    row = "| 50-50 | 62.00 | 58.00 | FedCOM 54.00 | 50% | +17.00 | +13.00 | 3.0 / 1.8 |"
+    assert to_markdown(RESULTS).splitlines()[2:] == [row]
+
+
+def test_without_the_systems_that_it_speaks_of_there_is_no_table():
+    assert to_markdown(RESULTS[2:]) == ""
+    assert margins(RESULTS, "80-20") is None
