@@ -4,6 +4,9 @@ A tensor of bit-width ``k`` is stored as codes in ``[-(2**(k-1) - 1), 2**(k-1) -
 float32 scale per output channel (dimension 0). This file is the only place that says so.
 """
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +20,10 @@ _CLIP_CANDIDATES = tuple(i / 25 for i in range(25, 0, -1))
 _CLIP_REFINEMENTS = 2
 # Keeps 1 / scale finite in float32 even for an all-zero channel.
 _SMALLEST_SCALE = 2.0**-100
+# Values at a time: what is computed from them stays in the cache.
+_BLOCK = 1 << 16
+# Added to a float32 it leaves the integer nearest to it, ties to even, in the low bits.
+_ROUNDING = np.float32(1.5 * 2**23)
 
 
 def check_bits(bits: int) -> int:
@@ -35,6 +42,11 @@ def check_bits(bits: int) -> int:
 def largest_code(bits: int) -> int:
     """Return the largest code of the grid, ``2**(bits - 1) - 1``."""
     return 2 ** (check_bits(bits) - 1) - 1
+
+
+def code_type(bits: int) -> torch.dtype:
+    """Return the narrowest integer type that holds the codes of a width."""
+    return torch.int8 if bits <= 8 else torch.int16
 
 
 def per_channel(scale: Tensor, ndim: int) -> Tensor:
@@ -117,9 +129,22 @@ def quantize_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     Returns
     -------
     Tensor
-        Codes, int16, shape of `weight`.
+        Codes, int8 up to 8 bits and int16 above, shape of `weight`.
     """
-    return _nearest(weight.detach(), scale, bits).to(torch.int16)
+    if weight.device.type != "cpu":
+        return _nearest(weight.detach(), scale, bits).to(code_type(bits))
+    rows = _rows(weight.detach().float())
+    inverse, limit = scale.reciprocal().numpy()[:, None], np.float32(largest_code(bits))
+    codes = torch.empty(weight.shape, dtype=code_type(bits))
+    out, scratch = _rows(codes), np.empty(_BLOCK, np.float32)
+    for block in _blocks(*rows.shape):
+        part = rows[block]
+        values = scratch[: part.size].reshape(part.shape)
+        np.multiply(part, inverse[block[0]], out=values)
+        np.clip(values, -limit, limit, out=values)
+        values += _ROUNDING
+        out[block] = values.view(np.int32)
+    return codes
 
 
 def quantize_stochastic(
@@ -137,19 +162,28 @@ def quantize_stochastic(
     Returns
     -------
     Tensor
-        Codes, int16, shape of `weight`.
+        Codes as of `quantize_nearest`.
     """
     limit = largest_code(bits)
     noise = torch.rand(weight.shape, generator=generator, device=weight.device)
     quotient = weight.detach() / per_channel(scale, weight.ndim)
     codes = quotient.floor()
     codes += noise < quotient.sub_(codes)
-    return codes.clamp_(-limit, limit).to(torch.int16)
+    return codes.clamp_(-limit, limit).to(code_type(bits))
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the float32 values ``codes * scale`` that the codes stand for."""
-    return codes.to(torch.float32).mul_(per_channel(scale, codes.ndim))
+    if codes.device.type != "cpu":
+        return codes.to(torch.float32).mul_(per_channel(scale, codes.ndim))
+    values = torch.empty(codes.shape)
+    rows, out = _rows(codes), _rows(values)
+    steps = scale.numpy()[:, None]
+    for block in _blocks(*rows.shape):
+        part = out[block]
+        part[:] = rows[block]
+        part *= steps[block[0]]
+    return values
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -161,6 +195,20 @@ def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     limit = largest_code(bits)
     zero_point = torch.zeros(scale.numel(), dtype=torch.int32, device=scale.device)
     return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -limit, limit)
+
+
+def _rows(tensor: Tensor) -> np.ndarray:
+    """View a tensor ``[channels, ...]`` on the CPU as a matrix, one row a channel."""
+    channels = tensor.shape[0]
+    return tensor.reshape(channels, tensor.numel() // max(1, channels)).numpy()
+
+
+def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into blocks of whole rows, or of parts of one row where it is long."""
+    height, width = max(1, _BLOCK // max(1, columns)), min(columns, _BLOCK)
+    for top in range(0, rows, height):
+        for left in range(0, columns, max(1, width)):
+            yield slice(top, top + height), slice(left, left + width)
 
 
 def _nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

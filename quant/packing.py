@@ -63,8 +63,9 @@ def pack(codes: np.ndarray, bits: int) -> bytes:
     for start in range(0, flat.size, _BLOCK):
         block = flat[start : start + _BLOCK]
         size = _block_size(block.size, bits)
-        # Wrap-around in 16 bits is wanted: only the low `bits` bits are kept.
-        words = block.astype(np.uint16) + np.uint16(1 << (bits - 1))
+        # Wrap-around is wanted: only the low `bits` bits are kept.
+        words = block.astype(np.uint8 if bits <= 8 else np.uint16)
+        words += words.dtype.type(1 << (bits - 1))
         _pack_block(words, bits, out[position : position + size])
         position += size
     return out.tobytes()
@@ -104,7 +105,8 @@ def unpack(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
         words = _unpack_block(source[position : position + taken], bits, block.size)
         if block.size and words.min() == 0:
             raise PackingError(f"a code lies below the symmetric grid of width {bits}")
-        block[:] = (words - words.dtype.type(1 << (bits - 1))).view(block.dtype)
+        offset = words.dtype.type(1 << (bits - 1))
+        np.subtract(words, offset, out=block.view(words.dtype))
         position += taken
     return codes
 
@@ -123,47 +125,66 @@ def _block_size(count: int, bits: int) -> int:
 def _pack_block(words: np.ndarray, bits: int, out: np.ndarray) -> None:
     if bits > 8:
         out[: words.size] = words.astype(np.uint8)
-        _pack_block(words >> np.uint16(8), bits - 8, out[words.size :])
+        _pack_block((words >> np.uint16(8)).astype(np.uint8), bits - 8, out[words.size :])
         return
-    low = words.astype(np.uint8)
     if bits == 8:
-        out[:] = low
+        out[:] = words
         return
     slices = _slices(bits)
-    length = -(-low.size // slices)
-    if low.size != slices * length:
-        low = np.concatenate([low, np.zeros(slices * length - low.size, np.uint8)])
-    parts = low.reshape(slices, length)
-    planes = out.reshape(-1, length)
-    planes[:] = 0
-    shifted = np.empty(length, np.uint8)
+    length = -(-words.size // slices)
+    if words.size != slices * length:
+        words = np.concatenate([words, np.zeros(slices * length - words.size, np.uint8)])
+    lanes = _lanes(length)
+    parts, planes = words.reshape(slices, length).view(lanes), out.reshape(-1, length).view(lanes)
+    spare = np.empty_like(parts[0])
     for index, part in enumerate(parts):
         plane, shift = divmod(index * bits, 8)
-        planes[plane] |= np.left_shift(part, shift, out=shifted)
-        if shift + bits > 8:
-            planes[plane + 1] |= np.right_shift(part, 8 - shift, out=shifted)
+        stay = min(bits, 8 - shift)
+        if shift == 0:
+            planes[plane] = part
+        else:
+            np.bitwise_and(part, _in_all_bytes(stay, lanes), out=spare)
+            planes[plane] |= np.left_shift(spare, lanes(shift), out=spare)
+        if stay < bits:
+            np.right_shift(part, lanes(stay), out=planes[plane + 1])
+            planes[plane + 1] &= _in_all_bytes(bits - stay, lanes)
 
 
 def _unpack_block(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     if bits > 8:
         words = _unpack_block(data[count:], bits - 8, count).astype(np.uint16)
-        words <<= 8
+        words <<= np.uint16(8)
         words |= data[:count]
         return words
     if bits == 8:
         return data
     slices = _slices(bits)
     length = -(-count // slices)
-    planes = data.reshape(-1, length)
-    parts = np.empty((slices, length), np.uint8)
-    mask = np.uint8((1 << bits) - 1)
+    lanes = _lanes(length)
+    # A copy: a payload's bytes do not begin where eight at a time are fast.
+    planes = data.copy().reshape(-1, length).view(lanes)
+    parts = np.empty((slices, length), np.uint8).view(lanes)
+    spare = np.empty_like(planes[0])
     for index, part in enumerate(parts):
         plane, shift = divmod(index * bits, 8)
-        np.right_shift(planes[plane], shift, out=part)
-        if shift + bits > 8:
-            part |= planes[plane + 1] << np.uint8(8 - shift)
-        part &= mask
-    words = parts.reshape(-1)
+        stay = min(bits, 8 - shift)
+        np.right_shift(planes[plane], lanes(shift), out=part)
+        part &= _in_all_bytes(stay, lanes)
+        if stay < bits:
+            np.bitwise_and(planes[plane + 1], _in_all_bytes(bits - stay, lanes), out=spare)
+            part |= np.left_shift(spare, lanes(stay), out=spare)
+    words = parts.view(np.uint8).reshape(-1)
     if words[count:].any():
         raise PackingError("padding after the last code is not zero")
     return words[:count]
+
+
+def _lanes(length: int) -> type[np.unsignedinteger]:
+    """Type to compute with: eight bytes at a time where the length allows it."""
+    return np.uint64 if length % 8 == 0 else np.uint8
+
+
+def _in_all_bytes(bits: int, lanes: type[np.unsignedinteger]) -> np.unsignedinteger:
+    """Return a mask of the low `bits` bits of every byte."""
+    mask = (1 << bits) - 1
+    return lanes(mask * 0x0101010101010101) if lanes is np.uint64 else lanes(mask)

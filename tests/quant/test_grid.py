@@ -81,7 +81,7 @@ def test_nearest_equals_numpy_round_and_clip(bits):
     limit = 2 ** (bits - 1) - 1
     expected = np.clip(np.rint(quotient), -limit, limit)
     codes = quantize_nearest(torch.from_numpy(quotient) * scale[:, None], scale, bits)
-    assert codes.dtype == torch.int16
+    assert codes.dtype == (torch.int8 if bits <= 8 else torch.int16)
     assert np.array_equal(codes.numpy(), expected)
 
 
@@ -194,7 +194,7 @@ def test_stochastic_rounding_stays_within_one_code_and_on_the_grid(bits):
     scale = absmax_scale(weight, bits) * 0.8
     codes = quantize_stochastic(weight, scale, bits, torch.Generator().manual_seed(1))
     limit = 2 ** (bits - 1) - 1
-    assert codes.dtype == torch.int16
+    assert codes.dtype == (torch.int8 if bits <= 8 else torch.int16)
     assert codes.abs().max() == limit
     clipped = (weight.double() / scale.double()[:, None]).clamp(-limit, limit)
     assert ((codes.double() - clipped).abs() < 1 + 1e-3).all()
