@@ -10,6 +10,7 @@ from pathlib import Path
 from experiments.plan import Experiment, Setting, read_experiment
 from experiments.publish import publish
 from experiments.runs import PlannedRun, execute, pending, planned_runs
+from experiments.settings_page import settings_page
 from experiments.table import result_of, to_markdown
 from task.errors import SettingsError
 
@@ -30,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     publish.add_argument("output_dir", type=Path, help="where prowd compare wrote")
     publish.add_argument("--docs", type=Path, default=Path("docs"))
     publish.set_defaults(command=_publish)
+    settings = commands.add_parser("settings", help="print every setting, its default and use")
+    settings.set_defaults(command=lambda given: print(settings_page(), end="") or 0)
     given = parser.parse_args(arguments)
     try:
         return given.command(given)
