@@ -15,8 +15,8 @@ _HEAD = """# Settings
 
 Written by `prowd settings`; a test holds it against the code. Each is given with `--run-config`, as
 `flwr run . --run-config 'strategy="fedcom" num-server-rounds=20'`; `[tool.flwr.app.config]` of
-pyproject.toml holds the defaults. A setting that is wrong ends the run before any training, with one
-line.
+pyproject.toml holds the defaults. A setting that is wrong ends the run before any training, with
+one line.
 """
 _TABLE = ("| setting | default | allowed | what it does |", "| --- | --- | --- | --- |")
 _SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
