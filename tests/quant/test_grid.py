@@ -232,3 +232,22 @@ def test_straight_through_gradient(bits):
     fake_quantize(weight, torch.tensor([0.5]), bits).backward(upstream)
     passes = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0]])
     assert torch.equal(weight.grad, upstream * passes)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 70_000), (200, 1000), (1, 200_001), (70_000, 1), (5, 3, 80, 80)]
+)
+@pytest.mark.parametrize("bits", [2, 4, 8, 9, 16])
+def test_large_tensors_give_the_codes_and_values_of_their_channels(bits, shape):
+    weight = weights(6, *shape)
+    scale = absmax_scale(weight, bits) * 0.8  # some are clipped
+    codes = quantize_nearest(weight, scale, bits)
+    limit = largest_code(bits)
+    steps = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    expected = (weight * (1 / steps)).round().clamp(-limit, limit)
+    assert codes.dtype == (torch.int8 if bits <= 8 else torch.int16)
+    assert torch.equal(codes.float(), expected)
+    assert torch.equal(bits_of(dequantize(codes, scale)), bits_of(codes.float() * steps))
+    assert torch.equal(
+        quantize_nearest(weight.transpose(0, -1).contiguous().transpose(0, -1), scale, bits), codes
+    )
