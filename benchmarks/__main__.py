@@ -2,9 +2,9 @@
 
 import sys
 
-from benchmarks import update_size
+from benchmarks import codec, training, update_size
 
-BENCHMARKS = {"bytes": update_size.main}
+BENCHMARKS = {"codec": codec.main, "bytes": update_size.main, "training": training.main}
 
 
 def main(names: list[str]) -> None:

@@ -1,7 +1,6 @@
 """Bytes of a client's update against ``k / 32`` of the float32 update."""
 
-import json
-
+from benchmarks.measure import Figure, report
 from quant import UpdateSpec, encode_update, payload_size, quantize_state
 from task.models import build_model
 from task.training import model_state
@@ -25,7 +24,7 @@ def main() -> None:
             ratio = len(encode_update(quantize_state(state, bits))) / (full * bits / 32)
             cells.append(f"{ratio:.3f}")
             if count > _LARGE:
-                figure = {"name": f"{name} {bits}-bit", "value": ratio, "goal": _GOAL}
-                figures.append({**figure, "holds": ratio <= _GOAL})
+                figures.append(Figure(f"{name}, {bits}-bit, of {bits}/32", ratio, _GOAL))
         print(f"| {name} | {count:,} | " + " | ".join(cells) + " |")
-    print(json.dumps({"benchmark": "bytes", "figures": figures}))
+    print()
+    report("bytes", figures)

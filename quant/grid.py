@@ -169,16 +169,26 @@ def quantize_stochastic(
     return codes.clamp_(-limit, limit).to(code_type(bits))
 
 
-def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """Return the float32 values ``codes * scale`` that the codes stand for."""
+def dequantize(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the float32 values ``codes * scale`` that the codes stand for.
+
+    Parameters
+    ----------
+    codes : Tensor
+        Codes ``[channels, ...]``.
+    scale : Tensor
+        Float32 scales ``[channels]``.
+    out : Tensor, optional
+        Float32, contiguous, of the shape of `codes`: where the values go, as new memory takes
+        longer to get than to fill.
+    """
+    values = torch.empty(codes.shape, device=codes.device) if out is None else out
     if codes.numel() <= _BLOCK or codes.device.type != "cpu":
-        return codes.to(torch.float32).mul_(per_channel(scale, codes.ndim))
-    values = torch.empty(codes.shape)
-    rows, out = _rows(codes), _rows(values)
-    steps = scale.numpy()[:, None]
-    for block in _blocks(*rows.shape):
-        part = out[block]
-        part[:] = rows[block]
+        return torch.mul(codes.to(torch.float32), per_channel(scale, codes.ndim), out=values)
+    source, target, steps = _rows(codes), _rows(values), scale.numpy()[:, None]
+    for block in _blocks(*source.shape):
+        part = target[block]
+        part[:] = source[block]
         part *= steps[block[0]]
     return values
 
