@@ -3,9 +3,11 @@
 import ast
 import re
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 PROJECT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
@@ -33,6 +35,16 @@ def test_a_run_uses_the_installed_packages():
     assert all(entry.endswith("; python_version < '0'") for entry in overrides)
     dependencies = {name_of(entry) for entry in PYPROJECT["project"]["dependencies"]}
     assert {name_of(entry) for entry in overrides} == dependencies
+
+
+def test_flower_is_the_one_whose_private_functions_are_wrapped():
+    """`strategies.inbox` guards nothing in a version that no longer calls them."""
+    [flower] = [
+        r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if r.name == "flwr"
+    ]
+    assert version("flwr") in flower.specifier
+    assert "1.41.9" in flower.specifier
+    assert "1.42.0" not in flower.specifier
 
 
 def imports_of(path):
