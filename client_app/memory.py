@@ -21,6 +21,9 @@ from task.errors import SettingsError
 from task.files import write_atomic
 
 _MODEL, _SCALES = "own-model", "own-scales"
+_ENDING = ".safetensors"
+# What a kill within `write_atomic` leaves.
+_TORN = f"{_ENDING}.part"
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -101,6 +104,8 @@ def store(state: RecordDict, folder: Path | None, server_round: int) -> None:
     for other in rounds:
         if other not in (server_round, *earlier[-1:]):
             _file(folder, other).unlink()
+    for torn in _rounds(folder, _TORN):
+        _file(folder, torn, _TORN).unlink()
 
 
 def recall(state: RecordDict, folder: Path | None, before: int) -> None:
@@ -131,9 +136,11 @@ def _read(path: Path) -> RecordDict:
     return kept
 
 
-def _file(folder: Path, server_round: int) -> Path:
-    return folder / f"{server_round}.safetensors"
+def _file(folder: Path, server_round: int, ending: str = _ENDING) -> Path:
+    return folder / f"{server_round}{ending}"
 
 
-def _rounds(folder: Path) -> list[int]:
-    return sorted(int(path.stem) for path in folder.glob("*.safetensors"))
+def _rounds(folder: Path, ending: str = _ENDING) -> list[int]:
+    """Return the rounds that have a file; whatever else lies in the folder is not ours."""
+    stems = {path.name.removesuffix(ending) for path in folder.glob(f"*{ending}")}
+    return sorted(int(stem) for stem in stems if stem.isdecimal() and stem == str(int(stem)))

@@ -1,16 +1,18 @@
 """The checkpoint: after every round, all that the next rounds depend on, in one file.
 
 ``checkpoint/last.safetensors`` holds the global model and the strategy's tensors, and in its
-metadata, as JSON, the round, the settings and the strategy's other values. It is replaced whole, so
-that one good checkpoint is there at any moment. No generator is saved: every random number is drawn
-under a seed derived from the run's seed and the round. ``checkpoint/resume.toml`` holds the
-settings that go on with the run, as ``flwr run --run-config`` reads them.
+metadata, as JSON, the round, the settings and the strategy's other values, beside a checksum of all
+that. It is replaced whole, so that one good checkpoint is there at any moment. No generator is
+saved: every random number is drawn under a seed derived from the run's seed and the round.
+``checkpoint/resume.toml`` holds the settings that go on with the run, as ``flwr run --run-config``
+reads them.
 
 What a client keeps (`client_app.memory`) does not travel: it stays in ``checkpoint/clients`` in
 simulation, and in the node's own ``state-dir`` where it is networked. So a checkpoint costs no byte
 on the wire but the name of that folder, or of the run.
 """
 
+import hashlib
 import json
 import uuid
 from collections.abc import Mapping
@@ -18,16 +20,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from server_app.record import writing
-from strategies.base import State
+from server_app.record import versions, writing
+from strategies.base import State, is_finite
 from task.errors import SettingsError
 from task.files import write_atomic
 
 # Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
-FORMAT = 1
+FORMAT = 2
+# Packages of which another version may compute other numbers.
+_DECIDING = ("prowd", "torch", "flwr")
 # Settings that may change on resume: they decide where, how long and with how much patience a run
 # goes on, and how often it is looked at, but not what it computes.
 MAY_DIFFER = frozenset(
@@ -57,6 +62,8 @@ class Identity:
     ----------
     settings : mapping
         Every setting by its full key.
+    versions : mapping
+        Of prowd and of the packages that decide what it computes.
     data : str
         Fingerprint of the dataset.
     shapes : mapping
@@ -68,6 +75,7 @@ class Identity:
     """
 
     settings: Mapping[str, object]
+    versions: Mapping[str, str]
     data: str
     shapes: Mapping[str, list[int]]
     num_partitions: int
@@ -82,7 +90,7 @@ class Identity:
         num_partitions: int,
     ) -> Self:
         """Return the identity of a run that begins."""
-        return cls(settings, data, shapes, num_partitions, uuid.uuid4().hex)
+        return cls(settings, _deciding(), data, shapes, num_partitions, uuid.uuid4().hex)
 
 
 @dataclass(frozen=True)
@@ -110,19 +118,30 @@ class Checkpoint:
     tensors: State
     values: Mapping[str, object]
 
-    def refuse_other_settings(self, settings: Mapping[str, object]) -> None:
-        """Compare the settings with what a run has now.
+    def refuse_other_versions(self) -> None:
+        """Compare the packages with those that are installed now.
 
         Raises
         ------
         SettingsError
             One line that names all that differs, with both values.
         """
+        _refuse_unlike("another version", self.identity.versions, _deciding())
+
+    def refuse_other_settings(self, settings: Mapping[str, object]) -> None:
+        """Compare the settings with what a run has now.
+
+        Raises
+        ------
+        SettingsError
+            As for `refuse_other_versions`.
+        """
         was = self.identity.settings
         keys = (was.keys() | settings.keys()) - MAY_DIFFER
-        if was["strategy"] != settings["strategy"]:
+        if was.get("strategy") != settings["strategy"]:
             keys = {"strategy"}  # The others' own settings differ then, and say nothing.
-        _refuse_unlike({k: was.get(k) for k in keys}, {k: settings.get(k) for k in keys})
+        now = {key: settings.get(key) for key in keys}
+        _refuse_unlike("another run", {key: was.get(key) for key in keys}, now)
 
     def refuse_other(self, now: Identity) -> None:
         """Compare what the settings do not tell: data, model, federation.
@@ -130,9 +149,9 @@ class Checkpoint:
         Raises
         ------
         SettingsError
-            As for `refuse_other_settings`.
+            As for `refuse_other_versions`.
         """
-        _refuse_unlike(_facts(self.identity), _facts(now))
+        _refuse_unlike("another run", _facts(self.identity), _facts(now))
 
 
 class Checkpoints:
@@ -193,14 +212,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         path.stat()  # safe_open calls a file missing that we may not see.
         with safe_open(path, "pt") as file:
-            head = json.loads((file.metadata() or {})["prowd"])
-            if head["format"] != FORMAT:
-                raise SettingsError(
-                    f"resume: {path} has format {head['format']}; this version reads {FORMAT}"
-                )
-            # In the order of the run: safetensors keeps its own.
-            model = {name: file.get_tensor(f"model/{name}") for name in head["model"]}
-            tensors = {name: file.get_tensor(f"strategy/{name}") for name in head["strategy"]}
+            metadata = file.metadata() or {}
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        head = json.loads(metadata["prowd"])
+        if head["format"] != FORMAT:
+            raise SettingsError(
+                f"resume: {path} has format {head['format']}; this version reads {FORMAT}"
+            )
+        arrays = {name: tensor.numpy() for name, tensor in kept.items()}
+        if metadata["sha256"] != _checksum(metadata["prowd"], arrays):
+            raise SettingsError(f"resume: {path} is damaged: its checksum is of something else")
+        # In the order of the run: safetensors keeps its own.
+        model = {name: kept[f"model/{name}"] for name in head["model"]}
+        tensors = {name: kept[f"strategy/{name}"] for name in head["strategy"]}
+        if not is_finite(model):
+            raise SettingsError(f"resume: the model in {path} is not finite")
         identity = Identity(**head["identity"])
         return Checkpoint(identity, head["round"], head["seconds"], model, tensors, head["values"])
     except (FileNotFoundError, NotADirectoryError):
@@ -214,14 +240,19 @@ def _facts(identity: Identity) -> dict[str, object]:
     return {"data": identity.data, "num-partitions": identity.num_partitions, **shapes}
 
 
-def _refuse_unlike(was: Mapping[str, object], now: Mapping[str, object]) -> None:
+def _deciding() -> dict[str, str]:
+    installed = versions()
+    return {package: installed[package] for package in _DECIDING}
+
+
+def _refuse_unlike(of: str, was: Mapping[str, object], now: Mapping[str, object]) -> None:
     odd = [
         f"{key} is {now.get(key)!r} and was {was.get(key)!r}"
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
     ]
     if odd:
-        raise SettingsError(f"resume: the checkpoint is of another run: {'; '.join(odd)}")
+        raise SettingsError(f"resume: the checkpoint is of {of}: {'; '.join(odd)}")
 
 
 def _to_bytes(checkpoint: Checkpoint) -> bytes:
@@ -236,7 +267,17 @@ def _to_bytes(checkpoint: Checkpoint) -> bytes:
     }
     arrays = {f"model/{name}": t.numpy() for name, t in checkpoint.model.items()}
     arrays |= {f"strategy/{name}": t.numpy() for name, t in checkpoint.tensors.items()}
-    return save(arrays, {"prowd": json.dumps(head)})
+    text = json.dumps(head)
+    return save(arrays, {"prowd": text, "sha256": _checksum(text, arrays)})
+
+
+def _checksum(head: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of the head, and of each array's name, type, shape and bytes by name."""
+    digest = hashlib.sha256(head.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _as_toml(settings: Mapping[str, object]) -> bytes:

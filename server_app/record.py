@@ -138,7 +138,7 @@ class RunRecord:
         config = {
             "settings": dict(settings),
             "date": date,
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {"python": platform.python_version(), **versions()},
             "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         }
         if self._resumed_after is not None:
@@ -264,7 +264,8 @@ def _finite(value: object) -> object:
     return value
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the installed versions of prowd and of what it runs on, by package."""
     found = {}
     for package in _PACKAGES:
         try:

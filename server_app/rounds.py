@@ -95,7 +95,8 @@ def _run_round(
             "evaluate": ended - combined,
         },
         "clients": _clients(trained),
-        "left_out": {str(p): r for p, r in (trained.left_out | evaluated.left_out).items()},
+        "left_out": _left_out(trained),
+        "left_out_of_evaluation": _left_out(evaluated),
         settings.strategy: trained.own,
     }
     if scores.by_clients:
@@ -195,6 +196,10 @@ def _clients(round_log: RoundLog) -> dict[str, int]:
         "rejected": len(round_log.rejected),
         "failed": len(round_log.failed),
     }
+
+
+def _left_out(round_log: RoundLog) -> dict[str, str]:
+    return {str(partition): reason for partition, reason in round_log.left_out.items()}
 
 
 def _by_width(table: Mapping[int, int]) -> dict[str, int]:

@@ -98,6 +98,8 @@ def restore(
         If there is no good checkpoint, it is of another run, or that run is completed.
     """
     saved = read_checkpoint(folder)
+    # First of all: another version may have other settings.
+    saved.refuse_other_versions()
     saved.refuse_other_settings({**settings.to_settings(), **options})
     _refuse_completed(folder, saved.server_round, settings.num_server_rounds)
     run = prepare(folder, settings, options)

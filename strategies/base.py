@@ -72,7 +72,7 @@ class MixedPrecisionStrategy(Strategy):
     min_nodes : int
         Nodes that must take part.
     node_wait : float
-        Seconds to wait for them before the first round.
+        Seconds to wait for them before the first round (`strategies.nodes`).
     broadcast : {"float32", "nearest", "calibrated"}
         How the model reaches low-bit clients: in float32, which they round to nearest themselves,
         or as codes of their own width that the server rounded.

@@ -2,35 +2,24 @@
 
 import time
 from collections import Counter
-from dataclasses import dataclass
 from logging import INFO, WARNING
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
-from strategies.inbox import pull
+from strategies.queries import Queries
 from strategies.replies import last_line
 from task.protocol import DECLARATION, Declaration, ProtocolError, plain
 from task.seeds import derive_seed
 
 _POLL = 0.1
-# A query can fail for a passing reason; a node that fails this often is refused.
-_QUERIES = 3
 
 
 class FederationError(RuntimeError):
     """The federation cannot go on; the message says why."""
-
-
-@dataclass(frozen=True)
-class _Query:
-    """A question that is still to be answered, and until when that is waited for."""
-
-    message: Message
-    deadline: float
 
 
 class Nodes:
@@ -38,19 +27,22 @@ class Nodes:
 
     A partition belongs to the first node that declares it, for as long as that node is connected;
     a second one waits for it. So a device that died and came back under another ID takes part
-    again as soon as its old connection has lapsed. A node that was gone is asked anew: it may have
-    been repaired, and its partition may be another's by now. While a partition has no holder, a
-    round waits for the nodes that were asked, for each at most once.
+    again as soon as its old connection has lapsed. A node that was gone is asked anew, also if it
+    was back before anybody looked, which the time of its activation tells: it may have been
+    repaired or have another width, and its partition may be another's by now. While a partition
+    has no holder, a round waits for the nodes that were asked, within the bounds of `Queries`.
 
-    How many partitions there are, the most declarations of the first gathering decide; of equally
-    many, those that speak of more, so that nobody ends the waiting by naming fewer.
+    How many partitions there are, the most declarations of the first gathering decide. Whom to
+    believe of equally many, nobody can tell: where a tie lasts until the wait is over, the run
+    ends.
 
     Parameters
     ----------
     min_nodes : int
         Nodes that must take part.
     wait : float
-        Seconds to wait for them, and for the declaration of a node that comes later.
+        Seconds to wait for them, and in all later gatherings together for nodes that came later
+        and did not declare themselves.
 
     Attributes
     ----------
@@ -64,12 +56,13 @@ class Nodes:
         self._wait = wait
         self.most_examples = 10**9
         self._present: dict[int, Declaration] = {}
-        # All of these hold connected nodes only; declarations in the order in which they came.
+        # Nodes that were connected at the last look, and when each was activated; what is known of
+        # them; declarations in the order in which they came.
+        self._connected: dict[int, str] = {}
         self._declared: dict[int, Declaration] = {}
         self._refused: dict[int, str] = {}
         self._refused_parts: dict[int, int] = {}
-        self._queries: dict[int, _Query] = {}
-        self._failures: dict[int, int] = {}
+        self._queries = Queries(patience=wait)
         self._before = 0
         self._parts = 0
         self._gathered = False
@@ -88,22 +81,25 @@ class Nodes:
         Raises
         ------
         FederationError
-            If fewer than `min_nodes` can take part when the time is up, or all were refused.
+            If fewer than `min_nodes` can take part when the time is up, all were refused, or no
+            number of partitions has the most declarations.
         """
         deadline = time.monotonic() + self._wait
         while True:
-            connected = sorted(grid.get_node_ids())
-            self._forget_all_but(connected)
-            self._ask(grid, connected, deadline)
-            self._hear(grid)
+            self._look(grid)
             present = self._seated()
             complete = self._is_complete(present)
             enough = len(present) >= self._min_nodes
-            if enough and (complete or (self._gathered and not self._is_awaited())):
+            if enough and (complete or (self._gathered and not self._queries.are_awaited())):
                 break
-            if (complete and not present) or time.monotonic() >= deadline:
+            if complete and not present:
+                break
+            if time.monotonic() >= deadline:
+                self._queries.give_up()
                 break
             time.sleep(_POLL)
+        self._queries.end_gathering()
+        self._refuse_tie()
         if present and not self._parts:
             self._parts = self.num_partitions
         self._refuse_unseated(present)
@@ -121,13 +117,15 @@ class Nodes:
 
     @property
     def num_partitions(self) -> int:
-        """Parts that the data is dealt into; 0 before any node has declared itself."""
+        """Parts that the data is dealt into; 0 while no number has the most declarations."""
         if self._parts:
             return self._parts
         votes = self._votes()
         if self._before in votes:
             return self._before
-        return max(votes, key=lambda parts: (votes[parts], parts), default=0)
+        leading = _leading(votes)
+        # Nodes that are refused need not agree.
+        return 0 if self._declared and len(leading) > 1 else max(leading, default=0)
 
     def widths(self) -> dict[int, int]:
         """Return the number of present nodes of each bit-width."""
@@ -155,44 +153,24 @@ class Nodes:
                 return False
         return 0 < expected <= heard
 
-    def _is_awaited(self) -> bool:
-        """Return whether a connected node may still declare itself in its time."""
-        now = time.monotonic()
-        return any(now < query.deadline for query in self._queries.values())
-
-    def _forget_all_but(self, connected: list[int]) -> None:
-        for kept in (
-            self._declared,
-            self._refused,
-            self._refused_parts,
-            self._queries,
-            self._failures,
-        ):
-            for node_id in kept.keys() - set(connected):
-                del kept[node_id]
-
-    def _ask(self, grid: Grid, connected: list[int], deadline: float) -> None:
-        heard = self._declared.keys() | self._refused.keys() | self._queries.keys()
-        new = [node_id for node_id in connected if node_id not in heard]
-        if not new:
-            return
-        messages = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in new]
-        grid.push_messages(messages)
-        self._queries |= {m.metadata.dst_node_id: _Query(m, deadline) for m in messages}
-
-    def _hear(self, grid: Grid) -> None:
-        # A node that never answers costs nothing but this look.
-        for node_id, query in list(self._queries.items()):
-            reply = pull(grid, query.message)
-            if reply is None:
-                continue
-            del self._queries[node_id]
+    def _look(self, grid: Grid) -> None:
+        """See who is connected, ask those that are new, and hear who has answered."""
+        connected = {node.node_id: node.last_activated_at for node in grid.get_nodes()}
+        self._forget_all_but({n for n, at in connected.items() if self._connected.get(n) == at})
+        self._connected = connected
+        heard = self._declared.keys() | self._refused.keys()
+        self._queries.ask(grid, sorted(connected.keys() - heard))
+        for node_id, reply in self._queries.hear(grid):
             if reply.has_error():
-                self._failures[node_id] = self._failures.get(node_id, 0) + 1
-                if self._failures[node_id] >= _QUERIES:
-                    self._refuse(node_id, last_line(reply.error.reason))
+                self._refuse(node_id, last_line(reply.error.reason))
             else:
                 self._admit(node_id, reply)
+
+    def _forget_all_but(self, unchanged: set[int]) -> None:
+        for kept in (self._declared, self._refused, self._refused_parts):
+            for node_id in kept.keys() - unchanged:
+                del kept[node_id]
+        self._queries.forget_all_but(unchanged)
 
     def _admit(self, node_id: int, reply: Message) -> None:
         record = reply.content.config_records.get(DECLARATION, ConfigRecord())
@@ -228,6 +206,16 @@ class Nodes:
                 holders.setdefault(declaration.partition_id, node_id)
         return {node_id: self._declared[node_id] for node_id in sorted(holders.values())}
 
+    def _refuse_tie(self) -> None:
+        """End the run where as many nodes speak of one number of partitions as of another."""
+        if self._declared and not self.num_partitions:
+            votes = self._votes()
+            leading = _leading(votes)
+            raise FederationError(
+                f"num-partitions: as many nodes declare {' as '.join(map(str, leading))} "
+                f"({votes[leading[0]]} each); every --node-config must say the same"
+            )
+
     def _refuse_unseated(self, present: dict[int, Declaration]) -> None:
         """Say once why a node whose declaration is good is not among those present."""
         expected = self.num_partitions
@@ -258,6 +246,12 @@ class Nodes:
     def _refuse(self, node_id: int, reason: str) -> None:
         reason = self._refused[node_id] = plain(reason)
         log(WARNING, "Node %d is refused: %s", node_id, reason)
+
+
+def _leading(votes: Counter[int]) -> list[int]:
+    """Return the numbers that have the most votes, in order."""
+    most = max(votes.values(), default=0)
+    return sorted(number for number, count in votes.items() if count == most)
 
 
 def sample_nodes(

@@ -42,7 +42,11 @@ class Settings(Options):
         3600.0, description="Seconds after which a round goes on without the missing clients."
     )
     min_nodes: AtLeastOne = Field(1, description="Nodes that must be there before the first round.")
-    node_wait: Positive = Field(60.0, description="Seconds that the server waits for nodes.")
+    node_wait: Positive = Field(
+        60.0,
+        description="Seconds that the server waits for nodes; in all rounds together, for those "
+        "that come later and then do not answer.",
+    )
 
     lossless_coding: bool = Field(
         True,

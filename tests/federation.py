@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -27,11 +28,25 @@ Node = Callable[[Message], Message | None]
 
 
 class InProcessGrid(Grid):
-    """Runs each message's node when its reply is pulled; `order` sets the order of the answers."""
+    """Runs each message's node when its reply is pulled.
+
+    Parameters
+    ----------
+    nodes : dict of int to callable
+        By ID.
+    reverse : bool
+        Whether the last one that was asked answers first.
+
+    Attributes
+    ----------
+    activated : dict of int to str
+        When a node was last activated; "" for those that it does not hold.
+    """
 
     def __init__(self, nodes: dict[int, Node], reverse: bool = False) -> None:
         self.nodes = nodes
         self.reverse = reverse
+        self.activated: dict[int, str] = {}
         self.sent: list[Message] = []
         self._waiting: dict[str, Message] = {}
 
@@ -47,6 +62,12 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [
+            NodeInfo(node_id=node_id, last_activated_at=self.activated.get(node_id))
+            for node_id in self.get_node_ids()
+        ]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []

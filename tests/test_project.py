@@ -2,10 +2,14 @@
 
 import ast
 import re
+import shutil
+import subprocess
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 PROJECT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
@@ -33,6 +37,69 @@ def test_a_run_uses_the_installed_packages():
     assert all(entry.endswith("; python_version < '0'") for entry in overrides)
     dependencies = {name_of(entry) for entry in PYPROJECT["project"]["dependencies"]}
     assert {name_of(entry) for entry in overrides} == dependencies
+
+
+def test_flower_is_the_one_whose_private_functions_are_wrapped():
+    """`strategies.inbox` guards nothing in a version that no longer calls them."""
+    [flower] = [
+        r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if r.name == "flwr"
+    ]
+    assert version("flwr") in flower.specifier
+    assert "1.41.9" in flower.specifier
+    assert "1.42.0" not in flower.specifier
+
+
+@pytest.fixture
+def continuous_integration(tmp_path):
+    """Run .ci/run as root, with stubs for what it calls and for what apt-get should bring."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "chmod", "dirname", "mkdir", "mktemp", "rm", "tail"):
+        (programs / name).symlink_to(shutil.which(name))
+    ends_well = "#!/bin/bash\n"
+    stubs = {
+        "id": "echo 0\n",
+        "apt-get": "echo 'E: Unable to fetch some archives'; exit 100\n",
+        "python3": 'mkdir -p "$3/bin"\n',
+        "pytest": "echo tested\n",
+        **dict.fromkeys(("pip", "ruff", "caddy", "ip", "docker-compose"), ""),
+    }
+    for name, script in stubs.items():
+        (programs / name).write_text(ends_well + script)
+        (programs / name).chmod(0o755)
+
+    def run():
+        return subprocess.run(
+            [PROJECT / ".ci" / "run"], env={"PATH": str(programs)}, capture_output=True, text=True
+        )
+
+    run.programs = programs
+    return run
+
+
+def test_continuous_integration_runs_the_tests(continuous_integration):
+    done = continuous_integration()
+    assert (done.returncode, done.stdout) == (0, "tested\n"), done.stderr
+
+
+@pytest.mark.parametrize("program", ["caddy", "ip", "docker-compose"])
+def test_continuous_integration_fails_if_a_program_could_not_be_fetched(
+    continuous_integration, program
+):
+    (continuous_integration.programs / program).unlink()
+    done = continuous_integration()
+    assert (done.returncode, done.stdout) == (1, "")
+    reason = f".ci/run: {program} is missing after its installation, so tests would be skipped"
+    assert done.stderr.splitlines()[-1] == reason
+    assert "E: Unable to fetch some archives" in done.stderr
+
+
+def test_continuous_integration_without_roots_rights_does_without(continuous_integration):
+    programs = continuous_integration.programs
+    (programs / "id").write_text("#!/bin/bash\necho 1000\n")
+    for program in ("caddy", "ip", "docker-compose"):
+        (programs / program).unlink()
+    assert continuous_integration().returncode == 0
 
 
 def imports_of(path):

@@ -76,6 +76,28 @@ def test_a_damaged_file_counts_as_lost(tmp_path, damage):
     assert not state, "nor is anything older taken for it"
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "-1.safetensors", "03.safetensors", "4.part"])
+def test_a_file_of_somebody_else_is_let_be(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    for server_round in (1, 2, 3):
+        store(kept(float(server_round)), tmp_path, server_round)
+    assert sorted(os.listdir(tmp_path)) == sorted(["2.safetensors", "3.safetensors", name])
+    state = RecordDict()
+    recall(state, tmp_path, 4)
+    assert own_model(state)[0]["z"][0] == 3.0
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_a_kill_left_of_a_file_goes_with_the_next_round(tmp_path):
+    torn = tmp_path / "4.safetensors.part"
+    torn.write_text("torn")
+    store(kept(3.0), tmp_path, 3)
+    state = RecordDict()
+    recall(state, tmp_path, 5)
+    assert own_model(state)[0]["z"][0] == 3.0
+    assert os.listdir(tmp_path) == ["3.safetensors"]
+
+
 def test_what_is_in_memory_is_newer_than_the_disk(tmp_path):
     store(kept(1.0), tmp_path, 1)
     state = RecordDict({"x": ArrayRecord()})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -132,9 +133,17 @@ def test_a_device_without_a_width_is_refused_on_both_sides(tried, kind):
     assert f"prowd: this node cannot take part: {reason}" in tried.read(f"{kind}.log")
 
 
+@dataclass(frozen=True)
+class Federation:
+    """The hosts of the chapter on several hosts, while all processes on them are up."""
+
+    server: Host
+    sites: dict[str, Host]
+
+
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """The commands on a server and two sites, each at its own end of a link; the server."""
+    """The commands on a server and two sites, each at its own end of a link."""
     folder = tmp_path_factory.mktemp("several")
     make, start, first, run = blocks("On several hosts, with TLS and authentication")
     second = first.replace("int8", "float32").replace("id=0", "id=1").replace("bits=8", "bits=32")
@@ -142,16 +151,18 @@ def several(tmp_path_factory):
         server = hosts.enter_context(Host(new(folder / "server"), "server"))
         copy_project(server.folder)
         server.start(make, "make.log").wait(timeout=60)
+        sites = {}
         for number, (name, script) in enumerate({"int8": first, "float32": second}.items()):
             names = [("fed.example.org", f"10.232.{number}.1")]
             site = hosts.enter_context(Host(new(folder / f"site-{name}"), name, ".", names))
             connect(server, site, number)
+            sites[name] = site
             # The app of a run comes from the server: a site has its keys alone.
             shutil.copytree(server.folder / "prowd" / "keys" / "sites" / name, site.folder / name)
             site.start(script, "site.log")
         server.start(start, "start.log").wait(timeout=120)
         server.start(run, "run.log").wait(timeout=400)
-        yield server
+        yield Federation(server, sites)
 
 
 def new(folder):
@@ -172,12 +183,51 @@ def connect(server, site, number):
 
 
 def test_several_hosts_complete_a_run(several):
-    assert "int8: registered" in several.read("start.log")
-    output = several.read("run.log")
+    assert "int8: registered" in several.server.read("start.log")
+    output = several.server.read("run.log")
     assert "prowd: completed" in output, output
     assert re.search(r"partition 0 of 2, 8 bits, \d+ examples", output)
     assert re.search(r"partition 1 of 2, 32 bits, \d+ examples", output)
     assert "clients 2 of 2" in output
+
+
+STRANGER = (
+    "flower-supernode --superlink fed.example.org:8443 --root-certificates int8/ca.crt --port 9095 "
+    "--node-config 'partition-id=0 num-partitions=2 bits=8'"
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("--auth-supernode-private-key own/sites/own/node.key", "Failed to activate SuperNode"),
+        # It registers itself, which a SuperLink allows that is not told to authenticate them.
+        ("", "All SuperNodes must be registered"),
+    ],
+    ids=["a key of its own", "no key"],
+)
+def test_a_site_cannot_bring_a_supernode_of_its_own(several, key, reason):
+    site = several.sites["int8"]
+    make = f"python {PROJECT}/deploy/credentials.py --folder own make --names own --sites own"
+    code = site.start(f"{make}\n{STRANGER} {key}", "stranger.log").wait(timeout=120)
+    output = site.read("stranger.log")
+    assert code != 0
+    assert "Exit Code: 305" in output
+    assert reason in output
+
+
+def test_the_superlinks_port_is_not_in_reach_of_a_site(several):
+    """Where its other interfaces ask nobody who he is; a site reaches the proxy alone."""
+
+    def dial(host, name, port):
+        script = f"python -c \"import socket; socket.create_connection(('{name}', {port}), 5)\""
+        return host.start(script, "dial.log").wait(timeout=60)
+
+    site = several.sites["int8"]
+    assert dial(several.server, "127.0.0.1", 8000) == 0
+    assert dial(site, "fed.example.org", 8443) == 0
+    assert dial(site, "fed.example.org", 8000) != 0
+    assert "Connection refused" in site.read("dial.log")
 
 
 def test_the_quick_start_keeps_its_default_connection(tmp_path):

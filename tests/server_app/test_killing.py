@@ -1,4 +1,8 @@
-"""kill -9 at random moments, some within the writing of a file: a resumed run is as if unbroken."""
+"""kill -9 at random moments, some within the writing of a file: a resumed run is as if unbroken.
+
+In random rounds, that is: the moment is drawn within the round, as a process spends most of its
+time on its start and on its first round.
+"""
 
 import json
 import os
@@ -12,33 +16,35 @@ from safetensors.numpy import load_file
 
 PROJECT = Path(__file__).parents[2]
 SMALL = {
-    "num-server-rounds": 4,
+    "num-server-rounds": 6,
     "samples-per-client": 32,
     "server-buffer": 16,
-    "evaluate-every": 2,
+    "evaluate-every": 3,
     "model": "cnn",
     "bit-mix": "4:0.5,32:0.5",
     "low-bit-training": "strict",
 }
 PROWD = {"strategy": "prowd", "prowd-finetune-every": 2, "prowd-finetune-steps": 2}
 MOMENTUM = {"strategy": "flwr:FedAvgM", "flwr-arguments": "server_momentum = 0.5"}
-# Name: kills, configuration. The strategies that keep something, on the server or with clients.
+# Kills of each run: one before a round, the others in different rounds.
+KILLS = 5
+# By name, the strategies that keep something, on the server or with clients.
 JOBS = {
-    "prowd": (8, SMALL | PROWD),
-    "fedcomgate": (4, SMALL | {"strategy": "fedcomgate"}),
-    "grouped-avg": (4, SMALL | {"strategy": "grouped-avg", "fraction-train": 0.5}),
-    "local": (4, SMALL | {"strategy": "local", "fraction-train": 0.5}),
-    "fedavgm": (4, SMALL | MOMENTUM),
+    "prowd": SMALL | PROWD,
+    "fedcomgate": SMALL | {"strategy": "fedcomgate"},
+    "grouped-avg": SMALL | {"strategy": "grouped-avg", "fraction-train": 0.5},
+    "local": SMALL | {"strategy": "local", "fraction-train": 0.5},
+    "fedavgm": SMALL | MOMENTUM,
 }
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Folder of the runs, and the exit codes of the processes by job."""
+    """Folder of the runs, and the attempts of the broken one by job."""
     folder = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("killing.py")), str(folder)],
-        input=json.dumps(JOBS),
+        input=json.dumps({name: (KILLS, config) for name, config in JOBS.items()}),
         env={**os.environ, "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -49,12 +55,21 @@ def killed(tmp_path_factory):
 
 
 def test_runs_are_killed_at_least_twenty_times_and_end(killed):
-    _, codes = killed
-    assert sum(code == -signal.SIGKILL for job in codes.values() for code in job) >= 20
-    for name, job in codes.items():
+    assert KILLS * len(JOBS) >= 20
+    for name, attempts in killed[1].items():
         # Nothing but the kill ever ended a process, and the last came to its end.
-        assert set(job[:-1]) == {-signal.SIGKILL}, name
-        assert job[-1] == 0, name
+        codes = [attempt["code"] for attempt in attempts]
+        assert codes == [-signal.SIGKILL] * KILLS + [0], name
+
+
+def test_kills_are_in_and_resumes_from_different_rounds(killed):
+    for name, attempts in killed[1].items():
+        kills = [attempt for attempt in attempts if attempt["phase"] is not None]
+        # In a start, and in four different rounds.
+        assert len({kill["phase"] for kill in kills}) == KILLS, name
+        assert len({attempt["after"] for attempt in attempts}) >= 3, name
+        # Also in rounds that were not the first of their process.
+        assert any(kill["phase"] > kill["after"] + 1 for kill in kills), name
 
 
 def entries(folder):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import tomllib
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -265,12 +267,17 @@ def test_another_run_is_refused_in_one_line_and_the_record_left_alone(two_rounds
 
 
 def put_back(folder, **changes):
-    """Rewrite the head of a checkpoint."""
+    """Rewrite the head of a checkpoint, with a checksum that fits."""
     path = folder / "checkpoint" / "last.safetensors"
     with safe_open(path, "np") as file:
         head = json.loads(file.metadata()["prowd"]) | changes
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    path.write_bytes(save(arrays, {"prowd": json.dumps(head)}))
+    text = json.dumps(head)
+    hashed = text.encode() + b"".join(
+        f"{name} {arrays[name].dtype} {arrays[name].shape}".encode() + arrays[name].tobytes()
+        for name in sorted(arrays)
+    )
+    path.write_bytes(save(arrays, {"prowd": text, "sha256": sha256(hashed).hexdigest()}))
 
 
 def test_other_data_under_the_same_name_is_refused(two_rounds):
@@ -290,7 +297,7 @@ def test_a_model_of_other_shapes_under_the_same_name_is_refused(two_rounds):
 
 def test_another_format_is_refused(two_rounds):
     put_back(two_rounds, format=99)
-    with pytest.raises(SettingsError, match=r"has format 99; this version reads 1$"):
+    with pytest.raises(SettingsError, match=r"has format 99; this version reads 2$"):
         resume(two_rounds, 3)
 
 
@@ -301,6 +308,58 @@ def test_a_damaged_checkpoint_is_refused(two_rounds, damage):
     path = two_rounds / "checkpoint" / "last.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(SettingsError, match="no checkpoint that can be read"):
+        resume(two_rounds, 3)
+
+
+def flip_a_bit(path, find):
+    """Flip the lowest bit of the last byte of what is found; nothing else of the file changes."""
+    data = bytearray(path.read_bytes())
+    data[next(re.finditer(find, data, flags=re.DOTALL)).end() - 1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "find",
+    [rb".*", rb'\\"round\\": 2', rb'\\"learning-rate\\": 0\.05', rb'client_key\\": \\".'],
+    ids=["the last weight", "the round", "a setting", "the run's name"],
+)
+def test_one_flipped_bit_of_a_checkpoint_is_refused(two_rounds, find):
+    flip_a_bit(two_rounds / "checkpoint" / "last.safetensors", find)
+    before = contents(two_rounds)
+    with pytest.raises(SettingsError) as caught:
+        resume(two_rounds, 3)
+    assert str(caught.value).endswith("is damaged: its checksum is of something else")
+    assert contents(two_rounds) == before
+
+
+def test_a_checkpoint_with_a_weight_that_is_no_number_is_refused(two_rounds):
+    path = two_rounds / "checkpoint" / "last.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"\x00\x00\x80\x7f"  # infinity in float32
+    path.write_bytes(bytes(data))
+    put_back(two_rounds)
+    with pytest.raises(SettingsError, match=r"^resume: the model in .* is not finite$"):
+        resume(two_rounds, 3)
+
+
+@pytest.mark.parametrize("package", ["prowd", "torch", "flwr"])
+def test_the_checkpoint_of_another_version_is_refused(two_rounds, package):
+    kept = read_checkpoint(two_rounds).identity
+    now = kept.versions[package]
+    put_back(two_rounds, identity={**vars(kept), "versions": {**kept.versions, package: "0.0.9"}})
+    before = contents(two_rounds)
+    with pytest.raises(SettingsError) as caught:
+        # Of the settings it says nothing: they may be other ones in that version.
+        resume(two_rounds, 3, strategy="fedprox")
+    reason = f"the checkpoint is of another version: {package} is {now!r} and was '0.0.9'"
+    assert str(caught.value) == f"resume: {reason}"
+    assert contents(two_rounds) == before
+
+
+def test_a_checkpoint_without_a_strategy_is_one_line(two_rounds):
+    kept = read_checkpoint(two_rounds).identity
+    put_back(two_rounds, identity={**vars(kept), "settings": {}})
+    with pytest.raises(SettingsError, match="strategy is 'fedavg' and was None"):
         resume(two_rounds, 3)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from federation import ClientAppNode, InProcessGrid
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from safetensors.torch import load_file
 
 from client_app.memory import own_model
@@ -108,6 +108,24 @@ def test_clients_evaluate_when_asked(tmp_path):
     assert set(by_clients) == {
         f"{k}-{w}" for k in ("accuracy", "loss") for w in ("8", "32", "average")
     }
+
+
+def test_what_was_left_out_of_training_and_of_evaluation_stand_apart(tmp_path, monkeypatch):
+    """One client fails in training; in the evaluation it fails for another reason, one more too."""
+    real = ClientAppNode.__call__
+
+    def failing(node, message):
+        partition, kind = node.config["partition-id"], message.metadata.message_type
+        if (partition, kind) in {(0, "train"), (0, "evaluate"), (1, "evaluate")}:
+            return Message(Error(code=2, reason=f"no power to {kind}"), reply_to=message)
+        return real(node, message)
+
+    monkeypatch.setattr(ClientAppNode, "__call__", failing)
+    folder = run(tmp_path, clients=3, fraction_evaluate=1.0, num_server_rounds=1)
+    [entry] = rounds_of(folder)
+    assert entry["clients"] == {"sampled": 3, "aggregated": 2, "rejected": 0, "failed": 1}
+    assert entry["left_out"] == {"0": "no power to train"}
+    assert entry["left_out_of_evaluation"] == dict.fromkeys("01", "no power to evaluate")
 
 
 def test_evaluation_can_be_rarer_but_the_last_round_has_it(tmp_path):

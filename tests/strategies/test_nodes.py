@@ -35,22 +35,6 @@ class FirstSpeaks(InProcessGrid):
         return super().pull_messages([i for i in asked if self.looks > 1 or asked[i] == 100])
 
 
-class SlowToAnswer(InProcessGrid):
-    """Node 101 answers at the third look, as a device whose program has to start first."""
-
-    looks = 0
-    answers_at = 3
-
-    def get_node_ids(self):
-        self.looks += 1
-        return super().get_node_ids()
-
-    def pull_messages(self, message_ids):
-        asked = {i: self._waiting[i].metadata.dst_node_id for i in message_ids}
-        late = {i for i in asked if asked[i] == 101 and self.looks < self.answers_at}
-        return super().pull_messages(asked.keys() - late)
-
-
 @pytest.mark.parametrize("claim", [1, 2, 1000])
 def test_the_first_node_to_speak_does_not_decide_for_all(claim):
     clients = [client(0, claim), client(1, 4), client(2, 4), client(3, 4)]
@@ -65,10 +49,55 @@ def test_the_first_node_to_speak_does_not_decide_for_all(claim):
     assert gathered(nodes, grid) == {103: 3}
 
 
-def test_of_equally_many_those_that_speak_of_more_are_believed():
+@pytest.mark.parametrize(
+    ("claims", "named"),
+    [([1, 1000], "1 as 1000 (1 each)"), ([3, 3, 2, 2, 4, 4, 9], "2 as 3 as 4 (2 each)")],
+)
+def test_a_tie_ends_the_run_in_one_line_that_names_the_numbers(claims, named):
+    grid = federation([client(0, claim) for claim in claims], STATE)
+    with pytest.raises(FederationError) as caught:
+        Nodes(wait=0.3).gather(grid)
+    assert str(caught.value) == (
+        f"num-partitions: as many nodes declare {named}; every --node-config must say the same"
+    )
+
+
+def test_a_silent_node_does_not_hide_a_tie():
+    grid = federation([client(0, 1), client(0, 1000), client(0, 1)], STATE)
+    grid.nodes[102] = lambda message: None
+    with pytest.raises(FederationError, match="declare 1 as 1000"):
+        Nodes(wait=0.3).gather(grid)
+
+
+class OthersAreLate(InProcessGrid):
+    """At the first look, only two nodes are there."""
+
+    looks = 0
+
+    def get_node_ids(self):
+        self.looks += 1
+        return list(self.nodes)[: 2 if self.looks == 1 else None]
+
+
+def test_no_tie_is_declared_while_others_may_still_come():
+    clients = [client(0, 1000), client(0, 4), client(1, 4)]
     nodes = Nodes(wait=0.3)
-    assert gathered(nodes, federation([client(0, 1), client(1, 2)], STATE)) == {101: 1}
-    assert nodes.num_partitions == 2
+    assert gathered(nodes, OthersAreLate(federation(clients, STATE).nodes)) == {101: 0, 102: 1}
+    assert nodes.num_partitions == 4
+
+
+def test_a_resumed_run_knows_whom_to_believe_in_a_tie():
+    nodes = Nodes(wait=0.3)
+    nodes.expect(2)
+    assert gathered(nodes, federation([client(0, 2), client(1, 3)], STATE)) == {100: 0}
+
+
+def test_refused_nodes_need_not_agree():
+    clients = [client(0, 2), client(1, 3)]
+    for one in clients:
+        one.declaration = replace(one.declaration, bits=0, refused="no bits")
+    with pytest.raises(FederationError, match="0 nodes can take part, min-nodes is 1: no bits"):
+        Nodes(wait=0.3).gather(federation(clients, STATE))
 
 
 def test_a_silent_node_too_many_is_not_waited_for():
@@ -114,75 +143,6 @@ def test_two_nodes_of_one_partition_are_not_enough_for_two():
     del grid.nodes[101]
     with pytest.raises(FederationError, match="1 nodes can take part, min-nodes is 2"):
         nodes.gather(grid)
-
-
-def test_a_refused_node_that_was_repaired_takes_part_under_the_same_id():
-    broken = client(1, 2)
-    good = broken.declaration
-    broken.declaration = replace(good, bits=0, num_examples=0, refused="no bits")
-    grid = federation([client(0, 2), broken], STATE)
-    nodes = Nodes(wait=0.3)
-    assert gathered(nodes, grid) == {100: 0}
-    node = grid.nodes.pop(101)
-    nodes.gather(grid)
-    broken.declaration = good
-    grid.nodes[101] = node
-    assert gathered(nodes, grid) == {100: 0, 101: 1}
-
-
-def test_a_node_that_returns_with_another_width_is_asked_anew():
-    changed = client(1, 2)
-    grid = federation([client(0, 2), changed], STATE)
-    nodes = Nodes(wait=0.3)
-    nodes.gather(grid)
-    node = grid.nodes.pop(101)
-    nodes.gather(grid)
-    changed.declaration = replace(changed.declaration, bits=4)
-    grid.nodes[101] = node
-    nodes.gather(grid)
-    assert nodes.widths() == {4: 1, 8: 1}
-
-
-def test_a_query_that_was_lost_with_its_node_is_sent_again():
-    grid = federation([client(0, 2), client(1, 2)], STATE)
-    node, grid.nodes[101] = grid.nodes[101], lambda message: None
-    nodes = Nodes(wait=0.3)
-    assert gathered(nodes, grid) == {100: 0}
-    del grid.nodes[101]
-    nodes.gather(grid)
-    grid.nodes[101] = node
-    assert gathered(nodes, grid) == {100: 0, 101: 1}
-
-
-def test_a_round_waits_for_a_node_that_came_back():
-    grid = SlowToAnswer(federation([client(0, 2), client(1, 2)], STATE).nodes)
-    nodes = Nodes(wait=600)
-    nodes.gather(grid)
-    node = grid.nodes.pop(101)
-    assert gathered(nodes, grid) == {100: 0}
-    grid.nodes[101], grid.looks = node, 0
-    assert gathered(nodes, grid) == {100: 0, 101: 1}
-    assert grid.looks == 3
-
-
-def test_a_node_that_stays_silent_is_waited_for_once():
-    grid = SlowToAnswer(federation([client(0, 2), client(1, 2)], STATE).nodes)
-    grid.answers_at = 1000
-    nodes = Nodes(wait=0.3)
-    assert gathered(nodes, grid) == {100: 0}
-    for _ in range(3):
-        grid.looks = 0
-        assert gathered(nodes, grid) == {100: 0}
-        assert grid.looks == 1
-
-
-def test_nobody_is_waited_for_where_every_partition_is_held():
-    grid = SlowToAnswer(federation([client(0, 2), client(1, 2)], STATE).nodes)
-    nodes = Nodes(wait=600)
-    nodes.gather(grid)
-    grid.nodes[102], grid.looks = lambda message: None, 0
-    assert gathered(nodes, grid) == {100: 0, 101: 1}
-    assert grid.looks == 1
 
 
 def test_a_node_declares_no_more_examples_than_there_are_images():
