@@ -63,9 +63,10 @@ def test_a_run_completes_with_accuracy_per_width(tmp_path, strategy, training):
     assert last["clients"] == {"sampled": 2, "aggregated": 2, "rejected": 0, "failed": 0}
     # A 4-bit client sends about an eighth of a float32 model; the small model adds a little.
     assert last["uplink_bytes"]["4"] < last["uplink_bytes"]["32"] * 0.16
-    on_grid = strategy == "prowd" and training == "strict"
-    received = last["uplink_bytes"]["4" if on_grid else "32"]
-    assert last["downlink_bytes"]["4"] == received
+    # So is what it is sent, where it is sent codes.
+    narrow = strategy == "prowd" and training == "strict"
+    share = last["downlink_bytes"]["4"] / last["downlink_bytes"]["32"]
+    assert 0 < share < 0.16 if narrow else share == 1
     model = load_file(folder / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in model.values())
 
@@ -208,6 +209,7 @@ def test_fixed_point_clients_stay_on_one_grid(tmp_path, strategy):
 
     config = {**SMALL, "output-dir": str(tmp_path), "run-name": "run", "strategy": strategy}
     config |= {"weight-step": 2**-6, "low-bit-training": "strict", "bit-mix": "8:0.5,32:0.5"}
+    config["lossless-coding"] = False  # read here without the start
     nodes = {50 + i: Listening(i, 2, config) for i in range(2)}
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
     main(InProcessGrid(nodes), context)
