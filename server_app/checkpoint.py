@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from server_app.record import writing
-from strategies.base import State
+from strategies.states import State
 from task.errors import SettingsError
 from task.files import write_atomic
 

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from server_app.evaluation import Evaluator
 from server_app.record import RunRecord
 from strategies import FederationError, MixedPrecisionStrategy, RoundLog, receive
-from strategies.base import State, to_arrays, to_state
+from strategies.states import State, to_arrays, to_state
 from task.settings import Settings
 
 

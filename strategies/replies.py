@@ -84,7 +84,7 @@ def payload_of(reply: Message) -> bytes | None:
     return arrays[UPDATE].data
 
 
-def open_training_reply(reply: Message, client: Declaration, size: int | None) -> Packed:
+def open_training_reply(reply: Message, client: Declaration, size: int) -> Packed:
     """Take the report and, if one was asked for, the packed update out of a training reply.
 
     Parameters
@@ -93,8 +93,8 @@ def open_training_reply(reply: Message, client: Declaration, size: int | None) -
         A client's reply with content.
     client : Declaration
         Who sent it.
-    size : int or None
-        Bytes that its update takes at most; None if none was asked for.
+    size : int
+        Bytes that its update takes at most; 0 if none was asked for.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def open_training_reply(reply: Message, client: Declaration, size: int | None) -
         raise BadReply(
             f"it reports {report.num_examples} examples and declared {client.num_examples}"
         )
-    if size is None:
+    if not size:
         return Packed(client, b"", report)
     payload = payload_of(reply)
     if payload is None:
