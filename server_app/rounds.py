@@ -146,7 +146,8 @@ def _evaluate_on_clients(
     arrays: ArrayRecord,
 ) -> dict[str, float]:
     messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-    replies = receive(grid, messages, settings.round_timeout, strategy.largest_payload)
+    # Reports only: nobody is asked for arrays.
+    replies = receive(grid, messages, settings.round_timeout, most_bytes=0)
     return dict(strategy.aggregate_evaluate(server_round, replies) or {})
 
 
