@@ -60,7 +60,8 @@ class Asked:
         BadReply
             If it does not hold what was asked for.
         """
-        return open_training_reply(reply, client, self.uplink_size(client))
+        server_round = self.instructions[client.partition_id].server_round
+        return open_training_reply(reply, client, server_round, self.uplink_size(client))
 
     def decode(self, item: Packed) -> Update | None:
         """Unpack and check an update; None if none was asked for.
@@ -68,7 +69,7 @@ class Asked:
         Raises
         ------
         UpdateError
-            If it is not an update of this model, width and content, or ends on no model.
+            If it is not an update of this model, width, content and round, or leads to no model.
         """
         bits = self.uplink_bits(item.client)
         if not bits:
@@ -78,7 +79,14 @@ class Asked:
         known = None
         if instruction.uplink == "weights" and instruction.downlink_bits == bits:
             known = sent
-        update = decode_update(item.payload, self.spec, bits, instruction.uplink, known)
+        update = decode_update(
+            item.payload,
+            self.spec,
+            bits,
+            instruction.uplink,
+            start=known,
+            stamp=instruction.server_round,
+        )
         if sent is not None and update.content == "difference":
             _check_variances(update, sent)
         return update

@@ -227,7 +227,7 @@ class MixedPrecisionStrategy(Strategy):
             asked.messages, asked.clients, replies, self.evaluate_log
         ):
             try:
-                reports.setdefault(client.bits, []).append(open_report(reply))
+                reports.setdefault(client.bits, []).append(open_report(reply, server_round))
             except BadReply as error:
                 self.evaluate_log.rejected[client.partition_id] = str(error)
         _log_left_out(server_round, self.evaluate_log)

@@ -54,7 +54,8 @@ class Hostile(ScriptedClient):
 
 
 def with_crc(data):
-    crc = zlib.crc32(data[:CRC] + data[TABLE:])
+    """The payload with the checksum that fits it in round 1."""
+    crc = zlib.crc32(data[:CRC] + data[TABLE:], 1)
     return data[:CRC] + struct.pack("<I", crc) + data[TABLE:]
 
 
@@ -225,6 +226,46 @@ def test_a_reply_that_comes_twice_counts_once():
     assert strategy.round_log.left_out == {}
 
 
+@pytest.mark.parametrize("kept", ["reply", "payload"])
+def test_what_was_sent_in_one_round_is_refused_in_the_next(kept):
+    """A client that answers with the content of its first reply, or with its payload alone."""
+    grid = federation([honest(0, 2), honest(1, 2)], STATE)
+    strategy, client, first = FedAvg(), grid.nodes[101], []
+
+    def replaying(message):
+        reply = client(message)
+        if message.metadata.message_type == "train":
+            first.append(reply.content)
+            if kept == "reply":
+                return Message(first[0], reply_to=message)
+            reply.content[UPDATE] = first[0][UPDATE]
+        return reply
+
+    grid.nodes[101] = replaying
+    run_round(strategy, grid, STATE, 1)
+    assert strategy.round_log.aggregated == [0, 1]
+    reasons = {
+        "reply": "it reports on round 1; this is round {}",
+        "payload": "checksum does not match: the payload was altered, or is of another round",
+    }
+    for server_round in (2, 3):
+        run_round(strategy, grid, STATE, server_round)
+        assert strategy.round_log.aggregated == [0]
+        assert strategy.round_log.rejected == {1: reasons[kept].format(server_round)}
+
+
+def test_an_evaluation_of_another_round_is_refused():
+    strategy = FedAvg(fraction_evaluate=1.0)
+    clients = [honest(0, 2), honest(1, 2)]
+    clients[1].reported = {"server_round": 1}
+    grid = federation(clients, STATE)
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    for server_round in (1, 2):
+        messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+        strategy.aggregate_evaluate(server_round, grid.send_and_receive(messages))
+    assert strategy.evaluate_log.rejected == {1: "it reports on round 1; this is round 2"}
+
+
 def test_a_reply_to_another_clients_message_leaves_its_own_unanswered():
     """Node 101 sends again what answers node 100's message; Flower's SuperLink refuses that too."""
     strategy = FedAvg()
@@ -254,7 +295,7 @@ def test_memory_stays_bounded_however_much_comes(size):
             content[UPDATE] = payload_record(bytes(size or 8_000_000))
             if size:
                 # A payload that is right, beside much that nobody asked for.
-                content[UPDATE] = payload_record(encode_update(quantize_state(STATE, 8)))
+                content[UPDATE] = payload_record(encode_update(quantize_state(STATE, 8), stamp=1))
                 content["more"] = ArrayRecord({"x": Array("uint8", (size,), "own", bytes(size))})
             yield Message(content, reply_to=message)
 
