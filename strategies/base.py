@@ -37,7 +37,7 @@ from quant import (
 )
 from strategies.asked import Asked
 from strategies.nodes import Nodes, sample_nodes
-from strategies.norms import norms_of, too_large
+from strategies.norms import norms_of, scale_of, too_large
 from strategies.replies import (
     BadReply,
     ClientUpdate,
@@ -321,7 +321,7 @@ class MixedPrecisionStrategy(Strategy):
                 continue
             values = update.dequantize() if update is not None else {}
             norms[item.client.partition_id] = norms_of(values)
-        large = too_large(norms, norms_of(self._asked.start), self.norm_bound)
+        large = too_large(norms, scale_of(self._asked.start), self.norm_bound)
         self.round_log.rejected |= large
         return [i for i in packed if i.client.partition_id in norms.keys() - large.keys()]
 

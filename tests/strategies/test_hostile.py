@@ -12,7 +12,7 @@ from measuring import peak_memory
 
 from quant import encode_update, quantize_state
 from strategies import STRATEGIES, FedAvg, FedCOMGATE
-from strategies.norms import norms_of, too_large
+from strategies.norms import norms_of, scale_of, too_large
 from task.protocol import REPORT, UPDATE
 
 STATE = {
@@ -51,6 +51,17 @@ class Hostile(ScriptedClient):
             data = self.alter(reply.content[UPDATE][UPDATE].data)
             reply.content[UPDATE] = payload_record(with_crc(data))
         return reply
+
+
+def sends(factor, difference):
+    """What was received, or a step away from it, so many times."""
+
+    def train(state):
+        values = {n: t * 0 + 0.01 for n, t in state.items()} if difference else moved(state)
+        update = quantize_state({n: t * factor for n, t in values.items()}, 8)
+        return replace(update, content="difference") if difference else update
+
+    return train
 
 
 def with_crc(data):
@@ -140,24 +151,12 @@ def test_one_client_cannot_blow_up_the_model(name):
     arguments = {"name": "FedAvgM"} if name == "flwr" else {}
     difference = "com" in name or "paq" in name
 
-    def sends(factor):
-        def train(state):
-            values = (
-                moved(state, 0.01)
-                if not difference
-                else {n: t * 0 + 0.01 for n, t in state.items()}
-            )
-            update = quantize_state({n: t * factor for n, t in values.items()}, 8)
-            return replace(update, content="difference") if difference else update
-
-        return train
-
-    clients = [honest(0, train=sends(1)), honest(1, train=sends(1e7)), honest(2, train=sends(1))]
+    usual, huge = sends(1, difference), sends(1e7, difference)
+    clients = [honest(0, train=usual), honest(1, train=huge), honest(2, train=usual)]
     strategy = STRATEGIES[name](**arguments)
     new = run_round(strategy, federation(clients, STATE), STATE)
     assert list(strategy.round_log.rejected) == [1]
     assert max(float(t.abs().max()) for t in new.values()) < 1.1
-    clients[1].train = sends(1e7)
     loose = STRATEGIES[name](norm_bound=0, **arguments)
     ruined = run_round(loose, federation(clients, STATE), STATE)
     assert max(float(t.abs().max()) for t in ruined.values()) > 1e3
@@ -199,11 +198,26 @@ def test_the_bound_by_hand():
     # All leave the small model far behind: the median is what is usual.
     assert too_large(norms(20, 30, 40, 299), sent, 10) == {}
     assert list(too_large(norms(20, 30, 40, 301), sent, 10)) == [3]
-    # Of two, the smaller one; one alone has nobody to be compared with.
+    # Of two, the smaller one; one alone is held against the model.
     assert list(too_large(norms(20, 201), sent, 10)) == [1]
-    assert too_large(norms(1e7), sent, 10) == {}
+    assert too_large(norms(10.0), sent, 10) == {}
+    assert list(too_large(norms(10.1), sent, 10)) == [0]
     assert too_large(norms(0.1, 1e7, 0.2), sent, 0) == {}
     assert too_large({}, sent, 10) == {}
+
+
+def test_the_statistics_of_one_that_comes_alone_may_grow_as_the_square():
+    """Variances do, and with weights that honest training makes larger they are far larger."""
+    sent = {"parameters": 1.0, "statistics": 2.0}
+    alone = {0: {"parameters": 1.0, "statistics": 200.0}}
+    assert too_large(alone, sent, 10) == {}
+    alone[0]["statistics"] = 201.0
+    assert too_large(alone, sent, 10) == {
+        0: "its statistics have a norm of 201; norm-bound allows 100 times 2"
+    }
+    alone[1] = {"parameters": 1.0, "statistics": 2.0}
+    alone[0]["statistics"] = 21.0
+    assert list(too_large(alone, sent, 10)) == [0]
 
 
 def test_norms_by_hand():
@@ -212,7 +226,31 @@ def test_norms_by_hand():
         "b": torch.tensor([4.0]),
         "running_var": torch.full((4,), 2.0),
     }
-    assert norms_of(state) == {"parameters": 5.0, "statistics": 4.0}
+    assert norms_of(state) == scale_of(state) == {"parameters": 5.0, "statistics": 4.0}
+    zeros = {name: torch.zeros_like(t) for name, t in state.items()}
+    assert norms_of(zeros) == {"parameters": 0.0, "statistics": 0.0}
+    assert scale_of(zeros) == {"parameters": 2**0.5, "statistics": 2.0}
+    assert scale_of({}) == {"parameters": 0.0, "statistics": 0.0}
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedcom"])
+def test_a_client_that_comes_alone_cannot_blow_up_the_model(name):
+    """Its update would be the next model, whatever its size."""
+    clients = [honest(0, 2, train=sends(1e7, name == "fedcom")), honest(1, 2)]
+    strategy, grid = STRATEGIES[name](), federation(clients, STATE)
+    grid.nodes[101] = lambda m: clients[1](m) if m.metadata.message_type == "query" else None
+    assert run_round(strategy, grid, STATE) is None
+    assert "norm-bound allows 10" in strategy.round_log.rejected[0]
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedcom"])
+@pytest.mark.parametrize("start", [STATE, {n: t * 0 for n, t in STATE.items()}])
+def test_an_honest_client_that_comes_alone_is_used_from_the_first_round(name, start):
+    """Also on a model of zeros."""
+    client = honest(0, 1, train=sends(1, name == "fedcom"))
+    strategy = STRATEGIES[name]()
+    run_round(strategy, federation([client], start), start)
+    assert strategy.round_log.aggregated == [0]
 
 
 def test_a_reply_that_comes_twice_counts_once():
@@ -327,16 +365,10 @@ def test_a_number_of_steps_beyond_all_training_does_not_stop_the_others():
 
     assert effective_steps(2**62, 0.9) == pytest.approx(10 * 2**62)
     assert effective_steps(3, 0.5) == pytest.approx(1 + 1.5 + 1.75)
-    clients = [honest(i, 2, train=difference) for i in range(2)]
+    clients = [honest(i, 2, train=sends(1, difference=True)) for i in range(2)]
     clients[1].reported = {"steps": 2**62}
     strategy = FedCOMGATE()
     grid = federation(clients, STATE)
     for server_round in (1, 2):
         assert run_round(strategy, grid, STATE, server_round) is not None
     assert clients[0].instructions[1].tracking_steps == 2**62
-
-
-def difference(state):
-    return replace(
-        quantize_state({n: t * 0 + 0.01 for n, t in state.items()}, 8), content="difference"
-    )
