@@ -52,8 +52,17 @@ class Asked:
         """Bytes of the largest update that a client was asked for."""
         return max((self.uplink_size(client) for client in self.clients.values()), default=0)
 
-    def open(self, client: Declaration, reply: Message) -> Packed:
+    def open(self, client: Declaration, reply: Message, most_steps: int | None) -> Packed:
         """Take apart a reply to one of the messages.
+
+        Parameters
+        ----------
+        client : Declaration
+            Who sent it.
+        reply : Message
+            With content.
+        most_steps : int or None
+            Steps that the client can have taken; None if that is not known.
 
         Raises
         ------
@@ -61,7 +70,8 @@ class Asked:
             If it does not hold what was asked for.
         """
         server_round = self.instructions[client.partition_id].server_round
-        return open_training_reply(reply, client, server_round, self.uplink_size(client))
+        size = self.uplink_size(client)
+        return open_training_reply(reply, client, server_round, size, most_steps)
 
     def decode(self, item: Packed) -> Update | None:
         """Unpack and check an update; None if none was asked for.

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING
+from math import ceil
 from typing import Literal
 
 from flwr.app import (
@@ -77,6 +78,11 @@ class MixedPrecisionStrategy(Strategy):
         Largest norm of an update, in that of the usual ones (`strategies.norms`); 0: any.
     coded : bool
         Whether codes are entropy-coded on their way, in both directions (`quant.coding`).
+    local_epochs : int or None
+        Passes that a client makes over its data in a round. With it, a client that reports more
+        steps than that takes is set aside; None where it is not known.
+    batch_size : int
+        Images in each of these steps.
 
     Attributes
     ----------
@@ -103,6 +109,8 @@ class MixedPrecisionStrategy(Strategy):
         weight_step: float = 0.0,
         norm_bound: float = 10.0,
         coded: bool = True,
+        local_epochs: int | None = None,
+        batch_size: int = 1,
     ) -> None:
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
@@ -111,6 +119,8 @@ class MixedPrecisionStrategy(Strategy):
         self.weight_step = weight_step
         self.norm_bound = norm_bound
         self.coded = coded
+        self.local_epochs = local_epochs
+        self.batch_size = batch_size
         self.nodes = Nodes(min_nodes, node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
@@ -305,10 +315,15 @@ class MixedPrecisionStrategy(Strategy):
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:
         self.round_log.uplink_bytes[client.bits] += len(payload_of(reply) or b"")
         try:
-            return self._asked.open(client, reply)
+            return self._asked.open(client, reply, self._most_steps(client))
         except BadReply as error:
             self.round_log.rejected[client.partition_id] = str(error)
             return None
+
+    def _most_steps(self, client: Declaration) -> int | None:
+        if self.local_epochs is None:
+            return None
+        return self.local_epochs * ceil(client.num_examples / self.batch_size)
 
     def _usable(self, packed: list[Packed]) -> list[Packed]:
         """Set aside what is malformed or far too large; no tensor outlives its turn."""

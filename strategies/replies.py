@@ -87,7 +87,11 @@ def payload_of(reply: Message) -> bytes | None:
 
 
 def open_training_reply(
-    reply: Message, client: Declaration, server_round: int, size: int
+    reply: Message,
+    client: Declaration,
+    server_round: int,
+    size: int,
+    most_steps: int | None = None,
 ) -> Packed:
     """Take the report and, if one was asked for, the packed update out of a training reply.
 
@@ -101,6 +105,8 @@ def open_training_reply(
         Round that it has to be of.
     size : int
         Bytes that its update takes at most; 0 if none was asked for.
+    most_steps : int or None
+        Optimizer steps that it can have taken; None if that is not known.
 
     Raises
     ------
@@ -113,6 +119,8 @@ def open_training_reply(
         raise BadReply(
             f"it reports {report.num_examples} examples and declared {client.num_examples}"
         )
+    if most_steps is not None and report.steps > most_steps:
+        raise BadReply(f"it reports {report.steps} steps; its examples allow {most_steps}")
     if not size:
         return Packed(client, b"", report)
     payload = payload_of(reply)

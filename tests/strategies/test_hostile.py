@@ -10,6 +10,7 @@ from federation import ScriptedClient, federation, payload_record, report, run_r
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from measuring import peak_memory
 
+from client_app.tracking import effective_steps
 from quant import encode_update, quantize_state
 from strategies import STRATEGIES, FedAvg, FedCOMGATE
 from strategies.norms import norms_of, scale_of, too_large
@@ -359,10 +360,26 @@ def test_an_array_that_claims_terabytes_is_never_made():
     assert "payload of 4 bytes is shorter" in strategy.round_log.rejected[1]
 
 
-def test_a_number_of_steps_beyond_all_training_does_not_stop_the_others():
-    """FedCOMGATE hands the largest number of steps on to the clients."""
-    from client_app.tracking import effective_steps
+@pytest.mark.parametrize(("steps", "used"), [(6, True), (7, False), (2**62, False)])
+def test_more_steps_than_the_examples_allow_are_set_aside(steps, used):
+    """FedCOMGATE divides every client's correction by the largest number of steps."""
+    clients = [honest(i, 2, train=sends(1, difference=True)) for i in range(2)]
+    clients[0].reported = {"steps": 3}
+    clients[1].reported = {"steps": steps}
+    # 10 examples in batches of 4, twice: 3 steps each time.
+    strategy = FedCOMGATE(local_epochs=2, batch_size=4)
+    grid = federation(clients, STATE)
+    run_round(strategy, grid, STATE, 1)
+    assert strategy.round_log.aggregated == ([0, 1] if used else [0])
+    if not used:
+        reason = f"it reports {steps} steps; its examples allow 6"
+        assert strategy.round_log.rejected == {1: reason}
+    run_round(strategy, grid, STATE, 2)
+    assert clients[0].instructions[1].tracking_steps == (6 if used else 0)
 
+
+def test_a_number_of_steps_beyond_all_training_does_not_stop_the_others():
+    """Where nobody knows how many epochs clients train, it is believed."""
     assert effective_steps(2**62, 0.9) == pytest.approx(10 * 2**62)
     assert effective_steps(3, 0.5) == pytest.approx(1 + 1.5 + 1.75)
     clients = [honest(i, 2, train=sends(1, difference=True)) for i in range(2)]
