@@ -13,7 +13,6 @@ from measuring import peak_memory
 from client_app.tracking import effective_steps
 from quant import encode_update, quantize_state
 from strategies import STRATEGIES, FedAvg, FedCOMGATE
-from strategies.norms import norms_of, scale_of, too_large
 from task.protocol import REPORT, UPDATE
 
 STATE = {
@@ -185,53 +184,6 @@ def test_a_difference_that_ends_below_a_variance_of_zero_is_set_aside(broadcast)
     assert strategy.round_log.aggregated == [0, 2]
     reason = "bn.running_var is a variance and would become negative"
     assert strategy.round_log.rejected == {1: reason}
-
-
-def test_the_bound_by_hand():
-    def norms(*values):
-        return {i: {"parameters": v, "statistics": 0.0} for i, v in enumerate(values)}
-
-    sent = {"parameters": 1.0, "statistics": 0.0}
-    assert too_large(norms(0.1, 10.0, 0.2), sent, 10) == {}
-    assert too_large(norms(0.1, 10.1, 0.2), sent, 10) == {
-        1: "its parameters have a norm of 10.1; norm-bound allows 10 times 1"
-    }
-    # All leave the small model far behind: the median is what is usual.
-    assert too_large(norms(20, 30, 40, 299), sent, 10) == {}
-    assert list(too_large(norms(20, 30, 40, 301), sent, 10)) == [3]
-    # Of two, the smaller one; one alone is held against the model.
-    assert list(too_large(norms(20, 201), sent, 10)) == [1]
-    assert too_large(norms(10.0), sent, 10) == {}
-    assert list(too_large(norms(10.1), sent, 10)) == [0]
-    assert too_large(norms(0.1, 1e7, 0.2), sent, 0) == {}
-    assert too_large({}, sent, 10) == {}
-
-
-def test_the_statistics_of_one_that_comes_alone_may_grow_as_the_square():
-    """Variances do, and with weights that honest training makes larger they are far larger."""
-    sent = {"parameters": 1.0, "statistics": 2.0}
-    alone = {0: {"parameters": 1.0, "statistics": 200.0}}
-    assert too_large(alone, sent, 10) == {}
-    alone[0]["statistics"] = 201.0
-    assert too_large(alone, sent, 10) == {
-        0: "its statistics have a norm of 201; norm-bound allows 100 times 2"
-    }
-    alone[1] = {"parameters": 1.0, "statistics": 2.0}
-    alone[0]["statistics"] = 21.0
-    assert list(too_large(alone, sent, 10)) == [0]
-
-
-def test_norms_by_hand():
-    state = {
-        "a": torch.tensor([[3.0]]),
-        "b": torch.tensor([4.0]),
-        "running_var": torch.full((4,), 2.0),
-    }
-    assert norms_of(state) == scale_of(state) == {"parameters": 5.0, "statistics": 4.0}
-    zeros = {name: torch.zeros_like(t) for name, t in state.items()}
-    assert norms_of(zeros) == {"parameters": 0.0, "statistics": 0.0}
-    assert scale_of(zeros) == {"parameters": 2**0.5, "statistics": 2.0}
-    assert scale_of({}) == {"parameters": 0.0, "statistics": 0.0}
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedcom"])
