@@ -86,7 +86,7 @@ def answer_train(message: Message, context: Context) -> Message:
     trained = train(
         job.model, job.images, job.training, job.seed, scales=job.scales, correction=delta
     )
-    report = _report(trained.score, started, trained.steps, began_clean=not delta)
+    report = _report(job, trained.score, started, trained.steps, began_clean=not delta)
     content = RecordDict({REPORT: report})
     if job.instruction.uplink == "nothing":
         kept = RecordDict()
@@ -94,7 +94,12 @@ def answer_train(message: Message, context: Context) -> Message:
         _keep(kept, context, job.instruction)
         return Message(content, reply_to=message)
     update = _update(job, trained)
-    payload = encode_update(update, coded=bool(job.instruction.coded), start=job.codes_sent)
+    payload = encode_update(
+        update,
+        coded=bool(job.instruction.coded),
+        start=job.codes_sent,
+        stamp=job.instruction.server_round,
+    )
     content[UPDATE] = ArrayRecord({UPDATE: _to_array(payload)})
     if job.instruction.tracking_epoch:
         kept = RecordDict()
@@ -122,7 +127,7 @@ def answer_evaluate(message: Message, context: Context) -> Message:
         # Statistics of the client's own images: it has no access to the server's.
         calibrate_normalization(model, job.images.pixels[: job.settings.server_buffer])
     score = evaluate(model, evaluation_images(job.settings))
-    return Message(RecordDict({REPORT: _report(score, started)}), reply_to=message)
+    return Message(RecordDict({REPORT: _report(job, score, started)}), reply_to=message)
 
 
 @dataclass(frozen=True)
@@ -225,10 +230,15 @@ def _to_array(payload: bytes) -> Array:
 
 
 def _report(
-    score: Score, started: float, steps: int = 0, *, began_clean: bool = False
+    job: _Job, score: Score, started: float, steps: int = 0, *, began_clean: bool = False
 ) -> MetricRecord:
-    seconds = time.perf_counter() - started
     report = Report(
-        score.num_examples, score.loss, score.accuracy, seconds, steps, int(began_clean)
+        server_round=job.instruction.server_round,
+        num_examples=score.num_examples,
+        loss=score.loss,
+        accuracy=score.accuracy,
+        seconds=time.perf_counter() - started,
+        steps=steps,
+        began_clean=int(began_clean),
     )
     return MetricRecord(report.to_record())

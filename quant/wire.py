@@ -9,10 +9,11 @@ Layout (little-endian)::
     codes     all quantized tensors as one flat run: packed (coding 0), entropy-coded (1), or
               entropy-coded differences from the codes that the receiver had sent (2)
 
-The CRC-32 covers everything else in the payload, so that no altered byte goes unnoticed. Nothing is
-pickled. The receiver knows every name and shape beforehand (`UpdateSpec`) and therefore the length
-of everything but coded codes, which are never longer than packed ones: it is compared before
-anything is allocated, and no more is unfolded than there are codes.
+The CRC-32 covers everything else in the payload, so that no altered byte goes unnoticed. It starts
+from a number that both sides know, the stamp, so that what was sent in one round is refused in
+another. Nothing is pickled. The receiver knows every name and shape beforehand (`UpdateSpec`) and
+therefore the length of everything but coded codes, which are never longer than packed ones: it is
+compared before anything is allocated, and no more is unfolded than there are codes.
 """
 
 import math
@@ -51,7 +52,9 @@ def payload_size(spec: UpdateSpec, bits: int) -> int:
     return _fixed_size(spec, bits) + _packed_size(spec, bits)
 
 
-def encode_update(update: Update, *, coded: bool = False, start: Update | None = None) -> bytes:
+def encode_update(
+    update: Update, *, coded: bool = False, start: Update | None = None, stamp: int = 0
+) -> bytes:
     """Serialize an update.
 
     Parameters
@@ -62,6 +65,8 @@ def encode_update(update: Update, *, coded: bool = False, start: Update | None =
         Whether the codes are entropy-coded (`quant.coding`), where that makes them shorter.
     start : Update, optional
         Model of the same width whose codes the receiver has sent; coded codes may refer to them.
+    stamp : int
+        What it is sent for, as the round: 0 to 2**32 - 1, known to the receiver.
 
     Raises
     ------
@@ -78,7 +83,7 @@ def encode_update(update: Update, *, coded: bool = False, start: Update | None =
     content = _CONTENTS.index(update.content)
     head = _HEADER.pack(_MAGIC, _VERSION, update.bits, content, coding, len(table), 0)
     head = head[:_CRC_OFFSET]
-    crc = zlib.crc32(head)
+    crc = zlib.crc32(head, stamp)
     for part in (table, *body):
         crc = zlib.crc32(part, crc)
     return b"".join([head, struct.pack("<I", crc), table, *body])
@@ -90,6 +95,7 @@ def decode_update(
     bits: int,
     content: Content = "weights",
     start: Update | None = None,
+    stamp: int = 0,
 ) -> Update:
     """Read and check an update.
 
@@ -105,14 +111,16 @@ def decode_update(
         What the receiver asked for.
     start : Update, optional
         Model whose codes the receiver had sent to the sender.
+    stamp : int
+        What it has to have been sent for.
 
     Raises
     ------
     UpdateError
-        If the payload is anything but a whole, unaltered, finite update of this model, width and
-        content.
+        If the payload is anything but a whole, unaltered, finite update of this model, width,
+        content and stamp.
     """
-    coding, table = _check_header(data, spec, bits, content)
+    coding, table = _check_header(data, spec, bits, content, stamp)
     scale_count, _, float_count = _counts(spec, bits)
     view = memoryview(data)
     position = _HEADER.size + len(table)
@@ -202,7 +210,9 @@ def _table(spec: UpdateSpec, bits: int) -> bytes:
     return b"".join(entries)
 
 
-def _check_header(data: bytes, spec: UpdateSpec, bits: int, content: Content) -> tuple[int, bytes]:
+def _check_header(
+    data: bytes, spec: UpdateSpec, bits: int, content: Content, stamp: int
+) -> tuple[int, bytes]:
     """Check everything that needs no look at the values; return the coding and the table."""
     if len(data) < _HEADER.size:
         raise UpdateError(f"payload of {len(data)} bytes is shorter than the header")
@@ -222,8 +232,10 @@ def _check_header(data: bytes, spec: UpdateSpec, bits: int, content: Content) ->
     start = _HEADER.size
     if table_size != len(table) or data[start : start + len(table)] != table:
         raise UpdateError("the table of tensors is not that of the model that was sent")
-    if crc != zlib.crc32(memoryview(data)[start:], zlib.crc32(data[:_CRC_OFFSET])):
-        raise UpdateError("checksum does not match: the payload was altered on its way")
+    if crc != zlib.crc32(memoryview(data)[start:], zlib.crc32(data[:_CRC_OFFSET], stamp)):
+        raise UpdateError(
+            "checksum does not match: the payload was altered, or is of another round"
+        )
     return coding, table
 
 

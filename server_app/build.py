@@ -83,6 +83,8 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
         "weight_step": settings.weight_step,
         "norm_bound": settings.norm_bound,
         "coded": settings.lossless_coding,
+        "local_epochs": settings.local_epochs,
+        "batch_size": settings.batch_size,
     }
     if hasattr(strategy_class, "Options"):
         prefix = f"{name}-"

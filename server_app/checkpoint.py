@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from server_app.record import versions, writing
-from strategies.base import State, is_finite
+from strategies.states import State, is_finite
 from task.errors import SettingsError
 from task.files import write_atomic
 

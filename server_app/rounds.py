@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from server_app.evaluation import Evaluator
 from server_app.record import RunRecord
 from strategies import FederationError, MixedPrecisionStrategy, RoundLog, receive
-from strategies.base import State, to_arrays, to_state
+from strategies.states import State, to_arrays, to_state
 from task.settings import Settings
 
 
@@ -147,7 +147,8 @@ def _evaluate_on_clients(
     arrays: ArrayRecord,
 ) -> dict[str, float]:
     messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-    replies = receive(grid, messages, settings.round_timeout, strategy.largest_payload)
+    # Reports only: nobody is asked for arrays.
+    replies = receive(grid, messages, settings.round_timeout, most_bytes=0)
     return dict(strategy.aggregate_evaluate(server_round, replies) or {})
 
 

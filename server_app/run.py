@@ -17,7 +17,7 @@ from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from server_app.record import RunRecord, read_json
 from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
-from strategies.base import State
+from strategies.states import State
 from task.data import fingerprint, load_dataset
 from task.errors import SettingsError
 from task.models import build_model

@@ -10,11 +10,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING
+from math import ceil
 from typing import Literal
 
-import torch
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Message,
@@ -29,19 +28,17 @@ from torch import Tensor
 
 from quant import (
     FLOAT_BITS,
-    STYPE,
     Update,
     UpdateError,
     UpdateSpec,
-    decode_update,
     encode_update,
     fixed_point,
     is_variance,
-    payload_size,
     quantize_state,
 )
+from strategies.asked import Asked
 from strategies.nodes import Nodes, sample_nodes
-from strategies.norms import norms_of, too_large
+from strategies.norms import norms_of, scale_of, too_large
 from strategies.replies import (
     BadReply,
     ClientUpdate,
@@ -49,12 +46,11 @@ from strategies.replies import (
     RoundLog,
     match_replies,
     open_report,
-    open_training_reply,
     payload_of,
 )
+from strategies.states import State, is_finite, to_array, to_arrays, to_state
 from task.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report
 
-State = dict[str, Tensor]
 # What low-bit clients are sent: float32, or codes that the server rounded.
 Broadcast = Literal["float32", "nearest", "calibrated"]
 
@@ -82,6 +78,11 @@ class MixedPrecisionStrategy(Strategy):
         Largest norm of an update, in that of the usual ones (`strategies.norms`); 0: any.
     coded : bool
         Whether codes are entropy-coded on their way, in both directions (`quant.coding`).
+    local_epochs : int or None
+        Passes that a client makes over its data in a round. With it, a client that reports more
+        steps than that takes is set aside; None where it is not known.
+    batch_size : int
+        Images in each of these steps.
 
     Attributes
     ----------
@@ -108,6 +109,8 @@ class MixedPrecisionStrategy(Strategy):
         weight_step: float = 0.0,
         norm_bound: float = 10.0,
         coded: bool = True,
+        local_epochs: int | None = None,
+        batch_size: int = 1,
     ) -> None:
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
@@ -116,18 +119,14 @@ class MixedPrecisionStrategy(Strategy):
         self.weight_step = weight_step
         self.norm_bound = norm_bound
         self.coded = coded
+        self.local_epochs = local_epochs
+        self.batch_size = batch_size
         self.nodes = Nodes(min_nodes, node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
         # Where simulated clients keep what they need again after a crash (`Instruction.keep_in`).
         self.clients_keep_in = ""
-        self._start: State = {}
-        self._spec = UpdateSpec({})
-        # The model as each client was sent it.
-        self._models_sent: dict[int, Update] = {}
-        self._sent: list[Message] = []
-        self._clients: dict[int, Declaration] = {}
-        self._instructions: dict[int, Instruction] = {}
+        self._asked = Asked()
 
     # --- what a subclass says ------------------------------------------------------------------
 
@@ -196,14 +195,15 @@ class MixedPrecisionStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Read the replies as they come, then combine the good updates in order."""
         packed = []
-        for client, reply in match_replies(self._sent, self._clients, replies, self.round_log):
+        asked = self._asked
+        for client, reply in match_replies(asked.messages, asked.clients, replies, self.round_log):
             item = self._accept(client, reply)
             if item is not None:
                 packed.append(item)
         packed.sort(key=lambda item: item.client.partition_id)
         reports: list[Report] = []
         usable = self._usable(packed)
-        state = self.combine(server_round, self._start, self._unpack(usable, reports))
+        state = self.combine(server_round, self._asked.start, self._unpack(usable, reports))
         _log_left_out(server_round, self.round_log)
         if state is not None:
             state = _checked(state, server_round)
@@ -216,8 +216,8 @@ class MixedPrecisionStrategy(Strategy):
         """Make a message for each node that is to evaluate the model at its own width."""
         self.evaluate_log = RoundLog()
         if not self.fraction_evaluate:
-            self._sent = []
-            return self._sent
+            self._asked = Asked()
+            return self._asked.messages
         return self._ask(
             MessageType.EVALUATE,
             self.fraction_evaluate,
@@ -232,9 +232,12 @@ class MixedPrecisionStrategy(Strategy):
     ) -> MetricRecord | None:
         """Average the clients' accuracies and losses by width, and over all clients."""
         reports: dict[int, list[Report]] = {}
-        for client, reply in match_replies(self._sent, self._clients, replies, self.evaluate_log):
+        asked = self._asked
+        for client, reply in match_replies(
+            asked.messages, asked.clients, replies, self.evaluate_log
+        ):
             try:
-                reports.setdefault(client.bits, []).append(open_report(reply))
+                reports.setdefault(client.bits, []).append(open_report(reply, server_round))
             except BadReply as error:
                 self.evaluate_log.rejected[client.partition_id] = str(error)
         _log_left_out(server_round, self.evaluate_log)
@@ -265,41 +268,29 @@ class MixedPrecisionStrategy(Strategy):
         round_log: RoundLog,
     ) -> list[Message]:
         purpose = (server_round, int(kind == MessageType.EVALUATE))
-        self._clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, *purpose)
-        self._instructions = {
-            client.partition_id: self._instruction_for(server_round, client)
-            for client in self._clients.values()
-        }
-        self._start = to_state(arrays)
-        self._spec = UpdateSpec.of(self._start)
+        clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, *purpose)
+        start = to_state(arrays)
+        self._asked = asked = Asked(start, UpdateSpec.of(start), clients)
         packed: dict[tuple[int, int], tuple[ArrayRecord, Update]] = {}
-        self._sent = []
-        self._models_sent = {}
-        for node_id, client in self._clients.items():
-            instruction = self._instructions[client.partition_id]
+        for node_id, client in clients.items():
+            instruction = self._instruction_for(server_round, client)
+            asked.instructions[client.partition_id] = instruction
             content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
             if instruction.downlink_bits:
                 # Nodes of one width share one record: Flower then stores the model once.
                 key = (client.bits, instruction.downlink_bits)
                 if key not in packed:
                     packed[key] = self._pack_model(*key)
-                content[MODEL], self._models_sent[client.partition_id] = packed[key]
+                content[MODEL], asked.models[client.partition_id] = packed[key]
                 round_log.downlink_bytes[client.bits] += len(content[MODEL][MODEL].data)
-            self._sent.append(Message(content, node_id, kind))
-        round_log.sampled = [client.partition_id for client in self._clients.values()]
-        return self._sent
+            asked.messages.append(Message(content, node_id, kind))
+        round_log.sampled = [client.partition_id for client in clients.values()]
+        return asked.messages
 
     @property
     def largest_payload(self) -> int:
         """Bytes of the largest update that a client was asked for in the last messages."""
-        sizes = (self._uplink_size(client) for client in self._clients.values())
-        return max((size or 0 for size in sizes), default=0)
-
-    def _uplink_size(self, client: Declaration) -> int | None:
-        instruction = self._instructions[client.partition_id]
-        if instruction.uplink == "nothing":
-            return None
-        return payload_size(self._spec, instruction.uplink_bits or client.bits)
+        return self._asked.largest_payload
 
     def _instruction_for(self, server_round: int, client: Declaration) -> Instruction:
         instruction = self.instruct(server_round, client)
@@ -314,62 +305,47 @@ class MixedPrecisionStrategy(Strategy):
         )
 
     def _pack_model(self, bits: int, downlink_bits: int) -> tuple[ArrayRecord, Update]:
+        start = self._asked.start
         if downlink_bits == FLOAT_BITS:
-            model = quantize_state(self.state_for(bits, self._start), FLOAT_BITS)
+            model = quantize_state(self.state_for(bits, start), FLOAT_BITS)
         else:
-            model = self.model_for(bits, self._start)
+            model = self.model_for(bits, start)
         return ArrayRecord({MODEL: to_array(encode_update(model, coded=self.coded))}), model
 
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:
-        size = self._uplink_size(client)
         self.round_log.uplink_bytes[client.bits] += len(payload_of(reply) or b"")
         try:
-            return open_training_reply(reply, client, size)
+            return self._asked.open(client, reply, self._most_steps(client))
         except BadReply as error:
             self.round_log.rejected[client.partition_id] = str(error)
             return None
+
+    def _most_steps(self, client: Declaration) -> int | None:
+        if self.local_epochs is None:
+            return None
+        return self.local_epochs * ceil(client.num_examples / self.batch_size)
 
     def _usable(self, packed: list[Packed]) -> list[Packed]:
         """Set aside what is malformed or far too large; no tensor outlives its turn."""
         norms = {}
         for item in packed:
             try:
-                update = self._decode(item)
-                _check_variances(update, self._models_sent.get(item.client.partition_id))
+                update = self._asked.decode(item)
             except UpdateError as error:
                 self.round_log.rejected[item.client.partition_id] = str(error)
                 continue
             values = update.dequantize() if update is not None else {}
             norms[item.client.partition_id] = norms_of(values)
-        large = too_large(norms, norms_of(self._start), self.norm_bound)
+        large = too_large(norms, scale_of(self._asked.start), self.norm_bound)
         self.round_log.rejected |= large
         return [i for i in packed if i.client.partition_id in norms.keys() - large.keys()]
 
-    def _decode(self, item: Packed) -> Update | None:
-        instruction = self._instructions[item.client.partition_id]
-        if instruction.uplink == "nothing":
-            return None
-        bits = instruction.uplink_bits or item.client.bits
-        start = None
-        if instruction.uplink == "weights" and instruction.downlink_bits == bits:
-            start = self._models_sent[item.client.partition_id]
-        return decode_update(item.payload, self._spec, bits, instruction.uplink, start)
-
     def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
         for item in packed:
-            update = self._decode(item)
+            update = self._asked.decode(item)
             self.round_log.aggregated.append(item.client.partition_id)
             reports.append(item.report)
             yield ClientUpdate(item.client, update, item.report)
-
-
-def _check_variances(update: Update | None, sent: Update | None) -> None:
-    """Refuse a difference that nobody can have trained: it ends below a variance of zero."""
-    if update is None or sent is None or update.content != "difference":
-        return
-    for name, moved in update.floats.items():
-        if is_variance(name) and (sent.floats[name] + moved < 0).any():
-            raise UpdateError(f"{name} is a variance and would become negative")
 
 
 def _log_left_out(server_round: int, round_log: RoundLog) -> None:
@@ -384,41 +360,6 @@ def _checked(state: State, server_round: int) -> State | None:
         return None
     # A step of the server beyond the mean can carry a variance below zero.
     return {n: t.clamp(min=0) if is_variance(n) else t for n, t in state.items()}
-
-
-def is_finite(state: Mapping[str, Tensor]) -> bool:
-    """Return whether a model holds numbers only; one that does not is never sent."""
-    return all(bool(tensor.isfinite().all()) for tensor in state.values())
-
-
-def join_states(states: Mapping[object, State]) -> State:
-    """Make one state of several, each name behind its key and a slash."""
-    return {f"{key}/{name}": t for key, state in states.items() for name, t in state.items()}
-
-
-def split_states(joined: State) -> dict[str, State]:
-    """Undo `join_states`; empty states are lost. Names of tensors hold no slash."""
-    states: dict[str, State] = {}
-    for path, tensor in joined.items():
-        key, _, name = path.rpartition("/")
-        states.setdefault(key, {})[name] = tensor
-    return states
-
-
-def to_array(payload: bytes) -> Array:
-    """Wrap a payload as the one array of a record."""
-    return Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
-
-
-def to_state(arrays: ArrayRecord) -> State:
-    """Turn Flower's record of a state dict into float32 tensors; integer entries are left out."""
-    tensors = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
-    return {name: t.float() for name, t in tensors.items() if t.is_floating_point()}
-
-
-def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Turn a state dict into Flower's record, one array a tensor."""
-    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.items()})
 
 
 def _weighted(reports: list[Report]) -> dict[str, float]:

@@ -8,8 +8,9 @@ from pydantic import Field, field_validator
 
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS, is_statistic
 from strategies.averaging import mean_of
-from strategies.base import MixedPrecisionStrategy, State, is_finite
+from strategies.base import MixedPrecisionStrategy
 from strategies.replies import ClientUpdate
+from strategies.states import State, is_finite
 from task.options import Options
 from task.protocol import Declaration, Instruction, Report
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 from strategies.averaging import mean_of
-from strategies.base import MixedPrecisionStrategy, State
+from strategies.base import MixedPrecisionStrategy
 from strategies.replies import ClientUpdate
+from strategies.states import State
 
 
 class FedAvg(MixedPrecisionStrategy):

@@ -19,9 +19,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from pydantic import Field, field_validator
 
-from strategies.base import MixedPrecisionStrategy, State, to_arrays, to_state
+from strategies.base import MixedPrecisionStrategy
 from strategies.nodes import FederationError
 from strategies.replies import ClientUpdate
+from strategies.states import State, to_arrays, to_state
 from task.errors import SettingsError
 from task.options import Options
 from task.protocol import Declaration, Instruction

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 
 from strategies.averaging import WeightedMean
-from strategies.base import MixedPrecisionStrategy, State, join_states, split_states
+from strategies.base import MixedPrecisionStrategy
 from strategies.replies import ClientUpdate
+from strategies.states import State, join_states, split_states
 
 
 class GroupedAvg(MixedPrecisionStrategy):

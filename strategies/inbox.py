@@ -1,21 +1,18 @@
 """Replies taken from Flower's grid one at a time; one that cannot be read is an error, no crash."""
 
-import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
-from flwr.app import Array, Error, Message, RecordDict
-from flwr.app.message.arraychunk import ArrayChunk
+from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_body,
-    get_object_children_ids_from_object_content,
-)
+
+from strategies.pulling import NotYetComplete, only_the_reply
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
+# A message outlives its round by no more than so many seconds: the last look takes its time.
+_MOST_GRACE = 5.0
 
 
 def receive(
@@ -23,7 +20,8 @@ def receive(
 ) -> Iterator[Message]:
     """Send messages and yield each reply as soon as it is there.
 
-    A reply that cannot be read comes as an error that says so.
+    A reply that cannot be read comes as an error that says so. One that is still being uploaded is
+    looked at again later, and the others come meanwhile.
 
     Parameters
     ----------
@@ -32,13 +30,15 @@ def receive(
     messages : list of Message
         One a node.
     timeout : float or None
-        Seconds after which the replies that have not come are given up.
+        Seconds, sending included, after which the replies that have not come are given up, and
+        nodes are not given their messages any more.
     most_bytes : int
         The arrays of one reply take no more than this.
     """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    _expire_with_round(messages, timeout)
     pushed = {message_id for message_id in grid.push_messages(messages) if message_id}
     waiting = [m for m in messages if m.metadata.message_id in pushed]
-    deadline = None if timeout is None else time.monotonic() + timeout
     pause = _SHORTEST_PAUSE
     while waiting:
         unanswered = []
@@ -56,20 +56,35 @@ def receive(
         pause = _SHORTEST_PAUSE if answered else min(1.5 * pause, _LONGEST_PAUSE)
         waiting = unanswered
         if waiting:
-            time.sleep(pause)
+            left = pause if deadline is None else deadline - time.monotonic()
+            time.sleep(max(0.0, min(pause, left)))
+
+
+def _expire_with_round(messages: list[Message], timeout: float | None) -> None:
+    """Limit the messages' time to live: else a late client works off all old rounds first."""
+    if timeout is None:
+        return
+    lives = timeout + min(_MOST_GRACE, timeout / 5)
+    now = time.time()
+    for message in messages:
+        # Flower counts from when it was made, since when the other nodes' models were packed.
+        message.metadata.ttl = now - message.metadata.created_at + lives
 
 
 def pull(grid: Grid, message: Message, most_bytes: int = 0) -> Message | None:
-    """Return the reply to one message: an error if it cannot be read, None if there is none yet.
+    """Return the reply to one message: an error if it cannot be read, None if it is not there yet.
 
     By itself, because Flower decodes whatever the nodes sent while it pulls: one reply that it
     cannot decode would take the others along, and all would be in memory at once.
     """
     message_id = message.metadata.message_id
     try:
-        with _arrays_of(most_bytes):
+        with only_the_reply(grid, message, most_bytes):
             replies = list(grid.pull_messages([message_id]))
-        return _checked(replies[0], message_id) if replies else None
+        mine = [r for r in replies if r.metadata.reply_to_message_id == message_id]
+        return _checked(mine[0]) if mine else None
+    except NotYetComplete:
+        return None
     except (httpx.HTTPError, OSError, MemoryError):
         # The connection to the SuperLink or this machine, not the reply.
         raise
@@ -78,38 +93,8 @@ def pull(grid: Grid, message: Message, most_bytes: int = 0) -> Message | None:
         return Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason), reply_to=message)
 
 
-def _checked(reply: Message, message_id: str) -> Message:
-    """Return the reply if it is one to this message; its content is what the node made it."""
-    if reply.metadata.reply_to_message_id != message_id:
-        raise ValueError("it says that it answers another message")
+def _checked(reply: Message) -> Message:
+    """Return the reply if its content is a record; it is what the node made it."""
     if not reply.has_error() and not isinstance(reply.content, RecordDict):
         raise TypeError(f"it holds a {type(reply.content).__name__}")
     return reply
-
-
-@contextmanager
-def _arrays_of(most_bytes: int) -> Iterator[None]:
-    """Let Flower build arrays of so many bytes in all, while one reply is pulled.
-
-    An array lists the chunks that it is made of, and may list one a thousand times: what a node
-    uploads does not bound what comes of it. Flower looks at no size before it joins them.
-    """
-    original = Array.__dict__["inflate"]
-    left = most_bytes
-
-    def inflate(
-        cls: type[Array], content: bytes, children: dict[str, ArrayChunk] | None = None
-    ) -> Array:
-        nonlocal left
-        names = get_object_children_ids_from_object_content(content)
-        listed = json.loads(get_object_body(content, cls))["arraychunk_ids"]
-        left -= sum(len(children[names[index]].data) for index in listed)
-        if left < 0:
-            raise ValueError(f"its arrays take more than {most_bytes} bytes")
-        return original.__get__(None, cls)(content, children)
-
-    Array.inflate = classmethod(inflate)
-    try:
-        yield
-    finally:
-        Array.inflate = original

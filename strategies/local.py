@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 
 from quant import FLOAT_BITS
-from strategies.base import MixedPrecisionStrategy, State
+from strategies.base import MixedPrecisionStrategy
 from strategies.replies import ClientUpdate
+from strategies.states import State
 from task.protocol import Declaration, Instruction
 
 

@@ -1,7 +1,7 @@
 """Updates that are finite but far too large, which one client could ruin the model with."""
 
 from collections.abc import Mapping
-from math import hypot
+from math import hypot, sqrt
 
 from torch import Tensor
 
@@ -14,8 +14,19 @@ def norms_of(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the Euclidean norms of a model's parameters and of its BatchNorm statistics."""
     squares: dict[str, list[float]] = {"parameters": [], "statistics": []}
     for name, tensor in values.items():
-        squares["statistics" if is_statistic(name) else "parameters"].append(float(tensor.norm()))
+        squares[_kind(name)].append(float(tensor.norm()))
     return {kind: hypot(*norms) for kind, norms in squares.items()}
+
+
+def scale_of(model: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the norms that updates are measured by: a model's, or if it is all zeros, of ones.
+
+    A linear model may begin with zeros, beside which everything would be too large.
+    """
+    counts = {"parameters": 0, "statistics": 0}
+    for name, tensor in model.items():
+        counts[_kind(name)] += tensor.numel()
+    return {kind: norm or sqrt(counts[kind]) for kind, norm in norms_of(model).items()}
 
 
 def too_large(updates: Mapping[int, Norms], sent: Norms, bound: float) -> dict[int, str]:
@@ -26,12 +37,15 @@ def too_large(updates: Mapping[int, Norms], sent: Norms, bound: float) -> dict[i
     one far behind; nor the median, as all but one may stand still. Of an even number the lower
     median is taken, so that of two clients the smaller one counts.
 
+    One that comes alone is its own median, and is held against the model only. Its statistics may
+    be the square of `bound` times as large, as variances grow when weights grow by `bound`.
+
     Parameters
     ----------
     updates : mapping of int to mapping
         `norms_of` the decoded update of each partition.
     sent : mapping
-        `norms_of` the model that was sent.
+        `scale_of` the model that was sent.
     bound : float
         From 1; 0 lets everything pass.
 
@@ -43,13 +57,19 @@ def too_large(updates: Mapping[int, Norms], sent: Norms, bound: float) -> dict[i
     reasons: dict[int, str] = {}
     if not bound or not updates:
         return reasons
+    alone = len(updates) == 1
     for kind, norm_sent in sent.items():
         norms = sorted(norms[kind] for norms in updates.values())
-        usual = max(norm_sent, norms[(len(norms) - 1) // 2])
+        usual = norm_sent if alone else max(norm_sent, norms[(len(norms) - 1) // 2])
+        times = bound**2 if alone and kind == "statistics" else bound
         for partition, own in updates.items():
-            if own[kind] > bound * usual:
+            if own[kind] > times * usual:
                 reasons[partition] = (
-                    f"its {kind} have a norm of {own[kind]:.3g}; norm-bound allows {bound:g} times "
+                    f"its {kind} have a norm of {own[kind]:.3g}; norm-bound allows {times:g} times "
                     f"{usual:.3g}"
                 )
     return reasons
+
+
+def _kind(name: str) -> str:
+    return "statistics" if is_statistic(name) else "parameters"

@@ -37,15 +37,10 @@ from quant import (
     relevancy_mask,
 )
 from strategies.averaging import WeightedMean
-from strategies.base import (
-    MixedPrecisionStrategy,
-    State,
-    is_finite,
-    join_states,
-    split_states,
-)
+from strategies.base import MixedPrecisionStrategy
 from strategies.prowd_options import ProWDOptions, parse_ladder
 from strategies.replies import ClientUpdate
+from strategies.states import State, is_finite, join_states, split_states
 from task.seeds import derive_seed
 
 

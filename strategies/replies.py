@@ -46,13 +46,13 @@ class ClientUpdate:
     report: Report
 
 
-def open_report(reply: Message) -> Report:
+def open_report(reply: Message, server_round: int) -> Report:
     """Read and check the report in a reply.
 
     Raises
     ------
     BadReply
-        If there is none, or its numbers cannot be true.
+        If there is none, it is of another round, or its numbers cannot be true.
     """
     # By key: Flower's views of one kind of record tie the reply into a cycle, and it is kept until
     # the next garbage collection.
@@ -63,6 +63,8 @@ def open_report(reply: Message) -> Report:
         report = Report.from_record(record)
     except ProtocolError as error:
         raise BadReply(str(error)) from None
+    if report.server_round != server_round:
+        raise BadReply(f"it reports on round {report.server_round}; this is round {server_round}")
     if report.num_examples < 1:
         raise BadReply(f"it reports {report.num_examples} examples")
     if not 0 <= report.accuracy <= 1:
@@ -84,7 +86,13 @@ def payload_of(reply: Message) -> bytes | None:
     return arrays[UPDATE].data
 
 
-def open_training_reply(reply: Message, client: Declaration, size: int | None) -> Packed:
+def open_training_reply(
+    reply: Message,
+    client: Declaration,
+    server_round: int,
+    size: int,
+    most_steps: int | None = None,
+) -> Packed:
     """Take the report and, if one was asked for, the packed update out of a training reply.
 
     Parameters
@@ -93,8 +101,12 @@ def open_training_reply(reply: Message, client: Declaration, size: int | None) -
         A client's reply with content.
     client : Declaration
         Who sent it.
-    size : int or None
-        Bytes that its update takes at most; None if none was asked for.
+    server_round : int
+        Round that it has to be of.
+    size : int
+        Bytes that its update takes at most; 0 if none was asked for.
+    most_steps : int or None
+        Optimizer steps that it can have taken; None if that is not known.
 
     Raises
     ------
@@ -102,12 +114,14 @@ def open_training_reply(reply: Message, client: Declaration, size: int | None) -
         If the reply does not hold exactly one update of no more than this size, or its report
         cannot be true.
     """
-    report = open_report(reply)
+    report = open_report(reply, server_round)
     if report.num_examples > client.num_examples:
         raise BadReply(
             f"it reports {report.num_examples} examples and declared {client.num_examples}"
         )
-    if size is None:
+    if most_steps is not None and report.steps > most_steps:
+        raise BadReply(f"it reports {report.steps} steps; its examples allow {most_steps}")
+    if not size:
         return Packed(client, b"", report)
     payload = payload_of(reply)
     if payload is None:

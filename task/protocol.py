@@ -134,6 +134,8 @@ class Report(_Record):
 
     Attributes
     ----------
+    server_round : int
+        Round of the instruction that it answers.
     num_examples : int
         Images trained or evaluated on.
     loss : float
@@ -148,6 +150,7 @@ class Report(_Record):
         1 if the client had nothing kept to correct its gradients by, else 0.
     """
 
+    server_round: int
     num_examples: int
     loss: float
     accuracy: float

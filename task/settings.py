@@ -55,9 +55,10 @@ class Settings(Options):
     )
     norm_bound: Annotated[float, Field(ge=0)] = Field(
         10.0,
-        description="An update this many times as large as the model and as the round's median "
-        "update is set aside, so that one client cannot ruin the model in a round; over many it "
-        "can still draw it away; 1 or more, or 0: none is.",
+        description="An update more than this many times as large as the model and as the round's "
+        "median update is set aside; one that comes alone, as the model. What is smaller counts: "
+        "one update of nearly this many times the model still moves the mean by so many models, "
+        "times its share of the examples. 1 or more, or 0: none is set aside.",
     )
 
     local_epochs: AtLeastOne = Field(1, description="Passes over a client's data in a round.")

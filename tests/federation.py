@@ -126,8 +126,10 @@ class ScriptedClient:
         if instruction.uplink != "nothing":
             sent = self.train(received)
             update = sent if isinstance(sent, Update) else quantize_state(sent, self.bits)
-            content[UPDATE] = payload_record(encode_update(update))
-        content[REPORT] = report(self.declaration.num_examples, **self.reported)
+            payload = encode_update(update, stamp=instruction.server_round)
+            content[UPDATE] = payload_record(payload)
+        reported = {"server_round": instruction.server_round} | self.reported
+        content[REPORT] = report(self.declaration.num_examples, **reported)
         return Message(content, reply_to=message)
 
     @property
@@ -150,7 +152,8 @@ def payload_record(payload: bytes) -> ArrayRecord:
 
 
 def report(examples: int, **changes) -> MetricRecord:
-    values = {"num_examples": examples, "loss": 0.5, "accuracy": 0.5, "seconds": 0.1} | changes
+    values = {"server_round": 1, "num_examples": examples, "loss": 0.5, "accuracy": 0.5}
+    values |= {"seconds": 0.1} | changes
     return MetricRecord(Report(**values).to_record())
 
 

@@ -89,6 +89,25 @@ def test_payload_by_hand():
     assert update.floats["b"].tolist() == [2]
 
 
+def test_a_payload_is_good_for_its_own_round_only():
+    """The same bytes but for the checksum, which starts from the round."""
+    update, stamps = quantize_state(small_state(), 4), (0, 1, 2, 255, 256, 65536, 2**32 - 1)
+    sent = {stamp: encode_update(update, stamp=stamp) for stamp in stamps}
+    assert sent[0] == encode_update(update)
+    assert len({data[:CRC] + data[TABLE:] for data in sent.values()}) == 1
+    crc = zlib.crc32(sent[0][:CRC] + sent[0][TABLE:], 256)
+    assert struct.unpack_from("<I", sent[256], CRC) == (crc,)
+    for stamp, data in sent.items():
+        for other in stamps:
+            if other == stamp:
+                same_bits(
+                    decode_update(data, SPEC, 4, stamp=other).dequantize(), update.dequantize()
+                )
+                continue
+            with pytest.raises(UpdateError, match="or is of another round"):
+                decode_update(data, SPEC, 4, stamp=other)
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_the_server_gets_the_clients_own_weights_bit_for_bit(bits):
     sent = quantize_state(small_state(), bits)

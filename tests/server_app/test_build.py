@@ -34,9 +34,11 @@ def test_defaults_build_prowd():
 
 def test_a_strategys_own_settings_reach_it():
     changed = {**RUN_CONFIG, "prowd-mask-at-least": 0.5, "low-bit-training": "strict", "seed": 9}
+    changed |= {"local-epochs": 3, "batch-size": 7}
     strategy = build_strategy(*read_settings(changed))
     assert strategy.options.mask_at_least == 0.5
     assert (strategy.low_bit_training, strategy.seed) == ("strict", 9)
+    assert (strategy.local_epochs, strategy.batch_size) == (3, 7)
 
 
 def test_another_strategy_takes_the_common_settings():

@@ -10,9 +10,9 @@ from federation import ScriptedClient, federation, payload_record, report, run_r
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from measuring import peak_memory
 
+from client_app.tracking import effective_steps
 from quant import encode_update, quantize_state
 from strategies import STRATEGIES, FedAvg, FedCOMGATE
-from strategies.norms import norms_of, too_large
 from task.protocol import REPORT, UPDATE
 
 STATE = {
@@ -53,8 +53,20 @@ class Hostile(ScriptedClient):
         return reply
 
 
+def sends(factor, difference):
+    """What was received, or a step away from it, so many times."""
+
+    def train(state):
+        values = {n: t * 0 + 0.01 for n, t in state.items()} if difference else moved(state)
+        update = quantize_state({n: t * factor for n, t in values.items()}, 8)
+        return replace(update, content="difference") if difference else update
+
+    return train
+
+
 def with_crc(data):
-    crc = zlib.crc32(data[:CRC] + data[TABLE:])
+    """The payload with the checksum that fits it in round 1."""
+    crc = zlib.crc32(data[:CRC] + data[TABLE:], 1)
     return data[:CRC] + struct.pack("<I", crc) + data[TABLE:]
 
 
@@ -139,24 +151,12 @@ def test_one_client_cannot_blow_up_the_model(name):
     arguments = {"name": "FedAvgM"} if name == "flwr" else {}
     difference = "com" in name or "paq" in name
 
-    def sends(factor):
-        def train(state):
-            values = (
-                moved(state, 0.01)
-                if not difference
-                else {n: t * 0 + 0.01 for n, t in state.items()}
-            )
-            update = quantize_state({n: t * factor for n, t in values.items()}, 8)
-            return replace(update, content="difference") if difference else update
-
-        return train
-
-    clients = [honest(0, train=sends(1)), honest(1, train=sends(1e7)), honest(2, train=sends(1))]
+    usual, huge = sends(1, difference), sends(1e7, difference)
+    clients = [honest(0, train=usual), honest(1, train=huge), honest(2, train=usual)]
     strategy = STRATEGIES[name](**arguments)
     new = run_round(strategy, federation(clients, STATE), STATE)
     assert list(strategy.round_log.rejected) == [1]
     assert max(float(t.abs().max()) for t in new.values()) < 1.1
-    clients[1].train = sends(1e7)
     loose = STRATEGIES[name](norm_bound=0, **arguments)
     ruined = run_round(loose, federation(clients, STATE), STATE)
     assert max(float(t.abs().max()) for t in ruined.values()) > 1e3
@@ -186,32 +186,24 @@ def test_a_difference_that_ends_below_a_variance_of_zero_is_set_aside(broadcast)
     assert strategy.round_log.rejected == {1: reason}
 
 
-def test_the_bound_by_hand():
-    def norms(*values):
-        return {i: {"parameters": v, "statistics": 0.0} for i, v in enumerate(values)}
-
-    sent = {"parameters": 1.0, "statistics": 0.0}
-    assert too_large(norms(0.1, 10.0, 0.2), sent, 10) == {}
-    assert too_large(norms(0.1, 10.1, 0.2), sent, 10) == {
-        1: "its parameters have a norm of 10.1; norm-bound allows 10 times 1"
-    }
-    # All leave the small model far behind: the median is what is usual.
-    assert too_large(norms(20, 30, 40, 299), sent, 10) == {}
-    assert list(too_large(norms(20, 30, 40, 301), sent, 10)) == [3]
-    # Of two, the smaller one; one alone has nobody to be compared with.
-    assert list(too_large(norms(20, 201), sent, 10)) == [1]
-    assert too_large(norms(1e7), sent, 10) == {}
-    assert too_large(norms(0.1, 1e7, 0.2), sent, 0) == {}
-    assert too_large({}, sent, 10) == {}
+@pytest.mark.parametrize("name", ["fedavg", "fedcom"])
+def test_a_client_that_comes_alone_cannot_blow_up_the_model(name):
+    """Its update would be the next model, whatever its size."""
+    clients = [honest(0, 2, train=sends(1e7, name == "fedcom")), honest(1, 2)]
+    strategy, grid = STRATEGIES[name](), federation(clients, STATE)
+    grid.nodes[101] = lambda m: clients[1](m) if m.metadata.message_type == "query" else None
+    assert run_round(strategy, grid, STATE) is None
+    assert "norm-bound allows 10" in strategy.round_log.rejected[0]
 
 
-def test_norms_by_hand():
-    state = {
-        "a": torch.tensor([[3.0]]),
-        "b": torch.tensor([4.0]),
-        "running_var": torch.full((4,), 2.0),
-    }
-    assert norms_of(state) == {"parameters": 5.0, "statistics": 4.0}
+@pytest.mark.parametrize("name", ["fedavg", "fedcom"])
+@pytest.mark.parametrize("start", [STATE, {n: t * 0 for n, t in STATE.items()}])
+def test_an_honest_client_that_comes_alone_is_used_from_the_first_round(name, start):
+    """Also on a model of zeros."""
+    client = honest(0, 1, train=sends(1, name == "fedcom"))
+    strategy = STRATEGIES[name]()
+    run_round(strategy, federation([client], start), start)
+    assert strategy.round_log.aggregated == [0]
 
 
 def test_a_reply_that_comes_twice_counts_once():
@@ -223,6 +215,46 @@ def test_a_reply_that_comes_twice_counts_once():
     strategy.aggregate_train(1, [replies[0], replies[0], replies[1], replies[0]])
     assert strategy.round_log.aggregated == [0, 1]
     assert strategy.round_log.left_out == {}
+
+
+@pytest.mark.parametrize("kept", ["reply", "payload"])
+def test_what_was_sent_in_one_round_is_refused_in_the_next(kept):
+    """A client that answers with the content of its first reply, or with its payload alone."""
+    grid = federation([honest(0, 2), honest(1, 2)], STATE)
+    strategy, client, first = FedAvg(), grid.nodes[101], []
+
+    def replaying(message):
+        reply = client(message)
+        if message.metadata.message_type == "train":
+            first.append(reply.content)
+            if kept == "reply":
+                return Message(first[0], reply_to=message)
+            reply.content[UPDATE] = first[0][UPDATE]
+        return reply
+
+    grid.nodes[101] = replaying
+    run_round(strategy, grid, STATE, 1)
+    assert strategy.round_log.aggregated == [0, 1]
+    reasons = {
+        "reply": "it reports on round 1; this is round {}",
+        "payload": "checksum does not match: the payload was altered, or is of another round",
+    }
+    for server_round in (2, 3):
+        run_round(strategy, grid, STATE, server_round)
+        assert strategy.round_log.aggregated == [0]
+        assert strategy.round_log.rejected == {1: reasons[kept].format(server_round)}
+
+
+def test_an_evaluation_of_another_round_is_refused():
+    strategy = FedAvg(fraction_evaluate=1.0)
+    clients = [honest(0, 2), honest(1, 2)]
+    clients[1].reported = {"server_round": 1}
+    grid = federation(clients, STATE)
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    for server_round in (1, 2):
+        messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+        strategy.aggregate_evaluate(server_round, grid.send_and_receive(messages))
+    assert strategy.evaluate_log.rejected == {1: "it reports on round 1; this is round 2"}
 
 
 def test_a_reply_to_another_clients_message_leaves_its_own_unanswered():
@@ -254,7 +286,7 @@ def test_memory_stays_bounded_however_much_comes(size):
             content[UPDATE] = payload_record(bytes(size or 8_000_000))
             if size:
                 # A payload that is right, beside much that nobody asked for.
-                content[UPDATE] = payload_record(encode_update(quantize_state(STATE, 8)))
+                content[UPDATE] = payload_record(encode_update(quantize_state(STATE, 8), stamp=1))
                 content["more"] = ArrayRecord({"x": Array("uint8", (size,), "own", bytes(size))})
             yield Message(content, reply_to=message)
 
@@ -280,22 +312,32 @@ def test_an_array_that_claims_terabytes_is_never_made():
     assert "payload of 4 bytes is shorter" in strategy.round_log.rejected[1]
 
 
-def test_a_number_of_steps_beyond_all_training_does_not_stop_the_others():
-    """FedCOMGATE hands the largest number of steps on to the clients."""
-    from client_app.tracking import effective_steps
+@pytest.mark.parametrize(("steps", "used"), [(6, True), (7, False), (2**62, False)])
+def test_more_steps_than_the_examples_allow_are_set_aside(steps, used):
+    """FedCOMGATE divides every client's correction by the largest number of steps."""
+    clients = [honest(i, 2, train=sends(1, difference=True)) for i in range(2)]
+    clients[0].reported = {"steps": 3}
+    clients[1].reported = {"steps": steps}
+    # 10 examples in batches of 4, twice: 3 steps each time.
+    strategy = FedCOMGATE(local_epochs=2, batch_size=4)
+    grid = federation(clients, STATE)
+    run_round(strategy, grid, STATE, 1)
+    assert strategy.round_log.aggregated == ([0, 1] if used else [0])
+    if not used:
+        reason = f"it reports {steps} steps; its examples allow 6"
+        assert strategy.round_log.rejected == {1: reason}
+    run_round(strategy, grid, STATE, 2)
+    assert clients[0].instructions[1].tracking_steps == (6 if used else 0)
 
+
+def test_a_number_of_steps_beyond_all_training_does_not_stop_the_others():
+    """Where nobody knows how many epochs clients train, it is believed."""
     assert effective_steps(2**62, 0.9) == pytest.approx(10 * 2**62)
     assert effective_steps(3, 0.5) == pytest.approx(1 + 1.5 + 1.75)
-    clients = [honest(i, 2, train=difference) for i in range(2)]
+    clients = [honest(i, 2, train=sends(1, difference=True)) for i in range(2)]
     clients[1].reported = {"steps": 2**62}
     strategy = FedCOMGATE()
     grid = federation(clients, STATE)
     for server_round in (1, 2):
         assert run_round(strategy, grid, STATE, server_round) is not None
     assert clients[0].instructions[1].tracking_steps == 2**62
-
-
-def difference(state):
-    return replace(
-        quantize_state({n: t * 0 + 0.01 for n, t in state.items()}, 8), content="difference"
-    )

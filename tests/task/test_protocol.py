@@ -9,7 +9,7 @@ from task.protocol import Declaration, Instruction, ProtocolError, Report
 
 DECLARATION = Declaration(3, 10, 8, 143, "")
 INSTRUCTION = Instruction(2, "difference", 4, 32, 0.01)
-REPORT = Report(143, 0.25, 0.9, 1.5)
+REPORT = Report(2, 143, 0.25, 0.9, 1.5)
 RECORDS = [DECLARATION, INSTRUCTION, REPORT]
 
 
@@ -25,7 +25,7 @@ def test_round_trip_through_flowers_record(record):
     st.floats(allow_nan=False, allow_infinity=False),
 )
 def test_report_keeps_every_bit(num_examples, loss, accuracy, seconds):
-    report = Report(num_examples, loss, accuracy, seconds)
+    report = Report(7, num_examples, loss, accuracy, seconds)
     assert Report.from_record(ConfigRecord(report.to_record())) == report
 
 

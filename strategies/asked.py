@@ -1,0 +1,109 @@
+"""What one round asks of each client, which its reply is held against."""
+
+from dataclasses import dataclass, field
+
+from flwr.app import Message
+
+from quant import Update, UpdateError, UpdateSpec, decode_update, is_variance, payload_size
+from strategies.replies import Packed, open_training_reply
+from strategies.states import State
+from task.protocol import Declaration, Instruction
+
+
+@dataclass
+class Asked:
+    """The messages of one round, and what they ask of whom.
+
+    Attributes
+    ----------
+    start : dict of str to Tensor
+        The float32 model that the round begins with.
+    spec : UpdateSpec
+        Its tensors.
+    clients : dict of int to Declaration
+        By node ID.
+    instructions, models : dict of int to Instruction, and to Update
+        By partition; the model as the client was sent it, where it was sent one.
+    messages : list of Message
+        One a client.
+    """
+
+    start: State = field(default_factory=dict)
+    spec: UpdateSpec = field(default_factory=lambda: UpdateSpec({}))
+    clients: dict[int, Declaration] = field(default_factory=dict)
+    instructions: dict[int, Instruction] = field(default_factory=dict)
+    models: dict[int, Update] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
+
+    def uplink_bits(self, client: Declaration) -> int:
+        """Return the width of the update that a client was asked for; 0 if for none."""
+        instruction = self.instructions[client.partition_id]
+        if instruction.uplink == "nothing":
+            return 0
+        return instruction.uplink_bits or client.bits
+
+    def uplink_size(self, client: Declaration) -> int:
+        """Return the most bytes that this update takes."""
+        bits = self.uplink_bits(client)
+        return payload_size(self.spec, bits) if bits else 0
+
+    @property
+    def largest_payload(self) -> int:
+        """Bytes of the largest update that a client was asked for."""
+        return max((self.uplink_size(client) for client in self.clients.values()), default=0)
+
+    def open(self, client: Declaration, reply: Message, most_steps: int | None) -> Packed:
+        """Take apart a reply to one of the messages.
+
+        Parameters
+        ----------
+        client : Declaration
+            Who sent it.
+        reply : Message
+            With content.
+        most_steps : int or None
+            Steps that the client can have taken; None if that is not known.
+
+        Raises
+        ------
+        BadReply
+            If it does not hold what was asked for.
+        """
+        server_round = self.instructions[client.partition_id].server_round
+        size = self.uplink_size(client)
+        return open_training_reply(reply, client, server_round, size, most_steps)
+
+    def decode(self, item: Packed) -> Update | None:
+        """Unpack and check an update; None if none was asked for.
+
+        Raises
+        ------
+        UpdateError
+            If it is not an update of this model, width, content and round, or leads to no model.
+        """
+        bits = self.uplink_bits(item.client)
+        if not bits:
+            return None
+        partition = item.client.partition_id
+        instruction, sent = self.instructions[partition], self.models.get(partition)
+        known = None
+        if instruction.uplink == "weights" and instruction.downlink_bits == bits:
+            known = sent
+        update = decode_update(
+            item.payload,
+            self.spec,
+            bits,
+            instruction.uplink,
+            start=known,
+            stamp=instruction.server_round,
+        )
+        if sent is not None and update.content == "difference":
+            _check_variances(update, sent)
+        return update
+
+
+def _check_variances(difference: Update, sent: Update) -> None:
+    """Refuse a difference that nobody can have trained: it ends below a variance of zero."""
+    for name, moved in difference.floats.items():
+        if is_variance(name) and (sent.floats[name] + moved < 0).any():
+            raise UpdateError(f"{name} is a variance and would become negative")

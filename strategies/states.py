@@ -1,0 +1,46 @@
+"""State dicts as the server handles them: to and from Flower's records, joined, checked."""
+
+from collections.abc import Mapping
+
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import Tensor
+
+from quant import STYPE
+
+State = dict[str, Tensor]
+
+
+def is_finite(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a model holds numbers only; one that does not is never sent."""
+    return all(bool(tensor.isfinite().all()) for tensor in state.values())
+
+
+def join_states(states: Mapping[object, State]) -> State:
+    """Make one state of several, each name behind its key and a slash."""
+    return {f"{key}/{name}": t for key, state in states.items() for name, t in state.items()}
+
+
+def split_states(joined: State) -> dict[str, State]:
+    """Undo `join_states`; empty states are lost. Names of tensors hold no slash."""
+    states: dict[str, State] = {}
+    for path, tensor in joined.items():
+        key, _, name = path.rpartition("/")
+        states.setdefault(key, {})[name] = tensor
+    return states
+
+
+def to_array(payload: bytes) -> Array:
+    """Wrap a payload as the one array of a record."""
+    return Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
+
+
+def to_state(arrays: ArrayRecord) -> State:
+    """Turn Flower's record of a state dict into float32 tensors; integer entries are left out."""
+    tensors = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
+    return {name: t.float() for name, t in tensors.items() if t.is_floating_point()}
+
+
+def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Turn a state dict into Flower's record, one array a tensor."""
+    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.items()})

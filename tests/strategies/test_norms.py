@@ -1,0 +1,52 @@
+"""Which updates are too large, by hand; what becomes of them stands in test_hostile.py."""
+
+import torch
+
+from strategies.norms import norms_of, scale_of, too_large
+
+
+def test_the_bound_by_hand():
+    def norms(*values):
+        return {i: {"parameters": v, "statistics": 0.0} for i, v in enumerate(values)}
+
+    sent = {"parameters": 1.0, "statistics": 0.0}
+    assert too_large(norms(0.1, 10.0, 0.2), sent, 10) == {}
+    assert too_large(norms(0.1, 10.1, 0.2), sent, 10) == {
+        1: "its parameters have a norm of 10.1; norm-bound allows 10 times 1"
+    }
+    # All leave the small model far behind: the median is what is usual.
+    assert too_large(norms(20, 30, 40, 299), sent, 10) == {}
+    assert list(too_large(norms(20, 30, 40, 301), sent, 10)) == [3]
+    # Of two, the smaller one; one alone is held against the model.
+    assert list(too_large(norms(20, 201), sent, 10)) == [1]
+    assert too_large(norms(10.0), sent, 10) == {}
+    assert list(too_large(norms(10.1), sent, 10)) == [0]
+    assert too_large(norms(0.1, 1e7, 0.2), sent, 0) == {}
+    assert too_large({}, sent, 10) == {}
+
+
+def test_the_statistics_of_one_that_comes_alone_may_grow_as_the_square():
+    """Variances do, and with weights that honest training makes larger they are far larger."""
+    sent = {"parameters": 1.0, "statistics": 2.0}
+    alone = {0: {"parameters": 1.0, "statistics": 200.0}}
+    assert too_large(alone, sent, 10) == {}
+    alone[0]["statistics"] = 201.0
+    assert too_large(alone, sent, 10) == {
+        0: "its statistics have a norm of 201; norm-bound allows 100 times 2"
+    }
+    alone[1] = {"parameters": 1.0, "statistics": 2.0}
+    alone[0]["statistics"] = 21.0
+    assert list(too_large(alone, sent, 10)) == [0]
+
+
+def test_norms_by_hand():
+    state = {
+        "a": torch.tensor([[3.0]]),
+        "b": torch.tensor([4.0]),
+        "running_var": torch.full((4,), 2.0),
+    }
+    assert norms_of(state) == scale_of(state) == {"parameters": 5.0, "statistics": 4.0}
+    zeros = {name: torch.zeros_like(t) for name, t in state.items()}
+    assert norms_of(zeros) == {"parameters": 0.0, "statistics": 0.0}
+    assert scale_of(zeros) == {"parameters": 2**0.5, "statistics": 2.0}
+    assert scale_of({}) == {"parameters": 0.0, "statistics": 0.0}
