@@ -60,6 +60,8 @@ def faulty_run(rehearsal, round_timeout):
         f"/srv/prowd/prowd-runs/{app.name}",
         num_server_rounds=4,
         round_timeout=round_timeout,
+        # So that the bytes tell what came.
+        lossless_coding=False,
     )
     rehearsal.begin_round(run_id, "int8-b", 2)
     rehearsal.set_link("int8-b", "uplink-int8-b", "down")

@@ -36,7 +36,8 @@ class Host:
     def __init__(self, folder, name="readme", place="prowd", names=()):
         self.folder = folder
         self.place = place
-        self.name = f"pw{os.getpid()}-{name}"
+        # The rehearsal, perhaps in this process too, has namespaces of its services' names.
+        self.name = f"pw{os.getpid()}-host-{name}"
         self.processes = []
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in names)]
         (folder / "hosts").write_text("\n".join(lines) + "\n")
