@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from task.errors import SettingsError
-from task.files import write_atomic
+from task.files import checksum, write_atomic
 
 _MODEL, _SCALES = "own-model", "own-scales"
 _ENDING = ".safetensors"
@@ -97,8 +97,9 @@ def store(state: RecordDict, folder: Path | None, server_round: int) -> None:
     }
     names = {key: list(record) for key, record in state.array_records.items()}
     values = {key: dict(record) for key, record in state.config_records.items()}
-    head = {"names": json.dumps(names), "values": json.dumps(values)}
-    write_atomic(_file(folder, server_round), save(arrays, head))
+    head = json.dumps({"names": names, "values": values})
+    metadata = {"prowd": head, "sha256": checksum(head, arrays)}
+    write_atomic(_file(folder, server_round), save(arrays, metadata))
     rounds = _rounds(folder)
     earlier = [r for r in rounds if r < server_round]
     for other in rounds:
@@ -128,10 +129,15 @@ def recall(state: RecordDict, folder: Path | None, before: int) -> None:
 def _read(path: Path) -> RecordDict:
     kept = RecordDict()
     with safe_open(path, "pt") as file:
-        head = file.metadata() or {}
-        for key, names in json.loads(head["names"]).items():
-            kept[key] = to_record({name: file.get_tensor(f"{key}/{name}") for name in names})
-        for key, values in json.loads(head["values"]).items():
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        if metadata["sha256"] != checksum(metadata["prowd"], arrays):
+            raise ValueError("its checksum is of something else")
+        head = json.loads(metadata["prowd"])
+        for key, names in head["names"].items():
+            kept[key] = to_record({name: tensors[f"{key}/{name}"] for name in names})
+        for key, values in head["values"].items():
             kept[key] = ConfigRecord(values)
     return kept
 

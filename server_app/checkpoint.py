@@ -12,7 +12,6 @@ simulation, and in the node's own ``state-dir`` where it is networked. So a chec
 on the wire but the name of that folder, or of the run.
 """
 
-import hashlib
 import json
 import uuid
 from collections.abc import Mapping
@@ -20,19 +19,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from server_app.record import versions, writing
 from strategies.states import State, is_finite
 from task.errors import SettingsError
-from task.files import write_atomic
+from task.files import checksum, write_atomic
 
 # Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
 FORMAT = 2
 # Packages of which another version may compute other numbers.
-_DECIDING = ("prowd", "torch", "flwr")
+_DECIDING = ("prowd", "torch", "torchvision", "numpy", "flwr", "flwr-datasets")
 # Settings that may change on resume: they decide where, how long and with how much patience a run
 # goes on, and how often it is looked at, but not what it computes.
 MAY_DIFFER = frozenset(
@@ -220,7 +218,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 f"resume: {path} has format {head['format']}; this version reads {FORMAT}"
             )
         arrays = {name: tensor.numpy() for name, tensor in kept.items()}
-        if metadata["sha256"] != _checksum(metadata["prowd"], arrays):
+        if metadata["sha256"] != checksum(metadata["prowd"], arrays):
             raise SettingsError(f"resume: {path} is damaged: its checksum is of something else")
         # In the order of the run: safetensors keeps its own.
         model = {name: kept[f"model/{name}"] for name in head["model"]}
@@ -268,16 +266,7 @@ def _to_bytes(checkpoint: Checkpoint) -> bytes:
     arrays = {f"model/{name}": t.numpy() for name, t in checkpoint.model.items()}
     arrays |= {f"strategy/{name}": t.numpy() for name, t in checkpoint.tensors.items()}
     text = json.dumps(head)
-    return save(arrays, {"prowd": text, "sha256": _checksum(text, arrays)})
-
-
-def _checksum(head: str, arrays: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 of the head, and of each array's name, type, shape and bytes by name."""
-    digest = hashlib.sha256(head.encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+    return save(arrays, {"prowd": text, "sha256": checksum(text, arrays)})
 
 
 def _as_toml(settings: Mapping[str, object]) -> bytes:

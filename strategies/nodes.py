@@ -141,6 +141,9 @@ class Nodes:
     def _is_complete(self, present: dict[int, Declaration]) -> bool:
         """Return whether nobody need be waited for in the first gathering."""
         expected = self.num_partitions
+        if self._before and expected != self._before:
+            # Those of the run that goes on may still come.
+            return False
         heard = len(present)
         if not self._queries:
             # A refused node may stand where another is still to answer.

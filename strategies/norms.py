@@ -37,8 +37,9 @@ def too_large(updates: Mapping[int, Norms], sent: Norms, bound: float) -> dict[i
     one far behind; nor the median, as all but one may stand still. Of an even number the lower
     median is taken, so that of two clients the smaller one counts.
 
-    One that comes alone is its own median, and is held against the model only. Its statistics may
-    be the square of `bound` times as large, as variances grow when weights grow by `bound`.
+    One that comes alone is its own median, and is held against the model only. Statistics may be
+    the square of `bound` times as large as the model's, as variances grow so when weights grow by
+    `bound`.
 
     Parameters
     ----------
@@ -60,13 +61,13 @@ def too_large(updates: Mapping[int, Norms], sent: Norms, bound: float) -> dict[i
     alone = len(updates) == 1
     for kind, norm_sent in sent.items():
         norms = sorted(norms[kind] for norms in updates.values())
-        usual = norm_sent if alone else max(norm_sent, norms[(len(norms) - 1) // 2])
-        times = bound**2 if alone and kind == "statistics" else bound
+        median = 0.0 if alone else norms[(len(norms) - 1) // 2]
+        most = max(norm_sent * (bound**2 if kind == "statistics" else bound), median * bound)
         for partition, own in updates.items():
-            if own[kind] > times * usual:
+            if own[kind] > most:
                 reasons[partition] = (
-                    f"its {kind} have a norm of {own[kind]:.3g}; norm-bound allows {times:g} times "
-                    f"{usual:.3g}"
+                    f"its {kind} have a norm of {own[kind]:.3g}; norm-bound {bound:g} allows "
+                    f"{most:.3g}"
                 )
     return reasons
 

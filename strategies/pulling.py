@@ -15,6 +15,7 @@ from itertools import islice
 from threading import Lock
 from weakref import WeakKeyDictionary
 
+import httpx
 from flwr.app import Array, Message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.proto.message_pb2 import (
@@ -71,6 +72,9 @@ class _Arrival:
         content = found.object_content
         kind, children, _ = get_object_head_values_from_object_content(content)
         with self.lock:
+            if self.is_read or object_id in self.objects:
+                # Asked for twice: by this look, and by a thread that the last one left behind.
+                return
             self.objects[object_id] = found
             if kind == ArrayChunk.__qualname__:
                 self.chunk_bytes[object_id] = len(get_object_body(content, ArrayChunk))
@@ -84,13 +88,14 @@ class _Arrival:
                 raise ValueError(f"it takes more than {_MOST_BESIDES} bytes besides its arrays")
 
     def read(self, most_bytes: int) -> None:
-        """Let go of the objects, which the grid has by now, unless too much would come of them.
+        """Let go of the objects, which the grid has by now, and refuse what would become too much.
 
         An array lists the chunks that it is made of, and may list one a thousand times: what a
         node uploads does not bound what comes of it.
         """
-        self.is_read = True
-        self.objects.clear()
+        with self.lock:
+            self.is_read = True
+            self.objects.clear()
         _refuse_large(sum(self.chunk_bytes[object_id] for object_id in self.listed), most_bytes)
 
 
@@ -207,7 +212,10 @@ def only_the_reply(grid: Grid, message: Message, most_bytes: int) -> Iterator[No
     grid._client = between
     try:
         yield
-    except ValueError:
+    except (NotYetComplete, httpx.HTTPError, OSError):
+        raise
+    except Exception:
+        # Decoding raises whatever the bytes of a stranger lead to.
         between.discard()
         raise
     finally:

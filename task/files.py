@@ -1,8 +1,12 @@
 """Files that are replaced whole: a crash leaves the old content or the new, never a part."""
 
+import hashlib
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -34,3 +38,12 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checksum(head: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of the head, and of each array's name, type, shape and bytes by name."""
+    digest = hashlib.sha256(head.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -65,7 +65,16 @@ def test_a_round_that_comes_again_begins_from_the_round_before(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["3.safetensors", "4.safetensors"]
 
 
-@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: d[:50], lambda d: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d[:-1],
+        lambda d: d[:50],
+        lambda d: b"",
+        lambda d: d[:-1] + bytes([d[-1] ^ 1]),
+        lambda d: d.replace(b"epoch", b"hcope"),
+    ],
+)
 def test_a_damaged_file_counts_as_lost(tmp_path, damage):
     for server_round in (1, 2):
         store(kept(float(server_round)), tmp_path, server_round)

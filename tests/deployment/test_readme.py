@@ -152,16 +152,21 @@ def several(tmp_path_factory):
         server = hosts.enter_context(Host(new(folder / "server"), "server"))
         copy_project(server.folder)
         server.start(make, "make.log").wait(timeout=60)
-        sites = {}
-        for number, (name, script) in enumerate({"int8": first, "float32": second}.items()):
+        scripts, sites = {"int8": first, "float32": second}, {}
+        for number, name in enumerate(scripts):
             names = [("fed.example.org", f"10.232.{number}.1")]
             site = hosts.enter_context(Host(new(folder / f"site-{name}"), name, ".", names))
             connect(server, site, number)
             sites[name] = site
             # The app of a run comes from the server: a site has its keys alone.
             shutil.copytree(server.folder / "prowd" / "keys" / "sites" / name, site.folder / name)
-            site.start(script, "site.log")
         server.start(start, "start.log").wait(timeout=120)
+        for name, script in scripts.items():
+            sites[name].start(script, "site.log")
+        # On a busy machine they may take longer than a run waits for its nodes.
+        accepted = 'activate-node HTTP/1.1" 200'
+        log = "prowd/superlink.log"
+        wait_until(lambda: server.read(log).count(accepted) == 2, 120, "both sites are connected")
         server.start(run, "run.log").wait(timeout=400)
         yield Federation(server, sites)
 

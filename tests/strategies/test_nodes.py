@@ -111,8 +111,8 @@ def test_a_resumed_run_keeps_its_number_of_partitions():
     nodes.expect(2)
     grid = FirstSpeaks(federation([client(0, 3), client(1, 2), client(2, 3)], STATE).nodes)
     assert gathered(nodes, grid) == {101: 1}
-    # Where nobody speaks of it, the number is another, which the run then refuses.
-    nodes = Nodes(wait=600)
+    # Where nobody speaks of it in time, the number is another, which the run then refuses.
+    nodes = Nodes(wait=0.3)
     nodes.expect(2)
     nodes.gather(federation([client(i, 3) for i in range(3)], STATE))
     assert nodes.num_partitions == 3
@@ -164,3 +164,21 @@ def test_the_text_of_a_refusal_is_one_short_line(caplog):
     line = next(m for m in caplog.messages if "is refused" in m)
     assert "x?INFO: completed?[2J" in line
     assert len(line) < 600
+
+
+class RunsOwnAreLate(InProcessGrid):
+    """At the first looks, only node 100 is there."""
+
+    looks = 0
+
+    def get_node_ids(self):
+        self.looks += 1
+        return [100] if self.looks < 3 else list(self.nodes)
+
+
+def test_a_resumed_run_waits_for_the_nodes_that_it_had():
+    clients = [client(0, 1), *(client(i, 4) for i in range(4))]
+    grid = RunsOwnAreLate(federation(clients, STATE).nodes)
+    nodes = Nodes(wait=600)
+    nodes.expect(4)
+    assert gathered(nodes, grid) == {101: 0, 102: 1, 103: 2, 104: 3}

@@ -12,7 +12,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message import array as flower_array
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
-from flwr.supercore.inflatable.inflatable_object import add_header_to_object_body
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.supercore.inflatable.inflatable_object import (
+    add_header_to_object_body,
+    get_all_nested_objects,
+)
 from flwr.supercore.task_identity import TaskIdentity
 from superlink import SuperLink
 
@@ -381,3 +385,17 @@ def test_a_message_is_there_throughout_its_round(link):
     for message in messages:
         ends = message.metadata.created_at + message.metadata.ttl - time.time()
         assert 100 < ends < 110
+
+
+def test_an_object_that_two_threads_bring_counts_once():
+    """A look that gives up leaves a thread of Flower's behind, which goes on downloading."""
+    objects = get_all_nested_objects(Array("uint8", (1000,), "own", bytes(1000)))
+    arrival = pulling._Arrival()
+    for _ in range(2):
+        for object_id, found in objects.items():
+            content = found.deflate()
+            arrival.add(object_id, PullObjectResponse(object_content=content), most_bytes=1000)
+    arrival.read(most_bytes=1000)
+    # And what comes after the reply was read is not kept.
+    arrival.add("late", PullObjectResponse(object_content=content), most_bytes=1000)
+    assert not arrival.objects
