@@ -32,11 +32,16 @@ def name_of(requirement):
 
 
 def test_a_run_uses_the_installed_packages():
-    """Each dependency is overridden with a marker that never holds, or uv would install it anew."""
+    """Each dependency is overridden with a marker that never holds, or uv would install it anew.
+
+    Those of the extras too: uv looks up all of them, and a run without a network would fail.
+    """
     overrides = PYPROJECT["tool"]["uv"]["override-dependencies"]
     assert all(entry.endswith("; python_version < '0'") for entry in overrides)
-    dependencies = {name_of(entry) for entry in PYPROJECT["project"]["dependencies"]}
-    assert {name_of(entry) for entry in overrides} == dependencies
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    dependencies = [PYPROJECT["project"]["dependencies"], *extras]
+    named = {name_of(entry) for entries in dependencies for entry in entries}
+    assert {name_of(entry) for entry in overrides} == named
 
 
 def test_flower_is_the_one_whose_private_functions_are_wrapped():
