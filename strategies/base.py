@@ -204,7 +204,7 @@ class MixedPrecisionStrategy(Strategy):
         reports: list[Report] = []
         usable = self._usable(packed)
         state = self.combine(server_round, self._asked.start, self._unpack(usable, reports))
-        _log_left_out(server_round, self.round_log)
+        _log_left_out(server_round, asked.clients, self.round_log)
         if state is not None:
             state = _checked(state, server_round)
         metrics = MetricRecord(_weighted(reports)) if reports else None
@@ -240,7 +240,7 @@ class MixedPrecisionStrategy(Strategy):
                 reports.setdefault(client.bits, []).append(open_report(reply, server_round))
             except BadReply as error:
                 self.evaluate_log.rejected[client.partition_id] = str(error)
-        _log_left_out(server_round, self.evaluate_log)
+        _log_left_out(server_round, asked.clients, self.evaluate_log)
         if not reports:
             return None
         groups = {str(bits): group for bits, group in sorted(reports.items())}
@@ -348,9 +348,19 @@ class MixedPrecisionStrategy(Strategy):
             yield ClientUpdate(item.client, update, item.report)
 
 
-def _log_left_out(server_round: int, round_log: RoundLog) -> None:
-    for partition, reason in round_log.left_out.items():
-        log(WARNING, "Round %d goes on without partition %d: %s", server_round, partition, reason)
+def _log_left_out(
+    server_round: int, clients: Mapping[int, Declaration], round_log: RoundLog
+) -> None:
+    for node_id, client in clients.items():
+        if reason := round_log.left_out.get(client.partition_id):
+            log(
+                WARNING,
+                "Round %d goes on without node %d (partition %d): %s",
+                server_round,
+                node_id,
+                client.partition_id,
+                reason,
+            )
 
 
 def _checked(state: State, server_round: int) -> State | None:

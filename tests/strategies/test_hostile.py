@@ -1,5 +1,6 @@
 """What a hostile or broken client may send: it is set aside by name, and the round goes on."""
 
+import logging
 import struct
 import zlib
 from dataclasses import replace
@@ -117,6 +118,17 @@ def test_a_hostile_payload_is_set_aside_by_name_and_the_round_goes_on(kind):
     assert reason in strategy.round_log.rejected[1]
     expected = run_round(without, federation([honest(0), honest(2)], STATE), STATE)
     assert all(torch.equal(new[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_log_names_the_node(caplog):
+    logging.getLogger("flwr").addHandler(caplog.handler)
+    try:
+        clients = [honest(0, 2), Hostile(1, 2, scale(float("nan")))]
+        run_round(FedAvg(), federation(clients, STATE), STATE)
+    finally:
+        logging.getLogger("flwr").removeHandler(caplog.handler)
+    line = "Round 1 goes on without node 101 (partition 1): a scale is not finite"
+    assert line in caplog.messages
 
 
 def test_the_unaltered_payload_of_that_client_is_used():
