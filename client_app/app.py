@@ -29,10 +29,8 @@ from quant import (
     decode_update,
     encode_update,
     quantize_difference,
-    set_scales,
     weight_scales,
 )
-from task.calibration import calibrate_activations, calibrate_normalization
 from task.data import Images, load_dataset
 from task.errors import SettingsError
 from task.models import build_model
@@ -54,10 +52,10 @@ from task.training import (
     LocalTraining,
     Score,
     Trained,
-    at_width,
     evaluate,
     load_state,
     model_state,
+    ready_to_evaluate,
     train,
 )
 
@@ -120,12 +118,9 @@ def answer_evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received model, or the client's own, at the client's width."""
     started = time.perf_counter()
     job = _open(message, context)
-    model = at_width(job.model, job.settings, job.client.bits)
-    set_scales(model, job.scales)
-    calibrate_activations(model, job.images.pixels)
-    if job.settings.calibrate_normalization:
-        # Statistics of the client's own images: it has no access to the server's.
-        calibrate_normalization(model, job.images.pixels[: job.settings.server_buffer])
+    # With the client's own images: it has no access to the server's.
+    pixels = job.images.pixels
+    model = ready_to_evaluate(job.model, job.settings, job.client.bits, job.scales, pixels)
     score = evaluate(model, evaluation_images(job.settings))
     return Message(RecordDict({REPORT: _report(job, score, started)}), reply_to=message)
 
@@ -143,13 +138,8 @@ class _Job:
 
     @property
     def codes_sent(self) -> Update | None:
-        """What an update of weights may refer to: the model, if it came as codes of its width."""
-        asked = self.instruction
-        return (
-            self.sent
-            if (asked.uplink, asked.downlink_bits) == ("weights", self.client.bits)
-            else None
-        )
+        """What the update may refer to: the model, if it came as codes of its width."""
+        return self.sent if self.instruction.starts_from_codes(self.client.bits) else None
 
     @property
     def images(self) -> Images:

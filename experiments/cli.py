@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     publish.add_argument("--docs", type=Path, default=Path("docs"))
     publish.set_defaults(command=_publish)
     settings = commands.add_parser("settings", help="print every setting, its default and use")
-    settings.set_defaults(command=lambda given: print(settings_page(), end="") or 0)
+    settings.set_defaults(command=_settings)
     given = parser.parse_args(arguments)
     try:
         return given.command(given)
@@ -61,6 +61,11 @@ def _compare(given: argparse.Namespace) -> int:
 def _publish(given: argparse.Namespace) -> int:
     for path in publish(given.output_dir, given.docs):
         print(path)
+    return 0
+
+
+def _settings(given: argparse.Namespace) -> int:
+    print(settings_page(), end="")
     return 0
 
 

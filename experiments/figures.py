@@ -9,6 +9,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.table import by_system
+
 _OURS = "ProWD"
 
 
@@ -26,10 +28,7 @@ def draw(scenario: str, results: Sequence[dict], path: Path) -> None:
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-    systems: dict[str, list[dict]] = {}
-    for result in results:
-        if result["scenario"] == scenario:
-            systems.setdefault(result["system"], []).append(result)
+    systems = by_system(result for result in results if result["scenario"] == scenario)
     ranked = sorted(systems, key=lambda s: -mean(r["accuracy"]["average"] for r in systems[s]))
     for number, system in enumerate(ranked):
         style = {

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from experiments.table import by_system, markdown_row
+
 _OURS, _CEILING, _BYTES_RIVAL = "ProWD", "all-Float32", "FedCOM"
 _NAIVE = ("FedAvg", "GroupedAvg")
 
@@ -42,10 +44,7 @@ class Margins:
 
 def margins(results: Sequence[dict], scenario: str) -> Margins | None:
     """Return the margins in a scenario; None if a system that they speak of has no run there."""
-    runs: dict[str, list[dict]] = {}
-    for result in results:
-        if result["scenario"] == scenario:
-            runs.setdefault(result["system"], []).append(result)
+    runs = by_system(result for result in results if result["scenario"] == scenario)
     if not {_OURS, _CEILING, _BYTES_RIVAL, *_NAIVE} <= runs.keys():
         return None
     accuracy = {s: mean(r["accuracy"]["average"] for r in own) for s, own in runs.items()}
@@ -94,4 +93,4 @@ def _row(scenario: str, m: Margins) -> str:
         *(f"{100 * (m.ours - accuracy):+.2f}" for accuracy in m.naive.values()),
         f"{m.rival_bytes / 1e6:.1f} / {ours}",
     ]
-    return "| " + " | ".join(cells) + " |"
+    return markdown_row(cells)

@@ -7,6 +7,7 @@ from typing import Literal, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from experiments.table import markdown_row
 from strategies import STRATEGIES
 from task.options import Options
 from task.settings import Settings
@@ -40,7 +41,7 @@ def _section(title: str, options: type[Options], prefix: str = "") -> str:
 def _row(key: str, field: FieldInfo) -> str:
     default = json.dumps(field.default)
     cells = [f"`{key}`", f"`{default}`", _allowed(field), field.description]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return markdown_row([cell.replace("|", "\\|") for cell in cells])
 
 
 def _allowed(field: FieldInfo) -> str:

@@ -41,6 +41,14 @@ def _curve(rounds: list[dict]) -> list[dict[str, object]]:
     return curve
 
 
+def by_system(results: Iterable[dict]) -> dict[str, list[dict]]:
+    """Group results by the system that they are of."""
+    systems: dict[str, list[dict]] = {}
+    for result in results:
+        systems.setdefault(str(result["system"]), []).append(result)
+    return systems
+
+
 def make_table(results: Iterable[dict[str, object]]) -> list[dict[str, object]]:
     """Gather results by system, best averaged accuracy first.
 
@@ -50,11 +58,8 @@ def make_table(results: Iterable[dict[str, object]]) -> list[dict[str, object]]:
         Per system its name, number of seeds, per width mean and standard deviation of the
         accuracy (None for one seed), and mean bytes.
     """
-    systems: dict[str, list[dict]] = {}
-    for result in results:
-        systems.setdefault(str(result["system"]), []).append(result)
     rows = []
-    for system, runs in systems.items():
+    for system, runs in by_system(results).items():
         widths = runs[0]["accuracy"]
         accuracy = {}
         for width in widths:
@@ -86,12 +91,17 @@ def to_markdown(title: str, results: list[dict[str, object]]) -> str:
 def _scenario_table(title: str, rows: list[dict[str, object]]) -> str:
     widths = _widths(rows)
     head = ["system", *(f"{w}-bit" for w in widths), "averaged", "MB up", "MB down", "seeds"]
-    lines = [f"### {title}", "", _row(head), _row(["---"] * len(head))]
+    lines = [f"### {title}", "", markdown_row(head), markdown_row(["---"] * len(head))]
     for row in rows:
         cells = [_cell(row["accuracy"].get(width)) for width in (*widths, "average")]
         sizes = [f"{row[key] / 1e6:.2f}" for key in ("uplink_bytes", "downlink_bytes")]
-        lines.append(_row([row["system"], *cells, *sizes, str(row["seeds"])]))
+        lines.append(markdown_row([row["system"], *cells, *sizes, str(row["seeds"])]))
     return "\n".join(lines) + "\n"
+
+
+def markdown_row(cells: list[str]) -> str:
+    """Write a row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def _widths(rows: list[dict[str, object]]) -> list[str]:
@@ -105,7 +115,3 @@ def _cell(accuracy: dict[str, float] | None) -> str:
     spread = accuracy["spread"]
     text = f"{100 * accuracy['mean']:.2f}"
     return text if spread is None else f"{text} ± {100 * spread:.2f}"
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -240,14 +240,15 @@ def _check_header(
 
 
 def _check_length(length: int, spec: UpdateSpec, bits: int, coding: int) -> None:
-    most = payload_size(spec, bits)
+    fixed = _fixed_size(spec, bits)
+    most = fixed + _packed_size(spec, bits)
     if coding == _PACKED:
         if length != most:
             raise UpdateError(f"payload has {length} bytes; this model at {bits} bits takes {most}")
         return
     if coding not in (_CODED, _CODED_FROM_START) or not spec.quantized(bits):
         raise UpdateError(f"payload has coding {coding}, which is none of this width")
-    if not _fixed_size(spec, bits) < length < most:
+    if not fixed < length < most:
         raise UpdateError(
             f"payload has {length} bytes; this model at {bits} bits, coded, takes less than {most}"
         )

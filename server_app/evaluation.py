@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from quant import Update, quantize_state, set_scales, weight_scales
-from task.calibration import calibrate_activations, calibrate_normalization, round_weights
+from quant import Update, quantize_state, weight_scales
+from task.calibration import calibrate_activations, round_weights
 from task.data import Images
 from task.models import to_input
 from task.settings import Settings
@@ -19,6 +19,7 @@ from task.training import (
     at_width,
     evaluate,
     load_state,
+    ready_to_evaluate,
 )
 
 # Images of the buffer that the distillation term looks at.
@@ -51,12 +52,9 @@ class Evaluator:
     def network(self, model: Update) -> nn.Module:
         """Return a network that computes with a model at its width, as a client of it would."""
         load_state(self._model, model.dequantize())
-        network = at_width(self._model, self._settings, model.bits)
-        set_scales(network, model.scales)
-        calibrate_activations(network, self._buffer)
-        if self._settings.calibrate_normalization:
-            calibrate_normalization(network, self._buffer)
-        return network
+        return ready_to_evaluate(
+            self._model, self._settings, model.bits, model.scales, self._buffer
+        )
 
     def score(self, model: Update) -> Score:
         """Evaluate a model at its width on all those images."""

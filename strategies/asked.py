@@ -86,15 +86,12 @@ class Asked:
             return None
         partition = item.client.partition_id
         instruction, sent = self.instructions[partition], self.models.get(partition)
-        known = None
-        if instruction.uplink == "weights" and instruction.downlink_bits == bits:
-            known = sent
         update = decode_update(
             item.payload,
             self.spec,
             bits,
             instruction.uplink,
-            start=known,
+            start=sent if instruction.starts_from_codes(bits) else None,
             stamp=instruction.server_round,
         )
         if sent is not None and update.content == "difference":

@@ -127,6 +127,10 @@ class Instruction(_Record):
     coded: int = 0
     keep_in: str = ""
 
+    def starts_from_codes(self, bits: int) -> bool:
+        """Return whether an update of so many bits may refer to the codes that were sent."""
+        return self.uplink == "weights" and self.downlink_bits == bits
+
 
 @dataclass(frozen=True)
 class Report(_Record):

@@ -26,7 +26,7 @@ from quant import (
     set_scales,
     weight_scales,
 )
-from task.calibration import calibrate_activations
+from task.calibration import calibrate_activations, calibrate_normalization
 from task.data import Images
 from task.errors import SettingsError
 from task.models import to_input
@@ -226,6 +226,36 @@ def at_width(model: nn.Module, settings: Settings, bits: int) -> nn.Module:
         return model
     widths = QuantConfig(bits, settings.activation_bits_of(bits))
     return _prepare(model, widths, settings.weight_step)
+
+
+def ready_to_evaluate(
+    model: nn.Module,
+    settings: Settings,
+    bits: int,
+    scales: Mapping[str, Tensor],
+    pixels: np.ndarray,
+) -> nn.Module:
+    """Return a copy of a model at a bit-width with all that it takes from unlabelled images.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Float32 weights.
+    settings : Settings
+        Activation width and whether BatchNorm statistics are recalibrated.
+    bits : int
+        Width, 2 to 16, or 32.
+    scales : mapping of str to Tensor
+        Of weights that came on their grid.
+    pixels : ndarray
+        uint8 images of who evaluates: the server's buffer, or a client's own.
+    """
+    network = at_width(model, settings, bits)
+    set_scales(network, scales)
+    calibrate_activations(network, pixels)
+    if settings.calibrate_normalization:
+        calibrate_normalization(network, pixels[: settings.server_buffer])
+    return network
 
 
 def check_quantizable(model: nn.Module, name: str) -> None:
