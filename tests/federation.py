@@ -92,6 +92,27 @@ class InProcessGrid(Grid):
         return list(self.pull_messages(set(self.push_messages(messages))))
 
 
+class LateGrid(InProcessGrid):
+    """Counts the looks for nodes; a subclass says who is there, and who has answered, by then."""
+
+    looks = 0
+
+    def is_there(self, node_id: int) -> bool:
+        return True
+
+    def has_answered(self, node_id: int) -> bool:
+        return True
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looks += 1
+        return [node_id for node_id in super().get_node_ids() if self.is_there(node_id)]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked = {i: m.metadata.dst_node_id for i, m in self._waiting.items()}
+        late = {i for i, node_id in asked.items() if not self.has_answered(node_id)}
+        return super().pull_messages(set(message_ids) - late)
+
+
 class ScriptedClient:
     """A client that answers with an update computed by a function of the model it received.
 

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from federation import InProcessGrid, ScriptedClient, federation, payload_record, report, run_round
+from federation import (
+    InProcessGrid,
+    LateGrid,
+    ScriptedClient,
+    federation,
+    payload_record,
+    report,
+    run_round,
+)
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from quant import encode_update, quantize_state
@@ -249,20 +257,11 @@ def test_a_silent_node_delays_the_first_round_only():
     assert asked.count(101) == 1
 
 
-class SlowGrid(InProcessGrid):
+class SlowGrid(LateGrid):
     """From its third node on, nothing is there at the first look."""
 
-    looks = 0
-
-    def get_node_ids(self):
-        self.looks += 1
-        return super().get_node_ids()
-
-    def pull_messages(self, message_ids):
-        slow = {i: m for i, m in self._waiting.items() if m.metadata.dst_node_id > 101}
-        if self.looks > 1:
-            return super().pull_messages(message_ids)
-        return super().pull_messages(set(message_ids) - slow.keys())
+    def has_answered(self, node_id):
+        return node_id <= 101 or self.looks > 1
 
 
 def test_refused_nodes_that_answer_first_do_not_end_the_run():

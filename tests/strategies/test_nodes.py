@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from federation import InProcessGrid, ScriptedClient, federation
+from federation import LateGrid, ScriptedClient, federation
 
 from strategies import FederationError
 from strategies.nodes import Nodes
@@ -21,18 +21,11 @@ def gathered(nodes, grid):
     return {n: d.partition_id for n, d in nodes.gather(grid).items()}
 
 
-class FirstSpeaks(InProcessGrid):
+class FirstSpeaks(LateGrid):
     """At the first look, only node 100 has answered."""
 
-    looks = 0
-
-    def get_node_ids(self):
-        self.looks += 1
-        return super().get_node_ids()
-
-    def pull_messages(self, message_ids):
-        asked = {i: self._waiting[i].metadata.dst_node_id for i in message_ids}
-        return super().pull_messages([i for i in asked if self.looks > 1 or asked[i] == 100])
+    def has_answered(self, node_id):
+        return node_id == 100 or self.looks > 1
 
 
 @pytest.mark.parametrize("claim", [1, 2, 1000])
@@ -69,14 +62,11 @@ def test_a_silent_node_does_not_hide_a_tie():
         Nodes(wait=0.3).gather(grid)
 
 
-class OthersAreLate(InProcessGrid):
+class OthersAreLate(LateGrid):
     """At the first look, only two nodes are there."""
 
-    looks = 0
-
-    def get_node_ids(self):
-        self.looks += 1
-        return list(self.nodes)[: 2 if self.looks == 1 else None]
+    def is_there(self, node_id):
+        return node_id <= 101 or self.looks > 1
 
 
 def test_no_tie_is_declared_while_others_may_still_come():
@@ -166,14 +156,11 @@ def test_the_text_of_a_refusal_is_one_short_line(caplog):
     assert len(line) < 600
 
 
-class RunsOwnAreLate(InProcessGrid):
+class RunsOwnAreLate(LateGrid):
     """At the first looks, only node 100 is there."""
 
-    looks = 0
-
-    def get_node_ids(self):
-        self.looks += 1
-        return [100] if self.looks < 3 else list(self.nodes)
+    def is_there(self, node_id):
+        return node_id == 100 or self.looks > 2
 
 
 def test_a_resumed_run_waits_for_the_nodes_that_it_had():

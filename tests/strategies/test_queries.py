@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from federation import InProcessGrid, ScriptedClient, federation, run_round
+from federation import LateGrid, ScriptedClient, federation, run_round
 from flwr.app import Error, Message
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
@@ -68,20 +68,13 @@ def go_and_return(nodes, grid, node_id):
     grid.nodes[node_id] = node
 
 
-class SlowToAnswer(InProcessGrid):
+class SlowToAnswer(LateGrid):
     """Node 101 answers at the third look, as a device whose program has to start first."""
 
-    looks = 0
     answers_at = 3
 
-    def get_node_ids(self):
-        self.looks += 1
-        return super().get_node_ids()
-
-    def pull_messages(self, message_ids):
-        asked = {i: self._waiting[i].metadata.dst_node_id for i in message_ids}
-        late = {i for i in asked if asked[i] == 101 and self.looks < self.answers_at}
-        return super().pull_messages(asked.keys() - late)
+    def has_answered(self, node_id):
+        return node_id != 101 or self.looks >= self.answers_at
 
 
 # --- who is asked anew -------------------------------------------------------------------------
@@ -226,12 +219,9 @@ def test_a_silent_node_that_comes_and_goes_is_waited_for_once(seen, silent_at_fi
 
 
 def test_a_node_that_vanishes_while_it_is_waited_for_is_not_waited_for_again():
-    class Flapping(InProcessGrid):
-        looks = 0
-
-        def get_node_ids(self):
-            self.looks += 1
-            return [100, 101] if self.looks % 2 else [100]
+    class Flapping(LateGrid):
+        def is_there(self, node_id):
+            return node_id == 100 or self.looks % 2
 
     grid = two_nodes()
     nodes = Nodes(wait=1.0)
