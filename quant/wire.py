@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.coding import deflate_codes, inflate_codes
+from quant.coding import compress_codes, decompress_codes
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, largest_code
 from quant.packing import PackingError, pack, packed_size, unpack
 from quant.update import Content, QuantizedTensor, Update, UpdateSpec, is_variance
 
-STYPE = "prowd.update/2"
+STYPE = "prowd.update/3"
 
 _MAGIC = b"PRWD"
-_VERSION = 2
+_VERSION = 3
 _HEADER = struct.Struct("<4sBBBBII")
 _CRC_OFFSET = _HEADER.size - 4
 _CONTENTS: tuple[str, ...] = get_args(Content)
@@ -149,10 +149,10 @@ def _shortest(
         return _PACKED, b""
     forms = [(_PACKED, pack(codes, bits))]
     if coded:
-        forms.append((_CODED, deflate_codes(codes, bits)))
+        forms.append((_CODED, compress_codes(codes, bits)))
         if start is not None:
             known = _flat_codes(start, spec)
-            forms.append((_CODED_FROM_START, deflate_codes(codes, bits, known)))
+            forms.append((_CODED_FROM_START, compress_codes(codes, bits, known)))
     return min(forms, key=lambda form: len(form[1]))
 
 
@@ -170,7 +170,7 @@ def _read_codes(
     try:
         if coding == _PACKED:
             return unpack(data, bits, count)
-        return inflate_codes(data, bits, count, known)
+        return decompress_codes(data, bits, count, known)
     except PackingError as error:
         raise UpdateError(str(error)) from None
 

@@ -1,12 +1,12 @@
 """Entropy-coded codes: exact for every width, near the entropy, and strict about bad input."""
 
-import zlib
 from collections import Counter
 from math import log2
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 from measuring import peak_memory
 
 from quant import (
@@ -20,7 +20,7 @@ from quant import (
     payload_size,
     quantize_state,
 )
-from quant.coding import deflate_codes, inflate_codes
+from quant.coding import compress_codes, decompress_codes
 
 WIDTHS = range(2, 17)
 
@@ -40,7 +40,7 @@ def test_codes_come_back_with_and_without_a_start(bits, count):
     # The differences of the extremes leave the grid, and come back onto it.
     codes[:2], start[:2] = (limit, -limit)[:count], (-limit, limit)[:count]
     for known in (None, start):
-        back = inflate_codes(deflate_codes(codes, bits, known), bits, count, known)
+        back = decompress_codes(compress_codes(codes, bits, known), bits, count, known)
         assert back.dtype == codes.dtype
         assert np.array_equal(back, codes)
 
@@ -51,7 +51,7 @@ def test_every_pair_of_code_and_start_comes_back(bits):
     levels = np.arange(-limit, limit + 1, dtype=np.int8)
     codes, start = (grid.ravel() for grid in np.meshgrid(levels, levels))
     assert np.array_equal(
-        inflate_codes(deflate_codes(codes, bits, start), bits, codes.size, start), codes
+        decompress_codes(compress_codes(codes, bits, start), bits, codes.size, start), codes
     )
 
 
@@ -63,7 +63,7 @@ def entropy(values):
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_the_size_is_near_the_entropy(bits):
     codes = some_codes(bits, 200_000)
-    size = 8 * len(deflate_codes(codes, bits)) / codes.size
+    size = 8 * len(compress_codes(codes, bits)) / codes.size
     # Huffman's method spends less than a bit a byte beyond it, and much less here.
     assert entropy(codes) <= size <= 1.04 * entropy(codes)
 
@@ -74,34 +74,58 @@ def test_steps_from_a_start_are_shorter_where_most_codes_stay_near(bits):
     rng = np.random.default_rng(3)
     moved = start + rng.integers(-1, 2, start.size) * (rng.random(start.size) < 0.3)
     codes = np.clip(moved, -largest_code(bits), largest_code(bits)).astype(start.dtype)
-    assert len(deflate_codes(codes, bits, start)) < 0.9 * len(deflate_codes(codes, bits))
+    assert len(compress_codes(codes, bits, start)) < 0.9 * len(compress_codes(codes, bits))
 
 
-def raw_deflate(data, level=9):
-    coder = zlib.compressobj(level, zlib.DEFLATED, -15)
-    return coder.compress(data) + coder.flush()
+def frame(data, claims=True, level=9):
+    """What any client could make of data with the library alone."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        level, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=claims
+    )
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
 
 
 @pytest.mark.parametrize("count", [10, 1000])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
 def test_what_is_not_so_many_codes_is_refused(bits, count):
-    good = deflate_codes(some_codes(bits, count), bits)
-    for bad in (b"", good[:-1], good[1:], good + b"\0", b"\xff" * 20, raw_deflate(b"")):
+    good = compress_codes(some_codes(bits, count), bits)
+    another = good + compress_codes(some_codes(bits, count), bits)
+    for bad in (b"", good[:-1], good[1:], good + b"\0", another, b"\xff" * 20, frame(b"")):
         with pytest.raises(PackingError):
-            inflate_codes(bad, bits, count)
+            decompress_codes(bad, bits, count)
     for other in (count - 9, count + 9):
         with pytest.raises(PackingError):
-            inflate_codes(good, bits, other)
+            decompress_codes(good, bits, other)
 
 
-def test_a_bomb_is_refused_before_it_unfolds():
-    """A hundred megabytes of zeros in a hundred kilobytes."""
-    bomb = raw_deflate(bytes(100_000_000))
-    assert len(bomb) < 150_000
+def header_size(data):
+    """Bytes before the first block (RFC 8878, 3.1.1.1), without a dictionary."""
+    descriptor = data[0]
+    single_segment = descriptor >> 5 & 1
+    return 1 + (1 - single_segment) + (single_segment, 2, 4, 8)[descriptor >> 6]
+
+
+@pytest.mark.parametrize("claims", [True, False])
+def test_a_bomb_is_refused_before_it_unfolds(claims):
+    """A hundred megabytes of zeros in ten kilobytes, which says so or does not."""
+    bomb = frame(bytes(100_000_000), claims)
+    assert len(bomb) < 15_000
 
     def unfold():
         with pytest.raises(PackingError, match="not those of 100000 weights"):
-            inflate_codes(bomb, 4, 100_000)
+            decompress_codes(bomb, 4, 100_000)
+
+    assert peak_memory(unfold) < 1_000_000
+
+
+def test_a_bomb_that_claims_to_be_so_many_codes_is_refused():
+    """The header of 50,000 bytes before blocks that unfold to a hundred megabytes."""
+    header, blocks = frame(bytes(50_000)), frame(bytes(100_000_000))
+    bomb = header[: header_size(header)] + blocks[header_size(blocks) :]
+
+    def unfold():
+        with pytest.raises(PackingError, match="cannot be read"):
+            decompress_codes(bomb, 4, 100_000)
 
     assert peak_memory(unfold) < 1_000_000
 
@@ -111,7 +135,7 @@ def test_a_code_of_the_wider_container_is_refused(bits):
     container = 4 if bits == 3 else 8 if bits < 8 else 16
     codes = np.full(100, largest_code(bits) + 1, np.int16)
     with pytest.raises(PackingError, match=f"off the grid of width {bits}"):
-        inflate_codes(deflate_codes(codes, container), bits, 100)
+        decompress_codes(compress_codes(codes, container), bits, 100)
 
 
 # --- in a payload ---------------------------------------------------------------------------------
@@ -169,7 +193,7 @@ def test_a_coded_payload_is_shorter_than_a_packed_one_or_it_is_refused():
     data = encode_update(update)
     codes = update.quantized["w"].codes.numpy().ravel()
     head = data[: len(data) - packed_size(codes.size, 4)]
-    stored = raw_deflate(np.zeros(codes.size // 2, np.uint8).tobytes(), level=0)
+    stored = frame(np.random.default_rng(0).bytes(codes.size // 2))
     long = head[:7] + b"\1" + head[8:] + stored
     with pytest.raises(UpdateError, match="coded, takes less than"):
         decode_update(long, SPEC, 4)

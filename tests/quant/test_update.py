@@ -71,7 +71,7 @@ def tiny_payload(scale=0.5, codes=231, bias=2.0):
     """The payload of `tiny_update`, written by hand from the documented layout."""
     # w: 1 name byte, codes, 2 dimensions 1 x 4; b: 1 name byte, floats, 1 dimension of 1.
     table = struct.pack("<HcBBII", 1, b"w", 1, 2, 1, 4) + struct.pack("<HcBBI", 1, b"b", 0, 1, 1)
-    header = struct.pack("<4sBBBBII", b"PRWD", 2, 2, 0, 0, len(table), 0)
+    header = struct.pack("<4sBBBBII", b"PRWD", 3, 2, 0, 0, len(table), 0)
     # Patterns code + 2: 3 + 1*4 + 2*16 + 3*64 = 231.
     return with_crc(header + table + struct.pack("<ffB", scale, bias, codes))
 
