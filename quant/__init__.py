@@ -53,7 +53,14 @@ from quant.update import (
     quantize_difference,
     quantize_state,
 )
-from quant.wire import STYPE, UpdateError, decode_update, encode_update, payload_size
+from quant.wire import (
+    STYPE,
+    UpdateError,
+    decode_update,
+    encode_update,
+    payload_size,
+    squares_at_most,
+)
 
 __all__ = [
     "FLOAT_BITS",
@@ -108,6 +115,7 @@ __all__ = [
     "refit_scales",
     "relevancy_mask",
     "set_scales",
+    "squares_at_most",
     "unpack",
     "weight_scales",
 ]

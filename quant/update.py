@@ -26,9 +26,9 @@ class QuantizedTensor:
     codes: Tensor
     scale: Tensor
 
-    def dequantize(self) -> Tensor:
-        """Return the float32 values."""
-        return dequantize(self.codes, self.scale)
+    def dequantize(self, out: Tensor | None = None) -> Tensor:
+        """Return the float32 values, in the memory of `out` where it is given."""
+        return dequantize(self.codes, self.scale, out)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,9 @@ class UpdateSpec:
     def __post_init__(self) -> None:
         ordered = sorted(self.shapes.items(), key=lambda item: (not is_quantized(item[1]), item[0]))
         object.__setattr__(self, "shapes", dict(ordered))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.shapes.items()))
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> "UpdateSpec":

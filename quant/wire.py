@@ -16,9 +16,9 @@ therefore the length of everything but coded codes, which are never longer than 
 compared before anything is allocated, and no more is unfolded than there are codes.
 """
 
-import math
 import struct
 import zlib
+from collections.abc import Mapping
 from typing import get_args
 
 import numpy as np
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from quant.coding import compress_codes, decompress_codes
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, largest_code
-from quant.packing import PackingError, pack, packed_size, unpack
+from quant.layout import Layout, layout_of
+from quant.packing import PackingError, pack, unpack
 from quant.update import Content, QuantizedTensor, Update, UpdateSpec, is_variance
 
 STYPE = "prowd.update/3"
@@ -37,7 +38,6 @@ _VERSION = 3
 _HEADER = struct.Struct("<4sBBBBII")
 _CRC_OFFSET = _HEADER.size - 4
 _CONTENTS: tuple[str, ...] = get_args(Content)
-_FLOAT, _CODES = 0, 1
 _PACKED, _CODED, _CODED_FROM_START = 0, 1, 2
 # No network that works holds a larger value; sums over clients stay far from overflow.
 _LARGEST_VALUE = 1e8
@@ -49,7 +49,40 @@ class UpdateError(ValueError):
 
 def payload_size(spec: UpdateSpec, bits: int) -> int:
     """Return the bytes of an update of width `bits`: exact if packed, the most if coded."""
-    return _fixed_size(spec, bits) + _packed_size(spec, bits)
+    layout = layout_of(spec, bits)
+    return _fixed_size(layout) + layout.packed_bytes
+
+
+def squares_at_most(data: bytes, spec: UpdateSpec, bits: int) -> dict[str, float]:
+    """Bound the sum of squares of every tensor in a payload, without a look at its codes.
+
+    What `decode_update` would refuse may have any bound, but is not refused here.
+
+    Parameters
+    ----------
+    data, spec, bits
+        As of `decode_update`.
+
+    Returns
+    -------
+    dict of str to float
+        By tensor: that of its values if they are floats; if they are codes, that which they had if
+        all of them were the largest.
+    """
+    layout = layout_of(spec, bits)
+    position = _HEADER.size + len(layout.table)
+    if len(data) < _fixed_size(layout):
+        return {}
+    scales = np.frombuffer(data, "<f4", layout.num_scales, position)
+    floats = np.frombuffer(data, "<f4", layout.num_floats, position + 4 * layout.num_scales)
+    largest = largest_code(bits) if layout.quantized else 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        of_codes = np.square(scales * np.float32(largest)) * layout.codes_per_scale
+        squares = [
+            _sums(of_codes, layout.scale_counts),
+            _sums(np.square(floats), layout.float_counts),
+        ]
+    return dict(zip(spec.shapes, np.concatenate(squares).tolist(), strict=True))
 
 
 def encode_update(
@@ -74,11 +107,11 @@ def encode_update(
         If a code lies off the grid of `update.bits`, a value is not finite, or a tensor that the
         width quantizes is not.
     """
-    spec = _spec_of(update)
-    table = _table(spec, update.bits)
-    scales = [update.quantized[n].scale for n in spec.quantized(update.bits)]
-    floats = [update.floats[n] for n in spec.floats(update.bits)]
-    coding, codes = _shortest(_flat_codes(update, spec), update.bits, coded, start, spec)
+    layout = layout_of(_spec_of(update), update.bits)
+    table = layout.table
+    scales = [update.quantized[name].scale for name in layout.quantized]
+    floats = [update.floats[name] for name in layout.floats]
+    coding, codes = _shortest(update, layout, coded, start)
     body = [_flat_bytes(scales), _flat_bytes(floats), codes]
     content = _CONTENTS.index(update.content)
     head = _HEADER.pack(_MAGIC, _VERSION, update.bits, content, coding, len(table), 0)
@@ -120,53 +153,54 @@ def decode_update(
         If the payload is anything but a whole, unaltered, finite update of this model, width,
         content and stamp.
     """
-    coding, table = _check_header(data, spec, bits, content, stamp)
-    scale_count, _, float_count = _counts(spec, bits)
+    if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
+        raise UpdateError(f"payload has {bits} bits; allowed are {MIN_BITS} to {MAX_BITS} and 32")
+    layout = layout_of(spec, bits)
+    coding = _check_header(data, layout, content, stamp)
     view = memoryview(data)
-    position = _HEADER.size + len(table)
-    scales = _floats_at(view, position, scale_count, "a scale")
+    position = _HEADER.size + len(layout.table)
+    scales = _floats_at(view, position, layout.num_scales, "a scale")
     if not (scales > 0).all():
         raise UpdateError("a scale is not positive")
-    if bits != FLOAT_BITS and (scales > _LARGEST_VALUE / largest_code(bits)).any():
+    if layout.quantized and (scales > _LARGEST_VALUE / largest_code(bits)).any():
         raise UpdateError(f"a scale is so large that its grid exceeds {_LARGEST_VALUE:g}")
-    position += 4 * scale_count
-    floats = _floats_at(view, position, float_count, "a float tensor")
-    if float_count and np.abs(floats).max() > _LARGEST_VALUE:
+    position += 4 * layout.num_scales
+    floats = _floats_at(view, position, layout.num_floats, "a float tensor")
+    if floats.size and np.abs(floats).max() > _LARGEST_VALUE:
         raise UpdateError(f"a value exceeds {_LARGEST_VALUE:g}")
-    codes = _read_codes(view[position + 4 * float_count :], spec, bits, coding, start)
-    tensors = _split(spec, bits, floats)
+    codes = _read_codes(view[position + 4 * layout.num_floats :], layout, coding, start)
+    tensors = _split(floats.astype(np.float32), layout.float_counts, layout.floats)
     for name, tensor in tensors.items():
         if content == "weights" and is_variance(name) and (tensor < 0).any():
             raise UpdateError(f"{name} is a variance and has a negative entry")
-    return Update(bits, content, _split_codes(spec, bits, codes, scales), tensors)
+    return Update(bits, content, _split_codes(layout, codes, scales), tensors)
 
 
 def _shortest(
-    codes: np.ndarray, bits: int, coded: bool, start: Update | None, spec: UpdateSpec
+    update: Update, layout: Layout, coded: bool, start: Update | None
 ) -> tuple[int, bytes]:
     """Return the shortest of the allowed forms of the codes, and which it is."""
+    codes, bits = _flat_codes(update, layout), update.bits
     if not codes.size:
         return _PACKED, b""
     forms = [(_PACKED, pack(codes, bits))]
     if coded:
         forms.append((_CODED, compress_codes(codes, bits)))
         if start is not None:
-            known = _flat_codes(start, spec)
+            known = _flat_codes(start, layout)
             forms.append((_CODED_FROM_START, compress_codes(codes, bits, known)))
     return min(forms, key=lambda form: len(form[1]))
 
 
-def _read_codes(
-    data: memoryview, spec: UpdateSpec, bits: int, coding: int, start: Update | None
-) -> np.ndarray | None:
-    _, count, _ = _counts(spec, bits)
+def _read_codes(data: memoryview, layout: Layout, coding: int, start: Update | None) -> np.ndarray:
+    bits, count = layout.bits, layout.num_codes
     if not count:
-        return None
+        return np.empty(0, np.int8)
     known = None
     if coding == _CODED_FROM_START:
         if start is None or start.bits != bits:
             raise UpdateError("payload refers to codes that were not sent")
-        known = _flat_codes(start, spec)
+        known = _flat_codes(start, layout)
     try:
         if coding == _PACKED:
             return unpack(data, bits, count)
@@ -175,45 +209,28 @@ def _read_codes(
         raise UpdateError(str(error)) from None
 
 
-def _flat_codes(update: Update, spec: UpdateSpec) -> np.ndarray:
-    tensors = [update.quantized[n].codes for n in spec.quantized(update.bits)]
+def _flat_codes(update: Update, layout: Layout) -> np.ndarray:
+    tensors = [update.quantized[name].codes for name in layout.quantized]
     return _flat(tensors) if tensors else np.empty(0, np.int16)
 
 
-def _fixed_size(spec: UpdateSpec, bits: int) -> int:
+def _fixed_size(layout: Layout) -> int:
     """Bytes of everything but the codes."""
-    scales, _, floats = _counts(spec, bits)
-    return _HEADER.size + len(_table(spec, bits)) + 4 * scales + 4 * floats
+    return _HEADER.size + len(layout.table) + 4 * (layout.num_scales + layout.num_floats)
 
 
-def _packed_size(spec: UpdateSpec, bits: int) -> int:
-    _, codes, _ = _counts(spec, bits)
-    return packed_size(codes, bits) if codes else 0
+def _sums(values: np.ndarray, counts: list[int]) -> np.ndarray:
+    """Sum up consecutive parts of a flat array, in float64."""
+    filled = np.array(counts, int) > 0
+    starts = (np.cumsum(counts, dtype=int) - counts)[filled]
+    sums = np.zeros(len(counts))
+    if starts.size:
+        sums[filled] = np.add.reduceat(values, starts, dtype=np.float64)
+    return sums
 
 
-def _counts(spec: UpdateSpec, bits: int) -> tuple[int, int, int]:
-    """Numbers of scales, codes and floats in a payload."""
-    names = spec.quantized(bits)
-    scales = sum(spec.shapes[n][0] for n in names)
-    codes = sum(math.prod(spec.shapes[n]) for n in names)
-    return scales, codes, sum(math.prod(spec.shapes[n]) for n in spec.floats(bits))
-
-
-def _table(spec: UpdateSpec, bits: int) -> bytes:
-    quantized = set(spec.quantized(bits))
-    entries = []
-    for name, shape in spec.shapes.items():
-        encoded = name.encode()
-        entries.append(struct.pack("<H", len(encoded)) + encoded)
-        entries.append(bytes([_CODES if name in quantized else _FLOAT, len(shape)]))
-        entries.append(struct.pack(f"<{len(shape)}I", *shape))
-    return b"".join(entries)
-
-
-def _check_header(
-    data: bytes, spec: UpdateSpec, bits: int, content: Content, stamp: int
-) -> tuple[int, bytes]:
-    """Check everything that needs no look at the values; return the coding and the table."""
+def _check_header(data: bytes, layout: Layout, content: Content, stamp: int) -> int:
+    """Check everything that needs no look at the values; return the coding."""
     if len(data) < _HEADER.size:
         raise UpdateError(f"payload of {len(data)} bytes is shorter than the header")
     magic, version, got_bits, got_content, coding, table_size, crc = _HEADER.unpack_from(data)
@@ -221,32 +238,29 @@ def _check_header(
         raise UpdateError(f"payload begins with {magic!r}, not {_MAGIC!r}")
     if version != _VERSION:
         raise UpdateError(f"payload has version {version}; understood is {_VERSION}")
-    if got_bits != bits:
-        raise UpdateError(f"payload has {got_bits} bits; the client declared {bits}")
+    if got_bits != layout.bits:
+        raise UpdateError(f"payload has {got_bits} bits; the client declared {layout.bits}")
     if got_content >= len(_CONTENTS) or _CONTENTS[got_content] != content:
         raise UpdateError(f"payload holds content {got_content}; asked for {content}")
-    if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
-        raise UpdateError(f"payload has {bits} bits; allowed are {MIN_BITS} to {MAX_BITS} and 32")
-    _check_length(len(data), spec, bits, coding)
-    table = _table(spec, bits)
-    start = _HEADER.size
+    _check_length(len(data), layout, coding)
+    table, start = layout.table, _HEADER.size
     if table_size != len(table) or data[start : start + len(table)] != table:
         raise UpdateError("the table of tensors is not that of the model that was sent")
     if crc != zlib.crc32(memoryview(data)[start:], zlib.crc32(data[:_CRC_OFFSET], stamp)):
         raise UpdateError(
             "checksum does not match: the payload was altered, or is of another round"
         )
-    return coding, table
+    return coding
 
 
-def _check_length(length: int, spec: UpdateSpec, bits: int, coding: int) -> None:
-    fixed = _fixed_size(spec, bits)
-    most = fixed + _packed_size(spec, bits)
+def _check_length(length: int, layout: Layout, coding: int) -> None:
+    fixed, bits = _fixed_size(layout), layout.bits
+    most = fixed + layout.packed_bytes
     if coding == _PACKED:
         if length != most:
             raise UpdateError(f"payload has {length} bytes; this model at {bits} bits takes {most}")
         return
-    if coding not in (_CODED, _CODED_FROM_START) or not spec.quantized(bits):
+    if coding not in (_CODED, _CODED_FROM_START) or not layout.quantized:
         raise UpdateError(f"payload has coding {coding}, which is none of this width")
     if not fixed < length < most:
         raise UpdateError(
@@ -262,30 +276,18 @@ def _floats_at(view: memoryview, position: int, count: int, what: str) -> np.nda
 
 
 def _split_codes(
-    spec: UpdateSpec, bits: int, codes: np.ndarray | None, scales: np.ndarray
+    layout: Layout, codes: np.ndarray, scales: np.ndarray
 ) -> dict[str, QuantizedTensor]:
-    quantized = {}
-    at_code = at_scale = 0
-    for name in spec.quantized(bits):
-        shape = spec.shapes[name]
-        count = math.prod(shape)
-        part = torch.from_numpy(codes[at_code : at_code + count]).reshape(shape)
-        scale = torch.from_numpy(scales[at_scale : at_scale + shape[0]].astype(np.float32))
-        quantized[name] = QuantizedTensor(part, scale)
-        at_code += count
-        at_scale += shape[0]
-    return quantized
+    parts = _split(codes, layout.code_counts, layout.quantized)
+    channels = torch.from_numpy(scales.astype(np.float32)).split(layout.scale_counts)
+    return {n: QuantizedTensor(p, s) for (n, p), s in zip(parts.items(), channels, strict=True)}
 
 
-def _split(spec: UpdateSpec, bits: int, values: np.ndarray) -> dict[str, Tensor]:
-    floats = {}
-    position = 0
-    flat = torch.from_numpy(values.astype(np.float32))
-    for name in spec.floats(bits):
-        count = math.prod(spec.shapes[name])
-        floats[name] = flat[position : position + count].reshape(spec.shapes[name])
-        position += count
-    return floats
+def _split(
+    values: np.ndarray, counts: list[int], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    parts = torch.from_numpy(values).split(counts)
+    return {n: p.view(shapes[n]) for n, p in zip(shapes, parts, strict=True)}
 
 
 def _spec_of(update: Update) -> UpdateSpec:
@@ -294,8 +296,9 @@ def _spec_of(update: Update) -> UpdateSpec:
     shapes = {name: tuple(tensor.codes.shape) for name, tensor in update.quantized.items()}
     shapes |= {name: tuple(tensor.shape) for name, tensor in update.floats.items()}
     spec = UpdateSpec(shapes)
-    if set(spec.quantized(update.bits)) != set(update.quantized):
-        raise ValueError(f"an update of {update.bits} bits quantizes {spec.quantized(update.bits)}")
+    quantized = spec.quantized(update.bits)
+    if set(quantized) != set(update.quantized):
+        raise ValueError(f"an update of {update.bits} bits quantizes {quantized}")
     return spec
 
 

@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 
 from flwr.app import Message
 
-from quant import Update, UpdateError, UpdateSpec, decode_update, is_variance, payload_size
+from quant import (
+    Update,
+    UpdateError,
+    UpdateSpec,
+    decode_update,
+    is_variance,
+    payload_size,
+    squares_at_most,
+)
+from strategies.norms import norms_from
 from strategies.replies import Packed, open_training_reply
 from strategies.states import State
 from task.protocol import Declaration, Instruction
@@ -72,6 +81,11 @@ class Asked:
         server_round = self.instructions[client.partition_id].server_round
         size = self.uplink_size(client)
         return open_training_reply(reply, client, server_round, size, most_steps)
+
+    def norms_at_most(self, item: Packed) -> dict[str, float]:
+        """Bound the norms of an update without unpacking it (`strategies.norms`)."""
+        bits = self.uplink_bits(item.client)
+        return norms_from(squares_at_most(item.payload, self.spec, bits) if bits else {})
 
     def decode(self, item: Packed) -> Update | None:
         """Unpack and check an update; None if none was asked for.

@@ -5,26 +5,43 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from quant import Update
 from strategies.replies import ClientUpdate
 
 
 class WeightedMean:
-    """Weighted mean of state dicts in float32, summed one at a time in one model's memory."""
+    """Weighted mean of models in float32, summed one at a time in one model's memory."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._scratch = torch.empty(0)
         self.weight = 0.0
         self.count = 0
 
-    def add(self, state: Mapping[str, Tensor], weight: float) -> None:
-        """Add a client's tensors; the same order of calls gives the same bits."""
-        for name, tensor in state.items():
-            if name in self._sums:
-                self._sums[name].add_(tensor, alpha=weight)
-            else:
-                self._sums[name] = torch.mul(tensor, weight)
+    def add(self, model: Mapping[str, Tensor], weight: float) -> None:
+        """Add a client's float32 tensors; the same order of calls gives the same bits."""
+        for name, tensor in model.items():
+            self._add(name, tensor, weight)
         self.weight += weight
         self.count += 1
+
+    def add_update(self, update: Update, weight: float) -> None:
+        """Add ``update.dequantize()``, to the bit, without ever having it in memory."""
+        for name, tensor in update.quantized.items():
+            self._add(name, tensor.dequantize(self._room(tensor.codes)), weight)
+        self.add(update.floats, weight)
+
+    def _add(self, name: str, tensor: Tensor, weight: float) -> None:
+        if name in self._sums:
+            self._sums[name].add_(tensor, alpha=weight)
+        else:
+            self._sums[name] = torch.mul(tensor, weight)
+
+    def _room(self, codes: Tensor) -> Tensor:
+        """Float32 memory of the shape of some codes, the same every time."""
+        if self._scratch.numel() < codes.numel():
+            self._scratch = torch.empty(codes.numel())
+        return self._scratch[: codes.numel()].view(codes.shape)
 
     def mean(self) -> dict[str, Tensor]:
         """Return the mean; empty if nothing was added."""
@@ -35,5 +52,5 @@ def mean_of(updates: Iterable[ClientUpdate]) -> dict[str, Tensor]:
     """Return the mean of what the clients sent, weighted by examples; empty if none did."""
     average = WeightedMean()
     for item in updates:
-        average.add(item.update.dequantize(), item.report.num_examples)
+        average.add_update(item.update, item.report.num_examples)
     return average.mean()

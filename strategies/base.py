@@ -38,7 +38,7 @@ from quant import (
 )
 from strategies.asked import Asked
 from strategies.nodes import Nodes, sample_nodes
-from strategies.norms import norms_of, scale_of, too_large
+from strategies.norms import all_small, norms_of, scale_of, too_large
 from strategies.replies import (
     BadReply,
     ClientUpdate,
@@ -326,26 +326,33 @@ class MixedPrecisionStrategy(Strategy):
         return self.local_epochs * ceil(client.num_examples / self.batch_size)
 
     def _usable(self, packed: list[Packed]) -> list[Packed]:
-        """Set aside what is malformed or far too large; no tensor outlives its turn."""
-        norms = {}
-        for item in packed:
-            try:
-                update = self._asked.decode(item)
-            except UpdateError as error:
-                self.round_log.rejected[item.client.partition_id] = str(error)
-                continue
-            values = update.dequantize() if update is not None else {}
-            norms[item.client.partition_id] = norms_of(values)
-        large = too_large(norms, scale_of(self._asked.start), self.norm_bound)
+        """Set aside what is far too large, and on the way to it what is malformed."""
+        sent = scale_of(self._asked.start)
+        largest = (self._asked.norms_at_most(item) for item in packed)
+        if not self.norm_bound or all_small(largest, sent, self.norm_bound):
+            return packed
+        # Seldom: the norms themselves are needed, for which everything is unpacked once more.
+        norms = {
+            item.client.partition_id: norms_of(update.dequantize() if update else {})
+            for item, update in self._decode(packed)
+        }
+        large = too_large(norms, sent, self.norm_bound)
         self.round_log.rejected |= large
         return [i for i in packed if i.client.partition_id in norms.keys() - large.keys()]
 
     def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
-        for item in packed:
-            update = self._asked.decode(item)
+        for item, update in self._decode(packed):
             self.round_log.aggregated.append(item.client.partition_id)
             reports.append(item.report)
             yield ClientUpdate(item.client, update, item.report)
+
+    def _decode(self, packed: list[Packed]) -> Iterator[tuple[Packed, Update | None]]:
+        """Unpack one after the other, and set aside what is malformed."""
+        for item in packed:
+            try:
+                yield item, self._asked.decode(item)
+            except UpdateError as error:
+                self.round_log.rejected[item.client.partition_id] = str(error)
 
 
 def _log_left_out(

@@ -27,7 +27,7 @@ class GroupedAvg(MixedPrecisionStrategy):
         averages: dict[int, WeightedMean] = {}
         for item in updates:
             average = averages.setdefault(item.client.bits, WeightedMean())
-            average.add(item.update.dequantize(), item.report.num_examples)
+            average.add_update(item.update, item.report.num_examples)
         self._models |= {bits: average.mean() for bits, average in averages.items()}
         return self._models[max(self._models)] if self._models else None
 

@@ -1,7 +1,7 @@
 """Updates that are finite but far too large, which one client could ruin the model with."""
 
-from collections.abc import Mapping
-from math import hypot, sqrt
+from collections.abc import Iterable, Mapping
+from math import sqrt
 
 from torch import Tensor
 
@@ -12,10 +12,15 @@ Norms = Mapping[str, float]
 
 def norms_of(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the Euclidean norms of a model's parameters and of its BatchNorm statistics."""
-    squares: dict[str, list[float]] = {"parameters": [], "statistics": []}
-    for name, tensor in values.items():
-        squares[_kind(name)].append(float(tensor.norm()))
-    return {kind: hypot(*norms) for kind, norms in squares.items()}
+    return norms_from({name: float(tensor.norm()) ** 2 for name, tensor in values.items()})
+
+
+def norms_from(squares: Mapping[str, float]) -> dict[str, float]:
+    """Return the same from each tensor's sum of squares."""
+    sums = {"parameters": 0.0, "statistics": 0.0}
+    for name, square in squares.items():
+        sums[_kind(name)] += square
+    return {kind: sqrt(total) for kind, total in sums.items()}
 
 
 def scale_of(model: Mapping[str, Tensor]) -> dict[str, float]:
@@ -27,6 +32,20 @@ def scale_of(model: Mapping[str, Tensor]) -> dict[str, float]:
     for name, tensor in model.items():
         counts[_kind(name)] += tensor.numel()
     return {kind: norm or sqrt(counts[kind]) for kind, norm in norms_of(model).items()}
+
+
+def all_small(largest: Iterable[Norms], sent: Norms, bound: float) -> bool:
+    """Return whether no update can be `too_large`, whatever the others are.
+
+    Parameters
+    ----------
+    largest : iterable of mapping
+        Norms that the updates have at most.
+    sent, bound
+        As of `too_large`.
+    """
+    most = _most(sent, bound)
+    return all(norms[kind] <= most[kind] for norms in largest for kind in most)
 
 
 def too_large(updates: Mapping[int, Norms], sent: Norms, bound: float) -> dict[int, str]:
@@ -59,10 +78,10 @@ def too_large(updates: Mapping[int, Norms], sent: Norms, bound: float) -> dict[i
     if not bound or not updates:
         return reasons
     alone = len(updates) == 1
-    for kind, norm_sent in sent.items():
+    for kind, by_model in _most(sent, bound).items():
         norms = sorted(norms[kind] for norms in updates.values())
         median = 0.0 if alone else norms[(len(norms) - 1) // 2]
-        most = max(norm_sent * (bound**2 if kind == "statistics" else bound), median * bound)
+        most = max(by_model, median * bound)
         for partition, own in updates.items():
             if own[kind] > most:
                 reasons[partition] = (
@@ -70,6 +89,11 @@ def too_large(updates: Mapping[int, Norms], sent: Norms, bound: float) -> dict[i
                     f"{most:.3g}"
                 )
     return reasons
+
+
+def _most(sent: Norms, bound: float) -> dict[str, float]:
+    """Norms that are allowed whatever the other updates are."""
+    return {k: n * (bound**2 if k == "statistics" else bound) for k, n in sent.items()}
 
 
 def _kind(name: str) -> str:

@@ -145,7 +145,7 @@ class ProWD(MixedPrecisionStrategy):
     def _average(
         self,
         updates: Iterable[ClientUpdate],
-        lift: Callable[[State, int], State] = lambda values, bits: values,
+        lift: Callable[[State, int], State] | None = None,
     ) -> dict[int, WeightedMean]:
         """Average the updates of each width; the widths rise."""
         groups: dict[int, WeightedMean] = {}
@@ -154,8 +154,11 @@ class ProWD(MixedPrecisionStrategy):
             # The poster's 1 / N counts clients, not examples.
             literal = self.options.normalization == "clients"
             weight = 1.0 if literal else float(item.report.num_examples)
-            values = lift(item.update.dequantize(), bits)
-            groups.setdefault(bits, WeightedMean()).add(values, weight)
+            group = groups.setdefault(bits, WeightedMean())
+            if lift is None:
+                group.add_update(item.update, weight)
+            else:
+                group.add(lift(item.update.dequantize(), bits), weight)
         return dict(sorted(groups.items()))
 
     def _lift(self, values: State, bits: int, reference: Reference) -> State:

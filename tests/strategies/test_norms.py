@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from strategies.norms import norms_of, scale_of, too_large
+from strategies.norms import all_small, norms_of, scale_of, too_large
 
 
 def test_the_bound_by_hand():
@@ -37,6 +37,21 @@ def test_statistics_may_grow_as_the_square_whoever_else_answers(others):
     assert too_large(updates, sent, 10) == {
         0: "its statistics have a norm of 201; norm-bound 10 allows 200"
     }
+
+
+def test_what_is_small_beside_the_model_needs_no_others():
+    sent = {"parameters": 1.0, "statistics": 2.0}
+
+    def small(parameters, statistics):
+        first = {"parameters": 1.0, "statistics": 2.0}
+        return all_small([first, {"parameters": parameters, "statistics": statistics}], sent, 10)
+
+    assert small(10.0, 200.0)
+    assert not small(10.1, 200.0)
+    assert not small(10.0, 201.0)
+    # What is no number is not small.
+    assert not small(float("nan"), 1.0)
+    assert not small(1.0, float("inf"))
 
 
 def test_norms_by_hand():

@@ -1,0 +1,97 @@
+"""Where everything stands in the payload of a model at a bit-width: known before it comes."""
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from quant.packing import packed_size
+from quant.update import UpdateSpec
+
+_FLOAT, _CODES = 0, 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parts of a payload, in its order (`quant.wire`).
+
+    Attributes
+    ----------
+    bits : int
+        Bit-width, 2 to 16 or 32.
+    quantized, floats : mapping of str to tuple of int
+        Shapes of the tensors that are codes and scales, and of the others.
+    """
+
+    bits: int
+    quantized: Mapping[str, tuple[int, ...]]
+    floats: Mapping[str, tuple[int, ...]]
+
+    @cached_property
+    def scale_counts(self) -> list[int]:
+        """Channels of each quantized tensor."""
+        return [shape[0] for shape in self.quantized.values()]
+
+    @cached_property
+    def code_counts(self) -> list[int]:
+        """Codes of each quantized tensor."""
+        return [math.prod(shape) for shape in self.quantized.values()]
+
+    @cached_property
+    def float_counts(self) -> list[int]:
+        """Values of each other tensor."""
+        return [math.prod(shape) for shape in self.floats.values()]
+
+    @cached_property
+    def num_scales(self) -> int:
+        """Channels of all quantized tensors."""
+        return sum(self.scale_counts)
+
+    @cached_property
+    def num_codes(self) -> int:
+        """Codes of all quantized tensors."""
+        return sum(self.code_counts)
+
+    @cached_property
+    def num_floats(self) -> int:
+        """Values of all other tensors."""
+        return sum(self.float_counts)
+
+    @cached_property
+    def codes_per_scale(self) -> np.ndarray:
+        """Codes in the channel of each scale, float32 ``[num_scales]``."""
+        sizes = [math.prod(shape[1:]) for shape in self.quantized.values()]
+        return np.repeat(np.array(sizes, np.float32), self.scale_counts)
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """Bytes of the codes, packed."""
+        return packed_size(self.num_codes, self.bits) if self.num_codes else 0
+
+    @cached_property
+    def table(self) -> bytes:
+        """The payload's table of tensors."""
+        return _entries(self.quantized, _CODES) + _entries(self.floats, _FLOAT)
+
+
+@lru_cache(maxsize=64)
+def layout_of(spec: UpdateSpec, bits: int) -> Layout:
+    """Return the layout of a model's payloads of width `bits`."""
+    return Layout(
+        bits,
+        {name: spec.shapes[name] for name in spec.quantized(bits)},
+        {name: spec.shapes[name] for name in spec.floats(bits)},
+    )
+
+
+def _entries(shapes: Mapping[str, tuple[int, ...]], encoding: int) -> bytes:
+    parts = []
+    for name, shape in shapes.items():
+        encoded = name.encode()
+        parts.append(struct.pack("<H", len(encoded)) + encoded)
+        parts.append(bytes([encoding, len(shape)]))
+        parts.append(struct.pack(f"<{len(shape)}I", *shape))
+    return b"".join(parts)

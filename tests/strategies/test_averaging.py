@@ -1,0 +1,35 @@
+"""The mean of updates, summed without their float32 values ever being in memory."""
+
+import pytest
+import torch
+
+from quant import quantize_state
+from strategies.averaging import WeightedMean
+
+
+def updates(bits):
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"small": (3, 4), "large": (40, 50, 3, 3), "b": (3,)}
+        model = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        yield quantize_state(model, bits)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16, 32])
+def test_updates_and_their_float32_values_have_the_same_mean_to_the_bit(bits):
+    packed, lifted = WeightedMean(), WeightedMean()
+    for weight, update in enumerate(updates(bits), start=1):
+        packed.add_update(update, 0.1 * weight)
+        lifted.add(update.dequantize(), 0.1 * weight)
+    assert (packed.count, packed.weight) == (lifted.count, lifted.weight)
+    assert packed.mean().keys() == lifted.mean().keys()
+    for name, mean in packed.mean().items():
+        assert torch.equal(mean, lifted.mean()[name]), name
+
+
+def test_the_mean_by_hand():
+    mean = WeightedMean()
+    mean.add({"a": torch.tensor([1.0, 2.0])}, 1.0)
+    mean.add({"a": torch.tensor([5.0, 6.0])}, 3.0)
+    assert mean.mean()["a"].tolist() == [4.0, 5.0]
+    assert WeightedMean().mean() == {}
