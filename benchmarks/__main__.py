@@ -2,9 +2,14 @@
 
 import sys
 
-from benchmarks import codec, training, update_size
+from benchmarks import aggregation, codec, training, update_size
 
-BENCHMARKS = {"codec": codec.main, "bytes": update_size.main, "training": training.main}
+BENCHMARKS = {
+    "codec": codec.main,
+    "bytes": update_size.main,
+    "aggregation": aggregation.main,
+    "training": training.main,
+}
 
 
 def main(names: list[str]) -> None:

@@ -182,9 +182,10 @@ def dequantize(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> Tenso
         Float32, contiguous, of the shape of `codes`: where the values go, as new memory takes
         longer to get than to fill.
     """
-    values = torch.empty(codes.shape, device=codes.device) if out is None else out
     if codes.numel() <= _BLOCK or codes.device.type != "cpu":
-        return torch.mul(codes.to(torch.float32), per_channel(scale, codes.ndim), out=values)
+        values = codes.to(torch.float32) if out is None else out.copy_(codes)
+        return values.mul_(per_channel(scale, codes.ndim))
+    values = torch.empty(codes.shape) if out is None else out
     source, target, steps = _rows(codes), _rows(values), scale.numpy()[:, None]
     for block in _blocks(*source.shape):
         part = target[block]

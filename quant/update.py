@@ -26,9 +26,9 @@ class QuantizedTensor:
     codes: Tensor
     scale: Tensor
 
-    def dequantize(self, out: Tensor | None = None) -> Tensor:
-        """Return the float32 values, in the memory of `out` where it is given."""
-        return dequantize(self.codes, self.scale, out)
+    def dequantize(self) -> Tensor:
+        """Return the float32 values."""
+        return dequantize(self.codes, self.scale)
 
 
 @dataclass(frozen=True)

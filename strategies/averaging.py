@@ -14,7 +14,6 @@ class WeightedMean:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._scratch = torch.empty(0)
         self.weight = 0.0
         self.count = 0
 
@@ -26,9 +25,9 @@ class WeightedMean:
         self.count += 1
 
     def add_update(self, update: Update, weight: float) -> None:
-        """Add ``update.dequantize()``, to the bit, without ever having it in memory."""
+        """Add ``update.dequantize()``, to the bit, with one tensor of it in memory at a time."""
         for name, tensor in update.quantized.items():
-            self._add(name, tensor.dequantize(self._room(tensor.codes)), weight)
+            self._add(name, tensor.dequantize(), weight)
         self.add(update.floats, weight)
 
     def _add(self, name: str, tensor: Tensor, weight: float) -> None:
@@ -36,12 +35,6 @@ class WeightedMean:
             self._sums[name].add_(tensor, alpha=weight)
         else:
             self._sums[name] = torch.mul(tensor, weight)
-
-    def _room(self, codes: Tensor) -> Tensor:
-        """Float32 memory of the shape of some codes, the same every time."""
-        if self._scratch.numel() < codes.numel():
-            self._scratch = torch.empty(codes.numel())
-        return self._scratch[: codes.numel()].view(codes.shape)
 
     def mean(self) -> dict[str, Tensor]:
         """Return the mean; empty if nothing was added."""

@@ -1,0 +1,83 @@
+"""A Flower grid whose clients answer at once with what they were given to say."""
+
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.logger import FLOWER_LOGGER
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from task.protocol import DECLARATION, Declaration
+
+# A message can only be made inside a run of Flower; this makes the process one.
+TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+# A line for each node would hide the figures.
+FLOWER_LOGGER.setLevel(logging.WARNING)
+
+
+class AnsweringGrid(Grid):
+    """Nodes that declare themselves and answer every other message by one function.
+
+    Parameters
+    ----------
+    declarations : mapping of int to Declaration
+        By node ID.
+    answer : callable
+        From the node's declaration to the content of its reply.
+    """
+
+    def __init__(
+        self,
+        declarations: Mapping[int, Declaration],
+        answer: Callable[[Declaration], RecordDict],
+    ) -> None:
+        self._declarations = declarations
+        self._answer = answer
+        self._pushed: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All of them, always."""
+        return list(self._declarations)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """All of them, always."""
+        return [NodeInfo(node_id=node_id) for node_id in self._declarations]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Keep the messages until their replies are pulled."""
+        pushed = {}
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            pushed[message.metadata.message_id] = message
+        self._pushed |= pushed
+        return list(pushed)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Answer, one at a time."""
+        for message_id in message_ids:
+            message = self._pushed.pop(message_id)
+            client = self._declarations[message.metadata.dst_node_id]
+            if message.metadata.message_type == "query":
+                content = RecordDict({DECLARATION: ConfigRecord(client.to_record())})
+            else:
+                content = self._answer(client)
+            yield Message(content, reply_to=message)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Answer as they are sent."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def set_run(self, run: object) -> None:
+        """Flower's own; not needed here."""
+        raise NotImplementedError
+
+    run = property(set_run)
+
+    def create_message(self, *args: object, **kwargs: object) -> Message:
+        """Flower's own; not needed here."""
+        raise NotImplementedError
