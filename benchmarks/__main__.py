@@ -2,12 +2,13 @@
 
 import sys
 
-from benchmarks import aggregation, codec, training, update_size
+from benchmarks import aggregation, codec, scale, training, update_size
 
 BENCHMARKS = {
     "codec": codec.main,
     "bytes": update_size.main,
     "aggregation": aggregation.main,
+    "scale": scale.main,
     "training": training.main,
 }
 

@@ -4,13 +4,15 @@ import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import FLOWER_LOGGER
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
 
-from task.protocol import DECLARATION, Declaration
+from quant import STYPE, encode_update, quantize_state
+from task.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report
 
 # A message can only be made inside a run of Flower; this makes the process one.
 TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
@@ -81,3 +83,33 @@ class AnsweringGrid(Grid):
     def create_message(self, *args: object, **kwargs: object) -> Message:
         """Flower's own; not needed here."""
         raise NotImplementedError
+
+
+def reporting_grid(model: Mapping[str, Tensor], widths: list[int], coded: bool) -> AnsweringGrid:
+    """Return a grid whose clients answer the first round with the model that they were sent.
+
+    Parameters
+    ----------
+    model : mapping of str to Tensor
+        Float32.
+    widths : list of int
+        Bit-width of each client.
+    coded : bool
+        Whether their codes are entropy-coded.
+    """
+    payloads = {
+        bits: encode_update(quantize_state(model, bits), coded=coded, stamp=1)
+        for bits in set(widths)
+    }
+    numbers = Report(server_round=1, num_examples=10, loss=1.0, accuracy=0.5, seconds=1.0)
+
+    def answer(client: Declaration) -> RecordDict:
+        # A copy for each, as from the network.
+        payload = bytes(bytearray(payloads[client.bits]))
+        update = Array("uint8", (len(payload),), STYPE, payload)
+        return RecordDict(
+            {UPDATE: ArrayRecord({UPDATE: update}), REPORT: MetricRecord(numbers.to_record())}
+        )
+
+    declarations = {i + 1: Declaration(i, len(widths), b, 10, "") for i, b in enumerate(widths)}
+    return AnsweringGrid(declarations, answer)
