@@ -15,8 +15,8 @@ from task.models import build_model
 from task.training import model_state
 
 _COUNTS, _REPEATS, _FLAT = (10, 100, 1000), 5, 1.15
-# Models in float32 that a server may hold beside the packed replies, however many these are; in a first
-# round ProWD makes its dequantizer too.
+# Models in float32 that a server may hold beside the packed replies, however many these are. In a
+# first round ProWD makes its dequantizer too.
 _MODELS = 24.0
 
 
