@@ -1,0 +1,150 @@
+"""Beside the peers, where they are installed: torchao, Brevitas, NVFlare, and Flower's FedAvg."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.measure import Figure, ratio, report, side_by_side
+from quant import (
+    QuantConfig,
+    absmax_scale,
+    encode_update,
+    pack,
+    prepare,
+    quantize_nearest,
+    quantize_state,
+    unpack,
+)
+from strategies.states import to_arrays
+from task.models import build_model
+from task.training import model_state
+
+_ROWS, _COLUMNS, _REPEATS, _AHEAD = 1000, 10_000, 9, 1.0
+_BATCH = 64
+
+
+def main() -> None:
+    """Compare with every peer that can be imported, and say which cannot."""
+    torch.set_num_threads(1)
+    figures: list[Figure] = []
+    for compare in (_torchao, _brevitas, _nvflare, _flower):
+        try:
+            figures += compare()
+        except ImportError as error:
+            print(f"{compare.__name__[1:]} is left out: {error.name} is not installed")
+    report("peers", figures)
+
+
+def _torchao() -> list[Figure]:
+    """Packing of ten million codes that are there already."""
+    from torchao.prototype.dtypes.uintx import bitpacking
+
+    generator = torch.Generator().manual_seed(0)
+    figures = []
+    for bits in (2, 3, 4, 5, 6, 7):
+        limit = 2 ** (bits - 1) - 1
+        shape = (_ROWS, _COLUMNS)
+        codes = torch.randint(-limit, limit + 1, shape, generator=generator, dtype=torch.int8)
+        ours, shifted = codes.numpy(), (codes + limit).to(torch.uint8)
+        packed, shards = pack(ours, bits), bitpacking.pack_cpu(shifted, bits)
+        assert torch.equal(bitpacking.unpack_cpu(shards, bits, dim=-1), shifted)
+        seconds = side_by_side(
+            {
+                "pack": lambda c=ours, b=bits: pack(c, b),
+                "unpack": lambda p=packed, b=bits: unpack(p, b, _ROWS * _COLUMNS),
+                "their pack": lambda s=shifted, b=bits: bitpacking.pack_cpu(s, b),
+                "their unpack": lambda s=shards, b=bits: bitpacking.unpack_cpu(s, b, dim=-1),
+            },
+            _REPEATS,
+        )
+        for way in ("pack", "unpack"):
+            label = f"{bits}-bit, {way}, against torchao"
+            figures.append(ratio(label, seconds[way], seconds[f"their {way}"], _AHEAD))
+    return figures
+
+
+def _brevitas() -> list[Figure]:
+    """A training step of resnet8 with weights, and with activations too, on 4 bits."""
+    from brevitas import nn as qnn
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
+
+    def convert(module: nn.Module, activations: bool) -> nn.Module:
+        own = {"weight_quant": Int8WeightPerChannelFloat, "weight_bit_width": 4}
+        if activations:
+            own |= {"input_quant": Int8ActPerTensorFloat, "input_bit_width": 4}
+        for name, child in module.named_children():
+            bias = getattr(child, "bias", None) is not None
+            if isinstance(child, nn.Conv2d):
+                shape = (child.in_channels, child.out_channels, child.kernel_size, child.stride)
+                new = qnn.QuantConv2d(*shape, child.padding, bias=bias, **own)
+            elif isinstance(child, nn.Linear):
+                shape = (child.in_features, child.out_features, bias)
+                new = qnn.QuantLinear(*shape, **own)
+            else:
+                new = convert(child, activations)
+            setattr(module, name, new)
+        return module
+
+    figures = []
+    for what, activation_bits in (("weights", 32), ("weights and activations", 4)):
+        theirs = convert(build_model("resnet8", 3, 32, 10, seed=0), activation_bits < 32)
+        ours = build_model("resnet8", 3, 32, 10, seed=0)
+        prepare(ours, QuantConfig(4, activation_bits))
+        seconds = side_by_side({"ours": _step(ours), "theirs": _step(theirs)}, _REPEATS)
+        label = f"training step, {what}, against Brevitas"
+        figures.append(ratio(label, seconds["ours"], seconds["theirs"], _AHEAD))
+    return figures
+
+
+def _step(model: nn.Module) -> Callable[[], None]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(_BATCH, 3, 32, 32, generator=generator)
+    labels = torch.randint(0, 10, (_BATCH,), generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def _nvflare() -> list[Figure]:
+    """Ten million weights as 16-bit numbers; NVFlare's narrower ones need a GPU."""
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
+
+    weights = torch.randn(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(0))
+    scale, theirs = absmax_scale(weights, 16), ModelQuantizer(quantization_type="float16")
+    theirs.log_info = lambda *_: None
+    seconds = side_by_side(
+        {
+            "ours": lambda: pack(quantize_nearest(weights, scale, 16).numpy(), 16),
+            "theirs": lambda: theirs.quantization({"w": weights.numpy()}, FLContext()),
+        },
+        _REPEATS,
+    )
+    back = quantize_nearest(weights, scale, 16) * scale[:, None]
+    half = torch.from_numpy(weights.numpy().astype(np.float16).astype(np.float32))
+    error = float((back - weights).norm() / (half - weights).norm())
+    return [
+        ratio("16-bit, time, against NVFlare's float16", seconds["ours"], seconds["theirs"], 1.0),
+        Figure("16-bit, error, against NVFlare's float16", error, _AHEAD),
+    ]
+
+
+def _flower() -> list[Figure]:
+    """Bytes of ten clients' resnet8, half of them on k bits, against Flower's float32 arrays."""
+    state = model_state(build_model("resnet8", 3, 32, 10, seed=0))
+    theirs = 10 * sum(len(array.data) for array in to_arrays(state).values())
+    figures = []
+    for bits in (2, 3, 4, 8):
+        low, high = (encode_update(quantize_state(state, b), coded=True) for b in (bits, 32))
+        ours = 5 * (len(low) + len(high))
+        label = f"bytes up, half {bits}-bit and half float32, against Flower's FedAvg"
+        figures.append(Figure(label, ours / theirs, _AHEAD))
+    return figures
