@@ -50,6 +50,10 @@ def inflate_codes(
         If the data is not `count` codes on the grid of `bits`, or does not end with them.
     """
     size = packed_size(count, _container(bits))
+    # Huffman's method takes a bit or more for a byte: this bounds the memory where a file says the
+    # count.
+    if size > 8 * len(data):
+        raise PackingError(f"{len(data)} bytes of coded codes are too few for {count} weights")
     decoder = zlib.decompressobj(_RAW_DEFLATE)
     try:
         # One byte more would be one too many.

@@ -39,6 +39,9 @@ _CRC_OFFSET = _HEADER.size - 4
 _CONTENTS: tuple[str, ...] = get_args(Content)
 _FLOAT, _CODES = 0, 1
 _PACKED, _CODED, _CODED_FROM_START = 0, 1, 2
+# What one byte can hold: coded codes take a bit or more for as many as a byte of packed ones holds.
+_MOST_CODES_A_BYTE = 8 * 4
+_MOST_DIMENSIONS = 8
 # No network that works holds a larger value; sums over clients stay far from overflow.
 _LARGEST_VALUE = 1e8
 
@@ -87,6 +90,46 @@ def encode_update(
     for part in (table, *body):
         crc = zlib.crc32(part, crc)
     return b"".join([head, struct.pack("<I", crc), table, *body])
+
+
+def read_spec(data: bytes) -> tuple[int, UpdateSpec]:
+    """Read which tensors an update says that it holds, for a reader that knows no model.
+
+    Nothing of it is certain until `decode_update` has compared it with all the rest.
+
+    Parameters
+    ----------
+    data : bytes
+        The payload.
+
+    Returns
+    -------
+    tuple of int and UpdateSpec
+        Bit-width, and names and shapes.
+
+    Raises
+    ------
+    UpdateError
+        If there is no table that can be read, or a tensor is larger than the payload can hold.
+    """
+    bits, _, _, table_size, _ = _read_header(data)
+    table = data[_HEADER.size : _HEADER.size + table_size]
+    shapes: dict[str, tuple[int, ...]] = {}
+    position = 0
+    try:
+        while position < len(table):
+            (length,) = struct.unpack_from("<H", table, position)
+            position += 2 + length
+            name = table[position - length : position].decode()
+            dimensions = table[position + 1]
+            shapes[name] = struct.unpack_from(f"<{dimensions}I", table, position + 2)
+            position += 2 + 4 * dimensions
+            most = _MOST_CODES_A_BYTE * len(data)
+            if dimensions > _MOST_DIMENSIONS or math.prod(max(1, n) for n in shapes[name]) > most:
+                raise UpdateError(f"{len(data)} bytes hold no tensor of the shape of {name!r}")
+    except (struct.error, IndexError, UnicodeDecodeError):
+        raise UpdateError("the table of tensors cannot be read") from None
+    return bits, UpdateSpec(shapes)
 
 
 def decode_update(
@@ -214,13 +257,7 @@ def _check_header(
     data: bytes, spec: UpdateSpec, bits: int, content: Content, stamp: int
 ) -> tuple[int, bytes]:
     """Check everything that needs no look at the values; return the coding and the table."""
-    if len(data) < _HEADER.size:
-        raise UpdateError(f"payload of {len(data)} bytes is shorter than the header")
-    magic, version, got_bits, got_content, coding, table_size, crc = _HEADER.unpack_from(data)
-    if magic != _MAGIC:
-        raise UpdateError(f"payload begins with {magic!r}, not {_MAGIC!r}")
-    if version != _VERSION:
-        raise UpdateError(f"payload has version {version}; understood is {_VERSION}")
+    got_bits, got_content, coding, table_size, crc = _read_header(data)
     if got_bits != bits:
         raise UpdateError(f"payload has {got_bits} bits; the client declared {bits}")
     if got_content >= len(_CONTENTS) or _CONTENTS[got_content] != content:
@@ -237,6 +274,18 @@ def _check_header(
             "checksum does not match: the payload was altered, or is of another round"
         )
     return coding, table
+
+
+def _read_header(data: bytes) -> tuple[int, int, int, int, int]:
+    """Return width, content, coding, bytes of the table, and checksum."""
+    if len(data) < _HEADER.size:
+        raise UpdateError(f"payload of {len(data)} bytes is shorter than the header")
+    magic, version, *rest = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise UpdateError(f"payload begins with {magic!r}, not {_MAGIC!r}")
+    if version != _VERSION:
+        raise UpdateError(f"payload has version {version}; understood is {_VERSION}")
+    return tuple(rest)
 
 
 def _check_length(length: int, spec: UpdateSpec, bits: int, coding: int) -> None:
@@ -291,9 +340,7 @@ def _split(spec: UpdateSpec, bits: int, values: np.ndarray) -> dict[str, Tensor]
 def _spec_of(update: Update) -> UpdateSpec:
     if update.bits != FLOAT_BITS and not MIN_BITS <= update.bits <= MAX_BITS:
         raise ValueError(f"bits is {update.bits}; allowed are {MIN_BITS} to {MAX_BITS} and 32")
-    shapes = {name: tuple(tensor.codes.shape) for name, tensor in update.quantized.items()}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in update.floats.items()}
-    spec = UpdateSpec(shapes)
+    spec = update.spec
     if set(spec.quantized(update.bits)) != set(update.quantized):
         raise ValueError(f"an update of {update.bits} bits quantizes {spec.quantized(update.bits)}")
     return spec
