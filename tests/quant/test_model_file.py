@@ -256,7 +256,7 @@ def test_nothing_is_allocated_for_what_the_file_cannot_hold(bomb):
     data = joined({**head, "grids": {}}, BOMBS[bomb])
 
     def refused():
-        with pytest.raises(ModelFileError, match="hold no tensor|too few for"):
+        with pytest.raises(ModelFileError, match=r"hold no tensor|too few for"):
             PackedModel.from_bytes(data)
 
     assert peak_memory(refused) < 20 * len(data) + 20_000
