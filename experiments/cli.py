@@ -33,6 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     publish.set_defaults(command=_publish)
     settings = commands.add_parser("settings", help="print every setting, its default and use")
     settings.set_defaults(command=_settings)
+    export = commands.add_parser("export", help="write a run's model, packed and as ONNX")
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="record of the run")
+    export.add_argument("--bits", type=int, help="default: the narrowest of the run")
+    export.add_argument("--output", type=Path, help="folder; default: RUN_DIR/export")
+    export.add_argument("--data-dir", type=Path, help="where the run's data lies now")
+    export.set_defaults(command=_export)
     given = parser.parse_args(arguments)
     try:
         return given.command(given)
@@ -66,6 +72,15 @@ def _publish(given: argparse.Namespace) -> int:
 
 def _settings(given: argparse.Namespace) -> int:
     print(settings_page(), end="")
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    from experiments.export import export  # The server's packages take seconds to import.
+
+    data_dir = str(given.data_dir.expanduser().resolve()) if given.data_dir else ""
+    for line in export(given.run_dir, given.bits, given.output, data_dir):
+        print(line, flush=True)
     return 0
 
 

@@ -38,6 +38,7 @@ from quant.layers import (
     set_scales,
     weight_scales,
 )
+from quant.model_file import ModelFileError, PackedModel, load_model
 from quant.optimizer import StrictSGD
 from quant.packing import PackingError, pack, packed_size, unpack
 from quant.relevancy import cosine, relevancy_mask
@@ -70,6 +71,8 @@ __all__ = [
     "FineTuning",
     "GlobalReference",
     "Losses",
+    "ModelFileError",
+    "PackedModel",
     "PackingError",
     "ProgressiveDequantizer",
     "QuantConfig",
@@ -102,6 +105,7 @@ __all__ = [
     "ladder_of",
     "largest_code",
     "level_drift",
+    "load_model",
     "mse_scale",
     "pack",
     "packed_size",

@@ -57,6 +57,12 @@ class Update:
         """Scales of the quantized tensors by name."""
         return {name: tensor.scale for name, tensor in self.quantized.items()}
 
+    @property
+    def spec(self) -> "UpdateSpec":
+        """Names and shapes of all tensors."""
+        shapes = {name: tuple(tensor.codes.shape) for name, tensor in self.quantized.items()}
+        return UpdateSpec(shapes | {n: tuple(tensor.shape) for n, tensor in self.floats.items()})
+
     def dequantize(self) -> dict[str, Tensor]:
         """Return every tensor in float32, exactly as the sender holds it."""
         lifted = {name: tensor.dequantize() for name, tensor in self.quantized.items()}

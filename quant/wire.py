@@ -16,6 +16,7 @@ therefore the length of everything but coded codes, which are never longer than 
 compared before anything is allocated, and no more is unfolded than there are codes.
 """
 
+import math
 import struct
 import zlib
 from collections.abc import Mapping
@@ -39,6 +40,8 @@ _HEADER = struct.Struct("<4sBBBBII")
 _CRC_OFFSET = _HEADER.size - 4
 _CONTENTS: tuple[str, ...] = get_args(Content)
 _PACKED, _CODED, _CODED_FROM_START = 0, 1, 2
+_MOST_CODES_A_BYTE = 4
+_MOST_DIMENSIONS = 8
 # No network that works holds a larger value; sums over clients stay far from overflow.
 _LARGEST_VALUE = 1e8
 
@@ -120,6 +123,49 @@ def encode_update(
     for part in (table, *body):
         crc = zlib.crc32(part, crc)
     return b"".join([head, struct.pack("<I", crc), table, *body])
+
+
+def read_spec(data: bytes) -> tuple[int, UpdateSpec]:
+    """Read which tensors a packed update says that it holds, for a reader that knows no model.
+
+    Nothing of it is certain until `decode_update` has compared it with all the rest.
+
+    Parameters
+    ----------
+    data : bytes
+        The payload.
+
+    Returns
+    -------
+    tuple of int and UpdateSpec
+        Bit-width, and names and shapes.
+
+    Raises
+    ------
+    UpdateError
+        If there is no table that can be read, or a tensor is larger than the payload can hold; or
+        if the codes are not packed, as only the model tells how many coded ones there are.
+    """
+    bits, _, coding, table_size, _ = _read_header(data)
+    if coding != _PACKED:
+        raise UpdateError(f"payload has coding {coding}; who has no model reads packed codes only")
+    table = data[_HEADER.size : _HEADER.size + table_size]
+    shapes: dict[str, tuple[int, ...]] = {}
+    position = 0
+    try:
+        while position < len(table):
+            (length,) = struct.unpack_from("<H", table, position)
+            position += 2 + length
+            name = table[position - length : position].decode()
+            dimensions = table[position + 1]
+            shapes[name] = struct.unpack_from(f"<{dimensions}I", table, position + 2)
+            position += 2 + 4 * dimensions
+            most = _MOST_CODES_A_BYTE * len(data)
+            if dimensions > _MOST_DIMENSIONS or math.prod(max(1, n) for n in shapes[name]) > most:
+                raise UpdateError(f"{len(data)} bytes hold no tensor of the shape of {name!r}")
+    except (struct.error, IndexError, UnicodeDecodeError):
+        raise UpdateError("the table of tensors cannot be read") from None
+    return bits, UpdateSpec(shapes)
 
 
 def decode_update(
@@ -231,13 +277,7 @@ def _sums(values: np.ndarray, counts: list[int]) -> np.ndarray:
 
 def _check_header(data: bytes, layout: Layout, content: Content, stamp: int) -> int:
     """Check everything that needs no look at the values; return the coding."""
-    if len(data) < _HEADER.size:
-        raise UpdateError(f"payload of {len(data)} bytes is shorter than the header")
-    magic, version, got_bits, got_content, coding, table_size, crc = _HEADER.unpack_from(data)
-    if magic != _MAGIC:
-        raise UpdateError(f"payload begins with {magic!r}, not {_MAGIC!r}")
-    if version != _VERSION:
-        raise UpdateError(f"payload has version {version}; understood is {_VERSION}")
+    got_bits, got_content, coding, table_size, crc = _read_header(data)
     if got_bits != layout.bits:
         raise UpdateError(f"payload has {got_bits} bits; the client declared {layout.bits}")
     if got_content >= len(_CONTENTS) or _CONTENTS[got_content] != content:
@@ -251,6 +291,18 @@ def _check_header(data: bytes, layout: Layout, content: Content, stamp: int) -> 
             "checksum does not match: the payload was altered, or is of another round"
         )
     return coding
+
+
+def _read_header(data: bytes) -> tuple[int, int, int, int, int]:
+    """Return width, content, coding, bytes of the table, and checksum."""
+    if len(data) < _HEADER.size:
+        raise UpdateError(f"payload of {len(data)} bytes is shorter than the header")
+    magic, version, *rest = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise UpdateError(f"payload begins with {magic!r}, not {_MAGIC!r}")
+    if version != _VERSION:
+        raise UpdateError(f"payload has version {version}; understood is {_VERSION}")
+    return tuple(rest)
 
 
 def _check_length(length: int, layout: Layout, coding: int) -> None:
@@ -293,9 +345,7 @@ def _split(
 def _spec_of(update: Update) -> UpdateSpec:
     if update.bits != FLOAT_BITS and not MIN_BITS <= update.bits <= MAX_BITS:
         raise ValueError(f"bits is {update.bits}; allowed are {MIN_BITS} to {MAX_BITS} and 32")
-    shapes = {name: tuple(tensor.codes.shape) for name, tensor in update.quantized.items()}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in update.floats.items()}
-    spec = UpdateSpec(shapes)
+    spec = update.spec
     quantized = spec.quantized(update.bits)
     if set(quantized) != set(update.quantized):
         raise ValueError(f"an update of {update.bits} bits quantizes {quantized}")

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from quant import FLOAT_BITS, quantize_state
-from server_app.build import build_strategy
+from server_app.build import build_strategy, read_settings
 from server_app.checkpoint import Checkpoint, Checkpoints, Identity, read_checkpoint
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from server_app.record import RunRecord, read_json
@@ -57,11 +57,11 @@ class Run:
         """Every setting by its full key."""
         return {**self.settings.to_settings(), **self.options}
 
-    def identity(self) -> Identity:
-        """What the run is, once its nodes have been gathered."""
+    def identity(self, num_partitions: int) -> Identity:
+        """What the run is in a federation of so many partitions."""
         shapes = {name: list(tensor.shape) for name, tensor in model_state(self.model).items()}
         data = fingerprint(load_dataset(self.settings))
-        return Identity.new(self.all_settings, data, shapes, self.strategy.nodes.num_partitions)
+        return Identity.new(self.all_settings, data, shapes, num_partitions)
 
 
 def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> Run:
@@ -105,7 +105,30 @@ def restore(
     run = prepare(folder, settings, options)
     run.strategy.nodes.expect(saved.identity.num_partitions)
     run.strategy.nodes.gather(grid)
-    saved.refuse_other(run.identity())
+    saved.refuse_other(run.identity(run.strategy.nodes.num_partitions))
+    run.strategy.restore(saved.tensors, saved.values)
+    return run, saved
+
+
+def reopen(folder: Path, data_dir: str = "") -> tuple[Run, Checkpoint]:
+    """Make a run again as it was after its last checkpoint, to look at its model: without nodes.
+
+    Parameters
+    ----------
+    folder : Path
+        Its record.
+    data_dir : str
+        Where its data lies now; empty: where it was.
+
+    Raises
+    ------
+    SettingsError
+        If there is no good checkpoint, or the data is not the run's.
+    """
+    saved = read_checkpoint(folder)
+    moved = {"data-dir": data_dir} if data_dir else {}
+    run = prepare(folder, *read_settings({**saved.identity.settings, **moved}))
+    saved.refuse_other(run.identity(saved.identity.num_partitions))
     run.strategy.restore(saved.tensors, saved.values)
     return run, saved
 
@@ -116,7 +139,8 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
     log(INFO, "prowd: %s on %s, record in %s", name, run.settings.dataset, run.folder)
     if saved is None:
         strategy.nodes.gather(grid)
-        done, model, identity = 0, model_state(run.model), run.identity()
+        done, model = 0, model_state(run.model)
+        identity = run.identity(strategy.nodes.num_partitions)
     else:
         done, model = saved.server_round, saved.model
         identity = replace(saved.identity, settings=run.all_settings)

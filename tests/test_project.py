@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "strategies": {"quant", "task", "strategies"},
     "client_app": {"quant", "task", "client_app"},
     "server_app": {"quant", "task", "strategies", "server_app"},
-    "experiments": {"experiments", "quant", "strategies", "task"},
+    "experiments": {"experiments", "quant", "server_app", "strategies", "task"},
 }
 # Of `task`, strategies read only what both sides share.
 STRATEGIES_OF_TASK = {"task.errors", "task.options", "task.protocol", "task.seeds"}
