@@ -2,14 +2,17 @@
 
 import argparse
 import json
+import os
 import sys
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from experiments.live import run_all
 from experiments.plan import Experiment, Setting, read_experiment
 from experiments.publish import publish
-from experiments.runs import PlannedRun, execute, pending, planned_runs
+from experiments.records import Record, find_runs, read_record
+from experiments.runs import PlannedRun, planned_runs
 from experiments.settings_page import settings_page
 from experiments.table import result_of, to_markdown
 from task.errors import SettingsError
@@ -27,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time")
     compare.add_argument("--output-dir", type=Path, help="default: ~/prowd-runs/FILE")
     compare.set_defaults(command=_compare)
+    report = commands.add_parser("report", help="show runs on a page of HTML")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="or a folder of runs")
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html there")
+    report.set_defaults(command=_report)
     publish = commands.add_parser("publish", help="put a comparison into docs/results.md")
     publish.add_argument("output_dir", type=Path, help="where prowd compare wrote")
     publish.add_argument("--docs", type=Path, default=Path("docs"))
@@ -57,8 +64,15 @@ def _compare(given: argparse.Namespace) -> int:
     experiment = Experiment.read({**experiment.to_settings(), **changes}, f"{given.file.name}: ")
     output_dir = given.output_dir or Path("~/prowd-runs").expanduser() / given.file.stem
     runs = planned_runs(experiment, output_dir.resolve(), _overrides(given.sets))
-    failures = _run_all(experiment, runs, given.jobs)
-    _write_table(experiment, runs, output_dir)
+    failures = run_all(experiment, runs, given.jobs)
+    records = {run.folder: read_record(run.folder) for run in runs if run.folder.exists()}
+    _write_table(experiment, runs, records, output_dir)
+    named = [(r.scenario, r.system, records[r.folder]) for r in runs if r.folder in records]
+    page = output_dir / "report.html"
+    try:
+        _write_page(page, experiment.title, list(records.values()), named)
+    except SettingsError as error:  # The runs are not in vain: the table is there.
+        print(f"prowd: {page} is not written: {error}", file=sys.stderr)
     for run, reason in failures.items():
         print(f"failed: {run}: {reason}", file=sys.stderr)
     return 1 if failures else 0
@@ -84,23 +98,15 @@ def _export(given: argparse.Namespace) -> int:
     return 0
 
 
-def _run_all(experiment: Experiment, runs: list[PlannedRun], jobs: int) -> dict[str, str]:
-    waiting, total = pending(runs), len({run.folder for run in runs})
-    print(f"{experiment.title}: {total - len(waiting)} of {total} runs are done")
-    failures = {}
-
-    def run_one(number: int, run: PlannedRun) -> None:
-        print(f"[{number}/{len(waiting)}] {run.folder.name} ...", flush=True)
-        if reason := execute(run, experiment.federation):
-            failures[run.folder.name] = reason
-
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
-        list(pool.map(run_one, range(1, len(waiting) + 1), waiting))
-    return failures
-
-
-def _write_table(experiment: Experiment, runs: list[PlannedRun], output_dir: Path) -> None:
-    results = [result_of(run) for run in runs if run.completed]
+def _write_table(
+    experiment: Experiment,
+    runs: Sequence[PlannedRun],
+    records: Mapping[Path, Record],
+    output_dir: Path,
+) -> None:
+    done = [run for run in runs if run.completed]
+    found = [result_of(run.scenario, run.system, run.seed, records[run.folder]) for run in done]
+    results = [result for result in found if result]
     if not results:
         return
     text = to_markdown(experiment.title, results)
@@ -109,6 +115,38 @@ def _write_table(experiment: Experiment, runs: list[PlannedRun], output_dir: Pat
     title = json.dumps(experiment.title)
     (output_dir / "table.json").write_text(f'{{"title": {title}, "results": [\n{lines}\n]}}\n')
     print(f"\n{text}\n{output_dir / 'table.md'}")
+
+
+def _report(given: argparse.Namespace) -> int:
+    folders = find_runs(given.runs)
+    # Beside the runs: in their own folder, or in the one that they share.
+    shared = Path(os.path.commonpath([path.resolve() for path in given.runs]))
+    output = given.output or shared / "report.html"
+    names = [path.resolve().name for path in given.runs]
+    title = ", ".join(names) if len(names) <= 3 else shared.name
+    _write_page(output, title, [read_record(folder) for folder in folders])
+    return 0
+
+
+def _write_page(
+    path: Path,
+    title: str,
+    records: Sequence[Record],
+    named: Sequence[tuple[str, str, Record]] | None = None,
+) -> None:
+    try:
+        from experiments.report import write_page
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise SettingsError(
+            "the report draws with matplotlib; pip install 'prowd[figures]'"
+        ) from None
+    try:
+        write_page(path, title, records, named)
+    except OSError as error:
+        raise SettingsError(f"--output: {path} cannot be written: {error.strerror}") from None
+    print(path)
 
 
 def _seeds(text: str) -> list[int]:

@@ -1,14 +1,14 @@
 """Pictures of an experiment: averaged accuracy over rounds and over bytes sent, mean and spread."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.curves import MeanPoint, mean_points, rises
 from experiments.table import by_system
 
 _OURS = "ProWD"
@@ -36,8 +36,11 @@ def draw(scenario: str, results: Sequence[dict], path: Path) -> None:
             "linewidth": 2.4 if system == _OURS else 1.3,
             "label": system,
         }
-        _line(by_round, systems[system], "round", 1, style)
-        _line(by_bytes, systems[system], "uplink_bytes", 1e6, style)
+        curves = [_percent(run["curve"]) for run in systems[system]]
+        plot_mean(by_round, mean_points(curves, "round", "accuracy"), style)
+        sent = mean_points(curves, "uplink_bytes", "accuracy")
+        if rises(sent):
+            plot_mean(by_bytes, sent, style, 1e6)
     by_round.set(xlabel="round", ylabel="averaged accuracy (%)")
     by_bytes.set(xlabel="MB sent by all clients", xscale="log")
     for axes in (by_round, by_bytes):
@@ -48,15 +51,17 @@ def draw(scenario: str, results: Sequence[dict], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def _line(axes: Axes, runs: list[dict], key: str, unit: float, style: dict) -> None:
-    points = list(zip(*(run["curve"] for run in runs), strict=True))
-    x = [mean(p[key] for p in point) / unit for point in points]
-    if not any(x) or any(a >= b for a, b in pairwise(x)):
-        return  # nothing is sent in local training
-    accuracies = [[100 * p["accuracy"] for p in point] for point in points]
-    y = [mean(values) for values in accuracies]
-    axes.plot(x, y, **style)
-    if len(runs) > 1:
-        spread = [stdev(values) for values in accuracies]
-        low, high = zip(*((m - s, m + s) for m, s in zip(y, spread, strict=True)), strict=True)
+def _percent(curve: list[dict]) -> list[dict]:
+    return [{**point, "accuracy": 100 * point["accuracy"]} for point in curve]
+
+
+def plot_mean(axes: Axes, points: Sequence[MeanPoint], style: dict, x_unit: float = 1) -> None:
+    """Draw means as a line and the spread around them as a band of its color."""
+    x = [point.x / x_unit for point in points]
+    axes.plot(x, [point.mean for point in points], **style)
+    low, high = (
+        [p.mean + sign * p.spread if p.spread is not None else p.mean for p in points]
+        for sign in (-1, 1)
+    )
+    if low != high:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +94,17 @@ def execute(run: PlannedRun, federation: str) -> str:
     return (run.summary or {}).get("reason") or f"it left no summary; see {log}"
 
 
-def pending(runs: list[PlannedRun]) -> list[PlannedRun]:
-    """Return the runs that have not completed, each folder once."""
+def unique(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Return the runs, of each folder the first."""
     first: dict[Path, PlannedRun] = {}
     for run in runs:
         first.setdefault(run.folder, run)
-    return [run for run in first.values() if not run.completed]
+    return list(first.values())
+
+
+def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Return the runs that have not completed, each folder once."""
+    return [run for run in unique(runs) if not run.completed]
 
 
 def _move_aside(folder: Path) -> None:

@@ -1,44 +1,35 @@
 """The table of an experiment: accuracy per width and averaged, mean and spread over seeds."""
 
-import json
 from collections.abc import Iterable
 from statistics import mean, stdev
 
-from experiments.runs import PlannedRun
+from experiments.curves import curve
+from experiments.records import Record
 
 # A single round of low-bit training swings by a point; the end of a run is its last few.
 _LAST = 3
 
 
-def result_of(run: PlannedRun) -> dict[str, object]:
-    """Return what the table needs of a finished run.
+def result_of(scenario: str, system: str, seed: object, record: Record) -> dict[str, object] | None:
+    """Return what the table needs of a run, None if the model was never evaluated.
 
     Accuracies are means over the last three rounds that were evaluated; bytes are totals.
     """
-    lines = (run.folder / "rounds.jsonl").read_text().splitlines()
-    rounds = [json.loads(line) for line in lines]
-    evaluated = [entry["accuracy"] for entry in rounds if entry["accuracy"]][-_LAST:]
+    rounds = record.rounds
+    evaluated = [entry.accuracy for entry in rounds if "average" in entry.accuracy][-_LAST:]
+    if not evaluated:
+        return None
+    widths = [w for w in evaluated[-1] if all(w in accuracy for accuracy in evaluated)]
     return {
-        "scenario": run.scenario,
-        "system": run.system,
-        "seed": run.seed,
-        "accuracy": {w: round(mean(a[w] for a in evaluated), 6) for w in evaluated[-1]},
-        "uplink_bytes": sum(sum(entry["uplink_bytes"].values()) for entry in rounds),
-        "downlink_bytes": sum(sum(entry["downlink_bytes"].values()) for entry in rounds),
-        "seconds": round(sum(entry["seconds"]["round"] for entry in rounds)),
-        "curve": _curve(rounds),
+        "scenario": scenario,
+        "system": system,
+        "seed": seed,
+        "accuracy": {w: round(mean(a[w] for a in evaluated), 6) for w in widths},
+        "uplink_bytes": sum(sum(entry.uplink_bytes.values()) for entry in rounds),
+        "downlink_bytes": sum(sum(entry.downlink_bytes.values()) for entry in rounds),
+        "seconds": round(sum(entry.seconds.get("round", 0) for entry in rounds)),
+        "curve": curve(rounds),
     }
-
-
-def _curve(rounds: list[dict]) -> list[dict[str, object]]:
-    """Averaged accuracy and bytes sent up so far, wherever the model was evaluated."""
-    curve, sent = [], 0
-    for entry in rounds:
-        sent += sum(entry["uplink_bytes"].values())
-        if entry["accuracy"]:
-            accuracy = round(entry["accuracy"]["average"], 6)
-            curve.append({"round": entry["round"], "uplink_bytes": sent, "accuracy": accuracy})
-    return curve
 
 
 def by_system(results: Iterable[dict]) -> dict[str, list[dict]]:
@@ -60,7 +51,7 @@ def make_table(results: Iterable[dict[str, object]]) -> list[dict[str, object]]:
     """
     rows = []
     for system, runs in by_system(results).items():
-        widths = runs[0]["accuracy"]
+        widths = [w for w in runs[0]["accuracy"] if all(w in run["accuracy"] for run in runs)]
         accuracy = {}
         for width in widths:
             values = [run["accuracy"][width] for run in runs]
@@ -89,11 +80,11 @@ def to_markdown(title: str, results: list[dict[str, object]]) -> str:
 
 
 def _scenario_table(title: str, rows: list[dict[str, object]]) -> str:
-    widths = _widths(rows)
+    widths = widths_of(rows)
     head = ["system", *(f"{w}-bit" for w in widths), "averaged", "MB up", "MB down", "seeds"]
     lines = [f"### {title}", "", markdown_row(head), markdown_row(["---"] * len(head))]
     for row in rows:
-        cells = [_cell(row["accuracy"].get(width)) for width in (*widths, "average")]
+        cells = [accuracy_cell(row["accuracy"].get(width)) for width in (*widths, "average")]
         sizes = [f"{row[key] / 1e6:.2f}" for key in ("uplink_bytes", "downlink_bytes")]
         lines.append(markdown_row([row["system"], *cells, *sizes, str(row["seeds"])]))
     return "\n".join(lines) + "\n"
@@ -104,12 +95,14 @@ def markdown_row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _widths(rows: list[dict[str, object]]) -> list[str]:
+def widths_of(rows: list[dict[str, object]]) -> list[str]:
+    """Return the bit-widths of any row, rising."""
     found = {width for row in rows for width in row["accuracy"]} - {"average"}
     return sorted(found, key=int)
 
 
-def _cell(accuracy: dict[str, float] | None) -> str:
+def accuracy_cell(accuracy: dict[str, float] | None) -> str:
+    """Write mean and spread in percent."""
     if accuracy is None:
         return "-"
     spread = accuracy["spread"]

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from server_app.board import Board
 from task.errors import SettingsError
 from task.files import write_atomic
 
@@ -98,6 +99,11 @@ class RunRecord:
     seconds : float
         Time that those rounds took.
 
+    Attributes
+    ----------
+    short_rounds : int
+        Rounds so far that went on without a client that was asked.
+
     Raises
     ------
     RunExistsError
@@ -115,9 +121,10 @@ class RunRecord:
         self._best: dict[str, float] = {}
         self._last: dict[str, object] = {}
         self._uplink = self._downlink = 0
+        self.short_rounds = 0
         self._started = datetime.now().astimezone()
         self._seconds_before = seconds
-        self._board = None
+        self._board = Board(folder / "tensorboard", resumed_after)
         self._config_before: dict[str, object] = {}
         self._resumed_after = resumed_after
         if resumed_after is not None:
@@ -147,16 +154,24 @@ class RunRecord:
             config |= {"resumed_after": self._resumed_after, "earlier": [*earlier, before]}
         self._write_json("config.json", config)
 
-    def append_round(self, entry: Mapping[str, object]) -> None:
-        """Append one round to rounds.jsonl and to TensorBoard."""
-        path = self.folder / "rounds.jsonl"
-        with writing(path), open(path, "a") as file:
-            file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def append_round(
+        self, entry: Mapping[str, object], weights: Mapping[str, object] | None = None
+    ) -> None:
+        """Append one round to rounds.jsonl and to TensorBoard.
+
+        Parameters
+        ----------
+        entry : mapping
+            The round.
+        weights : mapping, optional
+            Its `strategies.distributions.WeightDistributions`, for weights.jsonl and TensorBoard.
+        """
+        if weights:
+            self._append("weights.jsonl", {"round": entry["round"], **weights})
+        self._append("rounds.jsonl", entry)
         self._count(entry)
         with writing(self.folder / "tensorboard"):
-            self._to_board(entry)
+            self._board.add_round(entry, weights or {})
 
     def write_model(self, state: Mapping[str, Tensor]) -> None:
         """Write the float32 global model."""
@@ -179,10 +194,7 @@ class RunRecord:
 
     def close(self) -> None:
         """Let go of TensorBoard's file."""
-        if self._board is not None:
-            # On a full disk it fails once more, which would hide what ended the run.
-            with suppress(OSError):
-                self._board.close()
+        self._board.close()
 
     def _recount(self, rounds: int) -> None:
         """Count the rounds of the checkpoint again, and drop what was written after it."""
@@ -199,13 +211,26 @@ class RunRecord:
         for entry in entries:
             self._count(entry)
         self._write("rounds.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        weights = self.folder / "weights.jsonl"
+        if weights.exists():
+            with writing(weights):
+                kept = [line for line in weights.read_bytes().splitlines() if _is_of(line, rounds)]
+            self._write("weights.jsonl", b"".join(line + b"\n" for line in kept))
 
     def _count(self, entry: Mapping[str, object]) -> None:
         self._uplink += sum(entry["uplink_bytes"].values())
         self._downlink += sum(entry["downlink_bytes"].values())
+        self.short_rounds += bool(entry.get("left_out"))
         self._last = dict(entry)
         for width, value in (entry.get("accuracy") or {}).items():
             self._best[width] = max(value, self._best.get(width, 0.0))
+
+    def _append(self, name: str, entry: Mapping[str, object]) -> None:
+        path = self.folder / name
+        with writing(path), open(path, "a") as file:
+            file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _write_json(self, name: str, content: Mapping[str, object]) -> None:
         text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
@@ -214,20 +239,6 @@ class RunRecord:
     def _write(self, name: str, data: bytes) -> None:
         with writing(self.folder / name):
             write_atomic(self.folder / name, data)
-
-    def _to_board(self, entry: Mapping[str, object]) -> None:
-        if self._board is None:
-            # Here, because its import takes seconds that a refused run need not wait for.
-            from torch.utils.tensorboard import SummaryWriter
-
-            # What was shown of rounds that come again is dropped by the reader.
-            again = None if self._resumed_after is None else self._resumed_after + 1
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=again)
-        step = entry["round"]
-        for tag, value in _flatten(entry):
-            if tag != "round":
-                self._board.add_scalar(tag, value, step)
-        self._board.flush()
 
 
 def open_record(output_dir: str, run_name: str, strategy: str, dataset: str) -> RunRecord:
@@ -275,9 +286,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _flatten(entry: Mapping[str, object], prefix: str = ""):
-    for key, value in entry.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield prefix + key, value
+def _is_of(line: bytes, rounds: int) -> bool:
+    """Whether a line holds one of the first rounds; one that was torn does not."""
+    try:
+        return json.loads(line)["round"] <= rounds
+    except (ValueError, KeyError, TypeError):
+        return False

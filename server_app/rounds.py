@@ -51,7 +51,7 @@ def run_rounds(
     began = time.monotonic()
     for server_round in range(done + 1, settings.num_server_rounds + 1):
         entry, arrays = _run_round(grid, strategy, settings, server_round, arrays, evaluator)
-        record.append_round(entry)
+        record.append_round(entry, strategy.round_log.weights)
         if server_round == 1 and not entry["clients"]["aggregated"]:
             reason = next(iter(entry["left_out"].values()), "none answered")
             raise FederationError(f"no client could be used in the first round: {reason}")
@@ -71,13 +71,15 @@ def _run_round(
 ) -> tuple[dict[str, object], ArrayRecord]:
     started = time.monotonic()
     messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
+    last = server_round == settings.num_server_rounds
+    evaluates = last or server_round % settings.evaluate_every == 0
+    strategy.round_log.detailed = evaluates
     replies = _Timed(receive(grid, messages, settings.round_timeout, strategy.largest_payload))
     aggregated, metrics = strategy.aggregate_train(server_round, replies)
     arrays = arrays if aggregated is None else aggregated
     combined = time.monotonic()
     scores = _Scores()
-    last = server_round == settings.num_server_rounds
-    if last or server_round % settings.evaluate_every == 0:
+    if evaluates:
         scores = _evaluate(grid, strategy, settings, server_round, arrays, evaluator)
     ended = time.monotonic()
     trained, evaluated = strategy.round_log, strategy.evaluate_log
@@ -176,9 +178,20 @@ def format_round(entry: Mapping[str, object], num_rounds: int, left: float) -> s
     return (
         f"round {entry['round']}/{num_rounds} | {accuracy or 'not evaluated'} | "
         f"up {format_bytes(up)}, down {format_bytes(down)} | "
-        f"clients {clients['aggregated']} of {clients['sampled']} | "
+        f"clients {clients['aggregated']} of {clients['sampled']}{_missing(entry)} | "
         f"{seconds['round']:.1f} s, {int(left // 60)}:{int(left % 60):02d} left"
     )
+
+
+def _missing(entry: Mapping[str, object]) -> str:
+    clients = entry["clients"]
+    counts = {
+        "set aside": clients["rejected"],
+        "failed": clients["failed"],
+        "not in the evaluation": len(entry["left_out_of_evaluation"]),
+    }
+    named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f" ({named})" if named else ""
 
 
 def format_bytes(count: float) -> str:

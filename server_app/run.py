@@ -168,7 +168,10 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
         raise
     _write_model(run, record, done, model)
     record.write_summary("completed")
-    log(INFO, "prowd: completed; record in %s", run.folder)
+    short = record.short_rounds
+    # The lines that said so have scrolled away.
+    left_out = f"clients were left out of {short} of its rounds (rounds.jsonl); " if short else ""
+    log(INFO, "prowd: completed; %srecord in %s", left_out, run.folder)
 
 
 def _write_model(run: Run, record: RunRecord, done: int, model: State) -> None:

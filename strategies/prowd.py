@@ -38,6 +38,7 @@ from quant import (
 )
 from strategies.averaging import WeightedMean
 from strategies.base import MixedPrecisionStrategy
+from strategies.distributions import WeightDistributions
 from strategies.prowd_options import ProWDOptions, parse_ladder
 from strategies.replies import ClientUpdate
 from strategies.states import State, is_finite, join_states, split_states
@@ -121,6 +122,9 @@ class ProWD(MixedPrecisionStrategy):
         if not groups:
             return None
         means = {bits: group.mean() for bits, group in groups.items()}
+        seen = None
+        if self.round_log.detailed and len(means) > 1:
+            seen = WeightDistributions(means, weights)
         used = {b: self.model_for(b, start).quantized for b in groups if b != FLOAT_BITS}
         reference = self._reference(weights, used)
         self._grow_dequantizer(weights, reference)
@@ -134,6 +138,8 @@ class ProWD(MixedPrecisionStrategy):
             means = {bits: group.mean() for bits, group in lifted.items()}
         if self.options.align:
             self._align(means, start, groups, used)
+        if seen is not None:
+            self.round_log.weights = seen.to_record(means)
         masks = self._masks(server_round, means, start, weights)
         if self.options.own_normalization:
             floats, shared = self._keep_own(means), weights
@@ -189,6 +195,9 @@ class ProWD(MixedPrecisionStrategy):
                 keep = keep[torch.randperm(keep.numel(), generator=generator)]
             masks[bits] = _unflat(keep.float(), weights)
             self.round_log.own[f"mask-density-{bits}"] = float(keep.float().mean())
+            if not keep.all():
+                by_layer = {name: float(mask.mean()) for name, mask in masks[bits].items()}
+                self.round_log.own[f"mask-density-by-layer-{bits}"] = by_layer
             self.round_log.own[f"cosine-{bits}"] = cosine(low_move, high_move)
             self.round_log.own[f"cosine-masked-{bits}"] = cosine(low_move * keep, high_move)
         return masks

@@ -147,6 +147,10 @@ class RoundLog:
         Payload bytes by width, summed over clients.
     own : dict
         What the strategy itself reports.
+    detailed : bool
+        Whether this round is to be recorded in full.
+    weights : dict
+        Then, from a strategy that has them, `WeightDistributions.to_record`.
     """
 
     sampled: list[int] = field(default_factory=list)
@@ -156,6 +160,8 @@ class RoundLog:
     uplink_bytes: Counter[int] = field(default_factory=Counter)
     downlink_bytes: Counter[int] = field(default_factory=Counter)
     own: dict[str, object] = field(default_factory=dict)
+    detailed: bool = False
+    weights: dict[str, object] = field(default_factory=dict)
 
     @property
     def left_out(self) -> dict[int, str]:

@@ -67,7 +67,7 @@ def continuous_integration(tmp_path):
         "apt-get": "echo 'E: Unable to fetch some archives'; exit 100\n",
         "python3": 'mkdir -p "$3/bin"\n',
         "pytest": "echo tested\n",
-        **dict.fromkeys(("pip", "ruff", "caddy", "ip", "docker-compose"), ""),
+        **dict.fromkeys(("pip", "ruff", "caddy", "ip", "docker-compose", "chromium"), ""),
     }
     for name, script in stubs.items():
         (programs / name).write_text(ends_well + script)
@@ -87,7 +87,7 @@ def test_continuous_integration_runs_the_tests(continuous_integration):
     assert (done.returncode, done.stdout) == (0, "tested\n"), done.stderr
 
 
-@pytest.mark.parametrize("program", ["caddy", "ip", "docker-compose"])
+@pytest.mark.parametrize("program", ["caddy", "ip", "docker-compose", "chromium"])
 def test_continuous_integration_fails_if_a_program_could_not_be_fetched(
     continuous_integration, program
 ):
@@ -102,7 +102,7 @@ def test_continuous_integration_fails_if_a_program_could_not_be_fetched(
 def test_continuous_integration_without_roots_rights_does_without(continuous_integration):
     programs = continuous_integration.programs
     (programs / "id").write_text("#!/bin/bash\necho 1000\n")
-    for program in ("caddy", "ip", "docker-compose"):
+    for program in ("caddy", "ip", "docker-compose", "chromium"):
         (programs / program).unlink()
     assert continuous_integration().returncode == 0
 

@@ -118,7 +118,13 @@ def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
     first = flower.compare(plan, tmp_path / "out")
     assert first.returncode == 1
     assert "failed: half-B-seed3: batch-size: 0 is not allowed" in first.stderr
+    assert "\x1b" not in first.stdout
+    assert "[1/2] half-A-seed3: done after " in first.stdout
+    assert "[2/2] half-B-seed3: failed: batch-size: 0 is not allowed" in first.stdout
     assert "| A | " in (tmp_path / "out" / "table.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "failed: batch-size: 0 is not allowed" in page
+    assert first.stdout.splitlines()[-1] == str(tmp_path / "out" / "report.html")
     plan.write_text(plan.read_text().replace("batch-size = 0", "batch-size = 16"))
     second = flower.compare(plan, tmp_path / "out")
     assert second.returncode == 0, second.stderr

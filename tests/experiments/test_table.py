@@ -3,7 +3,8 @@
 import json
 
 from experiments.plan import Experiment
-from experiments.runs import PlannedRun, pending, planned_runs
+from experiments.records import read_record
+from experiments.runs import pending, planned_runs
 from experiments.table import make_table, result_of, to_markdown
 
 
@@ -39,7 +40,7 @@ def test_accuracy_is_the_mean_of_the_last_three_evaluated_rounds(tmp_path):
         {},
     ]
     record(tmp_path / "a", rounds)
-    result = result_of(PlannedRun("50-50", "A", 0, tmp_path / "a", {}))
+    result = result_of("50-50", "A", 0, read_record(tmp_path / "a"))
     # (0.3 + 0.4 + 0.5) / 3, (0.5 + 0.6 + 0.7) / 3; six rounds of 2 MB up and 5 B down.
     assert round(result["accuracy"]["4"], 9) == 0.4
     assert round(result["accuracy"]["32"], 9) == 0.6

@@ -58,6 +58,61 @@ def test_a_run_leaves_config_rounds_summary_model_and_scalars(tmp_path):
     assert [s.step for s in board.Scalars("prowd/cosine-8")] == [1, 2, 3]
 
 
+def weights(server_round):
+    counts = {"w": [1, 0, server_round, 2]}
+    return {
+        "reach": 4.0,
+        "unit": {"w": 0.5},
+        "high": 32,
+        "counts": {"high": counts, "before": {"8": counts}, "after": {"8": counts}},
+    }
+
+
+def test_weights_have_a_file_of_their_own_and_histograms_in_tensorboard(tmp_path):
+    record = RunRecord(tmp_path / "run")
+    record.append_round(entry(1, 0.5))
+    record.append_round(entry(2, 0.5), weights(2))
+    record.close()
+    lines = (record.folder / "weights.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"round": 2, **weights(2)}]
+    assert "unit" not in (record.folder / "rounds.jsonl").read_text()
+    board = EventAccumulator(str(record.folder / "tensorboard")).Reload()
+    tags = ["weights/high/w", "weights/before/8/w", "weights/after/8/w"]
+    assert board.Tags()["histograms"] == tags
+    [shown] = board.Histograms("weights/before/8/w")
+    value = shown.histogram_value
+    # Bins of width 2 with their middles at -3, -1, 1, 3, of which 1, 0, 2, 2 weights.
+    assert (shown.step, value.num, value.sum, value.sum_squares) == (2, 5, 5, 29)
+    assert (value.bucket_limit, value.bucket) == ([-2, 0, 2, 4], [1, 0, 2, 2])
+
+
+def test_a_record_that_is_gone_on_with_holds_the_weights_of_every_round_once(tmp_path):
+    record = RunRecord(tmp_path / "run")
+    record.write_config({})
+    for server_round in (1, 2, 3):
+        record.append_round(entry(server_round, 0.5), weights(server_round))
+    record.close()
+    with open(record.folder / "weights.jsonl", "a") as file:
+        file.write('{"round": 4, "rea')
+    record = RunRecord(record.folder, resumed_after=2)
+    record.append_round(entry(3, 0.6), weights(30))
+    record.close()
+    lines = (record.folder / "weights.jsonl").read_text().splitlines()
+    assert [json.loads(line)["counts"]["high"]["w"][2] for line in lines] == [1, 2, 30]
+
+
+def test_rounds_without_a_client_are_counted_also_those_before_a_resume(tmp_path):
+    record = RunRecord(tmp_path / "run")
+    record.write_config({})
+    record.append_round({**entry(1, 0.5), "left_out": {"0": "no reply in time"}})
+    record.append_round({**entry(2, 0.5), "left_out": {}})
+    record.close()
+    record = RunRecord(record.folder, resumed_after=2)
+    record.append_round({**entry(3, 0.5), "left_out": {"0": "no reply in time", "1": "no power"}})
+    assert record.short_rounds == 2
+    record.close()
+
+
 def test_a_failed_run_says_why(tmp_path):
     record = RunRecord(tmp_path / "run")
     record.write_summary("failed", "batch-size: 0 is not allowed")

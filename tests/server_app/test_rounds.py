@@ -132,6 +132,9 @@ def test_what_was_left_out_of_training_and_of_evaluation_stand_apart(tmp_path, m
 def test_evaluation_can_be_rarer_but_the_last_round_has_it(tmp_path):
     folder = run(tmp_path, num_server_rounds=3, evaluate_every=2)
     assert [bool(e["accuracy"]) for e in rounds_of(folder)] == [False, True, True]
+    # Weights are recorded in the same rounds.
+    lines = (folder / "weights.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [2, 3]
 
 
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path):
@@ -179,12 +182,18 @@ def test_the_rounds_line():
         "accuracy": {"8": 0.5, "32": 0.75, "average": 0.625},
         "uplink_bytes": {"8": 1000, "32": 250},
         "downlink_bytes": {"8": 999},
-        "clients": {"aggregated": 4, "sampled": 5},
+        "clients": {"aggregated": 5, "sampled": 5, "rejected": 0, "failed": 0},
+        "left_out_of_evaluation": {},
         "seconds": {"round": 2.34},
     }
     assert format_round(entry, 10, 65.0) == (
         "round 3/10 | 8-bit 50.00% 32-bit 75.00% average 62.50% | up 1.2 kB, down 999 B | "
-        "clients 4 of 5 | 2.3 s, 1:05 left"
+        "clients 5 of 5 | 2.3 s, 1:05 left"
+    )
+    entry["clients"] = {"aggregated": 2, "sampled": 5, "rejected": 1, "failed": 2}
+    entry["left_out_of_evaluation"] = {"3": "no reply in time"}
+    assert " | clients 2 of 5 (1 set aside, 2 failed, 1 not in the evaluation) | " in format_round(
+        entry, 10, 65.0
     )
 
 

@@ -99,6 +99,7 @@ def test_the_posters_literal_form_divides_by_all_clients():
     high = START["w"][0] + torch.tensor([0.0, 0.5, 0.5, 0.0])
     torch.testing.assert_close(new["w"][0], (low + high) / 2)
     assert strategy.round_log.own["mask-density-4"] == 0.25
+    assert strategy.round_log.own["mask-density-by-layer-4"] == {"w": 0.25}
 
 
 def test_homogeneous_float32_clients_make_it_fedavg():

@@ -1,0 +1,153 @@
+"""The runs of a comparison in the terminal: a table that lives, or plain lines where there is none.
+
+`flwr` itself writes into each run's log, so that nothing else appears between.
+"""
+
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from experiments.plan import Experiment
+from experiments.progress import Progress, State, Watch, seconds_left
+from experiments.runs import PlannedRun, execute, pending, unique
+
+_STYLES = {
+    State.WAITING: "dim",
+    State.RUNNING: "bold",
+    State.DONE: "green",
+    State.FAILED: "bold red",
+}
+# What is left out first where a terminal has fewer lines than there are runs.
+_WORTH = (State.RUNNING, State.FAILED, State.WAITING, State.DONE)
+# Lines of the table that are no run: title, head, rules, caption, and the cursor's.
+_OTHER_LINES = 6
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> dict[str, str]:
+    """Run what has not completed and show how it goes.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Its title and federation.
+    runs : sequence of PlannedRun
+        All runs.
+    jobs : int
+        Runs at a time.
+
+    Returns
+    -------
+    dict of str to str
+        By name of the run, why it failed.
+    """
+    waiting, all_runs = pending(runs), unique(runs)
+    jobs = max(1, jobs)
+    print(f"{experiment.title}: {len(all_runs) - len(waiting)} of {len(all_runs)} runs are done")
+    watch = Watch(all_runs, waiting)
+    terminal = is_terminal() and bool(waiting)
+    failures: dict[str, str] = {}
+
+    def say(line: str) -> None:
+        if not terminal:
+            print(line, flush=True)
+
+    def run_one(number: int, run: PlannedRun) -> None:
+        name = f"[{number}/{len(waiting)}] {run.folder.name}"
+        say(f"{name} ...")
+        watch.begin(run)
+        reason = execute(run, experiment.federation)
+        if reason:
+            failures[run.folder.name] = reason
+        say(f"{name}: {ended(watch.end(run, reason))}")
+
+    shown = _shown(experiment.title, watch, jobs) if terminal else nullcontext()
+    with shown, ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run_one, range(1, len(waiting) + 1), waiting))
+    return failures
+
+
+def is_terminal() -> bool:
+    """Return whether a table can live on the standard output."""
+    return sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
+
+
+def ended(run: Progress) -> str:
+    """Return how a run ended, on one line."""
+    if run.state is State.FAILED:
+        return f"failed: {run.reason}"
+    return f"done after {clock(run.seconds)} | {run.scores() or 'not evaluated'}"
+
+
+def clock(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def make_table(title: str, runs: Sequence[Progress], jobs: int, most: int | None = None) -> Table:
+    """Return the table of all runs, or of the `most` that are worth most; in the plan's order."""
+    ranked = sorted(range(len(runs)), key=lambda i: _WORTH.index(runs[i].state))
+    chosen = [runs[i] for i in sorted(ranked[:most])]
+    table = Table(
+        title=Text(title), caption=_summed_up(runs, jobs), box=box.SIMPLE_HEAD, expand=True
+    )
+    for head, justify, ratio in (("run", "left", 3), ("", "left", None), ("round", "right", None)):
+        table.add_column(head, justify=justify, ratio=ratio, no_wrap=True, overflow="ellipsis")
+    table.add_column("accuracy, or why it failed", ratio=4, no_wrap=True, overflow="ellipsis")
+    table.add_column("left", justify="right", no_wrap=True)
+    for run in chosen:
+        left = seconds_left([run], 1) if run.state is State.RUNNING else None
+        table.add_row(
+            Text(run.name),
+            Text(run.state.value, _STYLES[run.state]),
+            Text(f"{run.rounds} of {run.num_rounds}" if run.num_rounds else ""),
+            Text(run.reason or run.scores()),
+            Text("" if left is None else clock(left)),
+        )
+    return table
+
+
+def _summed_up(runs: Sequence[Progress], jobs: int) -> Text:
+    counts = Counter(run.state for run in runs)
+    said = ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state])
+    left = seconds_left(runs, jobs)
+    going = counts[State.WAITING] + counts[State.RUNNING]
+    return Text(f"{said}; about {clock(left)} left" if going and left is not None else said)
+
+
+@contextmanager
+def _shown(title: str, watch: Watch, jobs: int) -> Iterator[None]:
+    """Keep the table up to date meanwhile; at the end it has every run."""
+    console = Console(force_terminal=True)
+    over = threading.Event()
+
+    def table(whole: bool = False) -> Table:
+        most = None if whole else max(1, console.size.height - _OTHER_LINES)
+        return make_table(title, watch.now(), jobs, most)
+
+    with Live(table(), console=console, auto_refresh=False) as live:
+        looking = threading.Thread(target=_look, args=(live, table, over), daemon=True)
+        looking.start()
+        try:
+            yield
+        finally:
+            over.set()
+            looking.join()
+            live.update(table(whole=True), refresh=True)
+
+
+def _look(live: Live, table: Callable[[], Table], over: threading.Event) -> None:
+    while not over.wait(_SECONDS_BETWEEN_LOOKS):
+        live.update(table(), refresh=True)

@@ -1,0 +1,126 @@
+"""What the runs of a comparison are doing, and how long they may still take."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+
+from experiments.records import read_record
+from experiments.runs import PlannedRun
+
+
+class State(StrEnum):
+    """Where a run stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One run as it stands.
+
+    Attributes
+    ----------
+    name : str
+        Of its folder.
+    state : State
+        Where it stands.
+    reason : str
+        Why it failed.
+    rounds, num_rounds : int
+        Done, and asked for; the latter 0 where it is not known yet.
+    seconds : float
+        Time that these rounds took.
+    accuracy : mapping of str to float
+        Of the last round that was evaluated, in 0..1, by width and "average".
+    """
+
+    name: str
+    state: State
+    reason: str = ""
+    rounds: int = 0
+    num_rounds: int = 0
+    seconds: float = 0.0
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+
+    def scores(self) -> str:
+        """Return the accuracies; the average comes first, as a narrow terminal cuts off the end."""
+        ranked = sorted(self.accuracy, key=lambda width: width != "average")
+        return " ".join(
+            f"{width if width == 'average' else width + '-bit'} {self.accuracy[width]:.2%}"
+            for width in ranked
+        )
+
+
+class Watch:
+    """Knows of every run how it stands; runs begin and end in any thread.
+
+    Parameters
+    ----------
+    runs : sequence of PlannedRun
+        All of them.
+    waiting : sequence of PlannedRun
+        Those that have not completed.
+    """
+
+    def __init__(self, runs: Sequence[PlannedRun], waiting: Sequence[PlannedRun]) -> None:
+        self._lock = threading.Lock()
+        self._progress = {run.folder: _read(run, State.DONE) for run in runs}
+        for run in waiting:
+            self._progress[run.folder] = Progress(run.folder.name, State.WAITING)
+        self._running: dict[Path, PlannedRun] = {}
+
+    def begin(self, run: PlannedRun) -> None:
+        """Note that a run begins."""
+        with self._lock:
+            self._running[run.folder] = run
+
+    def end(self, run: PlannedRun, reason: str) -> Progress:
+        """Note that a run has ended, and why it failed if it did; return how it stands."""
+        ended = _read(run, State.FAILED if reason else State.DONE, reason)
+        with self._lock:
+            del self._running[run.folder]
+            self._progress[run.folder] = ended
+        return ended
+
+    def now(self) -> list[Progress]:
+        """Return how every run stands, in the order of the plan."""
+        with self._lock:
+            running, progress = list(self._running.values()), dict(self._progress)
+        progress |= {run.folder: _read(run, State.RUNNING) for run in running}
+        return list(progress.values())
+
+
+def seconds_left(runs: Sequence[Progress], jobs: int) -> float | None:
+    """Estimate from finished rounds how long the runs take that are not done; None: not known yet.
+
+    A run's own rounds tell how long its next ones take; of one that has none, those of all do.
+    """
+    finished = sum(run.rounds for run in runs)
+    if not finished:
+        return None
+    usual = sum(run.seconds for run in runs) / finished
+    most = max(run.num_rounds for run in runs)
+    lefts = [
+        (run.seconds / run.rounds if run.rounds else usual)
+        * ((run.num_rounds or most) - run.rounds)
+        for run in runs
+        if run.state in (State.WAITING, State.RUNNING)
+    ]
+    return max([sum(lefts) / jobs, *lefts], default=0.0)
+
+
+def _read(run: PlannedRun, state: State, reason: str = "") -> Progress:
+    record = read_record(run.folder, weights=False)
+    asked = run.settings.get("num-server-rounds")
+    known = Progress(run.folder.name, state, reason, num_rounds=int(asked or record.num_rounds))
+    return replace(
+        known,
+        rounds=len(record.rounds),
+        seconds=sum(entry.seconds.get("round", 0.0) for entry in record.rounds),
+        accuracy=next((e.accuracy for e in reversed(record.rounds) if e.accuracy), {}),
+    )

@@ -1,0 +1,120 @@
+"""The report in a real browser, at the widths of a telephone and a desk, in light and in dark."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from experiments.records import find_runs, read_record
+from experiments.report import write_page
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs chromium (apt-get install chromium)"
+)
+
+NARROW, WIDE = 400, 1400
+# Chromium's windows are no narrower than 500 pixels, a frame can be. The page forbids scripts in
+# itself: this one looks at it from around.
+_AROUND = """<!doctype html><body style="margin:0"><iframe src="{page}"
+style="border:0;width:{width}px;height:1000px"></iframe><script>
+onload = () => {{
+  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+  const view = page.defaultView, style = view.getComputedStyle(root);
+  const figures = [...page.querySelectorAll("svg[role=img]")];
+  const box = element => element.getBoundingClientRect();
+  const scale = matrix => Math.hypot(matrix.a, matrix.b);
+  const found = {{
+    client: root.clientWidth, scroll: root.scrollWidth,
+    titles: figures.map(f => f.ariaLabel.split(". ")[0]),
+    texts: figures.flatMap(f => [...f.querySelectorAll("text")].map(t =>
+      parseFloat(view.getComputedStyle(t).fontSize) * scale(t.getScreenCTM()))),
+    outside: figures.filter(f => [...f.querySelectorAll("text")].some(t =>
+      box(t).right > root.clientWidth + 1 || box(t).left < -1)).map(f => f.ariaLabel),
+    columns: new Set(figures.map(f => box(f).left)).size,
+    surface: view.getComputedStyle(page.body).backgroundColor,
+    ink: view.getComputedStyle(figures[0].querySelector("text")).fill,
+    strokes: [...new Set(figures.flatMap(f => [...f.querySelectorAll("path")].map(p =>
+      view.getComputedStyle(p).stroke)))].filter(s => s.startsWith("rgb(")),
+    grid: style.getPropertyValue("--grid").trim(),
+  }};
+  document.body.textContent = "FOUND" + JSON.stringify(found) + "END";
+}};
+</script>"""
+
+
+def look(page, tmp_path, width, scheme="light"):
+    """Open a page in a frame; return what is found in it, and what the console said."""
+    around = tmp_path / "around.html"
+    around.write_text(_AROUND.format(page=page.as_uri(), width=width))
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--allow-file-access-from-files", "--enable-logging=stderr", "--log-level=0"),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={max(width, 500)},1000",
+            f"--blink-settings=preferredColorScheme={'0' if scheme == 'dark' else '1'}",
+            *("--dump-dom", around.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert "FOUND" in done.stdout, done.stderr
+    text = done.stdout.partition("FOUND")[2].partition("END")[0]
+    return json.loads(text.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")), console
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_page(path, "Digits", [read_record(folder) for folder in find_runs([runs])])
+    return path
+
+
+def luminance(color):
+    channels = [int(c) / 255 for c in color.removeprefix("rgb(").removesuffix(")").split(",")]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    """Contrast ratio of the Web Content Accessibility Guidelines."""
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(NARROW, "light"), (NARROW, "dark"), (WIDE, "light"), (WIDE, "dark")]
+)
+def test_the_page_can_be_read(page, tmp_path, width, scheme):
+    found, console = look(page, tmp_path, width, scheme)
+    assert console == []
+    assert found["client"] in (width, width - 15)  # Beside a scroll bar.
+    assert found["scroll"] == found["client"]
+    assert len(found["titles"]) == 16
+    assert "Weights of the 3-bit group, round 4: prowd" in found["titles"]
+    assert found["outside"] == []
+    assert min(found["texts"]) >= 11
+    assert found["columns"] == (1 if width == NARROW else 3)
+    assert (luminance(found["surface"]) < 0.1) == (scheme == "dark")
+    assert contrast(found["ink"], found["surface"]) >= 7
+    lines = [s for s in found["strokes"] if s != as_rgb(found["grid"])]
+    assert len(lines) >= 4
+    assert min(contrast(line, found["surface"]) for line in lines) >= 3
+
+
+def as_rgb(color):
+    return f"rgb({int(color[1:3], 16)}, {int(color[3:5], 16)}, {int(color[5:7], 16)})"
+
+
+def test_what_is_too_wide_or_forbidden_would_be_seen(page, tmp_path):
+    """The check itself: a page that overflows, and a script that the page does not let run."""
+    spoiled = tmp_path / "spoiled.html"
+    bad = "<div style='width:3000px'>.</div><script>document.title = 'run'</script></main>"
+    spoiled.write_text(page.read_text().replace("</main>", bad))
+    found, console = look(spoiled, tmp_path, WIDE)
+    assert found["scroll"] >= 3000
+    assert any("Content Security Policy" in line for line in console)
