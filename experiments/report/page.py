@@ -139,7 +139,7 @@ def _accuracy(scenario: Scenario) -> Table:
     results = [
         result_of(scenario.name, series.name, record.settings.get("seed"), record)
         for series in scenario.series
-        for record in series.records
+        for record in _longest(series)
     ]
     rows = make_table(result for result in results if result)
     widths = [*widths_of(rows), "average"]
@@ -155,9 +155,16 @@ def _accuracy(scenario: Scenario) -> Table:
     ]
     note = (
         "Means of the last three rounds that were evaluated, with mean and standard deviation over "
-        "seeds; bytes of all rounds."
+        "seeds; bytes of all rounds. A run that did not come as far as others of its system is "
+        "left out."
     )
     return Table([*head, "seeds"], cells, note)
+
+
+def _longest(series: Series) -> list[Record]:
+    """Return the runs with the most rounds: one that is half done would lower the mean."""
+    most = max(record.rounds[-1].round for record in series.records)
+    return [record for record in series.records if record.rounds[-1].round == most]
 
 
 def _runs(records: Sequence[Record], scenarios: Sequence[Scenario]) -> Table:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from html.parser import HTMLParser
 
@@ -55,6 +56,15 @@ def test_seeds_of_equal_settings_are_one_system(runs):
         "prowd": ["ProWD-0", "ProWD-1"],
     }
     assert scenario.widths() == ["3", "32"]
+
+
+def test_a_run_that_stopped_early_does_not_enter_the_mean(runs, tmp_path):
+    """FedAvg's third seed was killed after 3 of the others' 6 rounds."""
+    path = tmp_path / "report.html"
+    write_page(path, "Digits", read(runs))
+    row = r'<tr><th scope="row">fedavg</th>(?:<td>[^<]*</td>\s*)+</tr>'
+    [accuracies] = re.findall(row, path.read_text())
+    assert re.findall("<td>(.*?)</td>", accuracies)[-1] == "2"
 
 
 def test_systems_are_named_by_what_tells_them_apart(tmp_path):
