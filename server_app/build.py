@@ -5,8 +5,12 @@ from collections.abc import Mapping
 from strategies import STRATEGIES, MixedPrecisionStrategy, ProWD
 from strategies.base import Broadcast
 from task.errors import SettingsError
-from task.options import Options
+from task.options import Options, format_assignments, parse_assignments
+from task.reference import in_one_line, load_reference
 from task.settings import Settings
+
+# Before each key of a class of the user's own in an error.
+_OWN_PREFIX = "strategy-options: "
 
 
 def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str, object]]:
@@ -20,7 +24,8 @@ def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str,
     Returns
     -------
     tuple of Settings and dict
-        The common settings, and the chosen strategy's own by their full keys.
+        The common settings, and the chosen strategy's own by their full keys; those of a class of
+        the user's own stand all in ``strategy-options``, the defaults too.
 
     Raises
     ------
@@ -42,18 +47,54 @@ def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str,
     if left:
         key = sorted(left)[0]
         raise SettingsError(f"{key}: there is no such setting (value {run_config[key]!r})")
+    if not chosen:
+        values = parse_assignments(settings.strategy_options)
+        read = _options_class(_class_of(settings.strategy)).read(values, _OWN_PREFIX)
+        own = {"strategy-options": format_assignments(read.to_settings())}
+    elif settings.strategy_options:
+        raise SettingsError(
+            f"strategy-options: {settings.strategy_options!r} with strategy {settings.strategy}; "
+            "allowed with package.module:Class only"
+        )
     return settings, own
 
 
 def _split_name(strategy: str) -> tuple[str, str]:
-    """Part ``"flwr:FedAdam"`` into the registry's name and the class; other names have no class."""
+    """Part ``"flwr:FedAdam"`` into the registry's name and the class; other names have no class.
+
+    For a class of the user's own, ``"package.module:Class"``, the registry's name is empty.
+    """
     name, colon, inner = strategy.partition(":")
+    if colon and name not in STRATEGIES:
+        return "", strategy
     if name not in STRATEGIES or bool(colon) != (name == "flwr"):
         names = ", ".join(n for n in STRATEGIES if n != "flwr")
         raise SettingsError(
-            f"strategy: there is no {strategy!r}; allowed: {names}, or flwr:NAME of Flower's own"
+            f"strategy: there is no {strategy!r}; allowed: {names}, flwr:NAME of Flower's own, or "
+            "package.module:Class"
         )
     return name, inner
+
+
+def _class_of(strategy: str) -> type[MixedPrecisionStrategy]:
+    name, inner = _split_name(strategy)
+    if name:
+        return STRATEGIES[name]
+    found = load_reference("strategy", inner)
+    if not (isinstance(found, type) and issubclass(found, MixedPrecisionStrategy)):
+        raise SettingsError(
+            f"strategy: {inner!r} is no subclass of strategies.MixedPrecisionStrategy"
+        )
+    return found
+
+
+def _options_class(strategy_class: type[MixedPrecisionStrategy]) -> type[Options]:
+    found = getattr(strategy_class, "Options", Options)
+    if not (isinstance(found, type) and issubclass(found, Options)):
+        raise SettingsError(
+            f"strategy: {strategy_class.__name__}.Options is no subclass of task.options.Options"
+        )
+    return found
 
 
 def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecisionStrategy:
@@ -72,7 +113,7 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
         If the settings do not go together with the strategy.
     """
     name, inner = _split_name(settings.strategy)
-    strategy_class = STRATEGIES[name]
+    strategy_class = _class_of(settings.strategy)
     arguments: dict[str, object] = {
         "fraction_train": settings.fraction_train,
         "fraction_evaluate": settings.fraction_evaluate,
@@ -87,17 +128,26 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
         "batch_size": settings.batch_size,
     }
     if hasattr(strategy_class, "Options"):
-        prefix = f"{name}-"
+        prefix = f"{name}-" if name else _OWN_PREFIX
         values = {key.removeprefix(prefix): value for key, value in own.items()}
-        arguments["options"] = strategy_class.Options.read(values, prefix)
-    if inner:
+        if not name:
+            values = parse_assignments(str(own["strategy-options"]))
+        arguments["options"] = _options_class(strategy_class).read(values, prefix)
+    if name == "flwr":
         arguments["name"] = inner
-    if strategy_class is ProWD:
+    if issubclass(strategy_class, ProWD):
         arguments["low_bit_training"] = settings.low_bit_training
     try:
         return strategy_class(**arguments)
     except ValueError as error:
         raise SettingsError(str(error)) from None
+    except TypeError as error:
+        if name:
+            raise
+        raise SettingsError(
+            f"strategy: {inner!r} cannot be made ({in_one_line(error)}); it defines combine, and "
+            "its __init__ passes **kwargs on"
+        ) from None
 
 
 def _broadcast(settings: Settings, strategy_class: type[MixedPrecisionStrategy]) -> Broadcast:
@@ -111,4 +161,5 @@ def _broadcast(settings: Settings, strategy_class: type[MixedPrecisionStrategy])
     if settings.broadcast != "auto":
         return settings.broadcast
     strict = settings.low_bit_training == "strict"
-    return "calibrated" if strategy_class is ProWD and strict and has_buffer else "float32"
+    calibrated = issubclass(strategy_class, ProWD) and strict and has_buffer
+    return "calibrated" if calibrated else "float32"

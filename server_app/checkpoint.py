@@ -41,6 +41,7 @@ MAY_DIFFER = frozenset(
         "min-nodes",
         "node-wait",
         "data-dir",
+        "partition-file",
         "output-dir",
         "run-name",
         "resume",

@@ -20,8 +20,10 @@ from strategies import MixedPrecisionStrategy
 from strategies.states import State
 from task.data import fingerprint, load_dataset
 from task.errors import SettingsError
-from task.models import build_model
+from task.models import build_model, check_repeatable
 from task.partition import evaluation_images, server_pixels
+from task.partition_file import fingerprint_of_file
+from task.reference import is_reference
 from task.settings import Settings
 from task.simulation import in_simulation
 from task.training import check_quantizable, model_state
@@ -61,6 +63,8 @@ class Run:
         """What the run is in a federation of so many partitions."""
         shapes = {name: list(tensor.shape) for name, tensor in model_state(self.model).items()}
         data = fingerprint(load_dataset(self.settings))
+        if self.settings.partition_file:
+            data += f", {fingerprint_of_file(self.settings.partition_file)}"
         return Identity.new(self.all_settings, data, shapes, num_partitions)
 
 
@@ -77,7 +81,11 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     strategy = build_strategy(settings, options)
     data = load_dataset(settings)
     strategy.nodes.most_examples = len(data.train)
-    model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
+    shape = data.channels, data.size, data.num_classes
+    model = build_model(settings.model, *shape, settings.seed)
+    if is_reference(settings.model):
+        again = build_model(settings.model, *shape, settings.seed)
+        check_repeatable(model, again, settings.model)
     if min(settings.mix) < FLOAT_BITS:
         check_quantizable(model, settings.model)
     buffer = server_pixels(settings)

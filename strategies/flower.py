@@ -5,7 +5,6 @@ needs no change. It aggregates; who takes part and what is sent stays with the b
 """
 
 import inspect
-import tomllib
 from collections.abc import Iterator, Mapping
 from logging import WARNING
 from math import isfinite
@@ -24,28 +23,11 @@ from strategies.nodes import FederationError
 from strategies.replies import ClientUpdate
 from strategies.states import State, to_arrays, to_state
 from task.errors import SettingsError
-from task.options import Options
+from task.options import Options, parse_assignments
 from task.protocol import Declaration, Instruction
 
 PREFIX = "flwr:"
 _KEPT = (dict, list, ArrayRecord)
-
-
-def parse_arguments(text: str) -> dict[str, object]:
-    """Read ``"eta = 0.1, beta_1 = 0.9"`` as the arguments of a class.
-
-    Raises
-    ------
-    ValueError
-        If it is not a list of TOML assignments.
-    """
-    try:
-        document = tomllib.loads(f"arguments = {{{text}}}")
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"write it as eta = 0.1, tau = 0.001 ({error})") from None
-    if list(document) != ["arguments"]:
-        raise ValueError("write it as eta = 0.1, tau = 0.001")
-    return document["arguments"]
 
 
 class FlowerOptions(Options):
@@ -56,7 +38,7 @@ class FlowerOptions(Options):
     @field_validator("arguments")
     @classmethod
     def _arguments_parse(cls, value: str) -> str:
-        parse_arguments(value)
+        parse_assignments(value)
         return value
 
 
@@ -88,7 +70,7 @@ class FlowerStrategy(MixedPrecisionStrategy):
 
     def __init__(self, name: str, options: FlowerOptions | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.inner = _make(name, parse_arguments((options or FlowerOptions()).arguments))
+        self.inner = _make(name, parse_assignments((options or FlowerOptions()).arguments))
         self._config = ConfigRecord()
 
     def configure_train(self, server_round, arrays, config, grid: Grid) -> list[Message]:

@@ -1,4 +1,4 @@
-"""Models by name: CIFAR-style residual networks, a small CNN, and torchvision's classifiers."""
+"""Models by name: CIFAR-style residual networks, a small CNN, torchvision's, and the user's own."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from task.errors import SettingsError
+from task.reference import in_one_line, is_reference, load_reference
 
 # A pixel x of 0..255 enters the network as PIXEL_SCALE * x + PIXEL_OFFSET, in -2..2.
 PIXEL_SCALE, PIXEL_OFFSET = 4 / 255, -2.0
@@ -94,7 +95,8 @@ def build_model(name: str, channels: int, size: int, num_classes: int, seed: int
     Parameters
     ----------
     name : str
-        A key of `MODELS`, or any classifier that ``torchvision.models.get_model`` knows.
+        A key of `MODELS`, any classifier that ``torchvision.models.get_model`` knows, or
+        ``"package.module:factory"`` with ``factory(channels, size, num_classes) -> nn.Module``.
     channels, size : int
         Channels (1 or 3) and pixels a side of the images.
     num_classes : int
@@ -108,12 +110,62 @@ def build_model(name: str, channels: int, size: int, num_classes: int, seed: int
         If there is no such model or it does not take images of this size.
     """
     with torch.random.fork_rng(devices=[]):
+        # Before the seed: an import may draw random numbers, and only the first one does.
+        factory = load_reference("model", name) if is_reference(name) else None
         torch.manual_seed(seed)
         if name in MODELS:
             model = MODELS[name](channels, num_classes)
+        elif is_reference(name):
+            model = _own_model(factory, name, channels, size, num_classes)
         else:
             model = _torchvision_model(name, channels, num_classes)
-    _try_model(model, name, channels, size, num_classes)
+        # Under the seed too: a lazy layer makes its weights now.
+        _try_model(model, name, channels, size, num_classes)
+    return model
+
+
+def check_repeatable(model: nn.Module, again: nn.Module, name: str) -> None:
+    """Refuse a factory that gives one module twice, or under one seed other weights.
+
+    Raises
+    ------
+    SettingsError
+        If `model` and `again`, built alike, share their memory or are not alike.
+    """
+    first, second = model.state_dict(), again.state_dict()
+    if model is again or _memory(first) & _memory(second):
+        raise SettingsError(
+            f"model: {name!r} returns what it returned before; it must make a new module"
+        )
+    alike = first.keys() == second.keys() and all(
+        first[n].shape == second[n].shape and torch.equal(first[n], second[n]) for n in first
+    )
+    if not alike:
+        raise SettingsError(
+            f"model: {name!r} gives other weights under the same seed; they must depend on torch's "
+            "random numbers alone"
+        )
+
+
+def _memory(state: dict[str, Tensor]) -> set[int]:
+    return {tensor.data_ptr() for tensor in state.values() if tensor.numel()}
+
+
+def _own_model(factory: object, name: str, channels: int, size: int, num_classes: int) -> nn.Module:
+    if not callable(factory):
+        raise SettingsError(
+            f"model: {name!r} is a {type(factory).__name__}; allowed: a function of channels, "
+            "size and num_classes that returns a torch.nn.Module"
+        )
+    try:
+        model = factory(channels, size, num_classes)
+    except Exception as error:  # Whatever the user's code raises.
+        given = f"channels={channels}, size={size}, num_classes={num_classes}"
+        raise SettingsError(f"model: {name!r} fails for {given}: {in_one_line(error)}") from None
+    if not isinstance(model, nn.Module):
+        raise SettingsError(
+            f"model: {name!r} returns a {type(model).__name__}; it must be a torch.nn.Module"
+        )
     return model
 
 
@@ -123,7 +175,8 @@ def _torchvision_model(name: str, channels: int, num_classes: int) -> nn.Module:
     if name not in torchvision.models.list_models(module=torchvision.models):
         known = ", ".join(MODELS)
         raise SettingsError(
-            f"model: {name!r}; allowed: {known}, or a torchvision classifier's name"
+            f"model: {name!r}; allowed: {known}, a torchvision classifier's name, or "
+            "package.module:factory"
         )
     # Auxiliary heads would train on nothing.
     extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
@@ -149,14 +202,20 @@ def _with_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
 
 
 def _try_model(model: nn.Module, name: str, channels: int, size: int, num_classes: int) -> None:
+    # Two images, as one alone would hide a mix-up of images and channels.
+    images = torch.zeros(2, channels, size, size)
     try:
         with torch.no_grad():
-            shape = model.eval()(torch.zeros(1, channels, size, size)).shape
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+            logits = model.eval()(images)
+    except Exception as error:  # Whatever the user's code raises.
         raise SettingsError(
-            f"model: {name!r} does not take {channels}x{size}x{size} images ({reason}); "
-            "set image-size or use resnet8, resnet20 or cnn"
+            f"model: {name!r} does not take {channels}x{size}x{size} images "
+            f"({in_one_line(error)}); set image-size, or another model"
         ) from None
-    if tuple(shape) != (1, num_classes):
-        raise SettingsError(f"model: {name!r} gives logits {tuple(shape)}, not (1, {num_classes})")
+    if not isinstance(logits, Tensor):
+        raise SettingsError(f"model: {name!r} gives a {type(logits).__name__}, not logits")
+    if logits.shape != (len(images), num_classes):
+        raise SettingsError(
+            f"model: {name!r} gives logits {list(logits.shape)} for {len(images)} images; "
+            f"it must be {[len(images), num_classes]}"
+        )

@@ -1,5 +1,7 @@
 """How settings are read: frozen pydantic models whose errors are one line that names the key."""
 
+import json
+import tomllib
 from collections.abc import Mapping
 from typing import Self
 
@@ -49,6 +51,36 @@ class Options(BaseModel):
     def to_settings(self, prefix: str = "") -> dict[str, object]:
         """Return the values by kebab-case key."""
         return {prefix + key: value for key, value in self.model_dump(by_alias=True).items()}
+
+
+def parse_assignments(text: str) -> dict[str, object]:
+    """Read ``"eta = 0.1, name = 'x'"``: values by key, in one setting.
+
+    Raises
+    ------
+    ValueError
+        If it is not a list of TOML assignments.
+    """
+    try:
+        document = tomllib.loads(f"values = {{{text}}}")
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"write it as eta = 0.1, tau = 0.001 ({error})") from None
+    if list(document) != ["values"]:
+        raise ValueError("write it as eta = 0.1, tau = 0.001")
+    return document["values"]
+
+
+def format_assignments(values: Mapping[str, object]) -> str:
+    """Write values as `parse_assignments` reads them, but for None, which TOML does not have."""
+    return ", ".join(f"{key} = {_toml(v)}" for key, v in values.items() if v is not None)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml(part) for part in value)}]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _line(error: Mapping[str, object], prefix: str) -> str:

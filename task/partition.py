@@ -1,5 +1,10 @@
-"""How the training images are dealt: server's unlabelled buffer, validation part, clients."""
+"""How the training images are dealt: server's unlabelled buffer, validation part, clients.
 
+The server takes its share of the shuffled images first, and the clients are dealt the rest; where a
+file deals to the clients, the server takes its share of what that leaves.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -7,6 +12,7 @@ import numpy as np
 
 from task.data import Images, load_dataset
 from task.errors import SettingsError
+from task.partition_file import read_partition_file
 from task.settings import Settings
 
 
@@ -24,8 +30,11 @@ def partition(settings: Settings, num_partitions: int) -> Partition:
     Raises
     ------
     SettingsError
-        If there are not enough images for the buffer and every client.
+        If there are not enough images for the buffer and every client, or the partition file does
+        not deal to so many clients.
     """
+    if settings.partitioner == "file":
+        return _partition_of_file(settings, num_partitions)
     return _partition(
         settings.dataset,
         settings.data_dir,
@@ -52,7 +61,7 @@ def client_images(settings: Settings, partition_id: int, num_partitions: int) ->
 def server_pixels(settings: Settings) -> np.ndarray:
     """Return the server's buffer: images without labels, uint8 ``[n, channels, size, size]``."""
     train = load_dataset(settings).train
-    return train.pixels[_shuffled(len(train), settings.seed)[: settings.server_buffer]]
+    return train.pixels[_in_order(settings, len(train))[: settings.server_buffer]]
 
 
 def evaluation_images(settings: Settings) -> Images:
@@ -70,7 +79,7 @@ def evaluation_images(settings: Settings) -> Images:
             f"validation-samples: {settings.validation_samples} beside server-buffer "
             f"{settings.server_buffer}; there are {len(data.train)} training images"
         )
-    return data.train[_shuffled(len(data.train), settings.seed)[settings.server_buffer : held]]
+    return data.train[_in_order(settings, len(data.train))[settings.server_buffer : held]]
 
 
 @lru_cache(maxsize=4)
@@ -97,13 +106,47 @@ def _partition(
     order = _shuffled(len(labels), seed)
     dealt = order[held:]
     rows = _deal(labels[dealt], partitioner, alpha, seed, num_partitions)
-    clients = tuple(dealt[row][: samples or None] for row in rows)
-    if short := [i for i, client in enumerate(clients) if samples and len(client) < samples]:
+    return Partition(order[:server_buffer], _limited([dealt[row] for row in rows], samples))
+
+
+def _partition_of_file(settings: Settings, num_partitions: int) -> Partition:
+    count = len(load_dataset(settings).train)
+    clients = read_partition_file(settings.partition_file, count)
+    if len(clients) != num_partitions:
         raise SettingsError(
-            f"samples-per-client: {samples}, but client {short[0]} holds only "
-            f"{len(clients[short[0]])} images"
+            f"partition-file: {settings.partition_file} deals to {len(clients)} clients; "
+            f"there are {num_partitions}"
         )
-    return Partition(order[:server_buffer], clients)
+    buffer = _in_order(settings, count)[: settings.server_buffer]
+    return Partition(buffer, _limited(clients, settings.samples_per_client))
+
+
+def _limited(clients: Sequence[np.ndarray], samples: int) -> tuple[np.ndarray, ...]:
+    """Keep so many images of each client; 0: all."""
+    for number, client in enumerate(clients):
+        if len(client) < samples:
+            raise SettingsError(
+                f"samples-per-client: {samples}, but client {number} holds only "
+                f"{len(client)} images"
+            )
+    return tuple(client[: samples or None] for client in clients)
+
+
+def _in_order(settings: Settings, count: int) -> np.ndarray:
+    """Return the training images of which the server takes the first."""
+    order = _shuffled(count, settings.seed)
+    if settings.partitioner != "file":
+        return order
+    dealt = np.concatenate(read_partition_file(settings.partition_file, count))
+    left = order[~np.isin(order, dealt)]
+    buffer, validation = settings.server_buffer, settings.validation_samples
+    if buffer + validation > len(left):
+        raise SettingsError(
+            f"partition-file: {settings.partition_file} leaves {len(left)} of {count} training "
+            f"images to the server; server-buffer {buffer} and validation-samples {validation} "
+            "take more"
+        )
+    return left
 
 
 def _shuffled(count: int, seed: int) -> np.ndarray:

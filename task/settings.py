@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS
 from task.errors import SettingsError
 from task.mix import parse_mix
-from task.options import Options
+from task.options import Options, parse_assignments
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -28,7 +28,16 @@ DATASETS = get_args(Dataset)
 class Settings(Options):
     """Settings of a run that do not belong to one strategy. All have defaults."""
 
-    strategy: str = Field("prowd", description="Aggregation on the server.")
+    strategy: str = Field(
+        "prowd",
+        description="Aggregation on the server: prowd or a rival, flwr:NAME of Flower's own, or "
+        "package.module:Class.",
+    )
+    strategy_options: str = Field(
+        "",
+        description="Settings of a strategy given as package.module:Class, as in "
+        "eta = 0.1, name = 'x'.",
+    )
     num_server_rounds: AtLeastOne = Field(8, description="Rounds of training.")
     fraction_train: Positive = Field(
         1.0, le=1, description="Share of the clients that trains in a round, at least one."
@@ -80,14 +89,20 @@ class Settings(Options):
     samples_per_client: Count = Field(
         0, description="Training images a client uses; 0: all it has."
     )
-    partitioner: Literal["iid", "dirichlet"] = Field(
+    partitioner: Literal["iid", "dirichlet", "file"] = Field(
         "iid", description="How the training images are dealt to the clients."
+    )
+    partition_file: str = Field(
+        "",
+        description='JSON file that deals them for partitioner=file: {"clients": [[0, 5], [2]]} '
+        "gives client 0 the first and the sixth; absolute or ~.",
     )
     dirichlet_alpha: Positive = Field(
         0.3, description="Concentration of the classes over clients; small is very uneven."
     )
     model: str = Field(
-        "resnet8", description="resnet8, resnet20, cnn, or a torchvision classifier."
+        "resnet8",
+        description="resnet8, resnet20, cnn, a torchvision classifier, or package.module:factory.",
     )
 
     bit_mix: str = Field(
@@ -166,7 +181,13 @@ class Settings(Options):
             raise ValueError("allowed are 0, and 1 or more")
         return value
 
-    @field_validator("output_dir", "data_dir", "resume")
+    @field_validator("strategy_options")
+    @classmethod
+    def _options_parse(cls, value: str) -> str:
+        parse_assignments(value)
+        return value
+
+    @field_validator("output_dir", "data_dir", "partition_file", "resume")
     @classmethod
     def _path_is_absolute(cls, value: str) -> str:
         # The app runs from a copy, in the SuperLink's working directory, not in the user's.
@@ -187,6 +208,15 @@ class Settings(Options):
             raise SettingsError(
                 f"server-buffer: {self.server_buffer} leaves too few images for "
                 "calibrate-normalization; allowed: 2 or more, or calibrate-normalization=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _file_deals(self) -> "Settings":
+        if (self.partitioner == "file") != bool(self.partition_file):
+            raise SettingsError(
+                f"partition-file: {self.partition_file!r} with partitioner {self.partitioner}; "
+                "allowed: a file with partitioner=file, none with the others"
             )
         return self
 

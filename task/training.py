@@ -193,9 +193,11 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for parameter, anchor in anchored:
-                parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
+                if parameter.grad is not None:  # It took no part, and does not move.
+                    parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
             for parameter, offset in corrected:
-                parameter.grad.sub_(offset)
+                if parameter.grad is not None:
+                    parameter.grad.sub_(offset)
             optimizer.step()
             steps += 1
             loss_sum += value * len(index)
@@ -265,19 +267,19 @@ def check_quantizable(model: nn.Module, name: str) -> None:
     ------
     SettingsError
         If a tensor of two and more dimensions belongs to no convolution or linear layer, as the
-        projections inside attention.
+        projections inside attention, or to two; or there is none.
     """
     layers = (nn.Conv2d, nn.Linear)
     held = {n for n, m in model.named_modules() if type(m) in (*layers, QuantConv2d, QuantLinear)}
-    odd = [
-        key
-        for key, tensor in model_state(model).items()
-        if is_quantized(tensor.shape) and key.rpartition(".")[0] not in held
-    ]
-    if odd:
+    # A parameter of two layers is named once.
+    own = {n for n, _ in model.named_parameters() if n.rpartition(".")[0] in held}
+    quantized = [n for n, t in model_state(model).items() if is_quantized(t.shape)]
+    if not quantized:
+        raise SettingsError(f"model: {name!r} has no Conv2d or Linear layer to quantize")
+    if odd := [key for key in quantized if key not in own]:
         raise SettingsError(
-            f"model: {name!r} has weights outside of Conv2d and Linear layers, as {odd[0]}; "
-            "it can only be trained by Float32 clients"
+            f"model: {name!r} has weights outside of Conv2d and Linear layers, or in two of them, "
+            f"as {odd[0]}; it can only be trained by Float32 clients"
         )
 
 

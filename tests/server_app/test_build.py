@@ -1,21 +1,23 @@
 """From Flower's flat run configuration to settings and a strategy."""
 
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from server_app.build import build_strategy, read_settings
-from strategies import STRATEGIES, FedAvg, ProWD
+from strategies import STRATEGIES, FedAvg, MixedPrecisionStrategy, ProWD
 from task.errors import SettingsError
+from task.options import Options
+from task.settings import Settings
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 RUN_CONFIG = PYPROJECT["tool"]["flwr"]["app"]["config"]
 
 
 def test_pyproject_holds_every_setting_with_its_default():
-    from task.settings import Settings
-
     expected = Settings().to_settings()
     for name, strategy in STRATEGIES.items():
         if hasattr(strategy, "Options"):
@@ -55,6 +57,21 @@ def test_another_strategy_takes_the_common_settings():
         ({"strategy": "fedsgd"}, "strategy: there is no 'fedsgd'; allowed: prowd, fedavg"),
         ({"prowd-low-bit-weight": 2.0}, "prowd-low-bit-weight: 2.0 is not allowed"),
         ({"strategy": "fedavg", "prowd-ladder": "x"}, "prowd-ladder: 'x' is not allowed"),
+        ({"strategy": "fedavg:FedAvg"}, "strategy: there is no 'fedavg:FedAvg'; allowed: prowd"),
+        ({"strategy": "flwr"}, "strategy: there is no 'flwr'; allowed: prowd"),
+        ({"strategy": "no_such:Class"}, "strategy: 'no_such:Class' cannot be imported"),
+        ({"strategy": "strategies:RoundLog"}, "'strategies:RoundLog' is no subclass of strategies"),
+        ({"strategy": "strategies:receive"}, "'strategies:receive' is no subclass of strategies"),
+        ({"strategy-options": "mu = 1.0"}, "strategy-options: 'mu = 1.0' with strategy prowd"),
+        ({"strategy-options": "mu"}, "strategy-options: 'mu' is not allowed: value error, write"),
+        (
+            {"strategy": "strategies:FedProx", "strategy-options": "mu = -1.0"},
+            "strategy-options: mu: -1.0 is not allowed: input should be greater than or equal to 0",
+        ),
+        (
+            {"strategy": "strategies:FedAvg", "strategy-options": "mu = 0.1"},
+            "strategy-options: mu: there is no such setting (value 0.1)",
+        ),
         ({"lr": 0.1}, "lr: there is no such setting"),
         ({"prowd-tau": 0.1}, "prowd-tau: there is no such setting"),
         ({"bit-mix": "17:0.5,32:0.5"}, "17 is not a bit-width"),
@@ -65,3 +82,99 @@ def test_what_is_wrong_is_named_in_one_line(change, message):
         read_settings({**RUN_CONFIG, **change})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+class Kinds(Options):
+    """One setting of each kind that TOML has."""
+
+    server_rate: float = 0.5
+    name: str = "plain"
+    layers: list[int] = Field(default_factory=lambda: [1, 2])
+    by_bits: dict[str, float] = Field(default_factory=lambda: {"4 bits": 0.1})
+    exact: bool = True
+    limit: int | None = None
+
+
+class Own(FedAvg):
+    Options = Kinds
+
+    def __init__(self, options=None, **kwargs):
+        super().__init__(**kwargs)
+        self.options = options
+
+
+class Abstract(MixedPrecisionStrategy):
+    pass
+
+
+class Narrow(FedAvg):
+    def __init__(self, seed):
+        super().__init__(seed=seed)
+
+
+class Foreign(FedAvg):
+    Options = dict
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """The notation of a class of this file."""
+    monkeypatch.setitem(sys.modules, "own_strategies", sys.modules[__name__])
+    return lambda name: f"own_strategies:{name}"
+
+
+def test_a_class_of_the_users_own_takes_the_common_settings_and_its_own(own):
+    text = "server-rate = 2.5, name = 'a \"b\" = c', layers = [3], exact = false"
+    changes = {"strategy": own("Own"), "strategy-options": text, "fraction-train": 0.5}
+    settings, options = read_settings({**RUN_CONFIG, **changes})
+    strategy = build_strategy(settings, options)
+    assert type(strategy) is Own
+    assert strategy.fraction_train == 0.5
+    expected = Kinds(server_rate=2.5, name='a "b" = c', layers=[3], exact=False)
+    assert strategy.options == expected
+    # What is recorded holds the defaults too, and is read as the same when the run goes on.
+    recorded = options["strategy-options"]
+    assert tomllib.loads(f"x = {{{recorded}}}")["x"] == {
+        "server-rate": 2.5,
+        "name": 'a "b" = c',
+        "layers": [3],
+        "by-bits": {"4 bits": 0.1},
+        "exact": False,
+    }
+    again = read_settings({**RUN_CONFIG, **changes, **options})
+    assert again[1] == options
+    assert build_strategy(*again).options == expected
+
+
+def test_a_class_of_the_users_own_over_prowd_is_prowd():
+    changes = {"strategy": "strategies:ProWD", "low-bit-training": "strict"}
+    changes |= {"strategy-options": "mask-at-least = 0.5"}
+    strategy = build_strategy(*read_settings({**RUN_CONFIG, **changes}))
+    assert (strategy.options.mask_at_least, strategy.low_bit_training) == (0.5, "strict")
+    assert strategy.broadcast == "calibrated"
+
+
+def test_a_class_without_settings_needs_none():
+    settings, options = read_settings({**RUN_CONFIG, "strategy": "strategies:FedAvg"})
+    assert options == {"strategy-options": ""}
+    assert type(build_strategy(settings, options)) is FedAvg
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Abstract", "'own_strategies:Abstract' cannot be made (TypeError: Can't instantiate"),
+        ("Narrow", "'own_strategies:Narrow' cannot be made (TypeError: Narrow.__init__() got an"),
+        ("Foreign", "Foreign.Options is no subclass of task.options.Options"),
+    ],
+)
+def test_a_class_that_cannot_be_made_is_named(own, name, reason):
+    with pytest.raises(SettingsError) as error:
+        build_strategy(*read_settings({**RUN_CONFIG, "strategy": own(name)}))
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_are_validated_without_the_users_code():
+    changes = {"strategy": "no_such:Class", "model": "no_such:net", "strategy-options": "a = 1"}
+    assert Settings.of_run({**RUN_CONFIG, **changes}).model == "no_such:net"

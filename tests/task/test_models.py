@@ -1,8 +1,10 @@
+import sys
+
 import pytest
 import torch
 
 from task.errors import SettingsError
-from task.models import MODELS, build_model
+from task.models import MODELS, build_model, check_repeatable
 
 
 def num_parameters(model):
@@ -80,7 +82,7 @@ def message_of(*arguments):
 )
 def test_unknown_model_is_refused_with_what_is_allowed(name):
     message = message_of(name, 1, 8, 10, 0)
-    assert message.startswith(f"model: {name!r}; allowed: resnet8, resnet20, cnn, or a torchvision")
+    assert message.startswith(f"model: {name!r}; allowed: resnet8, resnet20, cnn, a torchvision")
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "densenet121"])
@@ -119,3 +121,112 @@ def test_trying_a_model_leaves_its_statistics_fresh():
     assert torch.equal(model.bn.running_mean, torch.zeros(16))
     assert torch.equal(model.bn.running_var, torch.ones(16))
     assert int(model.bn.num_batches_tracked) == 0
+
+
+SMALL_NET = """
+import numpy, torch
+from torch import nn
+
+def net(channels, size, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, num_classes))
+
+def lazy(channels, size, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+def numpys(channels, size, num_classes):
+    model = net(channels, size, num_classes)
+    model[1].bias.data.fill_(float(numpy.random.default_rng().normal()))
+    return model
+
+KEPT = net(1, 8, 10)
+def kept(channels, size, num_classes):
+    return KEPT
+
+def wrapped(channels, size, num_classes):
+    return nn.Sequential(KEPT)
+
+def other_arguments(channels):
+    return KEPT
+
+def failing(channels, size, num_classes):
+    raise ValueError("no good\\nat all")
+
+def no_module(channels, size, num_classes):
+    return "net"
+
+def another_size(channels, size, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(1, num_classes))
+
+def another_length(channels, size, num_classes):
+    return net(channels, size, num_classes + 1)
+
+def one_for_all(channels, size, num_classes):
+    return nn.Sequential(net(channels, size, num_classes), Mean())
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(0, keepdim=True)
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+def pair(channels, size, num_classes):
+    return Pair()
+
+five = 5
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of the user's; returns the notation of a name in it."""
+    name = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(SMALL_NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield lambda factory: f"{name}:{factory}"
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("factory", ["net", "lazy"])
+def test_a_factory_of_the_users_own_makes_the_model_under_the_seed(own, factory):
+    model = build_model(own(factory), 3, 4, 7, 5)
+    assert model(torch.zeros(2, 3, 4, 4)).shape == (2, 7)
+    torch.manual_seed(1)
+    again, other = (build_model(own(factory), 3, 4, 7, seed) for seed in (5, 6))
+    check_repeatable(model, again, own(factory))
+    assert not torch.equal(model[1].weight, other[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        ("numpys", "gives other weights under the same seed"),
+        ("kept", "returns what it returned before; it must make a new module"),
+        ("wrapped", "returns what it returned before; it must make a new module"),
+    ],
+)
+def test_a_factory_that_does_not_repeat_itself_is_refused(own, factory, reason):
+    with pytest.raises(SettingsError, match=reason):
+        check_repeatable(*(build_model(own(factory), 1, 8, 10, 0) for _ in range(2)), own(factory))
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        ("missing", "has no 'missing'"),
+        ("five", "is a int; allowed: a function of channels, size and num_classes that returns a"),
+        ("other_arguments", "fails for channels=1, size=8, num_classes=10: TypeError: other_"),
+        ("failing", "fails for channels=1, size=8, num_classes=10: ValueError: no good"),
+        ("no_module", "returns a str; it must be a torch.nn.Module"),
+        ("another_size", "does not take 1x8x8 images (RuntimeError: mat1 and mat2 shapes cannot"),
+        ("another_length", "gives logits [2, 11] for 2 images; it must be [2, 10]"),
+        ("one_for_all", "gives logits [1, 10] for 2 images; it must be [2, 10]"),
+        ("pair", "gives a tuple, not logits"),
+    ],
+)
+def test_what_a_factory_gets_wrong_is_named(own, factory, reason):
+    message = message_of(own(factory), 1, 8, 10, 0)
+    assert message.startswith("model: ")
+    assert own("")[:-1] in message
+    assert reason in message

@@ -57,7 +57,7 @@ WRONG = [
     ("image-size", -1, "greater than or equal to 0"),
     ("image-size", 1025, "less than or equal to 1024"),
     ("samples-per-client", -1, "greater than or equal to 0"),
-    ("partitioner", "shards", "'iid' or 'dirichlet'"),
+    ("partitioner", "shards", "'iid', 'dirichlet' or 'file'"),
     ("dirichlet-alpha", 0.0, "greater than 0"),
     ("model", 8, "string"),
     ("bit-mix", 8, "string"),

@@ -188,6 +188,31 @@ def test_a_model_with_weights_outside_of_layers_is_refused_at_low_bits():
     check_quantizable(small_model(), "small")
 
 
+def test_a_model_with_nothing_to_quantize_or_one_weight_in_two_layers_is_refused():
+    with pytest.raises(SettingsError, match="model: 'x' has no Conv2d or Linear layer to quantize"):
+        check_quantizable(nn.BatchNorm2d(3), "x")
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    check_quantizable(tied, "x")
+    tied[1].weight = tied[0].weight
+    with pytest.raises(SettingsError, match=r"or in two of them, as 1\.weight"):
+        check_quantizable(tied, "x")
+    twice = nn.Linear(3, 3)
+    with pytest.raises(SettingsError, match=r"or in two of them, as 1\.weight"):
+        check_quantizable(nn.Sequential(twice, twice), "x")
+
+
+@pytest.mark.parametrize("extra", [{"proximal_mu": 0.1}, {}])
+def test_a_parameter_that_takes_no_part_stays_as_it_is(extra):
+    model = small_model()
+    model[0].idle = nn.Linear(2, 2)  # Of the convolution, which does not know it.
+    before = model[0].idle.weight.detach().clone()
+    correction = {} if extra else {"0.idle.weight": torch.ones(2, 2)}
+    config = LocalTraining(32, **extra)
+    trained = train(model, some_images(8), config, 0, correction=correction)
+    assert torch.equal(model[0].idle.weight, before)
+    assert not trained.moved["0.idle.weight"].any()
+
+
 @pytest.mark.parametrize("bits", [2, 4, 5, 8, 16])
 def test_qat_update_is_the_fake_quantized_model_bit_for_bit(bits):
     model = small_model()
