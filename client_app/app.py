@@ -5,46 +5,21 @@ from dataclasses import dataclass
 from logging import ERROR
 
 import torch
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from torch import Tensor, nn
 
 from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
+from client_app.messages import answer, answer_query, instruction_in, model_in
 from client_app.node import declare
 from client_app.tracking import TrackedRound, next_correction
-from quant import (
-    STYPE,
-    Update,
-    UpdateSpec,
-    decode_update,
-    encode_update,
-    quantize_difference,
-    weight_scales,
-)
+from quant import Update, UpdateSpec, quantize_difference, weight_scales
 from task.data import Images, load_dataset
 from task.errors import SettingsError
 from task.models import build_model
 from task.partition import client_images, evaluation_images
-from task.protocol import (
-    DECLARATION,
-    INSTRUCTION,
-    MODEL,
-    REPORT,
-    UPDATE,
-    Declaration,
-    Instruction,
-    Report,
-)
+from task.protocol import Declaration, Instruction, Report
 from task.seeds import derive_seed
 from task.settings import Settings
 from task.simulation import in_simulation
@@ -63,17 +38,16 @@ app = ClientApp()
 
 
 @app.query()
-def answer_query(message: Message, context: Context) -> Message:
+def on_query(message: Message, context: Context) -> Message:
     """Declare the node: its partition, bit-width and examples, or why it cannot take part."""
     declaration = declare(context.node_config, context.run_config, in_simulation())
     if declaration.refused:
         log(ERROR, "prowd: this node cannot take part: %s", declaration.refused)
-    record = ConfigRecord(declaration.to_record())
-    return Message(RecordDict({DECLARATION: record}), reply_to=message)
+    return answer_query(message, declaration)
 
 
 @app.train()
-def answer_train(message: Message, context: Context) -> Message:
+def on_train(message: Message, context: Context) -> Message:
     """Train the received model, or the client's own, at the client's width and send the update."""
     started = time.perf_counter()
     job = _open(message, context)
@@ -85,25 +59,18 @@ def answer_train(message: Message, context: Context) -> Message:
         job.model, job.images, job.training, job.seed, scales=job.scales, correction=delta
     )
     report = _report(job, trained.score, started, trained.steps, began_clean=not delta)
-    content = RecordDict({REPORT: report})
     if job.instruction.uplink == "nothing":
         kept = RecordDict()
         keep_model(kept, model_state(job.model), weight_scales(job.model))
         _keep(kept, context, job.instruction)
-        return Message(content, reply_to=message)
+        return answer(message, report)
     update = _update(job, trained)
-    payload = encode_update(
-        update,
-        coded=bool(job.instruction.coded),
-        start=job.codes_sent,
-        stamp=job.instruction.server_round,
-    )
-    content[UPDATE] = ArrayRecord({UPDATE: _to_array(payload)})
+    reply = answer(message, report, update, job.sent)
     if job.instruction.tracking_epoch:
         kept = RecordDict()
         _tracked(job, delta, received, update).keep(kept)
         _keep(kept, context, job.instruction)
-    return Message(content, reply_to=message)
+    return reply
 
 
 def _keep(kept: RecordDict, context: Context, instruction: Instruction) -> None:
@@ -114,7 +81,7 @@ def _keep(kept: RecordDict, context: Context, instruction: Instruction) -> None:
 
 
 @app.evaluate()
-def answer_evaluate(message: Message, context: Context) -> Message:
+def on_evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received model, or the client's own, at the client's width."""
     started = time.perf_counter()
     job = _open(message, context)
@@ -122,7 +89,7 @@ def answer_evaluate(message: Message, context: Context) -> Message:
     pixels = job.images.pixels
     model = ready_to_evaluate(job.model, job.settings, job.client.bits, job.scales, pixels)
     score = evaluate(model, evaluation_images(job.settings))
-    return Message(RecordDict({REPORT: _report(job, score, started)}), reply_to=message)
+    return answer(message, _report(job, score, started))
 
 
 @dataclass(frozen=True)
@@ -135,11 +102,6 @@ class _Job:
     model: nn.Module
     scales: dict[str, Tensor]
     sent: Update | None
-
-    @property
-    def codes_sent(self) -> Update | None:
-        """What the update may refer to: the model, if it came as codes of its width."""
-        return self.sent if self.instruction.starts_from_codes(self.client.bits) else None
 
     @property
     def images(self) -> Images:
@@ -165,26 +127,23 @@ def _open(message: Message, context: Context) -> _Job:
     client = declare(context.node_config, context.run_config, in_simulation())
     if client.refused:
         raise SettingsError(client.refused)
-    instruction = Instruction.from_record(message.content[INSTRUCTION])
+    instruction = instruction_in(message)
     folder = state_folder(context.node_config, instruction.keep_in)
     # What a round's training kept is from before its evaluation, but not from before itself.
     trained = message.metadata.message_type == MessageType.EVALUATE
     recall(context.state, folder, instruction.server_round + trained)
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
-    sent = None
+    sent = model_in(message, UpdateSpec.of(model.state_dict()))
     # A client that sends nothing goes on from its own model while it has one, whatever it was sent.
     if instruction.uplink == "nothing" and has_model(context.state):
         state, scales = own_model(context.state)
         if message.metadata.message_type == MessageType.TRAIN:
             # Evaluated on the grid that it was trained on; training fits a new one every round.
             scales = {}
-    elif instruction.downlink_bits:
-        payload = message.content[MODEL][MODEL].data
-        spec = UpdateSpec.of(model.state_dict())
-        sent = decode_update(payload, spec, instruction.downlink_bits)
+    elif sent is not None:
         state = sent.dequantize()
-        scales = sent.scales if instruction.downlink_bits == client.bits else {}
+        scales = sent.scales if sent.bits == client.bits else {}
     else:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
     load_state(model, state)
@@ -215,14 +174,10 @@ def _tracked(
     )
 
 
-def _to_array(payload: bytes) -> Array:
-    return Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
-
-
 def _report(
     job: _Job, score: Score, started: float, steps: int = 0, *, began_clean: bool = False
-) -> MetricRecord:
-    report = Report(
+) -> Report:
+    return Report(
         server_round=job.instruction.server_round,
         num_examples=score.num_examples,
         loss=score.loss,
@@ -231,4 +186,3 @@ def _report(
         steps=steps,
         began_clean=int(began_clean),
     )
-    return MetricRecord(report.to_record())

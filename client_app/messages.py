@@ -1,0 +1,86 @@
+"""A client's side of the messages: what it is asked and sent, and what it answers.
+
+All that a ClientApp needs to take part under any strategy of this project; it may train as it
+likes. `client_app.app` is one.
+"""
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from quant import STYPE, Update, UpdateSpec, decode_update, encode_update
+from task.protocol import (
+    DECLARATION,
+    INSTRUCTION,
+    MODEL,
+    REPORT,
+    UPDATE,
+    Declaration,
+    Instruction,
+    Report,
+)
+
+
+def answer_query(message: Message, declaration: Declaration) -> Message:
+    """Answer the server's query what this node is."""
+    record = ConfigRecord(declaration.to_record())
+    return Message(RecordDict({DECLARATION: record}), reply_to=message)
+
+
+def instruction_in(message: Message) -> Instruction:
+    """Return what a message to train or to evaluate asks.
+
+    Raises
+    ------
+    ProtocolError
+        If it is none of this project's strategies'.
+    """
+    return Instruction.from_record(message.content[INSTRUCTION])
+
+
+def model_in(message: Message, spec: UpdateSpec) -> Update | None:
+    """Return the model that a message carries, as it was sent; None if it carries none.
+
+    Parameters
+    ----------
+    message : Message
+        To train or to evaluate.
+    spec : UpdateSpec
+        Tensors of the model, ``UpdateSpec.of(network.state_dict())``.
+
+    Raises
+    ------
+    UpdateError
+        If it is not a whole, unaltered model of these tensors.
+    """
+    bits = instruction_in(message).downlink_bits
+    return decode_update(message.content[MODEL][MODEL].data, spec, bits) if bits else None
+
+
+def answer(
+    message: Message, report: Report, update: Update | None = None, sent: Update | None = None
+) -> Message:
+    """Answer a message to train or to evaluate.
+
+    Parameters
+    ----------
+    message : Message
+        The message.
+    report : Report
+        The client's numbers.
+    update : Update, optional
+        What it was asked to send: its weights, or the difference to what it was sent.
+    sent : Update, optional
+        The model that it was sent (`model_in`): where this came as codes of the update's width,
+        the update's codes travel as differences from them.
+    """
+    content = RecordDict({REPORT: MetricRecord(report.to_record())})
+    if update is not None:
+        asked = instruction_in(message)
+        payload = encode_update(
+            update,
+            coded=bool(asked.coded),
+            start=sent if asked.starts_from_codes(update.bits) else None,
+            stamp=asked.server_round,
+        )
+        array = Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
+        content[UPDATE] = ArrayRecord({UPDATE: array})
+    return Message(content, reply_to=message)
