@@ -1,5 +1,6 @@
 """Strategies for mixed-precision federations, by name. A new one is one file and one line here."""
 
+from strategies.averaging import WeightedMean
 from strategies.base import MixedPrecisionStrategy
 from strategies.differences import FedCOM, FedCOMGATE, FedPAQ
 from strategies.fedavg import FedAvg
@@ -40,5 +41,6 @@ __all__ = [
     "ProWD",
     "ProWDOptions",
     "RoundLog",
+    "WeightedMean",
     "receive",
 ]

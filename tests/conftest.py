@@ -14,6 +14,7 @@ TOGETHER = {
     "tests/deployment/test_faults.py": "rehearsal",
     "tests/deployment/test_intruders.py": "rehearsal",
     "tests/deployment/test_rehearsal.py": "rehearsal",
+    "tests/end_to_end/test_bring_your_own.py": "flwr run",
     "tests/end_to_end/test_flwr_run.py": "flwr run",
     "tests/end_to_end/test_resume.py": "flwr run",
 }

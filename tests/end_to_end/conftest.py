@@ -37,23 +37,30 @@ class Run:
 
 
 class Flower:
-    """`flwr run` against the tests' SuperLink."""
+    """`flwr run` against the tests' SuperLink.
+
+    Attributes
+    ----------
+    modules : Path
+        Folder on the `PYTHONPATH` of the SuperLink.
+    """
 
     def __init__(self, home: Path, output_dir: Path, env: dict[str, str]) -> None:
         self.home = home
+        self.modules = home / "modules"
         self.output_dir = output_dir
         self.env = env
 
-    def run(self, name: str, federation: str = "", **settings) -> Run:
-        """Run the app to its end; settings in snake_case."""
+    def run(self, name: str, federation: str = "", app: Path = PROJECT, **settings) -> Run:
+        """Run the app, or a copy of it, to its end; settings in snake_case."""
         settings = {"output_dir": str(self.output_dir), "run_name": name, **settings}
         config = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
-        return self.run_config(name, config, federation)
+        return self.run_config(name, config, federation, app)
 
-    def run_config(self, name: str, config: str, federation: str = "") -> Run:
+    def run_config(self, name: str, config: str, federation: str = "", app: Path = PROJECT) -> Run:
         """Run the app to its end with what stands after `--run-config`."""
         done = subprocess.run(
-            self.command(config, federation),
+            self.command(config, federation, app),
             env=self.env,
             cwd=self.home,
             capture_output=True,
@@ -63,9 +70,9 @@ class Flower:
         run_id = re.search(r"run (\d+)", done.stdout).group(1)
         return Run(self.output_dir / name, done.stdout + done.stderr, self._status(run_id))
 
-    def command(self, config: str, federation: str = "") -> list[str]:
+    def command(self, config: str, federation: str = "", app: Path = PROJECT) -> list[str]:
         """Return the command that runs the app."""
-        command = [str(_BIN / "flwr"), "run", str(PROJECT), "--stream", "--run-config", config]
+        command = [str(_BIN / "flwr"), "run", str(app), "--stream", "--run-config", config]
         return [*command, "--federation-config", federation] if federation else command
 
     def compare(self, plan: Path, output_dir: Path) -> subprocess.CompletedProcess:
@@ -99,6 +106,7 @@ def flower(tmp_path_factory):
     env = {
         **os.environ,
         "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{home / 'modules'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
