@@ -8,6 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common.logger import FLOWER_LOGGER
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
@@ -78,7 +79,10 @@ class AnsweringGrid(Grid):
         """Flower's own; not needed here."""
         raise NotImplementedError
 
-    run = property(set_run)
+    @property
+    def run(self) -> Run:
+        """Flower's own; not needed here."""
+        raise NotImplementedError
 
     def create_message(self, *args: object, **kwargs: object) -> Message:
         """Flower's own; not needed here."""

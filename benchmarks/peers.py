@@ -1,6 +1,7 @@
 """Beside the peers, where they are installed: torchao, Brevitas, NVFlare, and Flower's FedAvg."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,10 +53,10 @@ def _torchao() -> list[Figure]:
         assert torch.equal(bitpacking.unpack_cpu(shards, bits, dim=-1), shifted)
         seconds = side_by_side(
             {
-                "pack": lambda c=ours, b=bits: pack(c, b),
-                "unpack": lambda p=packed, b=bits: unpack(p, b, _ROWS * _COLUMNS),
-                "their pack": lambda s=shifted, b=bits: bitpacking.pack_cpu(s, b),
-                "their unpack": lambda s=shards, b=bits: bitpacking.unpack_cpu(s, b, dim=-1),
+                "pack": partial(pack, ours, bits),
+                "unpack": partial(unpack, packed, bits, _ROWS * _COLUMNS),
+                "their pack": partial(bitpacking.pack_cpu, shifted, bits),
+                "their unpack": partial(bitpacking.unpack_cpu, shards, bits, dim=-1),
             },
             _REPEATS,
         )
@@ -77,11 +78,11 @@ def _brevitas() -> list[Figure]:
         for name, child in module.named_children():
             bias = getattr(child, "bias", None) is not None
             if isinstance(child, nn.Conv2d):
-                shape = (child.in_channels, child.out_channels, child.kernel_size, child.stride)
-                new = qnn.QuantConv2d(*shape, child.padding, bias=bias, **own)
+                channels = child.in_channels, child.out_channels
+                window = child.kernel_size, child.stride, child.padding
+                new = qnn.QuantConv2d(*channels, *window, bias=bias, **own)
             elif isinstance(child, nn.Linear):
-                shape = (child.in_features, child.out_features, bias)
-                new = qnn.QuantLinear(*shape, **own)
+                new = qnn.QuantLinear(child.in_features, child.out_features, bias, **own)
             else:
                 new = convert(child, activations)
             setattr(module, name, new)

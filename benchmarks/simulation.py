@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord
 
 from benchmarks.grid import reporting_grid
 from benchmarks.measure import Figure, ratio, report
+from experiments.plan import Setting
 from experiments.runs import PlannedRun, execute
 from quant import FLOAT_BITS
 from server_app.run import prepare
@@ -25,7 +26,7 @@ from task.training import LocalTraining, model_state, train
 
 _CLIENTS, _ROUNDS = 20, 4
 _OVERHEAD, _SHARE = 1.25, 0.10
-_SETTINGS = {
+_SETTINGS: dict[str, Setting] = {
     "strategy": "prowd",
     "dataset": "fashion-mnist",
     "image-size": 32,

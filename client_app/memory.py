@@ -50,7 +50,8 @@ def has_model(state: RecordDict) -> bool:
 
 def own_model(state: RecordDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the model that was kept, and its scales."""
-    return from_record(state[_MODEL]), from_record(state[_SCALES])
+    arrays = state.array_records
+    return from_record(arrays[_MODEL]), from_record(arrays[_SCALES])
 
 
 def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None:

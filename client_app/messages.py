@@ -4,6 +4,8 @@ All that a ClientApp needs to take part under any strategy of this project; it m
 likes. `client_app.app` is one.
 """
 
+from typing import cast
+
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from quant import STYPE, Update, UpdateSpec, decode_update, encode_update
@@ -33,7 +35,7 @@ def instruction_in(message: Message) -> Instruction:
     ProtocolError
         If it is none of this project's strategies'.
     """
-    return Instruction.from_record(message.content[INSTRUCTION])
+    return Instruction.from_record(cast(ConfigRecord, message.content[INSTRUCTION]))
 
 
 def model_in(message: Message, spec: UpdateSpec) -> Update | None:
@@ -52,7 +54,11 @@ def model_in(message: Message, spec: UpdateSpec) -> Update | None:
         If it is not a whole, unaltered model of these tensors.
     """
     bits = instruction_in(message).downlink_bits
-    return decode_update(message.content[MODEL][MODEL].data, spec, bits) if bits else None
+    if not bits:
+        return None
+    # By key: Flower's views of one kind of record tie the message into a cycle.
+    arrays = cast(ArrayRecord, message.content[MODEL])
+    return decode_update(arrays[MODEL].data, spec, bits)
 
 
 def answer(

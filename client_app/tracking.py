@@ -21,6 +21,7 @@ weighted loss.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
@@ -99,12 +100,13 @@ def next_correction(
     """
     if _ROUND not in state:
         return {}
-    kept = state[_ROUND]
+    kept: Mapping[str, Any] = state.config_records[_ROUND]
     current = (instruction.tracking_epoch, instruction.server_round - 1)
     if (kept["epoch"], kept["server-round"]) != current:
         return {}
-    delta, sent = from_record(state[_CORRECTION]), from_record(state[_SENT])
-    before = from_record(state[_RECEIVED])
+    arrays = state.array_records
+    delta, sent = from_record(arrays[_CORRECTION]), from_record(arrays[_SENT])
+    before = from_record(arrays[_RECEIVED])
     rate = kept["learning-rate"] * effective_steps(instruction.tracking_steps, momentum)
     for name in sent:
         average = (received[name] - before[name]) / instruction.server_learning_rate

@@ -28,6 +28,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -217,7 +218,10 @@ def _private_key(
     openssh = form is serialization.PrivateFormat.OpenSSH
     if path.exists():
         load = serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key
-        return load(path.read_bytes(), None)
+        key = load(path.read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            sys.exit(f"{path} is no key of an elliptic curve; remove it for a new one")
+        return key
     key = ec.generate_private_key(ec.SECP384R1())
     plain = serialization.NoEncryption()
     _write(path, key.private_bytes(serialization.Encoding.PEM, form, plain))
@@ -260,7 +264,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("keys"))
     actions = parser.add_subparsers(dest="action", required=True)
     maker = actions.add_parser("make", help="keys, certificates and secrets")
-    names = {"nargs": "+", "required": True}
+    names: dict[str, Any] = {"nargs": "+", "required": True}
     maker.add_argument("--names", **names, type=_host, help="of the server, as sites dial it")
     maker.add_argument("--sites", **names, type=_site, help="one name a site")
     maker.add_argument("--superlink", default="127.0.0.1:8000", help="as the operator dials it")

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from experiments.records import Round
 
 
-def curve(rounds: Sequence[Round], width: str = "average") -> list[dict[str, object]]:
+def curve(rounds: Sequence[Round], width: str = "average") -> list[dict[str, float]]:
     """Return accuracy and bytes sent up so far, wherever the model was evaluated.
 
     Of one bit-width and its clients, or averaged and of all clients.

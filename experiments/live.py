@@ -103,8 +103,9 @@ def make_table(title: str, runs: Sequence[Progress], jobs: int, most: int | None
     table = Table(
         title=Text(title), caption=_summed_up(runs, jobs), box=box.SIMPLE_HEAD, expand=True
     )
-    for head, justify, ratio in (("run", "left", 3), ("", "left", None), ("round", "right", None)):
-        table.add_column(head, justify=justify, ratio=ratio, no_wrap=True, overflow="ellipsis")
+    table.add_column("run", ratio=3, no_wrap=True, overflow="ellipsis")
+    table.add_column("", no_wrap=True, overflow="ellipsis")
+    table.add_column("round", justify="right", no_wrap=True, overflow="ellipsis")
     table.add_column("accuracy, or why it failed", ratio=4, no_wrap=True, overflow="ellipsis")
     table.add_column("left", justify="right", no_wrap=True)
     for run in chosen:

@@ -6,6 +6,7 @@ Clip where the grid has fewer levels than its integer type. The rest stays as it
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.onnx.ops import symbolic
 
 from quant import FLOAT_BITS, QuantConv2d, QuantLinear, quantize_nearest, quantized_layers
 from quant.grid import per_channel
+from quant.layers import QuantLayer
 from task.errors import SettingsError
 from task.models import normalize
 
@@ -66,6 +68,7 @@ def to_onnx(network: nn.Module, channels: int, size: int) -> bytes:
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise SettingsError(f"ONNX: torch cannot write this model: {reason}") from None
+    assert program is not None  # It is None only where torch writes the file itself.
     model = program.model_proto
     _strip(model)
     _narrow(model.graph, network)
@@ -82,8 +85,14 @@ class _FromPixels(nn.Module):
         return self.network(normalize(pixels))
 
 
-class _Nodes:
+class _Nodes(QuantLayer):
     """Weight and input of a quantization-aware layer as nodes of ONNX."""
+
+    bias: Any
+    added_bias: Tensor | None
+    codes: Tensor
+    input_scale: Tensor
+    input_zero: Tensor
 
     def attach_nodes(self) -> None:
         bits = self.config.weight_bits
@@ -135,7 +144,7 @@ class _Linear(_Nodes, QuantLinear):
 
 def _dequantized(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     inputs = (codes, scale) if zero is None else (codes, scale, zero)
-    attributes = {"axis": 0} if scale.ndim else {}
+    attributes: dict[str, Any] = {"axis": 0} if scale.ndim else {}
     return symbolic(
         "DequantizeLinear",
         inputs,
@@ -159,6 +168,7 @@ def _with_nodes(network: nn.Module) -> nn.Module:
         )
     for layer in layers:
         layer.__class__ = _Conv2d if isinstance(layer, QuantConv2d) else _Linear
+        assert isinstance(layer, _Nodes)
         layer.attach_nodes()
     return network
 

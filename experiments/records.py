@@ -38,6 +38,7 @@ Width = Annotated[str, Field(pattern=r"^[1-9][0-9]?$")]
 WidthOrAverage = Annotated[str, Field(pattern=r"^([1-9][0-9]?|average)$")]
 Counts = Annotated[list[Count], Field(min_length=1)]
 Read = TypeVar("Read", bound=BaseModel)
+OfRound = TypeVar("OfRound", "Round", "Weights")
 
 
 class _Part(BaseModel):
@@ -235,7 +236,9 @@ def _read_file(path: Path, kind: type[Read], damage: list[str], needed: bool = T
     return kind()
 
 
-def _read_lines(path: Path, read: Callable[[dict], Read], damage: list[str]) -> tuple[Read, ...]:
+def _read_lines(
+    path: Path, read: Callable[[dict], OfRound], damage: list[str]
+) -> tuple[OfRound, ...]:
     """Read line by line; a line that cannot be read, or repeats a round, is named and left out."""
     try:
         lines = path.read_bytes().splitlines()
@@ -244,7 +247,7 @@ def _read_lines(path: Path, read: Callable[[dict], Read], damage: list[str]) -> 
     except OSError as error:
         damage.append(f"{path.name} cannot be read: {error.strerror}")
         return ()
-    found: list[Read] = []
+    found: list[OfRound] = []
     for number, line in enumerate(lines, 1):
         try:
             part = read(_parse(line))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
@@ -34,18 +34,18 @@ def settings_page() -> str:
 
 
 def _section(title: str, options: type[Options], prefix: str = "") -> str:
-    rows = [_row(prefix + field.alias, field) for field in options.model_fields.values()]
+    rows = [_row(f"{prefix}{field.alias}", field) for field in options.model_fields.values()]
     return "\n".join([f"## {title}", "", *_TABLE, *rows]) + "\n"
 
 
 def _row(key: str, field: FieldInfo) -> str:
     default = json.dumps(field.default)
-    cells = [f"`{key}`", f"`{default}`", _allowed(field), field.description]
+    cells = [f"`{key}`", f"`{default}`", _allowed(field), field.description or ""]
     return markdown_row([cell.replace("|", "\\|") for cell in cells])
 
 
 def _allowed(field: FieldInfo) -> str:
-    kind = field.annotation
+    kind: Any = field.annotation
     if get_origin(kind) is Literal:
         return ", ".join(f"`{json.dumps(value)}`" for value in get_args(kind))
     if kind is bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from statistics import mean, stdev
+from typing import Any
 
 from experiments.curves import curve
 from experiments.records import Record
@@ -10,7 +11,7 @@ from experiments.records import Record
 _LAST = 3
 
 
-def result_of(scenario: str, system: str, seed: object, record: Record) -> dict[str, object] | None:
+def result_of(scenario: str, system: str, seed: object, record: Record) -> dict[str, Any] | None:
     """Return what the table needs of a run, None if the model was never evaluated.
 
     Accuracies are means over the last three rounds that were evaluated; bytes are totals.
@@ -40,7 +41,7 @@ def by_system(results: Iterable[dict]) -> dict[str, list[dict]]:
     return systems
 
 
-def make_table(results: Iterable[dict[str, object]]) -> list[dict[str, object]]:
+def make_table(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Gather results by system, best averaged accuracy first.
 
     Returns
@@ -69,7 +70,7 @@ def make_table(results: Iterable[dict[str, object]]) -> list[dict[str, object]]:
     return sorted(rows, key=lambda row: -row["accuracy"]["average"]["mean"])
 
 
-def to_markdown(title: str, results: list[dict[str, object]]) -> str:
+def to_markdown(title: str, results: list[dict[str, Any]]) -> str:
     """Write a table for each scenario as Markdown; accuracies in percent, bytes in megabytes."""
     scenarios = dict.fromkeys(str(result["scenario"]) for result in results)
     parts = []
@@ -79,7 +80,7 @@ def to_markdown(title: str, results: list[dict[str, object]]) -> str:
     return "\n".join(parts)
 
 
-def _scenario_table(title: str, rows: list[dict[str, object]]) -> str:
+def _scenario_table(title: str, rows: list[dict[str, Any]]) -> str:
     widths = widths_of(rows)
     head = ["system", *(f"{w}-bit" for w in widths), "averaged", "MB up", "MB down", "seeds"]
     lines = [f"### {title}", "", markdown_row(head), markdown_row(["---"] * len(head))]
@@ -95,7 +96,7 @@ def markdown_row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def widths_of(rows: list[dict[str, object]]) -> list[str]:
+def widths_of(rows: list[dict[str, Any]]) -> list[str]:
     """Return the bit-widths of any row, rising."""
     found = {width for row in rows for width in row["accuracy"]} - {"average"}
     return sorted(found, key=int)

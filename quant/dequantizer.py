@@ -197,7 +197,8 @@ class ProgressiveDequantizer(nn.Module):
         high = self.ladder[self.ladder.index(bits) + 1]
         block = self.blocks[str(bits)]
         lifted = {name: reference.base(q, name, bits, high) for name, q in values.items()}
-        if not torch.is_grad_enabled() and not any(p.any() for p in block[-1].parameters()):
+        *_, last = block.children()
+        if not torch.is_grad_enabled() and not any(p.any() for p in last.parameters()):
             return lifted  # What an untrained block adds is zero, and costs more than all else.
         for name, q in values.items():
             step = per_channel(reference.start.scales[bits][name], q.ndim)

@@ -100,9 +100,10 @@ def fine_tune(
     rungs = [b for b in dequantizer.ladder if b < high_bits]
     if not rungs:
         return Losses(0.0, None)
-    distilled = predict is not None and config.distill_weight > 0
+    if config.distill_weight <= 0:
+        predict = None
     with torch.no_grad():
-        teacher = predict(high) if distilled else None
+        teacher = predict(high) if predict is not None else None
     optimizer = torch.optim.Adam(
         [p for b in rungs for p in dequantizer.blocks[str(b)].parameters()], lr=config.learning_rate
     )
@@ -114,7 +115,7 @@ def fine_tune(
         sent = _as_sent(target, rungs, sampled, config, generator)
         loss = _reconstruction(dequantizer, sent, target, rungs, sampled)
         reconstruction += float(loss.detach())
-        if distilled:
+        if predict is not None and teacher is not None:
             lifted = dequantizer(sent[rungs[0]], rungs[0], sampled)
             student = {n: w.index_copy(0, rows[n], lifted[n]) for n, w in high.items()}
             alike = F.cosine_similarity(predict(student), teacher, dim=1).mean()
@@ -123,7 +124,7 @@ def fine_tune(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    mean_similarity = -similarity / config.steps if distilled else None
+    mean_similarity = -similarity / config.steps if teacher is not None else None
     return Losses(reconstruction / config.steps, mean_similarity)
 
 

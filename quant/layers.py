@@ -49,10 +49,10 @@ class QuantConfig:
                 check_bits(bits)
 
 
-class _QuantLayer(nn.Module):
+class QuantLayer(nn.Module):
     """What the quantization-aware layers share: the scale, and the three fake quantizations."""
 
-    weight: nn.Parameter
+    weight: Tensor
     weight_scale: Tensor
     config: QuantConfig
     # Until it is fitted, each input has the grid that spans it.
@@ -88,7 +88,7 @@ class _QuantLayer(nn.Module):
         return y if bits == FLOAT_BITS else quantize_error(y, bits)
 
 
-class QuantConv2d(_QuantLayer, nn.Conv2d):
+class QuantConv2d(QuantLayer, nn.Conv2d):
     """`nn.Conv2d` that computes with fake-quantized weights and input."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class QuantConv2d(_QuantLayer, nn.Conv2d):
         return self.quantized_error(y)
 
 
-class QuantLinear(_QuantLayer, nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):
     """`nn.Linear` that computes with fake-quantized weights and input."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,6 +127,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
         quantized_class = _QUANTIZED_CLASS.get(type(module))
         if quantized_class is not None:
             module.__class__ = quantized_class
+            assert isinstance(module, QuantLayer)
             module.attach(config)
     return model
 
@@ -134,7 +135,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
     """Yield the names and quantization-aware layers of a prepared model."""
     for name, module in model.named_modules():
-        if isinstance(module, _QuantLayer):
+        if isinstance(module, (QuantConv2d, QuantLinear)):
             yield name, module
 
 
@@ -190,7 +191,7 @@ def calibrate_activations(model: nn.Module, forward: Callable[[nn.Module], objec
     for layer in layers:
         layer.input_grid = None
 
-    def fit(layer: _QuantLayer, inputs: tuple[Tensor]) -> None:
+    def fit(layer: QuantLayer, inputs: tuple[Tensor]) -> None:
         # A layer that is used twice has the grid of its first input.
         if layer.input_grid is None:
             layer.input_grid = fit_activation_grid(inputs[0], layer.config.activation_bits)

@@ -20,7 +20,7 @@ from dataclasses import astuple, dataclass, fields
 from math import isfinite, prod
 from os import PathLike
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -110,7 +110,7 @@ class PackedModel:
             raise ValueError(f"the grid of {layer} is none of {bits} bits")
 
     @classmethod
-    def of(cls, network: nn.Module, **about: str | int | float) -> Self:
+    def of(cls, network: nn.Module, **about: Any) -> Self:
         """Take what a network computes with.
 
         Parameters

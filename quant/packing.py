@@ -64,7 +64,7 @@ def pack(codes: np.ndarray, bits: int) -> bytes:
         block = flat[start : start + _BLOCK]
         size = _block_size(block.size, bits)
         # Wrap-around is wanted: only the low `bits` bits are kept.
-        words = block.astype(np.uint8 if bits <= 8 else np.uint16)
+        words: np.ndarray = block.astype(np.uint8 if bits <= 8 else np.uint16)
         words += words.dtype.type(1 << (bits - 1))
         _pack_block(words, bits, out[position : position + size])
         position += size
@@ -152,10 +152,10 @@ def _pack_block(words: np.ndarray, bits: int, out: np.ndarray) -> None:
 
 def _unpack_block(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     if bits > 8:
-        words = _unpack_block(data[count:], bits - 8, count).astype(np.uint16)
-        words <<= np.uint16(8)
-        words |= data[:count]
-        return words
+        wide = _unpack_block(data[count:], bits - 8, count).astype(np.uint16)
+        wide <<= np.uint16(8)
+        wide |= data[:count]
+        return wide
     if bits == 8:
         return data
     slices = _slices(bits)

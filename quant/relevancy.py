@@ -112,7 +112,7 @@ def _bounded_mask(a: Tensor, b: Tensor, least: int, most: int, start: Tensor) ->
                 break
             mask, value = new, new_value
             mu = dot / (2 * square) if square > 0 else 0.0
-        if value > best_value:
+        if mask is not None and value > best_value:
             best, best_value = mask, value
     return best
 

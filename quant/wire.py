@@ -267,8 +267,9 @@ def _fixed_size(layout: Layout) -> int:
 
 def _sums(values: np.ndarray, counts: list[int]) -> np.ndarray:
     """Sum up consecutive parts of a flat array, in float64."""
-    filled = np.array(counts, int) > 0
-    starts = (np.cumsum(counts, dtype=int) - counts)[filled]
+    sizes = np.array(counts, int)
+    filled = sizes > 0
+    starts = (np.cumsum(sizes) - sizes)[filled]
     sums = np.zeros(len(counts))
     if starts.size:
         sums[filled] = np.add.reduceat(values, starts, dtype=np.float64)

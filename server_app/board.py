@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 class Board:
@@ -19,9 +20,9 @@ class Board:
     def __init__(self, folder: Path, resumed_after: int | None) -> None:
         self._folder = folder
         self._again = None if resumed_after is None else resumed_after + 1
-        self._writer = None
+        self._writer: Any = None  # Made with the first round.
 
-    def add_round(self, entry: Mapping[str, object], weights: Mapping[str, object]) -> None:
+    def add_round(self, entry: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
         """Add every number of a round, and every histogram of `weights` if there is any."""
         if self._writer is None:
             # Here, because its import takes seconds that a refused run need not wait for.
@@ -45,7 +46,7 @@ class Board:
                 self._writer.close()
 
 
-def _leaves(entry: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+def _leaves(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in entry.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}/")

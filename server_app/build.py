@@ -1,6 +1,7 @@
 """From a flat run configuration to validated settings and a strategy."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from strategies import STRATEGIES, MixedPrecisionStrategy, ProWD
 from strategies.base import Broadcast
@@ -114,7 +115,7 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
     """
     name, inner = _split_name(settings.strategy)
     strategy_class = _class_of(settings.strategy)
-    arguments: dict[str, object] = {
+    arguments: dict[str, Any] = {
         "fraction_train": settings.fraction_train,
         "fraction_evaluate": settings.fraction_evaluate,
         "seed": settings.seed,

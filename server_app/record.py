@@ -10,6 +10,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -70,7 +71,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         pass  # A file system without locks.
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a file of a record that is gone on with.
 
     Raises
@@ -119,13 +120,13 @@ class RunRecord:
         if resumed_after is None:
             _make(folder)
         self._best: dict[str, float] = {}
-        self._last: dict[str, object] = {}
+        self._last: dict[str, Any] = {}
         self._uplink = self._downlink = 0
         self.short_rounds = 0
         self._started = datetime.now().astimezone()
         self._seconds_before = seconds
         self._board = Board(folder / "tensorboard", resumed_after)
-        self._config_before: dict[str, object] = {}
+        self._config_before: dict[str, Any] = {}
         self._resumed_after = resumed_after
         if resumed_after is not None:
             # Read before anything is rewritten.
@@ -142,7 +143,7 @@ class RunRecord:
     def write_config(self, settings: Mapping[str, object]) -> None:
         """Write every setting as validated, what it runs on, and both before each resume."""
         date = self._started.isoformat(timespec="seconds")
-        config = {
+        config: dict[str, Any] = {
             "settings": dict(settings),
             "date": date,
             "versions": {"python": platform.python_version(), **versions()},
@@ -217,7 +218,7 @@ class RunRecord:
                 kept = [line for line in weights.read_bytes().splitlines() if _is_of(line, rounds)]
             self._write("weights.jsonl", b"".join(line + b"\n" for line in kept))
 
-    def _count(self, entry: Mapping[str, object]) -> None:
+    def _count(self, entry: Mapping[str, Any]) -> None:
         self._uplink += sum(entry["uplink_bytes"].values())
         self._downlink += sum(entry["downlink_bytes"].values())
         self.short_rounds += bool(entry.get("left_out"))

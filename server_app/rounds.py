@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from logging import INFO
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common.logger import log
@@ -68,7 +69,7 @@ def _run_round(
     server_round: int,
     arrays: ArrayRecord,
     evaluator: Evaluator,
-) -> tuple[dict[str, object], ArrayRecord]:
+) -> tuple[dict[str, Any], ArrayRecord]:
     started = time.monotonic()
     messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
     last = server_round == settings.num_server_rounds
@@ -147,11 +148,12 @@ def _evaluate_on_clients(
     settings: Settings,
     server_round: int,
     arrays: ArrayRecord,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
     # Reports only: nobody is asked for arrays.
     replies = receive(grid, messages, settings.round_timeout, most_bytes=0)
-    return dict(strategy.aggregate_evaluate(server_round, replies) or {})
+    metrics = strategy.aggregate_evaluate(server_round, replies)
+    return dict(metrics.items()) if metrics is not None else {}
 
 
 def _evaluate_on_server(
@@ -167,7 +169,7 @@ def _evaluate_on_server(
     return accuracy, loss
 
 
-def format_round(entry: Mapping[str, object], num_rounds: int, left: float) -> str:
+def format_round(entry: Mapping[str, Any], num_rounds: int, left: float) -> str:
     """Return the line that a round shows in the terminal; `left` is the estimate in seconds."""
     accuracy = " ".join(
         f"{width if width == 'average' else width + '-bit'} {value:.2%}"
@@ -183,7 +185,7 @@ def format_round(entry: Mapping[str, object], num_rounds: int, left: float) -> s
     )
 
 
-def _missing(entry: Mapping[str, object]) -> str:
+def _missing(entry: Mapping[str, Any]) -> str:
     clients = entry["clients"]
     counts = {
         "set aside": clients["rejected"],

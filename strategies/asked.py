@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from flwr.app import Message
 
 from quant import (
+    FLOAT_BITS,
     Update,
     UpdateError,
     UpdateSpec,
@@ -87,19 +88,18 @@ class Asked:
         bits = self.uplink_bits(item.client)
         return norms_from(squares_at_most(item.payload, self.spec, bits) if bits else {})
 
-    def decode(self, item: Packed) -> Update | None:
-        """Unpack and check an update; None if none was asked for.
+    def decode(self, item: Packed) -> Update:
+        """Unpack and check an update; it is empty if none was asked for.
 
         Raises
         ------
         UpdateError
             If it is not an update of this model, width, content and round, or leads to no model.
         """
-        bits = self.uplink_bits(item.client)
-        if not bits:
-            return None
-        partition = item.client.partition_id
+        bits, partition = self.uplink_bits(item.client), item.client.partition_id
         instruction, sent = self.instructions[partition], self.models.get(partition)
+        if instruction.uplink == "nothing":
+            return Update(FLOAT_BITS, "weights", {}, {})
         update = decode_update(
             item.payload,
             self.spec,

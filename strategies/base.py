@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 from flwr.app import (
     ArrayRecord,
@@ -164,6 +164,8 @@ class MixedPrecisionStrategy(Strategy):
         """Return the model as clients of a width compute with it."""
         state = self.state_for(bits, state)
         if bits != FLOAT_BITS and self.broadcast == "calibrated":
+            if self.round_calibrated is None:
+                raise ValueError("broadcast: 'calibrated' needs round_calibrated, which is not set")
             return self.round_calibrated(state, bits)
         scales = fixed_point(state, self.weight_step) if self.weight_step else None
         return quantize_state(state, bits, scales)
@@ -176,7 +178,7 @@ class MixedPrecisionStrategy(Strategy):
         """
         return {}, {}
 
-    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+    def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
         """Take back what `checkpoint` returned, tensors in the same order."""
 
     # --- Flower's interface --------------------------------------------------------------------
@@ -207,7 +209,7 @@ class MixedPrecisionStrategy(Strategy):
         _log_left_out(server_round, asked.clients, self.round_log)
         if state is not None:
             state = _checked(state, server_round)
-        metrics = MetricRecord(_weighted(reports)) if reports else None
+        metrics = _weighted(reports) if reports else None
         return (to_arrays(state) if state is not None else None), metrics
 
     def configure_evaluate(
@@ -282,7 +284,7 @@ class MixedPrecisionStrategy(Strategy):
                 if key not in packed:
                     packed[key] = self._pack_model(*key)
                 content[MODEL], asked.models[client.partition_id] = packed[key]
-                round_log.downlink_bytes[client.bits] += len(content[MODEL][MODEL].data)
+                round_log.downlink_bytes[client.bits] += len(packed[key][0][MODEL].data)
             asked.messages.append(Message(content, node_id, kind))
         round_log.sampled = [client.partition_id for client in clients.values()]
         return asked.messages
@@ -333,7 +335,7 @@ class MixedPrecisionStrategy(Strategy):
             return packed
         # Seldom: the norms themselves are needed, for which everything is unpacked once more.
         norms = {
-            item.client.partition_id: norms_of(update.dequantize() if update else {})
+            item.client.partition_id: norms_of(update.dequantize())
             for item, update in self._decode(packed)
         }
         large = too_large(norms, sent, self.norm_bound)
@@ -346,7 +348,7 @@ class MixedPrecisionStrategy(Strategy):
             reports.append(item.report)
             yield ClientUpdate(item.client, update, item.report)
 
-    def _decode(self, packed: list[Packed]) -> Iterator[tuple[Packed, Update | None]]:
+    def _decode(self, packed: list[Packed]) -> Iterator[tuple[Packed, Update]]:
         """Unpack one after the other, and set aside what is malformed."""
         for item in packed:
             try:
@@ -379,11 +381,13 @@ def _checked(state: State, server_round: int) -> State | None:
     return {n: t.clamp(min=0) if is_variance(n) else t for n, t in state.items()}
 
 
-def _weighted(reports: list[Report]) -> dict[str, float]:
+def _weighted(reports: list[Report]) -> MetricRecord:
     total = sum(r.num_examples for r in reports)
-    return {
-        "num-examples": total,
-        "train-loss": sum(r.loss * r.num_examples for r in reports) / total,
-        "train-accuracy": sum(r.accuracy * r.num_examples for r in reports) / total,
-        "train-seconds": sum(r.seconds for r in reports),
-    }
+    return MetricRecord(
+        {
+            "num-examples": total,
+            "train-loss": sum(r.loss * r.num_examples for r in reports) / total,
+            "train-accuracy": sum(r.accuracy * r.num_examples for r in reports) / total,
+            "train-seconds": sum(r.seconds for r in reports),
+        }
+    )

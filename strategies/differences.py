@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -83,6 +83,7 @@ class FedCOM(FedPAQ):
     """
 
     Options = ServerStepOptions
+    options: ServerStepOptions
 
     @property
     def server_learning_rate(self) -> float:
@@ -124,7 +125,7 @@ class FedCOMGATE(FedCOM):
             "steps": self._steps,
         }
 
-    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+    def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
         """Take it back; if a client has lost its correction, a new epoch begins by itself."""
         self._epoch, self._steps = values["epoch"], values["steps"]
         self._members = set(values["members"])
@@ -142,7 +143,7 @@ class FedCOMGATE(FedCOM):
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
     ) -> State | None:
         """Move the model, and begin a new epoch if not all members contributed as they should."""
-        reports = {}
+        reports: dict[int, Report] = {}
         state = super().combine(server_round, start, _noting(updates, reports))
         applied = state is not None and is_finite(state)
         begins = not self._members

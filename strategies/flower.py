@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from logging import WARNING
 from math import isfinite
+from typing import Any
 
 import flwr.serverapp.strategy as flower_strategies
 import numpy as np
@@ -82,7 +83,8 @@ class FlowerStrategy(MixedPrecisionStrategy):
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Pass on the proximal term, the only thing that Flower's classes ask of a client."""
-        return Instruction(server_round, proximal_mu=float(self._config.get("proximal-mu", 0.0)))
+        mu: Any = self._config.get("proximal-mu", 0.0)
+        return Instruction(server_round, proximal_mu=float(mu))
 
     def checkpoint(self) -> tuple[State, dict[str, object]]:
         """Return the arrays that Flower's class keeps: momentum, moments, its present model."""
@@ -96,7 +98,7 @@ class FlowerStrategy(MixedPrecisionStrategy):
                 }
         return tensors, {"kinds": kinds}
 
-    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+    def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
         """Put them back."""
         for key, kind in values["kinds"].items():
             prefix = f"{key}/"
@@ -132,7 +134,7 @@ class FlowerStrategy(MixedPrecisionStrategy):
         return arrays, f"{name} made no model of {len(replies)} updates; it may need more clients"
 
 
-def _make(name: str, arguments: dict[str, object]) -> FedAvg:
+def _make(name: str, arguments: dict[str, Any]) -> FedAvg:
     if name not in flower_names():
         allowed = ", ".join(PREFIX + n for n in flower_names())
         raise SettingsError(f"strategy: {PREFIX + name!r} is none of {allowed}")

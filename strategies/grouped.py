@@ -1,6 +1,7 @@
 """GroupedAvg: clients of one bit-width are averaged among themselves only."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from strategies.averaging import WeightedMean
 from strategies.base import MixedPrecisionStrategy
@@ -33,9 +34,10 @@ class GroupedAvg(MixedPrecisionStrategy):
 
     def checkpoint(self) -> tuple[State, dict[str, object]]:
         """Return the model of each width, and the common start."""
-        return join_states({**self._models, "common": self._common}), {}
+        models = {str(bits): model for bits, model in self._models.items()}
+        return join_states({**models, "common": self._common}), {}
 
-    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+    def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
         """Take them back."""
         models = split_states(tensors)
         self._common = models.pop("common", {})

@@ -1,6 +1,7 @@
 """Local training: no client ever hears of another; the baseline that a federation must beat."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from quant import FLOAT_BITS
 from strategies.base import MixedPrecisionStrategy
@@ -32,7 +33,7 @@ class Local(MixedPrecisionStrategy):
         """Return who has begun; the models themselves stay with the clients."""
         return {}, {"started": sorted(self._started)}
 
-    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+    def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
         """Take it back; a client that lost its model fails once and is sent the start again."""
         self._started = set(values["started"])
 

@@ -14,7 +14,7 @@ and every few rounds fine-tunes the dequantizer on the high-bit group's weights.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class ProWD(MixedPrecisionStrategy):
             values["dequantizer"] = self.dequantizer.arguments
         return join_states(parts), values
 
-    def restore(self, tensors: State, values: Mapping[str, object]) -> None:
+    def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
         """Take them back."""
         self._widths, self._tuned_in = set(values["widths"]), values["tuned-in"]
         parts = split_states(tensors)
@@ -170,6 +170,7 @@ class ProWD(MixedPrecisionStrategy):
     def _lift(self, values: State, bits: int, reference: Reference) -> State:
         """Dequantize what is quantized in a model of this width."""
         quantized = {name: t for name, t in values.items() if is_quantized(t.shape)}
+        assert self.dequantizer is not None, "it is grown before anything is lifted"
         with torch.no_grad():
             return self.dequantizer(quantized, bits, reference)
 
@@ -326,6 +327,7 @@ class ProWD(MixedPrecisionStrategy):
         means: dict[int, State],
         reference: Reference,
     ) -> None:
+        assert self.dequantizer is not None, "it is grown before it is tuned"
         *low, high = groups
         state = means[high]
         in_groups = self.options.dequantize == "group"

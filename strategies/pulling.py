@@ -209,7 +209,7 @@ def only_the_reply(grid: Grid, message: Message, most_bytes: int) -> Iterator[No
     client = grid._runtime_client
     arrival = _ARRIVALS.setdefault(message, _Arrival())
     between = _ClientForOneReply(client, message.metadata.message_id, arrival, most_bytes)
-    grid._client = between
+    grid._client = between  # type: ignore[assignment]  # In its place, for one reply.
     try:
         yield
     except (NotYetComplete, httpx.HTTPError, OSError):

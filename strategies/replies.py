@@ -35,14 +35,14 @@ class ClientUpdate:
     ----------
     client : Declaration
         Who sent it, at which width.
-    update : Update or None
-        The weights or the difference; None if the client was asked for nothing.
+    update : Update
+        The weights or the difference; empty if the client was asked for nothing.
     report : Report
         The client's numbers.
     """
 
     client: Declaration
-    update: Update | None
+    update: Update
     report: Report
 
 

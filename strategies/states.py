@@ -16,7 +16,7 @@ def is_finite(state: Mapping[str, Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in state.values())
 
 
-def join_states(states: Mapping[object, State]) -> State:
+def join_states(states: Mapping[str, State]) -> State:
     """Make one state of several, each name behind its key and a slash."""
     return {f"{key}/{name}": t for key, state in states.items() for name, t in state.items()}
 

@@ -75,9 +75,8 @@ def fingerprint(dataset: Dataset) -> str:
     crc = 0
     for part in (dataset.train, dataset.test):
         for array in (part.pixels, part.labels):
-            crc = zlib.crc32(
-                np.ascontiguousarray(array), zlib.crc32(str(array.shape).encode(), crc)
-            )
+            crc = zlib.crc32(str(array.shape).encode(), crc)
+            crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
     return f"{len(dataset.train)} + {len(dataset.test)} images, CRC {crc:08x}"
 
 
@@ -124,7 +123,8 @@ def _fashion_mnist(folder: Path | None) -> Dataset:
         pixels = _read_idx(source / f"{part}-images-idx3-ubyte.gz", (count, 28, 28))
         labels = _read_idx(source / f"{part}-labels-idx1-ubyte.gz", (count,))
         parts.append(Images(pixels[:, None], labels.astype(np.int64)))
-    return Dataset(*parts, 10)
+    train, test = parts
+    return Dataset(train, test, 10)
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -155,7 +155,8 @@ def _torchvision(name: str, folder: Path | None, num_classes: int) -> Dataset:
         pixels = np.asarray(part.data)
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
         images.append(Images(np.ascontiguousarray(pixels), np.asarray(part.targets, np.int64)))
-    return Dataset(*images, num_classes)
+    train, test = images
+    return Dataset(train, test, num_classes)
 
 
 def _from_image_folder(folder: Path, image_size: int) -> Dataset:

@@ -62,14 +62,12 @@ def _digest(samples: list[tuple[str, int]], image_size: int) -> str:
 
 
 def _decode_all(names: list[str], image_size: int) -> np.ndarray:
-    pixels: np.ndarray | None = None
-    grey = True
+    first, grey = _decode(names[0], image_size)
+    pixels = np.empty((len(names), 3, *first.shape[:2]), np.uint8)
     for index, name in enumerate(names):
         array, is_grey = _decode(name, image_size)
         grey &= is_grey
-        if pixels is None:
-            pixels = np.empty((len(names), 3, *array.shape[:2]), np.uint8)
-        elif array.shape[0] != pixels.shape[2]:
+        if array.shape[0] != pixels.shape[2]:
             raise SettingsError(
                 f"image-size: {name} is {array.shape[0]} pixels wide, others {pixels.shape[2]}; "
                 "set image-size"
@@ -83,10 +81,9 @@ def _decode(name: str, image_size: int) -> tuple[np.ndarray, bool]:
     from PIL import Image
 
     try:
-        with Image.open(name) as image:
-            is_grey = image.mode in ("1", "L", "I;16")
-            image = _high_byte(image) if image.mode == "I;16" else image
-            image = image.convert("RGB")
+        with Image.open(name) as file:
+            is_grey = file.mode in ("1", "L", "I;16")
+            image = (_high_byte(file) if file.mode == "I;16" else file).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SettingsError(f"data-dir: {name} cannot be decoded: {error}") from None
     if image_size:
@@ -111,7 +108,7 @@ def _write(path: Path, **arrays: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
         try:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # Its own keyword is no array.
             file.flush()
             os.replace(file.name, path)
         except BaseException:

@@ -1,6 +1,7 @@
 """The mix of bit-widths in a simulated federation: shares by width, dealt to the partitions."""
 
 from math import floor
+from typing import Any
 
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS
 from task.errors import SettingsError
@@ -8,7 +9,7 @@ from task.errors import SettingsError
 _ALLOWED = f"{MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
 
 
-def check_client_bits(bits: object, origin: str) -> int:
+def check_client_bits(bits: Any, origin: str) -> int:
     """Return a client's bit-width if it is one: 2 to 16, or 32 for float32.
 
     Raises

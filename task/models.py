@@ -1,6 +1,7 @@
 """Models by name: CIFAR-style residual networks, a small CNN, torchvision's, and the user's own."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,16 +190,14 @@ def _torchvision_model(name: str, channels: int, num_classes: int) -> nn.Module:
 
 
 def _with_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
-    return nn.Conv2d(
-        channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        bias=conv.bias is not None,
-        padding_mode=conv.padding_mode,
-    )
+    shape: dict[str, Any] = {
+        "kernel_size": conv.kernel_size,
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "padding_mode": conv.padding_mode,
+    }
+    return nn.Conv2d(channels, conv.out_channels, bias=conv.bias is not None, **shape)
 
 
 def _try_model(model: nn.Module, name: str, channels: int, size: int, num_classes: int) -> None:

@@ -3,7 +3,7 @@
 import json
 import tomllib
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -53,7 +53,7 @@ class Options(BaseModel):
         return {prefix + key: value for key, value in self.model_dump(by_alias=True).items()}
 
 
-def parse_assignments(text: str) -> dict[str, object]:
+def parse_assignments(text: str) -> dict[str, Any]:
     """Read ``"eta = 0.1, name = 'x'"``: values by key, in one setting.
 
     Raises
@@ -83,7 +83,7 @@ def _toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _line(error: Mapping[str, object], prefix: str) -> str:
+def _line(error: Mapping[str, Any], prefix: str) -> str:
     key = prefix + ".".join(str(part) for part in error["loc"])
     message = str(error["msg"])
     if isinstance(cause := error.get("ctx", {}).get("error"), SettingsError):

@@ -24,6 +24,7 @@ class Partition:
     clients: tuple[np.ndarray, ...]
 
 
+@lru_cache(maxsize=4)
 def partition(settings: Settings, num_partitions: int) -> Partition:
     """Deal the training images of a dataset; the same settings give the same deal everywhere.
 
@@ -33,20 +34,13 @@ def partition(settings: Settings, num_partitions: int) -> Partition:
         If there are not enough images for the buffer and every client, or the partition file does
         not deal to so many clients.
     """
+    labels = load_dataset(settings).train.labels
     if settings.partitioner == "file":
-        return _partition_of_file(settings, num_partitions)
-    return _partition(
-        settings.dataset,
-        settings.data_dir,
-        settings.image_size,
-        settings.server_buffer,
-        settings.validation_samples,
-        settings.partitioner,
-        settings.dirichlet_alpha,
-        settings.samples_per_client,
-        settings.seed,
-        num_partitions,
-    )
+        clients = _clients_of_file(settings, len(labels), num_partitions)
+    else:
+        clients = _dealt_clients(settings, labels, num_partitions)
+    buffer = _in_order(settings, len(labels))[: settings.server_buffer]
+    return Partition(buffer, _limited(clients, settings.samples_per_client))
 
 
 def client_images(settings: Settings, partition_id: int, num_partitions: int) -> Images:
@@ -82,43 +76,29 @@ def evaluation_images(settings: Settings) -> Images:
     return data.train[_in_order(settings, len(data.train))[settings.server_buffer : held]]
 
 
-@lru_cache(maxsize=4)
-def _partition(
-    dataset: str,
-    data_dir: str,
-    image_size: int,
-    server_buffer: int,
-    validation: int,
-    partitioner: str,
-    alpha: float,
-    samples: int,
-    seed: int,
-    num_partitions: int,
-) -> Partition:
-    settings = Settings(dataset=dataset, data_dir=data_dir, image_size=image_size)
-    labels = load_dataset(settings).train.labels
-    held = server_buffer + validation
-    if len(labels) - held < num_partitions:
+def _dealt_clients(
+    settings: Settings, labels: np.ndarray, num_partitions: int
+) -> Sequence[np.ndarray]:
+    buffer, validation = settings.server_buffer, settings.validation_samples
+    if len(labels) - buffer - validation < num_partitions:
         raise SettingsError(
-            f"server-buffer: {server_buffer} and validation-samples {validation} of {len(labels)} "
+            f"server-buffer: {buffer} and validation-samples {validation} of {len(labels)} "
             f"training images leave too few for {num_partitions} clients"
         )
-    order = _shuffled(len(labels), seed)
-    dealt = order[held:]
-    rows = _deal(labels[dealt], partitioner, alpha, seed, num_partitions)
-    return Partition(order[:server_buffer], _limited([dealt[row] for row in rows], samples))
+    dealt = _in_order(settings, len(labels))[buffer + validation :]
+    return [dealt[row] for row in _deal(labels[dealt], settings, num_partitions)]
 
 
-def _partition_of_file(settings: Settings, num_partitions: int) -> Partition:
-    count = len(load_dataset(settings).train)
-    clients = read_partition_file(settings.partition_file, count)
+def _clients_of_file(
+    settings: Settings, num_images: int, num_partitions: int
+) -> Sequence[np.ndarray]:
+    clients = read_partition_file(settings.partition_file, num_images)
     if len(clients) != num_partitions:
         raise SettingsError(
             f"partition-file: {settings.partition_file} deals to {len(clients)} clients; "
             f"there are {num_partitions}"
         )
-    buffer = _in_order(settings, count)[: settings.server_buffer]
-    return Partition(buffer, _limited(clients, settings.samples_per_client))
+    return clients
 
 
 def _limited(clients: Sequence[np.ndarray], samples: int) -> tuple[np.ndarray, ...]:
@@ -153,17 +133,16 @@ def _shuffled(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 1]).permutation(count)
 
 
-def _deal(
-    labels: np.ndarray, partitioner: str, alpha: float, seed: int, num_partitions: int
-) -> list[np.ndarray]:
+def _deal(labels: np.ndarray, settings: Settings, num_partitions: int) -> list[np.ndarray]:
     # Importing the partitioners takes two seconds; only the label column passes through them.
     from datasets import Dataset
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
-    if partitioner == "iid":
+    alpha = settings.dirichlet_alpha
+    if settings.partitioner == "iid":
         dealer = IidPartitioner(num_partitions)
     else:
-        dealer = DirichletPartitioner(num_partitions, "label", alpha, seed=seed)
+        dealer = DirichletPartitioner(num_partitions, "label", alpha, seed=settings.seed)
     dealer.dataset = Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
     try:
         return [

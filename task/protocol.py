@@ -6,7 +6,7 @@ Each is a frozen dataclass of plain values. `to_record` turns it into what a Flo
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from quant.grid import FLOAT_BITS
 
@@ -29,10 +29,11 @@ class ProtocolError(ValueError):
     """A record that does not hold what the protocol says."""
 
 
+@dataclass(frozen=True)
 class _Record:
     """Frozen dataclass of ints, floats and strings that travels as a flat mapping."""
 
-    def to_record(self) -> dict[str, int | float | str]:
+    def to_record(self) -> dict[str, Any]:
         """Return the values by field name."""
         return asdict(self)
 
@@ -45,7 +46,8 @@ class _Record:
         ProtocolError
             If a field is missing, unknown, or of another type than declared.
         """
-        expected = {f.name: str if f.type is Uplink else f.type for f in fields(cls)}
+        declared: dict[str, Any] = {f.name: f.type for f in fields(cls)}
+        expected = {name: str if kind is Uplink else kind for name, kind in declared.items()}
         if set(record) != set(expected):
             odd = ", ".join(sorted(set(record) ^ set(expected)))
             raise ProtocolError(f"{cls.__name__}: missing or unknown: {odd}")

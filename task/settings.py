@@ -232,7 +232,7 @@ class Settings(Options):
     @classmethod
     def keys(cls) -> set[str]:
         """Return the keys of the common settings."""
-        return {field.alias for field in cls.model_fields.values()}
+        return {str(field.alias) for field in cls.model_fields.values()}
 
     @classmethod
     def of_run(cls, run_config: Mapping[str, object]) -> "Settings":

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -177,9 +177,10 @@ def train(
         calibrate_activations(model, images.pixels)
     optimizer = _optimizer(model, config, seed)
     began = {name: tensor.clone() for name, tensor in model_state(model).items()}
-    corrected = [(p, correction[n]) for n, p in model.named_parameters() if n in (correction or {})]
+    correction = correction or {}
+    corrected = [(p, correction[n]) for n, p in model.named_parameters() if n in correction]
     model.train()
-    loss_sum = correct = seen = steps = 0
+    loss_sum, correct, seen, steps = 0.0, 0, 0, 0
     for epoch in range(config.epochs):
         if epoch and config.low_bit_training == "qat":
             refit_scales(model)
@@ -292,7 +293,7 @@ def _prepare(model: nn.Module, config: QuantConfig, weight_step: float) -> nn.Mo
 
 
 def _optimizer(model: nn.Module, config: LocalTraining, seed: int) -> torch.optim.Optimizer:
-    sgd = {
+    sgd: dict[str, Any] = {
         "lr": config.learning_rate,
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,

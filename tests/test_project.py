@@ -67,7 +67,7 @@ def continuous_integration(tmp_path):
         "apt-get": "echo 'E: Unable to fetch some archives'; exit 100\n",
         "python3": 'mkdir -p "$3/bin"\n',
         "pytest": "echo tested\n",
-        **dict.fromkeys(("pip", "ruff", "caddy", "ip", "docker-compose", "chromium"), ""),
+        **dict.fromkeys(("pip", "ruff", "mypy", "caddy", "ip", "docker-compose", "chromium"), ""),
     }
     for name, script in stubs.items():
         (programs / name).write_text(ends_well + script)
@@ -127,3 +127,9 @@ def test_imports_go_down_only(folder):
                 assert top not in ("flwr", "ray"), f"{path}: {module}"
             if folder == "strategies" and top == "task":
                 assert module in STRATEGIES_OF_TASK, f"{path}: {module}"
+
+
+def test_contributing_names_all_checks_that_continuous_integration_runs():
+    page = (PROJECT / "CONTRIBUTING.md").read_text()
+    [block] = re.findall(r"Its parts, in yours:\n\n```bash\n(.*?)```", page, re.S)
+    assert (PROJECT / ".ci" / "run").read_text().endswith(f"\n{block}")

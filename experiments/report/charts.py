@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -26,7 +27,7 @@ NUM_COLORS = 8
 _DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
 _MARKERS = "osD^vPX*"
 _SVG = "{http://www.w3.org/2000/svg}"
-_RC = {
+_RC: Any = {
     "font.size": _TEXT_SIZE,
     "axes.titlesize": _TEXT_SIZE,
     "axes.labelsize": _TEXT_SIZE,
@@ -83,7 +84,7 @@ def color(number: int) -> str:
     return f"#0300{number % NUM_COLORS:02x}"
 
 
-def line_style(number: int) -> dict[str, object]:
+def line_style(number: int) -> dict[str, Any]:
     """Return color, dashes and marker of a style: no two of the first 32 look the same in gray."""
     return {
         "color": color(number),
@@ -136,7 +137,7 @@ def finish(drawn: Canvas, title: str, text: str, note: str = "") -> Figure:
 
 def swatch(style: int, legend: str) -> Markup:
     """Return what a line of a style looks like, for a legend of the page that has this name."""
-    drawn = Canvas(figsize=(40 / 72, 14 / 72), layout="none")
+    drawn = Canvas(figsize=(40 / 72, 14 / 72), layout="none")  # type: ignore[arg-type]  # Documented, not in its types.
     axes = drawn.add_axes((0, 0, 1, 1), xlim=(0, 2), ylim=(-1, 1))
     axes.set_axis_off()
     axes.plot([0, 1, 2], [0, 0, 0], **line_style(style), markevery=[1])

@@ -1,15 +1,14 @@
 """What systems are compared by: accuracy over rounds and bytes, bytes by width, time by part."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from experiments.curves import MeanPoint, curve, mean_points, rises
 from experiments.figures import plot_mean
-from experiments.records import Round
 from experiments.report import charts
 from experiments.report.series import Scenario, Series
 
@@ -70,7 +69,7 @@ def line_figure(
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
     else:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     ends = {series.name: points[-1].mean for series, points in lines.items()}
     text = f"{y_label} against {x_label}; at the end: {charts.described(ends)}."
     return charts.finish(drawn, title, text, note)
@@ -88,9 +87,7 @@ def bytes_figures(scenario: Scenario) -> Iterator[charts.Figure]:
     for direction, key in (("up", "uplink_bytes"), ("down", "downlink_bytes")):
         rows = {
             series.name: {
-                f"{w}-bit": _mean_of_rounds(series, lambda e, k=key, w=w: getattr(e, k).get(w, 0))
-                / 1e6
-                for w in series.widths()
+                f"{w}-bit": _mean_of_rounds(series, key, w) / 1e6 for w in series.widths()
             }
             for series in scenario.series
         }
@@ -102,10 +99,7 @@ def bytes_figures(scenario: Scenario) -> Iterator[charts.Figure]:
 def seconds_figure(scenario: Scenario) -> charts.Figure:
     """Draw the time that each part of a round takes."""
     rows = {
-        series.name: {
-            part: _mean_of_rounds(series, lambda e, part=part: e.seconds.get(part, 0.0))
-            for part in _PARTS
-        }
+        series.name: {part: _mean_of_rounds(series, "seconds", part) for part in _PARTS}
         for series in scenario.series
     }
     return _bars(
@@ -113,8 +107,9 @@ def seconds_figure(scenario: Scenario) -> charts.Figure:
     )
 
 
-def _mean_of_rounds(series: Series, value: Callable[[Round], float]) -> float:
-    return mean(value(entry) for record in series.records for entry in record.rounds)
+def _mean_of_rounds(series: Series, key: str, part: str) -> float:
+    rounds = (entry for record in series.records for entry in record.rounds)
+    return mean(getattr(entry, key).get(part, 0.0) for entry in rounds)
 
 
 def _bars(
@@ -131,7 +126,10 @@ def _bars(
     most = max((sum if stacked else max)([0.0, *row.values()]) for row in rows.values())
     tops = [-height * i - _ROW for i in range(len(rows))]
     for top, row in zip(tops, rows.values(), strict=True):
-        (_stack if stacked else _list)(axes, top, [row.get(kind) for kind in kinds])
+        if stacked:
+            _stack(axes, top, [row[kind] for kind in kinds])
+        else:
+            _list(axes, top, [row.get(kind) for kind in kinds])
     charts.label_rows(axes, list(rows), tops)
     # Room for the numbers behind the bars.
     axes.set(xlabel=x_label, xlim=(0, (most or 1) * 1.22), ylim=(-height * len(rows), 0))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "credentials.py"
 NAME = "fed.example.org"
@@ -177,3 +178,15 @@ def test_another_address_of_the_superlink_is_not_ignored(tmp_path):
     done = attempt(tmp_path, "a")
     assert done.returncode == 1
     assert "config.toml has another address" in done.stderr
+
+
+def test_a_key_of_another_kind_is_one_line(tmp_path):
+    make(tmp_path, "a")
+    [path] = tmp_path.rglob("ca.key")
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path.write_bytes(
+        ed25519.Ed25519PrivateKey.generate().private_bytes(serialization.Encoding.PEM, *form)
+    )
+    assert make_here(tmp_path, "a") == (
+        f"{path} is no key of an elliptic curve; remove it for a new one"
+    )

@@ -287,6 +287,24 @@ def test_other_data_under_the_same_name_is_refused(two_rounds):
         resume(two_rounds, 3)
 
 
+def test_another_deal_in_the_partition_file_is_refused_and_another_place_is_not(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_text(json.dumps({"clients": content}))
+        return str(path)
+
+    half = [list(range(32)), list(range(32, 64))]
+    first = write("first.json", half)
+    folder = run(tmp_path, 1, partitioner="file", partition_file=first)
+    moved = write("moved.json", half)
+    assert resume(folder, 2, partitioner="file", partition_file=moved) == folder
+    assert len(entries(folder)) == 2
+    other = write("other.json", half[::-1])
+    with pytest.raises(SettingsError, match=r"another run: data is .*partition-file of CRC"):
+        resume(folder, 3, partitioner="file", partition_file=other)
+    assert len(entries(folder)) == 2
+
+
 def test_a_model_of_other_shapes_under_the_same_name_is_refused(two_rounds):
     kept = read_checkpoint(two_rounds).identity
     shapes = {**kept.shapes, "hidden.bias": [99]}

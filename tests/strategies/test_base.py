@@ -336,3 +336,9 @@ def test_training_and_evaluation_sample_apart():
     train = [tuple(sample_nodes(present, 0.3, 0, r, 0)) for r in range(6)]
     evaluate = [tuple(sample_nodes(present, 0.3, 0, r, 1)) for r in range(6)]
     assert train != evaluate
+
+
+def test_a_calibrated_broadcast_without_what_calibrates_is_one_line():
+    strategy = FedAvg(broadcast="calibrated")
+    with pytest.raises(ValueError, match="broadcast: 'calibrated' needs round_calibrated"):
+        run_round(strategy, federation([good(0, of=1, bits=4)], STATE), STATE)

@@ -4,7 +4,6 @@ import pytest
 from task.data import load_dataset
 from task.errors import SettingsError
 from task.partition import (
-    _partition,
     client_images,
     evaluation_images,
     partition,
@@ -44,7 +43,7 @@ def test_iid_parts_are_of_one_size():
 @pytest.mark.parametrize("partitioner", PARTITIONERS)
 def test_same_seed_same_deal_other_seed_other_deal(partitioner):
     def deal(seed):
-        _partition.cache_clear()
+        partition.cache_clear()
         return partition(Settings(partitioner=partitioner, seed=seed), 5)
 
     first, again, other = deal(3), deal(3), deal(4)
