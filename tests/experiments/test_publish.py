@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.publish import block, publish, tables
+from experiments.table import make_table
 from task.errors import SettingsError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -50,6 +51,19 @@ def comparison(tmp_path):
 @pytest.mark.parametrize("summary", SUMMARIES, ids=lambda path: path.stem)
 def test_tables_in_the_documentation_are_those_of_the_summaries(summary):
     assert tables(summary) in (DOCS / "results.md").read_text()
+
+
+def test_the_table_in_the_readme_is_that_of_the_summaries():
+    chapter = (DOCS.parent / "README.md").read_text().split("## Measured\n")[1].split("\n## ")[0]
+    lines = [line.replace("*", "") for line in chapter.splitlines() if line.startswith("|")]
+    (_, *columns), _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    for number, column in enumerate(columns, start=1):
+        name, mix = column.lower().split(", ")
+        results = json.loads((DOCS / "results" / f"{name}.json").read_text())["results"]
+        table = make_table(r for r in results if r["scenario"] == mix.replace("/", "-"))
+        averaged = {row["system"]: row["accuracy"]["average"]["mean"] for row in table}
+        shown = {row[0].replace("all ", "all-"): row[number] for row in rows}
+        assert shown == {system: f"{100 * value:.2f}" for system, value in averaged.items()}
 
 
 def test_publishing_fills_the_place_and_nothing_else(comparison):
