@@ -50,7 +50,7 @@ def main() -> None:
     added = _seconds_of(_prowd_round(settings)) - _seconds_of(_fedavg_round(settings))
     share = [added / seconds for seconds in simulated]
     middle = sorted(share)[len(share) // 2]
-    label = "rounding, dequantizer, drift and masks, share of a round"
+    label = "rounding, dequantizer, drift and masks, of a round's training"
     report("simulation", [overhead, Figure(label, middle, _SHARE, max(share) - min(share), 3)])
 
 

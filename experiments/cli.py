@@ -111,7 +111,7 @@ def _write_table(
         return
     text = to_markdown(experiment.title, results)
     (output_dir / "table.md").write_text(text)
-    lines = ",\n".join(json.dumps(result) for result in results)
+    lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
     title = json.dumps(experiment.title)
     (output_dir / "table.json").write_text(f'{{"title": {title}, "results": [\n{lines}\n]}}\n')
     print(f"\n{text}\n{output_dir / 'table.md'}")
@@ -140,7 +140,7 @@ def _write_page(
         if error.name != "matplotlib":
             raise
         raise SettingsError(
-            "the report draws with matplotlib; pip install 'prowd[figures]'"
+            "the report draws with matplotlib; pip install -e '.[figures]'"
         ) from None
     try:
         write_page(path, title, records, named)

@@ -1,6 +1,5 @@
 """A run's model, taken away: as one packed file, and for onnxruntime."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 
 from experiments.onnx_model import to_onnx
+from experiments.records import Round, read_record
 from quant import FLOAT_BITS, PackedModel, check_bits, load_model
 from server_app.run import Run, reopen
 from task.data import Images, load_dataset
@@ -51,11 +51,13 @@ def export(
         _check_bits(bits)
     run, state, entries = _open(run_dir, data_dir)
     if bits is None:
-        bits = min(int(width) for entry in entries for width in entry["uplink_bytes"])
+        bits = min(int(width) for entry in entries for width in entry.uplink_bytes)
     yield _recorded(entries[-1], bits)
     network = run.evaluator.network(run.strategy.model_for(bits, state))
     images, data = evaluation_images(run.settings), load_dataset(run.settings)
-    stem = (output or run_dir / "export") / f"{run.settings.model}-{bits}bit"
+    # Of "package.module:factory" no host's or drive's name is made.
+    name = run.settings.model.replace(":", "-")
+    stem = (output or run_dir / "export") / f"{name}-{bits}bit"
     packed = PackedModel.of(
         network,
         name=run.settings.model,
@@ -82,7 +84,7 @@ def _check_bits(bits: int) -> None:
         ) from None
 
 
-def _open(run_dir: Path, data_dir: str) -> tuple[Run, dict[str, torch.Tensor], list[dict]]:
+def _open(run_dir: Path, data_dir: str) -> tuple[Run, dict[str, torch.Tensor], list[Round]]:
     """Return the run, its model, and what it recorded of the rounds up to it."""
     try:
         run, saved = reopen(run_dir, data_dir)
@@ -91,19 +93,18 @@ def _open(run_dir: Path, data_dir: str) -> tuple[Run, dict[str, torch.Tensor], l
         raise SettingsError(str(error).removeprefix("resume: ")) from None
     if not run.strategy.evaluates_on_server:
         raise SettingsError(f"{run_dir} is of local training, which has no global model")
-    try:
-        lines = (run_dir / "rounds.jsonl").read_text().splitlines()[: saved.server_round]
-    except OSError as error:
-        raise SettingsError(f"{error.filename} cannot be read: {error.strerror}") from None
-    if not lines:
-        raise SettingsError(f"{run_dir} has no round that is done")
-    return run, saved.model, [json.loads(line) for line in lines]
+    record = read_record(run_dir, weights=False)
+    rounds = [entry for entry in record.rounds if entry.round <= saved.server_round]
+    if not rounds or len(rounds) < saved.server_round:
+        reason = next(iter(record.damage), "it has no round that is done")
+        raise SettingsError(f"{run_dir}: {reason}")
+    return run, saved.model, rounds
 
 
-def _recorded(entry: dict, bits: int) -> str:
-    accuracy = entry["accuracy"].get(str(bits))
+def _recorded(entry: Round, bits: int) -> str:
+    accuracy = entry.accuracy.get(str(bits))
     found = "not recorded" if accuracy is None else f"recorded: {accuracy:.2%}"
-    return f"accuracy at {bits} bits after round {entry['round']}, {found}"
+    return f"accuracy at {bits} bits after round {entry.round}, {found}"
 
 
 def _write(stem: Path, kind: str, data: bytes) -> Path:

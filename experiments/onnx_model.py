@@ -50,7 +50,7 @@ def to_onnx(network: nn.Module, channels: int, size: int) -> bytes:
         import onnxscript  # noqa: F401 torch needs it.
     except ImportError as error:
         raise SettingsError(
-            f"ONNX: {error.name} is not installed; pip install 'prowd[export]' brings it"
+            f"ONNX: {error.name} is not installed; pip install -e '.[export]' brings it"
         ) from None
     wrapped = _FromPixels(_with_nodes(network)).eval()
     images = torch.zeros(2, channels, size, size, dtype=torch.uint8)

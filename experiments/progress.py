@@ -116,8 +116,10 @@ def seconds_left(runs: Sequence[Progress], jobs: int) -> float | None:
 
 def _read(run: PlannedRun, state: State, reason: str = "") -> Progress:
     record = read_record(run.folder, weights=False)
+    # What is no number is refused by the run itself.
     asked = run.settings.get("num-server-rounds")
-    known = Progress(run.folder.name, state, reason, num_rounds=int(asked or record.num_rounds))
+    num_rounds = asked if isinstance(asked, int) else record.num_rounds
+    known = Progress(run.folder.name, state, reason, num_rounds=num_rounds)
     return replace(
         known,
         rounds=len(record.rounds),

@@ -33,6 +33,8 @@ Number = Annotated[
     BeforeValidator(lambda value: math.nan if value is None else value),
     AfterValidator(_number),
 ]
+# A time that is not known adds nothing.
+Seconds = Annotated[Number, AfterValidator(lambda value: 0.0 if math.isnan(value) else value)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Width = Annotated[str, Field(pattern=r"^[1-9][0-9]?$")]
 WidthOrAverage = Annotated[str, Field(pattern=r"^([1-9][0-9]?|average)$")]
@@ -69,7 +71,7 @@ class Round(_Part):
     accuracy: dict[WidthOrAverage, Number] = Field(default_factory=dict)
     uplink_bytes: dict[Width, Count] = Field(default_factory=dict)
     downlink_bytes: dict[Width, Count] = Field(default_factory=dict)
-    seconds: dict[str, Number] = Field(default_factory=dict)
+    seconds: dict[str, Seconds] = Field(default_factory=dict)
     left_out: dict[str, str] = Field(default_factory=dict)
     left_out_of_evaluation: dict[str, str] = Field(default_factory=dict)
     own: dict[str, object] = Field(default_factory=dict)

@@ -40,9 +40,10 @@ class PlannedRun:
     def summary(self) -> dict | None:
         """Summary of the finished run, None if it has not finished."""
         try:
-            return json.loads((self.folder / "summary.json").read_text())
+            summary = json.loads((self.folder / "summary.json").read_text())
         except (OSError, ValueError):
             return None
+        return summary if isinstance(summary, dict) else None
 
     @property
     def completed(self) -> bool:

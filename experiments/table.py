@@ -1,6 +1,7 @@
 """The table of an experiment: accuracy per width and averaged, mean and spread over seeds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import isfinite, nan
 from statistics import mean, stdev
 from typing import Any
 
@@ -17,10 +18,11 @@ def result_of(scenario: str, system: str, seed: object, record: Record) -> dict[
     Accuracies are means over the last three rounds that were evaluated; bytes are totals.
     """
     rounds = record.rounds
-    evaluated = [entry.accuracy for entry in rounds if "average" in entry.accuracy][-_LAST:]
+    known = [entry.accuracy for entry in rounds if _is_known(entry.accuracy, "average")]
+    evaluated = known[-_LAST:]
     if not evaluated:
         return None
-    widths = [w for w in evaluated[-1] if all(w in accuracy for accuracy in evaluated)]
+    widths = [w for w in evaluated[-1] if all(_is_known(accuracy, w) for accuracy in evaluated)]
     return {
         "scenario": scenario,
         "system": system,
@@ -31,6 +33,10 @@ def result_of(scenario: str, system: str, seed: object, record: Record) -> dict[
         "seconds": round(sum(entry.seconds.get("round", 0) for entry in rounds)),
         "curve": curve(rounds),
     }
+
+
+def _is_known(accuracy: Mapping[str, float], width: str) -> bool:
+    return isfinite(accuracy.get(width, nan))
 
 
 def by_system(results: Iterable[dict]) -> dict[str, list[dict]]:

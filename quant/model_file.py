@@ -5,7 +5,7 @@ Layout (little-endian)::
     magic "PRWM" | version u8 | head bytes u32
     head      JSON (UTF-8), an object: the fields of `PackedModel` but `update`, an activation grid
               as [scale, low, high]
-    update    the tensors, as they travel (`quant.wire`), in the shortest form
+    update    the tensors, as they travel packed (`quant.wire`)
 
 The update's CRC-32 starts from that of everything before it, and so covers the whole file. Nothing
 is pickled. All sizes are compared with the length of the file before anything is allocated.
@@ -17,7 +17,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields
-from math import isfinite, prod
+from math import isfinite
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -36,7 +36,7 @@ _MAGIC = b"PRWM"
 _VERSION = 1
 _HEADER = struct.Struct("<4sBI")
 # Who makes a network as the file says allocates what these say.
-_MOST = {"channels": 1024, "size": 4096}
+_MOST = {"channels": 3, "size": 1024}
 
 
 class ModelFileError(ValueError):
@@ -53,7 +53,8 @@ class PackedModel:
         Codes and scales of the weights; the other tensors in float32, normalization's statistics
         as the model is evaluated with them.
     name : str
-        Architecture, as whoever builds it calls it.
+        Architecture, as whoever wrote the file calls it. To build what a stranger's file names is
+        to let it choose: `task.models.build_model` imports modules by name.
     channels, size : int
         Of the images: ``[channels, size, size]``.
     num_classes : int
@@ -86,8 +87,9 @@ class PackedModel:
             value = getattr(self, field.name)
             if field.type in (str, int, float) and type(value) is not field.type:
                 raise ValueError(f"{field.name} is {value!r}, not a {field.type.__name__}")
-        values = sum(map(prod, self.update.spec.shapes.values()))
-        for key, most in {**_MOST, "num_classes": values}.items():
+        # The logits are rows of some tensor.
+        rows = sum(shape[0] for shape in self.update.spec.shapes.values() if shape)
+        for key, most in {**_MOST, "num_classes": rows}.items():
             if not 1 <= getattr(self, key) <= most:
                 raise ValueError(f"{key} is {getattr(self, key)}; allowed are 1 to {most}")
         if not (isfinite(self.pixel_scale) and isfinite(self.pixel_offset)):

@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from task.errors import SettingsError
-from task.images import load_image_folder
+from task.images import check_memory, load_image_folder
 from task.settings import Settings
 
 CACHE = Path("~/.cache/prowd")
-# Of pixels in memory: the server and every worker hold the data once.
-_MOST_GIBIBYTES = 8
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -192,12 +190,7 @@ def _resized(dataset: Dataset, image_size: int) -> Dataset:
     if image_size in (0, dataset.size):
         return dataset
     images = len(dataset.train) + len(dataset.test)
-    gibibytes = images * dataset.channels * image_size**2 / 2**30
-    if gibibytes > _MOST_GIBIBYTES:
-        raise SettingsError(
-            f"image-size: {image_size} makes {images} images of {gibibytes:.0f} GiB in every "
-            f"process; allowed: {_MOST_GIBIBYTES} GiB"
-        )
+    check_memory(images, dataset.channels, image_size)
     import torch
     from torchvision.transforms.v2.functional import resize
 

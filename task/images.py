@@ -9,6 +9,9 @@ import numpy as np
 
 from task.errors import SettingsError
 
+# Of pixels in memory: the server and every worker hold the data once.
+_MOST_GIBIBYTES = 8
+
 
 def load_image_folder(
     folder: Path, image_size: int, cache: Path
@@ -53,6 +56,22 @@ def load_image_folder(
     return pixels, labels, listing.classes
 
 
+def check_memory(images: int, channels: int, size: int) -> None:
+    """Refuse pixels that no process should hold.
+
+    Raises
+    ------
+    SettingsError
+        If they take too much.
+    """
+    gibibytes = images * channels * size**2 / 2**30
+    if gibibytes > _MOST_GIBIBYTES:
+        raise SettingsError(
+            f"image-size: {images} images of {size} pixels a side take {gibibytes:.0f} GiB in "
+            f"every process; allowed: {_MOST_GIBIBYTES} GiB"
+        )
+
+
 def _digest(samples: list[tuple[str, int]], image_size: int) -> str:
     digest = hashlib.sha256(str(image_size).encode())
     for name, label in samples:
@@ -63,6 +82,7 @@ def _digest(samples: list[tuple[str, int]], image_size: int) -> str:
 
 def _decode_all(names: list[str], image_size: int) -> np.ndarray:
     first, grey = _decode(names[0], image_size)
+    check_memory(len(names), 3, first.shape[0])
     pixels = np.empty((len(names), 3, *first.shape[:2]), np.uint8)
     for index, name in enumerate(names):
         array, is_grey = _decode(name, image_size)

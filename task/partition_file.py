@@ -46,8 +46,9 @@ def read_partition_file(file: str, num_images: int) -> tuple[np.ndarray, ...]:
     """
     path = Path(file).expanduser()
     most = 1024 + _MOST_BYTES_AN_IMAGE * num_images
-    if (size := len(data := _read(path))) > most:
-        raise _error(path, f"has {size} bytes; allowed for {num_images} images: {most}")
+    data = _read(path, most)
+    if len(data) > most:
+        raise _error(path, f"has more than {most} bytes, all that {num_images} images take")
     try:
         dealt = _Deal.model_validate_json(data).clients
     except ValidationError as error:
@@ -76,9 +77,13 @@ def fingerprint_of_file(file: str) -> str:
     return f"partition-file of CRC {zlib.crc32(_read(Path(file).expanduser())):08x}"
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int = -2) -> bytes:
+    """Read a file, but of one that is longer than `most` bytes no more than shows it."""
+    if path.exists() and not path.is_file():
+        raise _error(path, "is no regular file")
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read(most + 1)
     except OSError as error:
         raise SettingsError(f"partition-file: {path} cannot be read: {error.strerror}") from None
 

@@ -33,7 +33,8 @@ def load_reference(setting: str, text: str) -> object:
     module_name, _, name = text.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # An import runs the module, which raises whatever it likes.
+    # An import runs the module, which raises whatever it likes, or exits.
+    except (Exception, SystemExit) as error:
         raise SettingsError(
             f"{setting}: {text!r} cannot be imported ({in_one_line(error)}); "
             "it must be installed, or on PYTHONPATH, wherever the app runs"

@@ -17,7 +17,9 @@ _OF_A_FEDERATION = (
     "image-size",
     "samples-per-client",
     "validation-samples",
+    "server-buffer",
     "partitioner",
+    "partition-file",
     "dirichlet-alpha",
     "bit-mix",
 )

@@ -131,7 +131,7 @@ def test_without_the_extra_the_packed_file_is_there_and_the_extra_is_named(
 ):
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert export(folder) == 2
-    assert "'prowd[export]' brings it" in capsys.readouterr().err
+    assert "'.[export]' brings it" in capsys.readouterr().err
     assert [path.name for path in (folder / "export").iterdir()] == ["resnet8-4bit.prowd"]
 
 
@@ -171,9 +171,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(folder, tmp_path, capsys
         patch.setattr("server_app.run.fingerprint", lambda data: "other")
         assert "the checkpoint is of another run: data is 'other'" in refused(capsys, folder)
     (folder / "rounds.jsonl").unlink()
-    assert refused(capsys, folder).endswith(
-        "rounds.jsonl cannot be read: No such file or directory"
-    )
+    assert refused(capsys, folder).startswith(f"prowd: {folder}: rounds.jsonl lacks rounds 1 to ")
 
 
 def test_there_is_no_model_of_local_training_nor_before_the_first_round(tmp_path, capsys):
@@ -187,7 +185,7 @@ def test_there_is_no_model_of_local_training_nor_before_the_first_round(tmp_path
     # Its checkpoint is that of a run that was stopped before the first round.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("strategies.local.Local.evaluates_on_server", True)
-        assert refused(capsys, begun) == f"prowd: {begun} has no round that is done"
+        assert refused(capsys, begun) == f"prowd: {begun}: rounds.jsonl lacks round 1"
 
 
 def test_the_readme_loads_it(folder, monkeypatch):

@@ -183,7 +183,7 @@ def test_the_network_stays_as_it_was():
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_a_missing_package_is_named_with_what_brings_it(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SettingsError, match=rf"^ONNX: {package} is not .*'prowd\[export\]'"):
+    with pytest.raises(SettingsError, match=rf"^ONNX: {package} is not .*'\.\[export\]'"):
         to_onnx(own(), 3, 9)
 
 

@@ -67,6 +67,17 @@ def test_a_run_that_stopped_early_does_not_enter_the_mean(runs, tmp_path):
     assert re.findall("<td>(.*?)</td>", accuracies)[-1] == "2"
 
 
+def test_times_that_are_not_known_do_not_keep_the_page_from_being_written(tmp_path):
+    folder = write_run(tmp_path / "ProWD-0", "prowd", 0)
+    text = (folder / "rounds.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        line["seconds"] = dict.fromkeys(line["seconds"])
+    (folder / "rounds.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_page(tmp_path / "report.html", "Digits", read(tmp_path))
+    assert "Seconds of a round, by part" in Page((tmp_path / "report.html").read_text()).figures
+
+
 def test_systems_are_named_by_what_tells_them_apart(tmp_path):
     for name, align in (("a", True), ("b", True), ("c", False)):
         changes = {"learning-rate": 0.2} if name == "b" else {}
@@ -230,4 +241,4 @@ def test_without_matplotlib_the_extra_is_named(runs, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "experiments.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(runs / "Local-0")]) == 2
-    assert "pip install 'prowd[figures]'" in capsys.readouterr().err
+    assert "pip install -e '.[figures]'" in capsys.readouterr().err

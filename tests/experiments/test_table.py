@@ -121,3 +121,15 @@ def test_a_system_that_overrides_the_scenario_runs_once_for_all(tmp_path):
     record(runs[1].folder, [accuracy(0.1, 0.2)])
     assert runs[3].completed
     assert len(pending(runs)) == 5
+
+
+def test_what_is_not_finite_is_left_out(tmp_path):
+    """A round's null is no accuracy, and its time adds nothing."""
+    record(tmp_path / "a", [accuracy(0.4, 0.6), accuracy(0.5, 0.7)])
+    lines = (tmp_path / "a" / "rounds.jsonl").read_text().splitlines()
+    odd = {"round": 3, "accuracy": {"4": 0.1, "average": None}, "seconds": {"round": None}}
+    (tmp_path / "a" / "rounds.jsonl").write_text("\n".join([*lines, json.dumps(odd)]))
+    result = result_of("50-50", "A", 0, read_record(tmp_path / "a"))
+    assert round(result["accuracy"]["average"], 9) == 0.55
+    assert result["seconds"] == 5
+    json.dumps(result, allow_nan=False)

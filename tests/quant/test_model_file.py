@@ -186,7 +186,7 @@ def test_the_message_names_the_file_and_what_is_wrong(tmp_path):
     [
         ({"name": 5}, "name is 5, not a str"),
         ({"size": True}, "size is True, not a int"),
-        ({"size": 10**9}, "size is 1000000000; allowed are 1 to 4096"),
+        ({"size": 10**9}, "size is 1000000000; allowed are 1 to 1024"),
         ({"channels": 0}, "channels is 0"),
         ({"num_classes": 10**9}, "num_classes is 1000000000"),
         ({"pixel_scale": float("nan")}, "finite"),
