@@ -4,7 +4,7 @@ import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import FLOWER_LOGGER
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
@@ -12,7 +12,9 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from quant import STYPE, encode_update, quantize_state
+from quant import encode_update, quantize_state
+from strategies import MixedPrecisionStrategy
+from strategies.states import to_array
 from task.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report
 
 # A message can only be made inside a run of Flower; this makes the process one.
@@ -110,10 +112,14 @@ def reporting_grid(model: Mapping[str, Tensor], widths: list[int], coded: bool) 
     def answer(client: Declaration) -> RecordDict:
         # A copy for each, as from the network.
         payload = bytes(bytearray(payloads[client.bits]))
-        update = Array("uint8", (len(payload),), STYPE, payload)
-        return RecordDict(
-            {UPDATE: ArrayRecord({UPDATE: update}), REPORT: MetricRecord(numbers.to_record())}
-        )
+        update = ArrayRecord({UPDATE: to_array(payload)})
+        return RecordDict({UPDATE: update, REPORT: MetricRecord(numbers.to_record())})
 
     declarations = {i + 1: Declaration(i, len(widths), b, 10, "") for i, b in enumerate(widths)}
     return AnsweringGrid(declarations, answer)
+
+
+def run_round(strategy: MixedPrecisionStrategy, arrays: ArrayRecord, grid: AnsweringGrid) -> None:
+    """Run the server's part of the first round, from the model that is sent to the next one."""
+    messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+    strategy.aggregate_train(1, grid.send_and_receive(messages))

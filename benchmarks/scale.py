@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from flwr.app import ConfigRecord
 
-from benchmarks.grid import reporting_grid
+from benchmarks.grid import reporting_grid, run_round
 from benchmarks.measure import Figure, ratio, report
 from strategies import STRATEGIES
 from strategies.states import to_arrays
@@ -52,8 +52,7 @@ def _rounds(name: str, count: int) -> tuple[list[float], float]:
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         began = time.perf_counter()
-        messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
-        strategy.aggregate_train(1, grid.send_and_receive(messages))
+        run_round(strategy, arrays, grid)
         if turn:
             seconds.append((time.perf_counter() - began) / count)
         else:  # Later rounds take what earlier ones gave back.

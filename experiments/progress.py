@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments.records import read_record
 from experiments.runs import PlannedRun
+from task.mix import width_name
 
 
 class State(StrEnum):
@@ -50,10 +51,7 @@ class Progress:
     def scores(self) -> str:
         """Return the accuracies; the average comes first, as a narrow terminal cuts off the end."""
         ranked = sorted(self.accuracy, key=lambda width: width != "average")
-        return " ".join(
-            f"{width if width == 'average' else width + '-bit'} {self.accuracy[width]:.2%}"
-            for width in ranked
-        )
+        return " ".join(f"{width_name(width)} {self.accuracy[width]:.2%}" for width in ranked)
 
 
 class Watch:

@@ -174,6 +174,11 @@ class Record:
         return asked if isinstance(asked, int) else 0
 
 
+def read_summary(folder: Path) -> Summary:
+    """Read how a run ended; its status is empty if that cannot be told."""
+    return _read_file(folder / "summary.json", Summary, [])
+
+
 def read_record(folder: Path, weights: bool = True) -> Record:
     """Read what is whole of a run's record, also of one that is still written.
 

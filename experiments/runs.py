@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.plan import Experiment, Setting
+from experiments.records import read_summary
 from task.errors import SettingsError
 
 PROJECT = Path(__file__).parents[1]
@@ -37,18 +38,9 @@ class PlannedRun:
     settings: dict[str, Setting]
 
     @property
-    def summary(self) -> dict | None:
-        """Summary of the finished run, None if it has not finished."""
-        try:
-            summary = json.loads((self.folder / "summary.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return summary if isinstance(summary, dict) else None
-
-    @property
     def completed(self) -> bool:
         """Whether the run is done and need not be run again."""
-        return (self.summary or {}).get("status") == "completed"
+        return read_summary(self.folder).status == "completed"
 
 
 def planned_runs(
@@ -92,7 +84,7 @@ def execute(run: PlannedRun, federation: str) -> str:
     if run.completed:
         return ""
     # flwr's exit code is 0 for a failed run too; the run's own record knows.
-    return (run.summary or {}).get("reason") or f"it left no summary; see {log}"
+    return read_summary(run.folder).reason or f"it left no summary; see {log}"
 
 
 def unique(runs: Sequence[PlannedRun]) -> list[PlannedRun]:

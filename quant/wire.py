@@ -40,6 +40,7 @@ _HEADER = struct.Struct("<4sBBBBII")
 _CRC_OFFSET = _HEADER.size - 4
 _CONTENTS: tuple[str, ...] = get_args(Content)
 _PACKED, _CODED, _CODED_FROM_START = 0, 1, 2
+# Of two bits, the narrowest.
 _MOST_CODES_A_BYTE = 4
 _MOST_DIMENSIONS = 8
 # No network that works holds a larger value; sums over clients stay far from overflow.

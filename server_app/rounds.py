@@ -14,6 +14,7 @@ from server_app.evaluation import Evaluator
 from server_app.record import RunRecord
 from strategies import FederationError, MixedPrecisionStrategy, RoundLog, receive
 from strategies.states import State, to_arrays, to_state
+from task.mix import width_name
 from task.settings import Settings
 
 
@@ -172,8 +173,7 @@ def _evaluate_on_server(
 def format_round(entry: Mapping[str, Any], num_rounds: int, left: float) -> str:
     """Return the line that a round shows in the terminal; `left` is the estimate in seconds."""
     accuracy = " ".join(
-        f"{width if width == 'average' else width + '-bit'} {value:.2%}"
-        for width, value in entry["accuracy"].items()
+        f"{width_name(width)} {value:.2%}" for width, value in entry["accuracy"].items()
     )
     clients, seconds = entry["clients"], entry["seconds"]
     up, down = (sum(entry[key].values()) for key in ("uplink_bytes", "downlink_bytes"))

@@ -23,6 +23,11 @@ def check_client_bits(bits: Any, origin: str) -> int:
     return bits
 
 
+def width_name(width: str) -> str:
+    """Return what a bit-width of the run record, or its "average", is called."""
+    return width if width == "average" else f"{width}-bit"
+
+
 def parse_mix(text: str) -> dict[int, float]:
     """Read ``"8:0.5,32:0.5"`` into shares by width, in the order given.
 

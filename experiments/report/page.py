@@ -21,6 +21,7 @@ from experiments.report.series import (
 )
 from experiments.table import accuracy_cell, make_table, result_of, widths_of
 from task.files import write_atomic
+from task.mix import width_name
 
 # Reasons differ from round to round in a run gone wrong; all of them stand in its rounds.jsonl.
 _MOST_ROWS = 200
@@ -179,7 +180,7 @@ def _runs(records: Sequence[Record], scenarios: Sequence[Scenario]) -> Table:
                 str(record.settings.get("seed", "-")),
                 _status(record),
                 f"{record.rounds[-1].round if record.rounds else 0} of {record.num_rounds or '?'}",
-                ", ".join(f"{_width(w)} {value:.2%}" for w, value in last.items()) or "-",
+                ", ".join(f"{width_name(w)} {value:.2%}" for w, value in last.items()) or "-",
                 f"{sum(e.seconds.get('round', 0) for e in record.rounds):.0f}",
                 record.config.date[:16].replace("T", " ") or "-",
             ]
@@ -193,10 +194,6 @@ def _status(record: Record) -> str:
     if status == "running":
         return "not finished: still running, or killed"
     return f"{status}: {reason}" if reason else status or "unknown"
-
-
-def _width(width: str) -> str:
-    return width if width == "average" else f"{width}-bit"
 
 
 def _different(series: Sequence[Series]) -> Table:
