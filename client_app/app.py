@@ -16,6 +16,7 @@ from client_app.node import declare
 from client_app.tracking import TrackedRound, next_correction
 from quant import Update, UpdateSpec, quantize_difference, weight_scales
 from task.data import Images, load_dataset
+from task.devices import best_device
 from task.errors import SettingsError
 from task.models import build_model
 from task.partition import client_images, evaluation_images
@@ -56,7 +57,13 @@ def on_train(message: Message, context: Context) -> Message:
     if job.instruction.tracking_epoch:
         delta = next_correction(context.state, received, job.instruction, job.settings.momentum)
     trained = train(
-        job.model, job.images, job.training, job.seed, scales=job.scales, correction=delta
+        job.model,
+        job.images,
+        job.training,
+        job.seed,
+        scales=job.scales,
+        correction=delta,
+        device=best_device(),
     )
     report = _report(job, trained.score, started, trained.steps, began_clean=not delta)
     if job.instruction.uplink == "nothing":
@@ -87,7 +94,9 @@ def on_evaluate(message: Message, context: Context) -> Message:
     job = _open(message, context)
     # With the client's own images: it has no access to the server's.
     pixels = job.images.pixels
-    model = ready_to_evaluate(job.model, job.settings, job.client.bits, job.scales, pixels)
+    model = ready_to_evaluate(
+        job.model, job.settings, job.client.bits, job.scales, pixels, best_device()
+    )
     score = evaluate(model, evaluation_images(job.settings))
     return answer(message, _report(job, score, started))
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from quant import Update, quantize_state, weight_scales
 from task.calibration import calibrate_activations, round_weights
 from task.data import Images
+from task.devices import pick_device
 from task.models import to_input
 from task.settings import Settings
 from task.training import (
@@ -32,7 +33,7 @@ class Evaluator:
     Parameters
     ----------
     settings : Settings
-        Activation width and whether BatchNorm statistics are recalibrated.
+        Activation width, whether BatchNorm statistics are recalibrated, and the server's device.
     model : nn.Module
         Architecture.
     images : Images
@@ -48,12 +49,13 @@ class Evaluator:
         self._model = copy.deepcopy(model)
         self._images = images
         self._buffer = buffer
+        self._device = pick_device(settings.server_device)
 
     def network(self, model: Update) -> nn.Module:
         """Return a network that computes with a model at its width, as a client of it would."""
         load_state(self._model, model.dequantize())
         return ready_to_evaluate(
-            self._model, self._settings, model.bits, model.scales, self._buffer
+            self._model, self._settings, model.bits, model.scales, self._buffer, self._device
         )
 
     def score(self, model: Update) -> Score:
@@ -76,6 +78,7 @@ class CalibratedRounding:
         self._settings = settings
         self._model = copy.deepcopy(model)
         self._buffer = buffer
+        self._device = pick_device(settings.server_device)
         self._last: dict[int, tuple[Mapping[str, Tensor], Update]] = {}
 
     def __call__(self, state: Mapping[str, Tensor], bits: int) -> Update:
@@ -89,15 +92,17 @@ class CalibratedRounding:
     def _round(self, state: Mapping[str, Tensor], bits: int) -> Update:
         load_state(self._model, dict(state))
         network = at_width(self._model, self._settings, bits)
+        scales = weight_scales(network)
+        network.to(self._device)
         calibrate_activations(network, self._buffer)
         rounded = round_weights(network, self._buffer)
         # A layer that the images do not reach is rounded to nearest.
-        nearest = quantize_state(state, bits, weight_scales(network))
+        nearest = quantize_state(state, bits, scales)
         return replace(nearest, quantized={**nearest.quantized, **rounded})
 
 
 def make_predict(
-    model: nn.Module, buffer: np.ndarray
+    model: nn.Module, buffer: np.ndarray, device: torch.device | None = None
 ) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
     """Return ``f(u; w)``: differentiable logits on some of the buffer; None without a buffer.
 
@@ -105,16 +110,16 @@ def make_predict(
     """
     if not len(buffer):
         return None
-    network = copy.deepcopy(model).train()
-    images = to_input(buffer[:_DISTILLATION_IMAGES])
+    network = copy.deepcopy(model).train().to(device)
+    images = to_input(buffer[:_DISTILLATION_IMAGES], device)
     buffers = {name: b.clone() for name, b in network.named_buffers()}
 
     def predict(weights: Mapping[str, Tensor]) -> Tensor:
-        parameters = {n: weights[n] for n, _ in network.named_parameters()}
+        parameters = {n: weights[n].to(device) for n, _ in network.named_parameters()}
         # Fresh buffers each time: training mode writes its running statistics into them.
         fresh = {name: b.clone() for name, b in buffers.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return functional_call(network, {**parameters, **fresh}, (images,))
+            return functional_call(network, {**parameters, **fresh}, (images,)).cpu()
 
     return predict

@@ -19,6 +19,7 @@ from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
 from strategies.states import State
 from task.data import fingerprint, load_dataset
+from task.devices import pick_device
 from task.errors import SettingsError
 from task.models import build_model, check_repeatable
 from task.partition import evaluation_images, server_pixels
@@ -77,6 +78,7 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
         If they do not go together, or the data cannot be had.
     """
     torch.set_num_threads(settings.server_threads)
+    device = pick_device(settings.server_device)
     # Before the data, which may have to be downloaded.
     strategy = build_strategy(settings, options)
     data = load_dataset(settings)
@@ -89,7 +91,7 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     if min(settings.mix) < FLOAT_BITS:
         check_quantizable(model, settings.model)
     buffer = server_pixels(settings)
-    strategy.predict = make_predict(model, buffer)
+    strategy.predict = make_predict(model, buffer, device)
     strategy.round_calibrated = CalibratedRounding(settings, model, buffer)
     evaluator = Evaluator(settings, model, evaluation_images(settings), buffer)
     return Run(folder, settings, options, strategy, model, evaluator)
@@ -134,8 +136,9 @@ def reopen(folder: Path, data_dir: str = "") -> tuple[Run, Checkpoint]:
         If there is no good checkpoint, or the data is not the run's.
     """
     saved = read_checkpoint(folder)
-    moved = {"data-dir": data_dir} if data_dir else {}
-    run = prepare(folder, *read_settings({**saved.identity.settings, **moved}))
+    # This machine may have no GPU.
+    here = {"server-device": "auto"} | ({"data-dir": data_dir} if data_dir else {})
+    run = prepare(folder, *read_settings({**saved.identity.settings, **here}))
     saved.refuse_other(run.identity(saved.identity.num_partitions))
     run.strategy.restore(saved.tensors, saved.values)
     return run, saved
@@ -187,7 +190,7 @@ def _write_model(run: Run, record: RunRecord, done: int, model: State) -> None:
     if done and run.strategy.evaluates_on_server:
         model = run.strategy.state_for(max(run.strategy.nodes.widths()), model)
         network = run.evaluator.network(quantize_state(model, FLOAT_BITS))
-        record.write_model(model_state(network))
+        record.write_model(model_state(network.cpu()))
 
 
 def _refuse_completed(folder: Path, done: int, asked: int) -> None:

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import quant
 from quant import QuantizedTensor, calibrated_rounding
+from task.devices import device_of
 from task.models import to_input
 
 _BATCH = 128
@@ -28,7 +29,7 @@ def calibrate_activations(model: nn.Module, pixels: np.ndarray) -> None:
         return
     # From all over, as they may be sorted by class.
     chosen = np.linspace(0, len(pixels) - 1, min(len(pixels), _ACTIVATION_IMAGES)).astype(int)
-    images = to_input(pixels[chosen])
+    images = to_input(pixels[chosen], device_of(model))
     with _normalized_by_batch(model, momentum=0.0):
         quant.calibrate_activations(model, lambda network: network(images))
 
@@ -42,7 +43,7 @@ def calibrate_normalization(model: nn.Module, pixels: np.ndarray) -> None:
     """
     with _collected_statistics(model) as found:
         for part in np.array_split(pixels, -(-len(pixels) // _BATCH)) if found else ():
-            model(to_input(part))
+            model(to_input(part, device_of(model)))
 
 
 def round_weights(model: nn.Module, pixels: np.ndarray) -> dict[str, QuantizedTensor]:
@@ -60,11 +61,12 @@ def round_weights(model: nn.Module, pixels: np.ndarray) -> dict[str, QuantizedTe
     Returns
     -------
     dict of str to QuantizedTensor
-        By weight name.
+        By weight name, on the CPU.
     """
-    images = to_input(pixels[: max(2, _MOST_VALUES // pixels[0].size)])
+    images = to_input(pixels[: max(2, _MOST_VALUES // pixels[0].size)], device_of(model))
     with _collected_statistics(model):
-        return calibrated_rounding(model, lambda network: network(images))
+        rounded = calibrated_rounding(model, lambda network: network(images))
+    return {n: QuantizedTensor(t.codes.cpu(), t.scale.cpu()) for n, t in rounded.items()}
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from task.reference import in_one_line, is_reference, load_reference
 PIXEL_SCALE, PIXEL_OFFSET = 4 / 255, -2.0
 
 
-def to_input(pixels: np.ndarray) -> Tensor:
+def to_input(pixels: np.ndarray, device: torch.device | None = None) -> Tensor:
     """Turn uint8 pixels into the network's input: float32, 0..255 to -2..2, channels last."""
-    return normalize(torch.from_numpy(pixels))
+    return normalize(torch.from_numpy(pixels).to(device))
 
 
 def normalize(pixels: Tensor) -> Tensor:

@@ -151,6 +151,12 @@ class Settings(Options):
     server_threads: AtLeastOne = Field(
         1, description="Threads of the server; changes the last bits."
     )
+    server_device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="Where the server evaluates, rounds and distils: auto is the GPU where there "
+        "is one. Clients compute on the GPU that Flower gives them, as with the federation's "
+        "client-resources-num-gpus=0.1, or that their machine has.",
+    )
     output_dir: str = Field("~/prowd-runs", description="Where run records go; absolute or ~.")
     run_name: str = Field(
         "", description="Folder of this run's record; empty: strategy, data and time."

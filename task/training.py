@@ -28,12 +28,15 @@ from quant import (
 )
 from task.calibration import calibrate_activations, calibrate_normalization
 from task.data import Images
+from task.devices import device_of
 from task.errors import SettingsError
 from task.models import to_input
 from task.settings import Settings
 
 # Small enough for the cache: twice as fast as 500 on a CPU.
 _EVALUATION_BATCH = 100
+# A GPU is busy with more only.
+_EVALUATION_BATCH_ON_GPU = 1000
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ def train(
     *,
     scales: Mapping[str, Tensor] | None = None,
     correction: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> Trained:
     """Train a model on a client's images at the client's width.
 
@@ -160,6 +164,8 @@ def train(
         Scales of weights that were received on their grid; fitted where not given.
     correction : mapping of str to Tensor, optional
         Subtracted from the gradient of the parameters it names (gradient tracking).
+    device : torch.device, optional
+        Where the model trains, and is brought back to the CPU from; the CPU by default.
 
     Returns
     -------
@@ -167,17 +173,19 @@ def train(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    anchored = []
-    if config.proximal_mu:
-        anchored = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     if config.bits != FLOAT_BITS:
         widths = QuantConfig(config.bits, config.activation_bits, config.gradient_bits)
         _prepare(model, widths, config.weight_step)
         set_scales(model, scales or {})
+    model.to(device)
+    if config.bits != FLOAT_BITS:
         calibrate_activations(model, images.pixels)
+    anchored = []
+    if config.proximal_mu:
+        anchored = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(model, config, seed)
-    began = {name: tensor.clone() for name, tensor in model_state(model).items()}
-    correction = correction or {}
+    began = {name: tensor.clone().cpu() for name, tensor in model_state(model).items()}
+    correction = {n: tensor.to(device) for n, tensor in (correction or {}).items()}
     corrected = [(p, correction[n]) for n, p in model.named_parameters() if n in correction]
     model.train()
     loss_sum, correct, seen, steps = 0.0, 0, 0, 0
@@ -185,8 +193,8 @@ def train(
         if epoch and config.low_bit_training == "qat":
             refit_scales(model)
         for index in _batches(len(images), config.batch_size, rng):
-            labels = torch.from_numpy(images.labels[index])
-            logits = model(to_input(images.pixels[index]))
+            labels = torch.from_numpy(images.labels[index]).to(device)
+            logits = model(to_input(images.pixels[index], device))
             loss = F.cross_entropy(logits, labels)
             value = float(loss.detach())
             if not isfinite(value):
@@ -204,6 +212,7 @@ def train(
             loss_sum += value * len(index)
             correct += int((logits.detach().argmax(1) == labels).sum())
             seen += len(index)
+    model.cpu()
     moved = {name: tensor - began[name] for name, tensor in model_state(model).items()}
     score = Score(loss_sum / seen, correct / seen, len(images))
     return Trained(_trained_weights(model, config), moved, steps, score)
@@ -211,12 +220,14 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Images) -> Score:
-    """Return loss and accuracy of a model on images."""
+    """Return loss and accuracy of a model on images, where the model is."""
     model.eval()
+    device = device_of(model)
+    size = _EVALUATION_BATCH if device.type == "cpu" else _EVALUATION_BATCH_ON_GPU
     loss = correct = 0.0
-    for start in range(0, len(images), _EVALUATION_BATCH):
-        labels = torch.from_numpy(images.labels[start : start + _EVALUATION_BATCH])
-        logits = model(to_input(images.pixels[start : start + _EVALUATION_BATCH]))
+    for start in range(0, len(images), size):
+        labels = torch.from_numpy(images.labels[start : start + size]).to(device)
+        logits = model(to_input(images.pixels[start : start + size], device))
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         correct += float((logits.argmax(1) == labels).sum())
     return Score(loss / len(images), correct / len(images), len(images))
@@ -237,6 +248,7 @@ def ready_to_evaluate(
     bits: int,
     scales: Mapping[str, Tensor],
     pixels: np.ndarray,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """Return a copy of a model at a bit-width with all that it takes from unlabelled images.
 
@@ -252,9 +264,12 @@ def ready_to_evaluate(
         Of weights that came on their grid.
     pixels : ndarray
         uint8 images of who evaluates: the server's buffer, or a client's own.
+    device : torch.device, optional
+        Where the copy computes; the CPU by default.
     """
     network = at_width(model, settings, bits)
     set_scales(network, scales)
+    network.to(device)
     calibrate_activations(network, pixels)
     if settings.calibrate_normalization:
         calibrate_normalization(network, pixels[: settings.server_buffer])
@@ -305,7 +320,7 @@ def _optimizer(model: nn.Module, config: LocalTraining, seed: int) -> torch.opti
         weight_scales(model),
         config.bits,
         gradient_bits=config.gradient_bits,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator(device_of(model)).manual_seed(seed),
         **sgd,
     )
 

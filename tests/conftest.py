@@ -1,6 +1,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from xdist.scheduler import LoadFileScheduling
 
@@ -28,3 +29,12 @@ class FilesTogether(LoadFileScheduling):
 
 def pytest_xdist_make_scheduler(config, log):
     return FilesTogether(config, log)
+
+
+@pytest.fixture(autouse=True)
+def gpu(request, monkeypatch):
+    """Give the GPU to the tests that are marked with it alone: the others look at single bits."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    elif not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU here")

@@ -1,0 +1,45 @@
+"""Where networks compute. What goes in and what comes out is on the CPU."""
+
+import torch
+from torch import nn
+
+from task.errors import SettingsError
+
+
+def best_device() -> torch.device:
+    """Return the GPU, if this process was given one, else the CPU.
+
+    Flower gives a simulated client one with ``client-resources-num-gpus``; a networked client has
+    its machine's.
+    """
+    return pick_device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_device(name: str) -> torch.device:
+    """Return a device by the name that the settings give it.
+
+    Parameters
+    ----------
+    name : {"auto", "cpu", "cuda"}
+        ``"auto"`` is the GPU where there is one.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such device here.
+    """
+    if name == "auto":
+        return best_device()
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingsError(
+                "server-device: 'cuda', but torch sees no GPU here; allowed here: auto, cpu"
+            )
+        # One seed gives one result on a GPU too; the fastest kernels add in any order.
+        torch.backends.cudnn.deterministic = True
+    return torch.device(name)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Return where a network's parameters are."""
+    return next(network.parameters()).device
