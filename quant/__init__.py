@@ -13,6 +13,7 @@ from quant.dequantizer import (
     ladder_of,
 )
 from quant.finetuning import FineTuning, Losses, fine_tune
+from quant.flat import CodesSum, FlatCodes
 from quant.grid import (
     FLOAT_BITS,
     MAX_BITS,
@@ -68,7 +69,9 @@ __all__ = [
     "MAX_BITS",
     "MIN_BITS",
     "STYPE",
+    "CodesSum",
     "FineTuning",
+    "FlatCodes",
     "GlobalReference",
     "Losses",
     "ModelFileError",

@@ -61,10 +61,25 @@ class Layout:
         return sum(self.float_counts)
 
     @cached_property
+    def channels(self) -> list[tuple[int, int]]:
+        """Codes in a channel of each quantized tensor, and how many channels it has."""
+        return [(math.prod(shape[1:]), shape[0]) for shape in self.quantized.values()]
+
+    @cached_property
+    def place_of(self) -> dict[str, tuple[slice, slice]]:
+        """Where each quantized tensor's codes and scales are among all codes and all scales."""
+        places, code, scale = {}, 0, 0
+        for name, (length, count) in zip(self.quantized, self.channels, strict=True):
+            codes = slice(code, code + length * count)
+            places[name] = codes, slice(scale, scale + count)
+            code, scale = codes.stop, scale + count
+        return places
+
+    @cached_property
     def codes_per_scale(self) -> np.ndarray:
         """Codes in the channel of each scale, float32 ``[num_scales]``."""
-        sizes = [math.prod(shape[1:]) for shape in self.quantized.values()]
-        return np.repeat(np.array(sizes, np.float32), self.scale_counts)
+        lengths = np.array([length for length, _ in self.channels], np.float32)
+        return np.repeat(lengths, self.scale_counts)
 
     @cached_property
     def packed_bytes(self) -> int:

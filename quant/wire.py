@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from quant.coding import compress_codes, decompress_codes
+from quant.flat import FlatCodes
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, largest_code
 from quant.layout import Layout, layout_of
 from quant.packing import PackingError, pack, unpack
-from quant.update import Content, QuantizedTensor, Update, UpdateSpec, is_variance
+from quant.update import Content, Update, UpdateSpec, is_variance
 
 STYPE = "prowd.update/3"
 
@@ -220,21 +221,22 @@ def decode_update(
     for name, tensor in tensors.items():
         if content == "weights" and is_variance(name) and (tensor < 0).any():
             raise UpdateError(f"{name} is a variance and has a negative entry")
-    return Update(bits, content, _split_codes(layout, codes, scales), tensors)
+    own = torch.from_numpy(codes), torch.from_numpy(scales.astype(np.float32))
+    return Update(bits, content, FlatCodes(layout, *own), tensors)
 
 
 def _shortest(
     update: Update, layout: Layout, coded: bool, start: Update | None
 ) -> tuple[int, bytes]:
     """Return the shortest of the allowed forms of the codes, and which it is."""
-    codes, bits = _flat_codes(update, layout), update.bits
+    codes, bits = FlatCodes.of(update).codes.numpy(), update.bits
     if not codes.size:
         return _PACKED, b""
     forms = [(_PACKED, pack(codes, bits))]
     if coded:
         forms.append((_CODED, compress_codes(codes, bits)))
         if start is not None:
-            known = _flat_codes(start, layout)
+            known = FlatCodes.of(start).codes.numpy()
             forms.append((_CODED_FROM_START, compress_codes(codes, bits, known)))
     return min(forms, key=lambda form: len(form[1]))
 
@@ -247,18 +249,13 @@ def _read_codes(data: memoryview, layout: Layout, coding: int, start: Update | N
     if coding == _CODED_FROM_START:
         if start is None or start.bits != bits:
             raise UpdateError("payload refers to codes that were not sent")
-        known = _flat_codes(start, layout)
+        known = FlatCodes.of(start).codes.numpy()
     try:
         if coding == _PACKED:
             return unpack(data, bits, count)
         return decompress_codes(data, bits, count, known)
     except PackingError as error:
         raise UpdateError(str(error)) from None
-
-
-def _flat_codes(update: Update, layout: Layout) -> np.ndarray:
-    tensors = [update.quantized[name].codes for name in layout.quantized]
-    return _flat(tensors) if tensors else np.empty(0, np.int16)
 
 
 def _fixed_size(layout: Layout) -> int:
@@ -327,14 +324,6 @@ def _floats_at(view: memoryview, position: int, count: int, what: str) -> np.nda
     if not np.isfinite(values).all():
         raise UpdateError(f"{what} is not finite")
     return values
-
-
-def _split_codes(
-    layout: Layout, codes: np.ndarray, scales: np.ndarray
-) -> dict[str, QuantizedTensor]:
-    parts = _split(codes, layout.code_counts, layout.quantized)
-    channels = torch.from_numpy(scales.astype(np.float32)).split(layout.scale_counts)
-    return {n: QuantizedTensor(p, s) for (n, p), s in zip(parts.items(), channels, strict=True)}
 
 
 def _split(

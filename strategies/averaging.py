@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from quant import Update
+from quant import CodesSum, FlatCodes, Update
 from strategies.replies import ClientUpdate
 
 
@@ -14,6 +14,7 @@ class WeightedMean:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._codes: CodesSum | None = None
         self.weight = 0.0
         self.count = 0
 
@@ -25,9 +26,16 @@ class WeightedMean:
         self.count += 1
 
     def add_update(self, update: Update, weight: float) -> None:
-        """Add ``update.dequantize()``, to the bit, with one tensor of it in memory at a time."""
-        for name, tensor in update.quantized.items():
-            self._add(name, tensor.dequantize(), weight)
+        """Add ``update.dequantize()``, without ever having it in memory."""
+        if update.quantized:
+            codes = FlatCodes.of(update)
+            if self._codes is None:
+                self._codes = CodesSum(codes.layout)
+                for name, total in self._codes.tensors().items():
+                    if name in self._sums:
+                        total.copy_(self._sums[name])
+                    self._sums[name] = total
+            self._codes.add(codes, weight)
         self.add(update.floats, weight)
 
     def _add(self, name: str, tensor: Tensor, weight: float) -> None:

@@ -1,0 +1,84 @@
+"""Codes in one run: the same tensors, and the same sums, as one by one."""
+
+import numpy as np
+import pytest
+import torch
+
+from quant import (
+    CodesSum,
+    FlatCodes,
+    UpdateSpec,
+    decode_update,
+    encode_update,
+    quantize_state,
+)
+from quant.layout import layout_of
+
+SHAPES = {
+    "conv": (8, 3, 3, 3),
+    "same length": (5, 27),
+    "longer than a block": (2, 70_001),
+    "many blocks": (70, 2_000),
+    "one value a channel": (6, 1),
+    "no channel": (0, 27),
+    "empty channels": (4, 0),
+    "bias": (8,),
+}
+
+
+def model(seed=0, shapes=None):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = SHAPES if shapes is None else shapes
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def filled(shapes):
+    return {name: shape for name, shape in shapes.items() if 0 not in shape}
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 9, 16])
+def test_a_decoded_update_holds_the_tensors_that_were_sent(bits):
+    state = model(shapes=filled(SHAPES))
+    sent = quantize_state(state, bits)
+    got = decode_update(encode_update(sent), UpdateSpec.of(state), bits)
+    assert isinstance(got.quantized, FlatCodes)
+    assert set(got.quantized) == set(sent.quantized)
+    assert len(got.quantized) == len(sent.quantized)
+    for name, tensor in sent.quantized.items():
+        assert torch.equal(got.quantized[name].codes, tensor.codes)
+        assert torch.equal(got.quantized[name].scale, tensor.scale)
+    with pytest.raises(KeyError):
+        got.quantized["bias"]
+
+
+def test_the_form_is_taken_as_it_is_and_made_where_it_is_not_there():
+    sent = quantize_state(model(shapes=filled(SHAPES)), 4)
+    made = FlatCodes.of(sent)
+    assert made.codes.numel() == sum(t.codes.numel() for t in sent.quantized.values())
+    for name, tensor in sent.quantized.items():
+        assert torch.equal(made[name].codes, tensor.codes)
+    again = quantize_state(model(shapes=filled(SHAPES)), 4)
+    assert FlatCodes.of(type(again)(4, "weights", made, {})) is made
+    assert len(FlatCodes.of(quantize_state(model(), 32))) == 0
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_the_sum_of_updates_is_that_of_their_values(bits):
+    """Against float64, tensor by tensor, with shapes that no block fits and some without values."""
+    rng = np.random.default_rng(0)
+    layout = layout_of(UpdateSpec(SHAPES), bits)
+    limit = 2 ** (bits - 1) - 1
+    total, expected = CodesSum(layout), dict.fromkeys(layout.quantized, 0.0)
+    for weight in (1.0, 600.0, 0.3):
+        codes = rng.integers(-limit, limit + 1, layout.num_codes).astype(np.int16)
+        scales = rng.uniform(0.01, 1, layout.num_scales).astype(np.float32)
+        flat = FlatCodes(layout, torch.from_numpy(codes), torch.from_numpy(scales))
+        total.add(flat, weight)
+        for name, tensor in flat.items():
+            steps = tensor.scale.double().reshape(-1, *[1] * (tensor.codes.ndim - 1))
+            expected[name] = expected[name] + weight * tensor.codes.double() * steps
+    got = total.tensors()
+    assert got.keys() == layout.quantized.keys()
+    for name, tensor in got.items():
+        assert tensor.shape == SHAPES[name]
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-3)
