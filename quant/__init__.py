@@ -13,7 +13,7 @@ from quant.dequantizer import (
     ladder_of,
 )
 from quant.finetuning import FineTuning, Losses, fine_tune
-from quant.flat import CodesSum, FlatCodes
+from quant.flat import FlatUpdate, UpdateSum
 from quant.grid import (
     FLOAT_BITS,
     MAX_BITS,
@@ -69,9 +69,8 @@ __all__ = [
     "MAX_BITS",
     "MIN_BITS",
     "STYPE",
-    "CodesSum",
     "FineTuning",
-    "FlatCodes",
+    "FlatUpdate",
     "GlobalReference",
     "Losses",
     "ModelFileError",
@@ -89,6 +88,7 @@ __all__ = [
     "Update",
     "UpdateError",
     "UpdateSpec",
+    "UpdateSum",
     "absmax_scale",
     "add_drift",
     "calibrate_activations",

@@ -1,20 +1,22 @@
-"""The codes of an update as they came, in one run: cut into tensors when asked for, summed as one.
+"""An update as it came, in one run of values: cut into tensors when asked for, summed as one.
 
 A network has many tensors, and most are small: a call for each takes as long to start as to run.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from quant.grid import FLOAT_BITS
 from quant.layout import Layout, layout_of
-from quant.update import QuantizedTensor, Update
+from quant.update import QuantizedTensor, Update, UpdateSpec
 
 # Values at a time: what is computed from them stays in the cache.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 17
 
 
 class FlatCodes(Mapping[str, QuantizedTensor]):
@@ -33,21 +35,9 @@ class FlatCodes(Mapping[str, QuantizedTensor]):
     def __init__(self, layout: Layout, codes: Tensor, scales: Tensor) -> None:
         self.layout, self.codes, self.scales = layout, codes, scales
 
-    @classmethod
-    def of(cls, update: Update) -> "FlatCodes":
-        """Return an update's codes in this form; what has it already as it is."""
-        if isinstance(update.quantized, cls):
-            return update.quantized
-        layout = layout_of(update.spec, update.bits)
-        parts = [update.quantized[name] for name in layout.quantized]
-        if not parts:
-            return cls(layout, torch.empty(0, dtype=torch.int8), torch.empty(0))
-        codes = torch.cat([part.codes.detach().cpu().flatten() for part in parts])
-        return cls(layout, codes, torch.cat([part.scale.detach().cpu().float() for part in parts]))
-
     def __getitem__(self, name: str) -> QuantizedTensor:
+        codes, scales = self.layout.code_places[name]
         shape = self.layout.quantized[name]
-        codes, scales = self.layout.place_of[name]
         return QuantizedTensor(self.codes[codes].view(shape), self.scales[scales])
 
     def __iter__(self) -> Iterator[str]:
@@ -55,6 +45,55 @@ class FlatCodes(Mapping[str, QuantizedTensor]):
 
     def __len__(self) -> int:
         return len(self.layout.quantized)
+
+
+class FlatFloats(Mapping[str, Tensor]):
+    """The float32 tensors of an update in one run.
+
+    Parameters
+    ----------
+    layout : Layout
+        Which tensors they are of.
+    run : Tensor
+        float32 ``[layout.num_floats]``.
+    """
+
+    def __init__(self, layout: Layout, run: Tensor) -> None:
+        self.layout, self.run = layout, run
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.run[self.layout.float_places[name]].view(self.layout.floats[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.floats)
+
+    def __len__(self) -> int:
+        return len(self.layout.floats)
+
+
+@dataclass(frozen=True)
+class FlatUpdate(Update):
+    """An update in this form."""
+
+    quantized: FlatCodes
+    floats: FlatFloats
+
+    @classmethod
+    def of(cls, update: Update) -> "FlatUpdate":
+        """Return an update in this form; what has it already as it is."""
+        if isinstance(update, cls):
+            return update
+        layout = layout_of(update.spec, update.bits)
+        parts = [update.quantized[name] for name in layout.quantized]
+        codes = _joined([part.codes for part in parts], torch.empty(0, dtype=torch.int8))
+        scales = _joined([part.scale.float() for part in parts], torch.empty(0))
+        floats = _joined([update.floats[name].float() for name in layout.floats], torch.empty(0))
+        tensors = FlatCodes(layout, codes, scales), FlatFloats(layout, floats)
+        return cls(update.bits, update.content, *tensors)
+
+
+def _joined(tensors: list[Tensor], nothing: Tensor) -> Tensor:
+    return torch.cat([t.detach().cpu().flatten() for t in tensors]) if tensors else nothing
 
 
 class _Run(NamedTuple):
@@ -69,16 +108,34 @@ class _Run(NamedTuple):
     lifted: tuple[Tensor, ...]
 
 
-class CodesSum:
-    """Weighted sum of dequantized codes, in float32, of updates of one layout."""
+class UpdateSum:
+    """Weighted sum of updates of any widths of one model, in float32.
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self._total = torch.zeros(layout.num_codes)
-        self._runs = list(self._cut())
+    Parameters
+    ----------
+    spec : UpdateSpec
+        The model's tensors.
+    """
 
-    def add(self, flat: FlatCodes, weight: float) -> None:
-        """Add ``weight`` times what the codes stand for."""
+    def __init__(self, spec: UpdateSpec) -> None:
+        # At 32 bits all tensors are floats, in the order of codes and floats at every other width.
+        self._floats = layout_of(spec, FLOAT_BITS)
+        self._total = torch.zeros(self._floats.num_floats)
+        self._runs: list[_Run] = []
+
+    def add(self, update: Update, weight: float) -> None:
+        """Add ``weight`` times the values of an update, which are never in memory at once."""
+        flat = FlatUpdate.of(update)
+        if flat.quantized:
+            self._add_codes(flat.quantized, weight)
+        self._total[flat.quantized.layout.num_codes :].add_(flat.floats.run, alpha=weight)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the sum by tensor, in the memory that is added to."""
+        return FlatFloats(self._floats, self._total)
+
+    def _add_codes(self, flat: FlatCodes, weight: float) -> None:
+        self._runs = self._runs or list(self._cut(flat.layout))
         scales = flat.scales * weight
         for run in self._runs:
             blocks = zip(
@@ -89,15 +146,10 @@ class CodesSum:
                 strict=True,
             )
             for codes, steps, total, lifted in blocks:
-                total.add_(lifted.copy_(codes).mul_(steps))
+                total.addcmul_(lifted.copy_(codes), steps)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the sum by tensor, in the memory that is added to."""
-        shapes = self.layout.quantized
-        return {n: self._total[self.layout.place_of[n][0]].view(s) for n, s in shapes.items()}
-
-    def _cut(self) -> Iterator[_Run]:
-        lengths = [length for length, count in self.layout.channels for _ in range(count)]
+    def _cut(self, layout: Layout) -> Iterator[_Run]:
+        lengths = [length for length, count in layout.channels for _ in range(count)]
         scratch = torch.empty(max([_BLOCK, *lengths]))
         code = scale = 0
         for length, run in groupby(lengths):

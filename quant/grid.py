@@ -6,7 +6,6 @@ float32 scale per output channel (dimension 0). This file is the only place that
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +21,7 @@ _CLIP_REFINEMENTS = 2
 # Keeps 1 / scale finite in float32 even for an all-zero channel.
 _SMALLEST_SCALE = 2.0**-100
 # Values at a time: what is computed from them stays in the cache.
-_BLOCK = 1 << 16
-# Added to a float32 it leaves the integer nearest to it, ties to even, in the low bits.
-_ROUNDING = np.float32(1.5 * 2**23)
+_BLOCK = 1 << 18
 
 
 def check_bits(bits: int) -> int:
@@ -130,17 +127,12 @@ def quantize_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """
     if weight.numel() <= _BLOCK or weight.device.type != "cpu":
         return _nearest(weight.detach(), scale, bits).to(code_type(bits))
-    rows = _rows(weight.detach().float())
-    inverse, limit = scale.reciprocal().numpy()[:, None], np.float32(largest_code(bits))
     codes = torch.empty(weight.shape, dtype=code_type(bits))
-    out, scratch = _rows(codes), np.empty(_BLOCK, np.float32)
-    for block in _blocks(*rows.shape):
-        part = rows[block]
-        values = scratch[: part.size].reshape(part.shape)
-        np.multiply(part, inverse[block[0]], out=values)
-        np.clip(values, -limit, limit, out=values)
-        values += _ROUNDING
-        out[block] = values.view(np.int32)
+    limit, scratch = largest_code(bits), torch.empty(_BLOCK)
+    matrices = (_matrix(weight.detach()), scale.reciprocal()[:, None], _matrix(codes))
+    for values, inverse, out in _blocks(*matrices):
+        part = scratch[: values.numel()].view(values.shape)
+        out.copy_(torch.mul(values, inverse, out=part).round_().clamp_(-limit, limit))
     return codes
 
 
@@ -186,11 +178,8 @@ def dequantize(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> Tenso
         values = codes.to(torch.float32) if out is None else out.copy_(codes)
         return values.mul_(per_channel(scale, codes.ndim))
     values = torch.empty(codes.shape) if out is None else out
-    source, target, steps = _rows(codes), _rows(values), scale.numpy()[:, None]
-    for block in _blocks(*source.shape):
-        part = target[block]
-        part[:] = source[block]
-        part *= steps[block[0]]
+    for source, step, target in _blocks(_matrix(codes), scale[:, None], _matrix(values)):
+        target.copy_(source).mul_(step)
     return values
 
 
@@ -205,18 +194,22 @@ def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -limit, limit)
 
 
-def _rows(tensor: Tensor) -> np.ndarray:
-    """View a tensor ``[channels, ...]`` on the CPU as a matrix, one row a channel."""
-    channels = tensor.shape[0]
-    return tensor.reshape(channels, tensor.numel() // max(1, channels)).numpy()
+def _matrix(tensor: Tensor) -> Tensor:
+    """View a tensor ``[channels, ...]`` as a matrix, one row a channel."""
+    return tensor.reshape(tensor.shape[0], -1)
 
 
-def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a matrix into blocks of whole rows, or of parts of one row where it is long."""
-    height, width = max(1, _BLOCK // max(1, columns)), min(columns, _BLOCK)
-    for top in range(0, rows, height):
-        for left in range(0, columns, max(1, width)):
-            yield slice(top, top + height), slice(left, left + width)
+def _blocks(values: Tensor, scale: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Cut matrices, and a scale a row, into blocks of whole rows, or of parts of a long one."""
+    columns = values.shape[1]
+    height = max(1, _BLOCK // columns)
+    rows = (values.split(height), scale.split(height), out.split(height))
+    for part, step, target in zip(*rows, strict=True):
+        if columns <= _BLOCK:
+            yield part, step, target
+            continue
+        for left, into in zip(part.split(_BLOCK, 1), target.split(_BLOCK, 1), strict=True):
+            yield left, step, into
 
 
 def _nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from quant.packing import packed_size
-from quant.update import UpdateSpec
+from quant.update import UpdateSpec, is_variance
 
 _FLOAT, _CODES = 0, 1
 
@@ -66,7 +66,7 @@ class Layout:
         return [(math.prod(shape[1:]), shape[0]) for shape in self.quantized.values()]
 
     @cached_property
-    def place_of(self) -> dict[str, tuple[slice, slice]]:
+    def code_places(self) -> dict[str, tuple[slice, slice]]:
         """Where each quantized tensor's codes and scales are among all codes and all scales."""
         places, code, scale = {}, 0, 0
         for name, (length, count) in zip(self.quantized, self.channels, strict=True):
@@ -74,6 +74,17 @@ class Layout:
             places[name] = codes, slice(scale, scale + count)
             code, scale = codes.stop, scale + count
         return places
+
+    @cached_property
+    def float_places(self) -> dict[str, slice]:
+        """Where each other tensor's values are among all of them."""
+        ends = np.cumsum([0, *self.float_counts]).tolist()
+        return {n: slice(*ends[i : i + 2]) for i, n in enumerate(self.floats)}
+
+    @cached_property
+    def variances(self) -> list[str]:
+        """Which of those hold variances."""
+        return [name for name in self.floats if is_variance(name)]
 
     @cached_property
     def codes_per_scale(self) -> np.ndarray:

@@ -32,7 +32,7 @@ def packed_size(count: int, bits: int) -> int:
     return full * _BLOCK * check_bits(bits) // 8 + _block_size(rest, bits)
 
 
-def pack(codes: np.ndarray, bits: int) -> bytes:
+def pack(codes: np.ndarray, bits: int) -> memoryview:
     """Pack signed codes into bytes.
 
     Parameters
@@ -44,7 +44,7 @@ def pack(codes: np.ndarray, bits: int) -> bytes:
 
     Returns
     -------
-    bytes
+    memoryview
         `packed_size(codes.size, bits)` bytes.
 
     Raises
@@ -52,23 +52,28 @@ def pack(codes: np.ndarray, bits: int) -> bytes:
     ValueError
         If a code lies off the grid, the array does not hold integers, or `bits` is not 2 to 16.
     """
-    limit = largest_code(bits)
     if codes.dtype.kind not in "iu":
         raise ValueError(f"codes have dtype {codes.dtype}; allowed are integers")
-    flat = np.ascontiguousarray(codes).reshape(-1)
-    if flat.size and (flat.max() > limit or flat.min() < -limit):
-        raise ValueError(f"codes of width {bits} must lie in [{-limit}, {limit}]")
+    flat, limit = np.ascontiguousarray(codes).reshape(-1), largest_code(bits)
+    off_grid = f"codes of width {bits} must lie in [{-limit}, {limit}]"
+    if flat.dtype.kind == "u" and flat.size and flat.max() > limit:
+        raise ValueError(off_grid)
+    if flat.itemsize == 1 and bits > 8:
+        flat = flat.astype(np.int16)
+    flat = flat.view(f"u{flat.itemsize}")
     out = np.empty(packed_size(flat.size, bits), np.uint8)
     position = 0
     for start in range(0, flat.size, _BLOCK):
-        block = flat[start : start + _BLOCK]
-        size = _block_size(block.size, bits)
-        # Wrap-around is wanted: only the low `bits` bits are kept.
-        words: np.ndarray = block.astype(np.uint8 if bits <= 8 else np.uint16)
-        words += words.dtype.type(1 << (bits - 1))
-        _pack_block(words, bits, out[position : position + size])
+        # Wrap-around is wanted: what lies below the grid becomes too large as well.
+        words = flat[start : start + _BLOCK] + flat.dtype.type(limit)
+        if words.max() > 2 * limit:
+            raise ValueError(off_grid)
+        words += words.dtype.type(1)
+        size = _block_size(words.size, bits)
+        narrow = words.astype(np.uint8 if bits <= 8 else np.uint16, copy=False)
+        _pack_block(narrow, bits, out[position : position + size])
         position += size
-    return out.tobytes()
+    return out.data
 
 
 def unpack(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
@@ -124,12 +129,14 @@ def _block_size(count: int, bits: int) -> int:
 
 def _pack_block(words: np.ndarray, bits: int, out: np.ndarray) -> None:
     if bits > 8:
-        out[: words.size] = words.astype(np.uint8)
-        _pack_block((words >> np.uint16(8)).astype(np.uint8), bits - 8, out[words.size :])
+        np.copyto(out[: words.size], words, casting="unsafe")
+        words >>= np.uint16(8)
+        _pack_block(words, bits - 8, out[words.size :])
         return
     if bits == 8:
-        out[:] = words
+        np.copyto(out, words, casting="unsafe")
         return
+    words = words.astype(np.uint8, copy=False)
     slices = _slices(bits)
     length = -(-words.size // slices)
     if words.size != slices * length:
@@ -168,8 +175,8 @@ def _unpack_block(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     for index, part in enumerate(parts):
         plane, shift = divmod(index * bits, 8)
         stay = min(bits, 8 - shift)
-        np.right_shift(planes[plane], lanes(shift), out=part)
-        part &= _in_all_bytes(stay, lanes)
+        low = np.right_shift(planes[plane], lanes(shift), out=part) if shift else planes[plane]
+        np.bitwise_and(low, _in_all_bytes(stay, lanes), out=part)
         if stay < bits:
             np.bitwise_and(planes[plane + 1], _in_all_bytes(bits - stay, lanes), out=spare)
             part |= np.left_shift(spare, lanes(stay), out=spare)

@@ -19,7 +19,6 @@ compared before anything is allocated, and no more is unfolded than there are co
 import math
 import struct
 import zlib
-from collections.abc import Mapping
 from typing import get_args
 
 import numpy as np
@@ -27,11 +26,11 @@ import torch
 from torch import Tensor
 
 from quant.coding import compress_codes, decompress_codes
-from quant.flat import FlatCodes
+from quant.flat import FlatCodes, FlatFloats, FlatUpdate
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, largest_code
 from quant.layout import Layout, layout_of
 from quant.packing import PackingError, pack, unpack
-from quant.update import Content, Update, UpdateSpec, is_variance
+from quant.update import Content, Update, UpdateSpec
 
 STYPE = "prowd.update/3"
 
@@ -113,11 +112,9 @@ def encode_update(
         width quantizes is not.
     """
     layout = layout_of(_spec_of(update), update.bits)
-    table = layout.table
-    scales = [update.quantized[name].scale for name in layout.quantized]
-    floats = [update.floats[name] for name in layout.floats]
-    coding, codes = _shortest(update, layout, coded, start)
-    body = [_flat_bytes(scales), _flat_bytes(floats), codes]
+    table, flat = layout.table, FlatUpdate.of(update)
+    coding, codes = _shortest(flat.quantized, coded, start)
+    body = [_bytes_of(flat.quantized.scales), _bytes_of(flat.floats.run), codes]
     content = _CONTENTS.index(update.content)
     head = _HEADER.pack(_MAGIC, _VERSION, update.bits, content, coding, len(table), 0)
     head = head[:_CRC_OFFSET]
@@ -177,7 +174,7 @@ def decode_update(
     content: Content = "weights",
     start: Update | None = None,
     stamp: int = 0,
-) -> Update:
+) -> FlatUpdate:
     """Read and check an update.
 
     Parameters
@@ -217,26 +214,24 @@ def decode_update(
     if floats.size and np.abs(floats).max() > _LARGEST_VALUE:
         raise UpdateError(f"a value exceeds {_LARGEST_VALUE:g}")
     codes = _read_codes(view[position + 4 * layout.num_floats :], layout, coding, start)
-    tensors = _split(floats.astype(np.float32), layout.float_counts, layout.floats)
-    for name, tensor in tensors.items():
-        if content == "weights" and is_variance(name) and (tensor < 0).any():
+    values = FlatFloats(layout, torch.from_numpy(floats.astype(np.float32)))
+    for name in layout.variances if content == "weights" else ():
+        if (values[name] < 0).any():
             raise UpdateError(f"{name} is a variance and has a negative entry")
-    own = torch.from_numpy(codes), torch.from_numpy(scales.astype(np.float32))
-    return Update(bits, content, FlatCodes(layout, *own), tensors)
+    steps = torch.from_numpy(scales.astype(np.float32))
+    return FlatUpdate(bits, content, FlatCodes(layout, torch.from_numpy(codes), steps), values)
 
 
-def _shortest(
-    update: Update, layout: Layout, coded: bool, start: Update | None
-) -> tuple[int, bytes]:
+def _shortest(flat: FlatCodes, coded: bool, start: Update | None) -> tuple[int, bytes | memoryview]:
     """Return the shortest of the allowed forms of the codes, and which it is."""
-    codes, bits = FlatCodes.of(update).codes.numpy(), update.bits
+    codes, bits = flat.codes.numpy(), flat.layout.bits
     if not codes.size:
         return _PACKED, b""
-    forms = [(_PACKED, pack(codes, bits))]
+    forms: list[tuple[int, bytes | memoryview]] = [(_PACKED, pack(codes, bits))]
     if coded:
         forms.append((_CODED, compress_codes(codes, bits)))
         if start is not None:
-            known = FlatCodes.of(start).codes.numpy()
+            known = FlatUpdate.of(start).quantized.codes.numpy()
             forms.append((_CODED_FROM_START, compress_codes(codes, bits, known)))
     return min(forms, key=lambda form: len(form[1]))
 
@@ -249,7 +244,7 @@ def _read_codes(data: memoryview, layout: Layout, coding: int, start: Update | N
     if coding == _CODED_FROM_START:
         if start is None or start.bits != bits:
             raise UpdateError("payload refers to codes that were not sent")
-        known = FlatCodes.of(start).codes.numpy()
+        known = FlatUpdate.of(start).quantized.codes.numpy()
     try:
         if coding == _PACKED:
             return unpack(data, bits, count)
@@ -326,13 +321,6 @@ def _floats_at(view: memoryview, position: int, count: int, what: str) -> np.nda
     return values
 
 
-def _split(
-    values: np.ndarray, counts: list[int], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    parts = torch.from_numpy(values).split(counts)
-    return {n: p.view(shapes[n]) for n, p in zip(shapes, parts, strict=True)}
-
-
 def _spec_of(update: Update) -> UpdateSpec:
     if update.bits != FLOAT_BITS and not MIN_BITS <= update.bits <= MAX_BITS:
         raise ValueError(f"bits is {update.bits}; allowed are {MIN_BITS} to {MAX_BITS} and 32")
@@ -343,12 +331,8 @@ def _spec_of(update: Update) -> UpdateSpec:
     return spec
 
 
-def _flat(tensors: list[Tensor]) -> np.ndarray:
-    return np.concatenate([t.detach().cpu().numpy().reshape(-1) for t in tensors])
-
-
-def _flat_bytes(tensors: list[Tensor]) -> bytes:
-    values = (_flat(tensors) if tensors else np.empty(0)).astype("<f4", copy=False)
-    if not np.isfinite(values).all():
+def _bytes_of(values: Tensor) -> bytes:
+    array = values.numpy().astype("<f4", copy=False)
+    if not np.isfinite(array).all():
         raise ValueError("an update must be finite; training diverged")
-    return values.tobytes()
+    return array.tobytes()

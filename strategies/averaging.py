@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from quant import CodesSum, FlatCodes, Update
+from quant import Update, UpdateSum
 from strategies.replies import ClientUpdate
 
 
@@ -14,7 +14,7 @@ class WeightedMean:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._codes: CodesSum | None = None
+        self._updates: UpdateSum | None = None
         self.weight = 0.0
         self.count = 0
 
@@ -27,16 +27,15 @@ class WeightedMean:
 
     def add_update(self, update: Update, weight: float) -> None:
         """Add ``update.dequantize()``, without ever having it in memory."""
-        if update.quantized:
-            codes = FlatCodes.of(update)
-            if self._codes is None:
-                self._codes = CodesSum(codes.layout)
-                for name, total in self._codes.tensors().items():
-                    if name in self._sums:
-                        total.copy_(self._sums[name])
-                    self._sums[name] = total
-            self._codes.add(codes, weight)
-        self.add(update.floats, weight)
+        if self._updates is None:
+            self._updates = UpdateSum(update.spec)
+            for name, total in self._updates.tensors().items():
+                if name in self._sums:
+                    total.copy_(self._sums[name])
+                self._sums[name] = total
+        self._updates.add(update, weight)
+        self.weight += weight
+        self.count += 1
 
     def _add(self, name: str, tensor: Tensor, weight: float) -> None:
         if name in self._sums:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from quant import (
     FLOAT_BITS,
-    FlatCodes,
+    FlatUpdate,
     Update,
     UpdateError,
     UpdateSpec,
@@ -314,7 +314,7 @@ class MixedPrecisionStrategy(Strategy):
         else:
             model = self.model_for(bits, start)
         # In the form that every reply is read beside.
-        model = replace(model, quantized=FlatCodes.of(model))
+        model = FlatUpdate.of(model)
         return ArrayRecord({MODEL: to_array(encode_update(model, coded=self.coded))}), model
 
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:

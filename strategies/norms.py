@@ -1,6 +1,7 @@
 """Updates that are finite but far too large, which one client could ruin the model with."""
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from math import sqrt
 
 from torch import Tensor
@@ -96,5 +97,6 @@ def _most(sent: Norms, bound: float) -> dict[str, float]:
     return {k: n * (bound**2 if k == "statistics" else bound) for k, n in sent.items()}
 
 
+@lru_cache(maxsize=4096)
 def _kind(name: str) -> str:
     return "statistics" if is_statistic(name) else "parameters"

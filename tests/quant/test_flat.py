@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from quant import (
-    CodesSum,
-    FlatCodes,
+    FlatUpdate,
     UpdateSpec,
+    UpdateSum,
     decode_update,
     encode_update,
     quantize_state,
 )
+from quant.flat import FlatCodes, FlatFloats
 from quant.layout import layout_of
 
 SHAPES = {
@@ -41,7 +42,7 @@ def test_a_decoded_update_holds_the_tensors_that_were_sent(bits):
     state = model(shapes=filled(SHAPES))
     sent = quantize_state(state, bits)
     got = decode_update(encode_update(sent), UpdateSpec.of(state), bits)
-    assert isinstance(got.quantized, FlatCodes)
+    assert isinstance(got, FlatUpdate)
     assert set(got.quantized) == set(sent.quantized)
     assert len(got.quantized) == len(sent.quantized)
     for name, tensor in sent.quantized.items():
@@ -53,32 +54,40 @@ def test_a_decoded_update_holds_the_tensors_that_were_sent(bits):
 
 def test_the_form_is_taken_as_it_is_and_made_where_it_is_not_there():
     sent = quantize_state(model(shapes=filled(SHAPES)), 4)
-    made = FlatCodes.of(sent)
-    assert made.codes.numel() == sum(t.codes.numel() for t in sent.quantized.values())
+    made = FlatUpdate.of(sent)
+    assert made.quantized.codes.numel() == sum(t.codes.numel() for t in sent.quantized.values())
     for name, tensor in sent.quantized.items():
-        assert torch.equal(made[name].codes, tensor.codes)
-    again = quantize_state(model(shapes=filled(SHAPES)), 4)
-    assert FlatCodes.of(type(again)(4, "weights", made, {})) is made
-    assert len(FlatCodes.of(quantize_state(model(), 32))) == 0
+        assert torch.equal(made.quantized[name].codes, tensor.codes)
+    assert torch.equal(made.floats["bias"], sent.floats["bias"])
+    assert FlatUpdate.of(made) is made
+    wide = FlatUpdate.of(quantize_state(model(), 32))
+    assert len(wide.quantized) == 0
+    assert list(wide.floats) == list(UpdateSpec(SHAPES).shapes)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
 def test_the_sum_of_updates_is_that_of_their_values(bits):
     """Against float64, tensor by tensor, with shapes that no block fits and some without values."""
     rng = np.random.default_rng(0)
-    layout = layout_of(UpdateSpec(SHAPES), bits)
+    spec = UpdateSpec(SHAPES)
     limit = 2 ** (bits - 1) - 1
-    total, expected = CodesSum(layout), dict.fromkeys(layout.quantized, 0.0)
-    for weight in (1.0, 600.0, 0.3):
+    total, expected = UpdateSum(spec), dict.fromkeys(SHAPES, 0.0)
+    for weight, width in ((1.0, bits), (600.0, bits), (0.3, 32), (0.7, bits)):
+        layout = layout_of(spec, width)
         codes = rng.integers(-limit, limit + 1, layout.num_codes).astype(np.int16)
         scales = rng.uniform(0.01, 1, layout.num_scales).astype(np.float32)
-        flat = FlatCodes(layout, torch.from_numpy(codes), torch.from_numpy(scales))
-        total.add(flat, weight)
-        for name, tensor in flat.items():
+        floats = rng.normal(size=layout.num_floats).astype(np.float32)
+        quantized = FlatCodes(layout, torch.from_numpy(codes), torch.from_numpy(scales))
+        values = FlatFloats(layout, torch.from_numpy(floats))
+        total.add(FlatUpdate(width, "weights", quantized, values), weight)
+        for name, tensor in quantized.items():
             steps = tensor.scale.double().reshape(-1, *[1] * (tensor.codes.ndim - 1))
             expected[name] = expected[name] + weight * tensor.codes.double() * steps
+        for name, value in values.items():
+            expected[name] = expected[name] + weight * value.double()
     got = total.tensors()
-    assert got.keys() == layout.quantized.keys()
+    assert got.keys() == SHAPES.keys()
     for name, tensor in got.items():
         assert tensor.shape == SHAPES[name]
-        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-3)
+        largest = float(expected[name].abs().max()) if tensor.numel() else 0.0
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=0, atol=1e-6 * largest)

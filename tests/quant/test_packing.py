@@ -121,6 +121,20 @@ def test_every_integer_type_and_shape_packs_alike(bits, dtype):
     assert pack(np.asfortranarray(codes), bits) == expected
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint8, np.uint16])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_every_value_of_a_type_packs_or_is_refused(bits, dtype):
+    """Also where adding the offset wraps around in the type that the codes came in."""
+    ends = np.iinfo(dtype)
+    for value in range(ends.min, ends.max + 1, 1 if ends.bits == 8 else 97):
+        codes = np.array([0, value], dtype)
+        if abs(value) <= limit_of(bits):
+            assert pack(codes, bits) == reference_pack([0, value], bits)
+        else:
+            with pytest.raises(ValueError, match="must lie in"):
+                pack(codes, bits)
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_codes_off_the_grid_are_refused(bits):
     limit = limit_of(bits)
@@ -146,7 +160,7 @@ def test_other_widths_are_refused(bits):
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("count", [0, 1, 8, 33, BLOCK + 3])
 def test_wrong_lengths_are_refused(bits, count):
-    data = pack(random_codes(bits, count), bits)
+    data = bytes(pack(random_codes(bits, count), bits))
     for wrong in [data + b"\0", data[:-1], b""]:
         if wrong != data:
             with pytest.raises(PackingError, match="bytes"):
