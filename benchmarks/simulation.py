@@ -1,63 +1,53 @@
-"""A round in Flower's simulation against a bare loop, and the share of it that ProWD adds."""
+"""A round in Flower's simulation against a bare loop, plain Flower, and what ProWD adds to it."""
 
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
-from torch import nn
 
+from benchmarks.federation import ALL_FLOAT32, CLIENTS, SETTINGS
 from benchmarks.grid import reporting_grid, run_round
-from benchmarks.measure import ratio, report
+from benchmarks.measure import Figure, ratio, report
+from benchmarks.plain_flower import network, seconds_of_rounds
 from experiments.plan import Setting
 from experiments.records import Round, read_record
 from experiments.runs import PlannedRun, execute
 from quant import FLOAT_BITS
-from server_app.run import prepare
+from server_app.build import read_settings
+from server_app.run import Run, prepare
 from strategies import FedAvg
 from strategies.states import to_arrays
 from task.data import Images
-from task.models import build_model
-from task.partition import client_images
+from task.partition import client_images, server_pixels
 from task.settings import Settings
-from task.training import LocalTraining, model_state, train
+from task.training import LocalTraining, model_state, ready_to_evaluate, train
 
-_CLIENTS, _ROUNDS = 20, 4
-_OVERHEAD, _SHARE = 1.25, 0.10
-_SETTINGS: dict[str, Setting] = {
-    "strategy": "prowd",
-    "dataset": "fashion-mnist",
-    "image-size": 32,
-    "model": "resnet20",
-    "bit-mix": "4:0.5,32:0.5",
-    "low-bit-training": "strict",
-    "samples-per-client": 600,
-    "num-server-rounds": _ROUNDS,
-    "evaluate-every": _ROUNDS,
-    "node-wait": 600,
-}
+_OVERHEAD, _AHEAD, _SHARE = 1.25, 1.0, 0.10
+_FINETUNE_EVERY = 5
+_REPEATS = 3
 
 
 def main() -> None:
     """Run four rounds by `flwr run`, and the same clients' training without Flower."""
-    settings = Settings.of_run(_SETTINGS)
-    rounds = _simulated()
+    settings = Settings.of_run(SETTINGS)
+    rounds = _simulated(SETTINGS)
     bare = [_bare(settings) for _ in rounds]
     simulated = [entry.seconds["train"] for entry in rounds]
-    overhead = ratio("training by flwr run against a bare loop", simulated, bare, _OVERHEAD)
-    added = [_added_seconds(settings)] * len(simulated)
-    label = "rounding, dequantizer, drift and masks, of a round's training"
-    report("simulation", [overhead, ratio(label, added, simulated, _SHARE)])
+    figures = [ratio("training by flwr run against a bare loop", simulated, bare, _OVERHEAD)]
+    figures.append(_against_plain_flower())
+    report("simulation", [*figures, *_shares(settings, median(simulated))])
 
 
-def _simulated() -> Sequence[Round]:
+def _simulated(settings: Mapping[str, Setting]) -> Sequence[Round]:
     """Rounds of a real run but for the first, in which workers load their data."""
-    federation = f"num-supernodes={_CLIENTS} client-resources-num-cpus=1"
+    federation = f"num-supernodes={CLIENTS} client-resources-num-cpus=1"
     with tempfile.TemporaryDirectory() as folder:
-        run = PlannedRun("", "", 0, Path(folder) / "run", _SETTINGS)
+        run = PlannedRun("", "", 0, Path(folder) / "run", dict(settings))
         if reason := execute(run, federation):
             raise RuntimeError(reason)
         return read_record(run.folder, weights=False).rounds[1:]
@@ -70,33 +60,70 @@ def _bare(settings: Settings) -> float:
         # Each process loads its data beforehand.
         pool.starmap(_images_of, [(settings, i) for i in range(cores)], chunksize=1)
         began = time.perf_counter()
-        pool.starmap(_train_client, [(settings, i) for i in range(_CLIENTS)], chunksize=1)
+        pool.starmap(_train_client, [(settings, i) for i in range(CLIENTS)], chunksize=1)
         return time.perf_counter() - began
 
 
 def _images_of(settings: Settings, partition: int) -> Images:
-    return client_images(settings, partition, _CLIENTS)
+    return client_images(settings, partition, CLIENTS)
 
 
 def _train_client(settings: Settings, partition: int) -> None:
     torch.set_num_threads(settings.client_threads)
-    bits = 4 if partition < _CLIENTS // 2 else FLOAT_BITS
+    bits = 4 if partition < CLIENTS // 2 else FLOAT_BITS
     config = LocalTraining.of(settings, bits, 1, 0.0)
-    train(_model(settings), _images_of(settings, partition), config, seed=0)
+    train(network(), _images_of(settings, partition), config, seed=0)
 
 
-def _model(settings: Settings) -> nn.Module:
-    return build_model(settings.model, 1, settings.image_size, 10, seed=0)
+def _against_plain_flower() -> Figure:
+    """Training and averaging of clients that are all Float32."""
+    ours = [r.seconds["train"] + r.seconds["aggregate"] for r in _simulated(ALL_FLOAT32)]
+    label = "a round of Float32 clients, against plain Flower's FedAvg"
+    return ratio(label, ours, seconds_of_rounds(), _AHEAD)
 
 
-def _added_seconds(settings: Settings) -> float:
-    """By how much longer the server's part of a round takes than that of FedAvg."""
-    model = model_state(_model(settings))
-    grid = reporting_grid(model, [4, FLOAT_BITS] * (_CLIENTS // 2), coded=True)
+def _shares(settings: Settings, trained: float) -> list[Figure]:
+    """What ProWD adds to a round, in shares of its training."""
+    plain = _server_seconds(FedAvg)
+    added = _server_seconds(lambda: _prepared().strategy) - plain
+    blocks = {"prowd-finetune-every": _FINETUNE_EVERY}
+    tuned = _server_seconds(lambda: _prepared(blocks).strategy) - plain
+    with_blocks = added + (tuned - added) / _FINETUNE_EVERY
+    calibration = _calibration_seconds(settings)
+    return [
+        Figure(f"{name}, of a round's training", seconds / trained, _SHARE)
+        for name, seconds in (
+            ("rounding, dequantizer, drift and masks", added),
+            ("with trained blocks, tuned every fifth round", with_blocks),
+            ("and calibrated for an evaluation every round", with_blocks + calibration),
+        )
+    ]
+
+
+def _prepared(own: Mapping[str, Setting] | None = None) -> Run:
+    return prepare(Path(), *read_settings({**SETTINGS, **(own or {})}))
+
+
+def _server_seconds(make: Callable) -> float:
+    """Seconds of the server's part of a first round, of a strategy made anew each time."""
+    model = model_state(network())
+    grid = reporting_grid(model, [4, FLOAT_BITS] * (CLIENTS // 2), coded=True)
     seconds = []
-    for strategy in (prepare(Path(), settings, {}).strategy, FedAvg()):
-        run_round(strategy, to_arrays(model), grid)
+    for _ in range(_REPEATS):
+        strategy = make()
         began = time.perf_counter()
         run_round(strategy, to_arrays(model), grid)
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
+
+
+def _calibration_seconds(settings: Settings) -> float:
+    """By how much longer it takes to make both widths ready to evaluate with calibration."""
+    buffer, seconds = server_pixels(settings), []
+    for calibrated in (True, False):
+        chosen = settings.model_copy(update={"calibrate_normalization": calibrated})
+        began = time.perf_counter()
+        for bits in (4, FLOAT_BITS):
+            ready_to_evaluate(network(), chosen, bits, {}, buffer)
         seconds.append(time.perf_counter() - began)
     return seconds[0] - seconds[1]
