@@ -188,8 +188,8 @@ def test_there_is_no_model_of_local_training_nor_before_the_first_round(tmp_path
         assert refused(capsys, begun) == f"prowd: {begun}: rounds.jsonl lacks round 1"
 
 
-def test_the_readme_loads_it(folder, monkeypatch):
-    chapter = (PROJECT / "README.md").read_text().split("## Take the model away\n")[1]
+def test_the_documented_lines_export_and_load_it(folder, monkeypatch):
+    chapter = (PROJECT / "docs/export.md").read_text().split("## Export and load\n")[1]
     chapter = chapter.split("\n## ")[0]
     [command] = re.findall(r"^prowd (.*)", chapter, flags=re.M)
     [code] = re.findall(r"```python\n(.*?)```", chapter, flags=re.S)
