@@ -4,6 +4,7 @@ Tensors and bytes in, tensors and bytes out; nothing here knows of Flower.
 """
 
 from quant.alignment import add_drift, level_drift
+from quant.bounds import squares_at_most
 from quant.dequantizer import (
     GlobalReference,
     ProgressiveDequantizer,
@@ -61,7 +62,6 @@ from quant.wire import (
     decode_update,
     encode_update,
     payload_size,
-    squares_at_most,
 )
 
 __all__ = [

@@ -54,39 +54,7 @@ class UpdateError(ValueError):
 def payload_size(spec: UpdateSpec, bits: int) -> int:
     """Return the bytes of an update of width `bits`: exact if packed, the most if coded."""
     layout = layout_of(spec, bits)
-    return _fixed_size(layout) + layout.packed_bytes
-
-
-def squares_at_most(data: bytes, spec: UpdateSpec, bits: int) -> dict[str, float]:
-    """Bound the sum of squares of every tensor in a payload, without a look at its codes.
-
-    What `decode_update` would refuse may have any bound, but is not refused here.
-
-    Parameters
-    ----------
-    data, spec, bits
-        As of `decode_update`.
-
-    Returns
-    -------
-    dict of str to float
-        By tensor: that of its values if they are floats; if they are codes, that which they had if
-        all of them were the largest.
-    """
-    layout = layout_of(spec, bits)
-    position = _HEADER.size + len(layout.table)
-    if len(data) < _fixed_size(layout):
-        return {}
-    scales = np.frombuffer(data, "<f4", layout.num_scales, position)
-    floats = np.frombuffer(data, "<f4", layout.num_floats, position + 4 * layout.num_scales)
-    largest = largest_code(bits) if layout.quantized else 0
-    with np.errstate(over="ignore", invalid="ignore"):
-        of_codes = np.square(scales * np.float32(largest)) * layout.codes_per_scale
-        squares = [
-            _sums(of_codes, layout.scale_counts),
-            _sums(np.square(floats), layout.float_counts),
-        ]
-    return dict(zip(spec.shapes, np.concatenate(squares).tolist(), strict=True))
+    return fixed_size(layout) + layout.packed_bytes
 
 
 def encode_update(
@@ -202,18 +170,16 @@ def decode_update(
         raise UpdateError(f"payload has {bits} bits; allowed are {MIN_BITS} to {MAX_BITS} and 32")
     layout = layout_of(spec, bits)
     coding = _check_header(data, layout, content, stamp)
-    view = memoryview(data)
-    position = _HEADER.size + len(layout.table)
-    scales = _floats_at(view, position, layout.num_scales, "a scale")
+    scales, floats, rest = parts_of(data, layout)
+    _check_finite(scales, "a scale")
     if not (scales > 0).all():
         raise UpdateError("a scale is not positive")
     if layout.quantized and (scales > _LARGEST_VALUE / largest_code(bits)).any():
         raise UpdateError(f"a scale is so large that its grid exceeds {_LARGEST_VALUE:g}")
-    position += 4 * layout.num_scales
-    floats = _floats_at(view, position, layout.num_floats, "a float tensor")
+    _check_finite(floats, "a float tensor")
     if floats.size and np.abs(floats).max() > _LARGEST_VALUE:
         raise UpdateError(f"a value exceeds {_LARGEST_VALUE:g}")
-    codes = _read_codes(view[position + 4 * layout.num_floats :], layout, coding, start)
+    codes = _read_codes(rest, layout, coding, start)
     values = FlatFloats(layout, torch.from_numpy(floats.astype(np.float32)))
     for name in layout.variances if content == "weights" else ():
         if (values[name] < 0).any():
@@ -253,20 +219,17 @@ def _read_codes(data: memoryview, layout: Layout, coding: int, start: Update | N
         raise UpdateError(str(error)) from None
 
 
-def _fixed_size(layout: Layout) -> int:
+def parts_of(data: bytes, layout: Layout) -> tuple[np.ndarray, np.ndarray, memoryview]:
+    """Return scales, floats and bytes of the codes, as they lie in a payload of enough bytes."""
+    position, rest = _HEADER.size + len(layout.table), fixed_size(layout)
+    scales = np.frombuffer(data, "<f4", layout.num_scales, position)
+    floats = np.frombuffer(data, "<f4", layout.num_floats, rest - 4 * layout.num_floats)
+    return scales, floats, memoryview(data)[rest:]
+
+
+def fixed_size(layout: Layout) -> int:
     """Bytes of everything but the codes."""
     return _HEADER.size + len(layout.table) + 4 * (layout.num_scales + layout.num_floats)
-
-
-def _sums(values: np.ndarray, counts: list[int]) -> np.ndarray:
-    """Sum up consecutive parts of a flat array, in float64."""
-    sizes = np.array(counts, int)
-    filled = sizes > 0
-    starts = (np.cumsum(sizes) - sizes)[filled]
-    sums = np.zeros(len(counts))
-    if starts.size:
-        sums[filled] = np.add.reduceat(values, starts, dtype=np.float64)
-    return sums
 
 
 def _check_header(data: bytes, layout: Layout, content: Content, stamp: int) -> int:
@@ -300,7 +263,7 @@ def _read_header(data: bytes) -> tuple[int, int, int, int, int]:
 
 
 def _check_length(length: int, layout: Layout, coding: int) -> None:
-    fixed, bits = _fixed_size(layout), layout.bits
+    fixed, bits = fixed_size(layout), layout.bits
     most = fixed + layout.packed_bytes
     if coding == _PACKED:
         if length != most:
@@ -314,11 +277,9 @@ def _check_length(length: int, layout: Layout, coding: int) -> None:
         )
 
 
-def _floats_at(view: memoryview, position: int, count: int, what: str) -> np.ndarray:
-    values = np.frombuffer(view, "<f4", count, position)
+def _check_finite(values: np.ndarray, what: str) -> None:
     if not np.isfinite(values).all():
         raise UpdateError(f"{what} is not finite")
-    return values
 
 
 def _spec_of(update: Update) -> UpdateSpec:

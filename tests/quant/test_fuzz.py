@@ -25,8 +25,8 @@ def test_every_target_is_accepted_unmutated():
     assert all(check(target.data.tobytes(), target) for target in targets())
 
 
-def unchecked_floats(view, position, count, what):
-    return np.frombuffer(view, "<f4", count, position)
+def unchecked_floats(values, what):
+    pass
 
 
 def unchecked_codes(data, bits, count):
@@ -45,7 +45,7 @@ def unbounded_codes(data, bits, count, start=None):
 @pytest.mark.parametrize(
     ("function", "careless"),
     [
-        ("_floats_at", unchecked_floats),
+        ("_check_finite", unchecked_floats),
         ("unpack", unchecked_codes),
         ("decompress_codes", unbounded_codes),
     ],
