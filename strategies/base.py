@@ -34,10 +34,10 @@ from quant import (
     UpdateSpec,
     encode_update,
     fixed_point,
-    is_variance,
     quantize_state,
 )
 from strategies.asked import Asked
+from strategies.metrics import evaluation_metrics, training_metrics
 from strategies.nodes import Nodes, sample_nodes
 from strategies.norms import all_small, norms_of, scale_of, too_large
 from strategies.replies import (
@@ -49,7 +49,14 @@ from strategies.replies import (
     open_report,
     payload_of,
 )
-from strategies.states import State, is_finite, to_array, to_arrays, to_state
+from strategies.states import (
+    State,
+    is_finite,
+    to_array,
+    to_arrays,
+    to_state,
+    without_negative_variances,
+)
 from task.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report
 
 # What low-bit clients are sent: float32, or codes that the server rounded.
@@ -207,11 +214,12 @@ class MixedPrecisionStrategy(Strategy):
         reports: list[Report] = []
         usable = self._usable(packed)
         state = self.combine(server_round, self._asked.start, self._unpack(usable, reports))
-        _log_left_out(server_round, asked.clients, self.round_log)
-        if state is not None:
-            state = _checked(state, server_round)
-        metrics = _weighted(reports) if reports else None
-        return (to_arrays(state) if state is not None else None), metrics
+        self.round_log.warn(server_round, asked.clients)
+        if state is not None and not is_finite(state):
+            log(WARNING, "Round %d is left out: its model is not finite", server_round)
+            state = None
+        arrays = None if state is None else to_arrays(without_negative_variances(state))
+        return arrays, training_metrics(reports) if reports else None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -243,16 +251,8 @@ class MixedPrecisionStrategy(Strategy):
                 reports.setdefault(client.bits, []).append(open_report(reply, server_round))
             except BadReply as error:
                 self.evaluate_log.rejected[client.partition_id] = str(error)
-        _log_left_out(server_round, asked.clients, self.evaluate_log)
-        if not reports:
-            return None
-        groups = {str(bits): group for bits, group in sorted(reports.items())}
-        groups["average"] = [report for group in reports.values() for report in group]
-        record = MetricRecord()
-        for name, group in groups.items():
-            record[f"accuracy-{name}"] = sum(r.accuracy for r in group) / len(group)
-            record[f"loss-{name}"] = sum(r.loss for r in group) / len(group)
-        return record
+        self.evaluate_log.warn(server_round, asked.clients)
+        return evaluation_metrics(reports) if reports else None
 
     def summary(self) -> None:
         """Log what the strategy is."""
@@ -358,39 +358,3 @@ class MixedPrecisionStrategy(Strategy):
                 yield item, self._asked.decode(item)
             except UpdateError as error:
                 self.round_log.rejected[item.client.partition_id] = str(error)
-
-
-def _log_left_out(
-    server_round: int, clients: Mapping[int, Declaration], round_log: RoundLog
-) -> None:
-    for node_id, client in clients.items():
-        if reason := round_log.left_out.get(client.partition_id):
-            log(
-                WARNING,
-                "Round %d goes on without node %d (partition %d): %s",
-                server_round,
-                node_id,
-                client.partition_id,
-                reason,
-            )
-
-
-def _checked(state: State, server_round: int) -> State | None:
-    """Return a combined model if it can be sent, with variances that are not negative."""
-    if not is_finite(state):
-        log(WARNING, "Round %d is left out: its model is not finite", server_round)
-        return None
-    # A step of the server beyond the mean can carry a variance below zero.
-    return {n: t.clamp(min=0) if is_variance(n) else t for n, t in state.items()}
-
-
-def _weighted(reports: list[Report]) -> MetricRecord:
-    total = sum(r.num_examples for r in reports)
-    return MetricRecord(
-        {
-            "num-examples": total,
-            "train-loss": sum(r.loss * r.num_examples for r in reports) / total,
-            "train-accuracy": sum(r.accuracy * r.num_examples for r in reports) / total,
-            "train-seconds": sum(r.seconds for r in reports),
-        }
-    )

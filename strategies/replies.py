@@ -1,11 +1,13 @@
 """Replies one by one: checked at the door, a bad one set aside."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from logging import WARNING
 from math import isfinite
 
 from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.common.logger import log
 
 from quant import STYPE, Update
 from task.protocol import REPORT, UPDATE, Declaration, ProtocolError, Report, plain
@@ -167,6 +169,19 @@ class RoundLog:
     def left_out(self) -> dict[int, str]:
         """Partitions that were asked in vain, with the reason."""
         return self.rejected | self.failed
+
+    def warn(self, server_round: int, clients: Mapping[int, Declaration]) -> None:
+        """Log which of the clients that were asked, by node ID, are left out, and why."""
+        for node_id, client in clients.items():
+            if reason := self.left_out.get(client.partition_id):
+                log(
+                    WARNING,
+                    "Round %d goes on without node %d (partition %d): %s",
+                    server_round,
+                    node_id,
+                    client.partition_id,
+                    reason,
+                )
 
 
 def match_replies(

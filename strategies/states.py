@@ -6,7 +6,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
-from quant import STYPE
+from quant import STYPE, is_variance
 
 State = dict[str, Tensor]
 
@@ -14,6 +14,11 @@ State = dict[str, Tensor]
 def is_finite(state: Mapping[str, Tensor]) -> bool:
     """Return whether a model holds numbers only; one that does not is never sent."""
     return all(bool(tensor.isfinite().all()) for tensor in state.values())
+
+
+def without_negative_variances(state: Mapping[str, Tensor]) -> State:
+    """Return a model that can be sent: a step beyond the mean can carry a variance below zero."""
+    return {n: t.clamp(min=0) if is_variance(n) else t for n, t in state.items()}
 
 
 def join_states(states: Mapping[str, State]) -> State:
