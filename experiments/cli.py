@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from experiments.live import run_all
@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("file", type=Path, help="experiment file (TOML)")
     compare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
     compare.add_argument("--seeds", help="other seeds, as 0,1,2")
+    compare.add_argument("--scenarios", help="only these of the file, as 50-50,80-20")
+    compare.add_argument("--systems", help="only these of the file, as ProWD,FedCOM")
     compare.add_argument("--federation", help="another --federation-config")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time")
     compare.add_argument("--output-dir", type=Path, help="default: ~/prowd-runs/FILE")
@@ -63,7 +65,11 @@ def _compare(given: argparse.Namespace) -> int:
         changes["federation"] = given.federation
     experiment = Experiment.read({**experiment.to_settings(), **changes}, f"{given.file.name}: ")
     output_dir = given.output_dir or Path("~/prowd-runs").expanduser() / given.file.stem
-    runs = planned_runs(experiment, output_dir.resolve(), _overrides(given.sets))
+    scenarios = _chosen("--scenarios", given.scenarios, experiment.scenarios)
+    systems = _chosen("--systems", given.systems, experiment.systems)
+    # Of all runs, so that what two scenarios share has the folder that it always has.
+    planned = planned_runs(experiment, output_dir.resolve(), _overrides(given.sets))
+    runs = [run for run in planned if run.scenario in scenarios and run.system in systems]
     failures = run_all(experiment, runs, given.jobs)
     records = {run.folder: read_record(run.folder) for run in runs if run.folder.exists()}
     _write_table(experiment, runs, records, output_dir)
@@ -154,6 +160,13 @@ def _seeds(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise SettingsError(f"--seeds: {text!r} is not whole numbers, as in 0,1,2") from None
+
+
+def _chosen(option: str, text: str | None, named: Collection[str]) -> Collection[str]:
+    names = text.split(",") if text else named
+    if unknown := [name for name in names if name not in named]:
+        raise SettingsError(f"{option}: there is no {unknown[0]!r}; there are {', '.join(named)}")
+    return names
 
 
 def _overrides(sets: list[str]) -> dict[str, Setting]:

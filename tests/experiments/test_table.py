@@ -2,6 +2,7 @@
 
 import json
 
+from experiments import cli
 from experiments.plan import Experiment
 from experiments.records import read_record
 from experiments.runs import pending, planned_runs
@@ -133,3 +134,19 @@ def test_what_is_not_finite_is_left_out(tmp_path):
     assert round(result["accuracy"]["average"], 9) == 0.55
     assert result["seconds"] == 5
     json.dumps(result, allow_nan=False)
+
+
+def test_some_of_a_file_is_compared_by_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file.toml").write_text(
+        "title = 't'\nseeds = [0]\n[scenarios.half]\nbit-mix = '4:0.5,32:0.5'\n[scenarios.most]\n"
+        "bit-mix = '4:0.8,32:0.2'\n[systems.a]\n[systems.b]\nstrategy = 'fedavg'\n"
+        "[systems.ceiling]\nbit-mix = '32:1.0'\n"
+    )
+    asked = []
+    monkeypatch.setattr(cli, "run_all", lambda e, runs, jobs: asked.extend(runs) or {})
+    command = ["compare", str(tmp_path / "file.toml"), "--output-dir", str(tmp_path / "out")]
+    assert cli.main([*command, "--scenarios", "most", "--systems", "ceiling,b"]) == 0
+    # The ceiling is one run for both scenarios, whichever is asked for.
+    assert [run.folder.name for run in asked] == ["most-b-seed0", "half-ceiling-seed0"]
+    assert cli.main([*command, "--systems", "c"]) == 2
+    assert "--systems: there is no 'c'; there are a, b, ceiling" in capsys.readouterr().err
