@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks.federation import ALL_FLOAT32, CLIENTS, SETTINGS
 from benchmarks.grid import reporting_grid, run_round
-from benchmarks.measure import Figure, ratio, report
+from benchmarks.measure import Figure, ratio, report, side_by_side
 from benchmarks.plain_flower import network, seconds_of_rounds
 from experiments.plan import Setting
 from experiments.records import Round, read_record
@@ -84,6 +85,7 @@ def _against_plain_flower() -> Figure:
 
 def _shares(settings: Settings, trained: float) -> list[Figure]:
     """What ProWD adds to a round, in shares of its training."""
+    torch.set_num_threads(settings.server_threads)
     plain = _server_seconds(FedAvg)
     added = _server_seconds(lambda: _prepared().strategy) - plain
     blocks = {"prowd-finetune-every": _FINETUNE_EVERY}
@@ -91,7 +93,7 @@ def _shares(settings: Settings, trained: float) -> list[Figure]:
     with_blocks = added + (tuned - added) / _FINETUNE_EVERY
     calibration = _calibration_seconds(settings)
     return [
-        Figure(f"{name}, of a round's training", seconds / trained, _SHARE)
+        Figure(f"{name}, of a round's training", seconds / trained, _SHARE, repeats=_REPEATS)
         for name, seconds in (
             ("rounding, dequantizer, drift and masks", added),
             ("with trained blocks, tuned every fifth round", with_blocks),
@@ -109,21 +111,23 @@ def _server_seconds(make: Callable) -> float:
     model = model_state(network())
     grid = reporting_grid(model, [4, FLOAT_BITS] * (CLIENTS // 2), coded=True)
     seconds = []
-    for _ in range(_REPEATS):
+    for _ in range(_REPEATS + 1):
         strategy = make()
         began = time.perf_counter()
         run_round(strategy, to_arrays(model), grid)
         seconds.append(time.perf_counter() - began)
-    return median(seconds)
+    return median(seconds[1:])
 
 
 def _calibration_seconds(settings: Settings) -> float:
     """By how much longer it takes to make both widths ready to evaluate with calibration."""
-    buffer, seconds = server_pixels(settings), []
-    for calibrated in (True, False):
+    buffer = server_pixels(settings)
+
+    def ready(calibrated: bool) -> None:
         chosen = settings.model_copy(update={"calibrate_normalization": calibrated})
-        began = time.perf_counter()
         for bits in (4, FLOAT_BITS):
             ready_to_evaluate(network(), chosen, bits, {}, buffer)
-        seconds.append(time.perf_counter() - began)
-    return seconds[0] - seconds[1]
+
+    ways = {name: partial(ready, name == "with") for name in ("with", "without")}
+    seconds = side_by_side(ways, _REPEATS)
+    return median(seconds["with"]) - median(seconds["without"])

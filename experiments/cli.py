@@ -69,11 +69,12 @@ def _compare(given: argparse.Namespace) -> int:
     systems = _chosen("--systems", given.systems, experiment.systems)
     # Of all runs, so that what two scenarios share has the folder that it always has.
     planned = planned_runs(experiment, output_dir.resolve(), _overrides(given.sets))
-    runs = [run for run in planned if run.scenario in scenarios and run.system in systems]
-    failures = run_all(experiment, runs, given.jobs)
-    records = {run.folder: read_record(run.folder) for run in runs if run.folder.exists()}
-    _write_table(experiment, runs, records, output_dir)
-    named = [(r.scenario, r.system, records[r.folder]) for r in runs if r.folder in records]
+    chosen = [run for run in planned if run.scenario in scenarios and run.system in systems]
+    failures = run_all(experiment, chosen, given.jobs)
+    # With what was run before.
+    records = {run.folder: read_record(run.folder) for run in planned if run.folder.exists()}
+    _write_table(experiment, planned, records, output_dir)
+    named = [(r.scenario, r.system, records[r.folder]) for r in planned if r.folder in records]
     page = output_dir / "report.html"
     try:
         _write_page(page, experiment.title, list(records.values()), named)

@@ -53,7 +53,7 @@ def export(
     if bits is None:
         bits = min(int(width) for entry in entries for width in entry.uplink_bytes)
     yield _recorded(entries[-1], bits)
-    network = run.evaluator.network(run.strategy.model_for(bits, state))
+    network = run.evaluator.network(run.strategy.model_for(bits, state)).cpu()
     images, data = evaluation_images(run.settings), load_dataset(run.settings)
     # Of "package.module:factory" no host's or drive's name is made.
     name = run.settings.model.replace(":", "-")

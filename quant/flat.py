@@ -54,15 +54,15 @@ class FlatFloats(Mapping[str, Tensor]):
     ----------
     layout : Layout
         Which tensors they are of.
-    run : Tensor
+    flat : Tensor
         float32 ``[layout.num_floats]``.
     """
 
-    def __init__(self, layout: Layout, run: Tensor) -> None:
-        self.layout, self.run = layout, run
+    def __init__(self, layout: Layout, flat: Tensor) -> None:
+        self.layout, self.flat = layout, flat
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.run[self.layout.float_places[name]].view(self.layout.floats[name])
+        return self.flat[self.layout.float_places[name]].view(self.layout.floats[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.floats)
@@ -96,7 +96,7 @@ def _joined(tensors: list[Tensor], nothing: Tensor) -> Tensor:
     return torch.cat([t.detach().cpu().flatten() for t in tensors]) if tensors else nothing
 
 
-class _Run(NamedTuple):
+class _Matrix(NamedTuple):
     """Tensors that lie one after the other and have channels of one length: one matrix."""
 
     codes: slice
@@ -121,43 +121,43 @@ class UpdateSum:
         # At 32 bits all tensors are floats, in the order of codes and floats at every other width.
         self._floats = layout_of(spec, FLOAT_BITS)
         self._total = torch.zeros(self._floats.num_floats)
-        self._runs: list[_Run] = []
+        self._matrices: list[_Matrix] = []
 
     def add(self, update: Update, weight: float) -> None:
         """Add ``weight`` times the values of an update, which are never in memory at once."""
         flat = FlatUpdate.of(update)
         if flat.quantized:
             self._add_codes(flat.quantized, weight)
-        self._total[flat.quantized.layout.num_codes :].add_(flat.floats.run, alpha=weight)
+        self._total[flat.quantized.layout.num_codes :].add_(flat.floats.flat, alpha=weight)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the sum by tensor, in the memory that is added to."""
         return FlatFloats(self._floats, self._total)
 
     def _add_codes(self, flat: FlatCodes, weight: float) -> None:
-        self._runs = self._runs or list(self._cut(flat.layout))
+        self._matrices = self._matrices or list(self._cut(flat.layout))
         scales = flat.scales * weight
-        for run in self._runs:
+        for part in self._matrices:
             blocks = zip(
-                flat.codes[run.codes].view(-1, run.length).split(run.height),
-                scales[run.scales, None].split(run.height),
-                run.totals,
-                run.lifted,
+                flat.codes[part.codes].view(-1, part.length).split(part.height),
+                scales[part.scales, None].split(part.height),
+                part.totals,
+                part.lifted,
                 strict=True,
             )
             for codes, steps, total, lifted in blocks:
                 total.addcmul_(lifted.copy_(codes), steps)
 
-    def _cut(self, layout: Layout) -> Iterator[_Run]:
+    def _cut(self, layout: Layout) -> Iterator[_Matrix]:
         lengths = [length for length, count in layout.channels for _ in range(count)]
         scratch = torch.empty(max([_BLOCK, *lengths]))
         code = scale = 0
-        for length, run in groupby(lengths):
-            count = len(list(run))
+        for length, channels in groupby(lengths):
+            count = len(list(channels))
             codes, scales = slice(code, code + length * count), slice(scale, scale + count)
             code, scale = codes.stop, scales.stop
             if length:
                 height = max(1, _BLOCK // length)
                 totals = self._total[codes].view(count, length).split(height)
                 lifted = tuple(scratch[: t.numel()].view(t.shape) for t in totals)
-                yield _Run(codes, scales, length, height, totals, lifted)
+                yield _Matrix(codes, scales, length, height, totals, lifted)

@@ -67,7 +67,7 @@ def absmax_scale(weight: Tensor, bits: int) -> Tensor:
     Tensor
         Float32 scales ``[channels]``, positive.
     """
-    absmax = weight.detach().flatten(1).abs().amax(dim=1)
+    absmax = weight.detach().flatten(1).abs().amax(dim=1).float()
     return (absmax / largest_code(bits)).clamp_(min=_SMALLEST_SCALE)
 
 

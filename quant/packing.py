@@ -45,7 +45,7 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
     Returns
     -------
     memoryview
-        `packed_size(codes.size, bits)` bytes.
+        `packed_size(codes.size, bits)` bytes, of their own; ``bytes(...)`` copies them.
 
     Raises
     ------
@@ -55,6 +55,7 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
     if codes.dtype.kind not in "iu":
         raise ValueError(f"codes have dtype {codes.dtype}; allowed are integers")
     flat, limit = np.ascontiguousarray(codes).reshape(-1), largest_code(bits)
+    flat = flat.astype(flat.dtype.newbyteorder("="), copy=False)
     off_grid = f"codes of width {bits} must lie in [{-limit}, {limit}]"
     if flat.dtype.kind == "u" and flat.size and flat.max() > limit:
         raise ValueError(off_grid)
@@ -150,8 +151,9 @@ def _pack_block(words: np.ndarray, bits: int, out: np.ndarray) -> None:
         if shift == 0:
             planes[plane] = part
         else:
-            np.bitwise_and(part, _in_all_bytes(stay, lanes), out=spare)
-            planes[plane] |= np.left_shift(spare, lanes(shift), out=spare)
+            mask = _in_all_bytes(stay, lanes)
+            low = np.bitwise_and(part, mask, out=spare) if stay < bits else part
+            planes[plane] |= np.left_shift(low, lanes(shift), out=spare)
         if stay < bits:
             np.right_shift(part, lanes(stay), out=planes[plane + 1])
             planes[plane + 1] &= _in_all_bytes(bits - stay, lanes)

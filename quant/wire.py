@@ -82,7 +82,7 @@ def encode_update(
     layout = layout_of(_spec_of(update), update.bits)
     table, flat = layout.table, FlatUpdate.of(update)
     coding, codes = _shortest(flat.quantized, coded, start)
-    body = [_bytes_of(flat.quantized.scales), _bytes_of(flat.floats.run), codes]
+    body = [_bytes_of(flat.quantized.scales), _bytes_of(flat.floats.flat), codes]
     content = _CONTENTS.index(update.content)
     head = _HEADER.pack(_MAGIC, _VERSION, update.bits, content, coding, len(table), 0)
     head = head[:_CRC_OFFSET]

@@ -5,6 +5,7 @@ from typing import Any
 
 from strategies import STRATEGIES, MixedPrecisionStrategy, ProWD
 from strategies.base import Broadcast
+from task.devices import pick_device
 from task.errors import SettingsError
 from task.options import Options, format_assignments, parse_assignments
 from task.reference import in_one_line, load_reference
@@ -34,6 +35,9 @@ def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str,
         If a key or a value is not allowed, also one of a strategy that is not chosen.
     """
     settings = Settings.of_run(run_config)
+    # As it decides the last bits, the record names the device, and not "auto".
+    device = pick_device(settings.server_device).type
+    settings = settings.model_copy(update={"server_device": device})
     chosen, _ = _split_name(settings.strategy)
     own: dict[str, object] = {}
     left = set(run_config) - Settings.keys()

@@ -19,7 +19,7 @@ from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
 from strategies.states import State
 from task.data import fingerprint, load_dataset
-from task.devices import pick_device
+from task.devices import best_device, pick_device
 from task.errors import SettingsError
 from task.models import build_model, check_repeatable
 from task.partition import evaluation_images, server_pixels
@@ -136,8 +136,9 @@ def reopen(folder: Path, data_dir: str = "") -> tuple[Run, Checkpoint]:
         If there is no good checkpoint, or the data is not the run's.
     """
     saved = read_checkpoint(folder)
-    # This machine may have no GPU.
-    here = {"server-device": "auto"} | ({"data-dir": data_dir} if data_dir else {})
+    here = {"data-dir": data_dir} if data_dir else {}
+    if best_device().type == "cpu":
+        here["server-device"] = "cpu"
     run = prepare(folder, *read_settings({**saved.identity.settings, **here}))
     saved.refuse_other(run.identity(saved.identity.num_partitions))
     run.strategy.restore(saved.tensors, saved.values)

@@ -14,7 +14,7 @@ class WeightedMean:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._updates: UpdateSum | None = None
+        self._total: UpdateSum | None = None
         self.weight = 0.0
         self.count = 0
 
@@ -27,13 +27,13 @@ class WeightedMean:
 
     def add_update(self, update: Update, weight: float) -> None:
         """Add ``update.dequantize()``, without ever having it in memory."""
-        if self._updates is None:
-            self._updates = UpdateSum(update.spec)
-            for name, total in self._updates.tensors().items():
+        if self._total is None:
+            self._total = UpdateSum(update.spec)
+            for name, total in self._total.tensors().items():
                 if name in self._sums:
                     total.copy_(self._sums[name])
                 self._sums[name] = total
-        self._updates.add(update, weight)
+        self._total.add(update, weight)
         self.weight += weight
         self.count += 1
 
@@ -52,5 +52,7 @@ def mean_of(updates: Iterable[ClientUpdate]) -> dict[str, Tensor]:
     """Return the mean of what the clients sent, weighted by examples; empty if none did."""
     average = WeightedMean()
     for item in updates:
-        average.add_update(item.update, item.report.num_examples)
+        # A client that was asked for nothing sent no tensor.
+        if item.update.floats or item.update.quantized:
+            average.add_update(item.update, item.report.num_examples)
     return average.mean()

@@ -188,7 +188,7 @@ def match_replies(
     messages: Iterable[Message],
     clients: dict[int, Declaration],
     replies: Iterable[Message],
-    log: RoundLog,
+    round_log: RoundLog,
 ) -> Iterator[tuple[Declaration, Message]]:
     """Yield the replies that carry content, with the client that each comes from.
 
@@ -205,12 +205,12 @@ def match_replies(
         if client is None:
             continue
         if reply.has_error():
-            log.failed[client.partition_id] = last_line(reply.error.reason)
+            round_log.failed[client.partition_id] = last_line(reply.error.reason)
         else:
             yield client, reply
     waiting = _by_message_id(messages, clients) if waiting is None else waiting
     for client in waiting.values():
-        log.failed[client.partition_id] = "no reply in time"
+        round_log.failed[client.partition_id] = "no reply in time"
 
 
 def last_line(reason: str | None) -> str:

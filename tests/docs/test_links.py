@@ -9,17 +9,21 @@ PROJECT = Path(__file__).parents[2]
 PAGES = sorted([*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md")])
 
 
+def prose(page):
+    """A page without its code."""
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+
+
 def anchors(page):
     """The names that GitHub gives to a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
     plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
     return {heading.replace(" ", "-") for heading in plain}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings_that_are_there(page):
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", prose(page)) if "://" not in link]
     for link in links:
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page

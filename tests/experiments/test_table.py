@@ -148,5 +148,11 @@ def test_some_of_a_file_is_compared_by_name(tmp_path, monkeypatch, capsys):
     assert cli.main([*command, "--scenarios", "most", "--systems", "ceiling,b"]) == 0
     # The ceiling is one run for both scenarios, whichever is asked for.
     assert [run.folder.name for run in asked] == ["most-b-seed0", "half-ceiling-seed0"]
+    # What was run before stays in the table.
+    for name in ("half-a-seed0", "most-b-seed0"):
+        record(tmp_path / "out" / name, [accuracy(0.1, 0.2)])
+    assert cli.main([*command, "--systems", "b"]) == 0
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [result["system"] for result in table["results"]] == ["a", "b"]
     assert cli.main([*command, "--systems", "c"]) == 2
     assert "--systems: there is no 'c'; there are a, b, ceiling" in capsys.readouterr().err

@@ -251,3 +251,15 @@ def test_large_tensors_give_the_codes_and_values_of_their_channels(bits, shape):
     assert torch.equal(
         quantize_nearest(weight.transpose(0, -1).contiguous().transpose(0, -1), scale, bits), codes
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_of_half_precision_weights_are_float32(dtype):
+    """Else their inverse would be off by steps at the wider widths."""
+    weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for bits in (3, 12, 16):
+        scale = fit_scale(weight, bits)
+        assert scale.dtype == torch.float32
+        error = quantize_nearest(weight, scale, bits) * scale[:, None] - weight.float()
+        if bits > 4:
+            assert error.abs().max() <= 0.51 * scale.max()

@@ -117,8 +117,9 @@ def test_every_integer_type_and_shape_packs_alike(bits, dtype):
     codes = np.array([[1, 0, 1], [0, 0, 1]], dtype)
     expected = reference_pack([1, 0, 1, 0, 0, 1], bits)
     assert pack(codes, bits) == expected
-    # C order counts, not the memory's.
+    # C order counts, not the memory's; and the value, not its bytes.
     assert pack(np.asfortranarray(codes), bits) == expected
+    assert pack(codes.astype(codes.dtype.newbyteorder(">")), bits) == expected
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint8, np.uint16])

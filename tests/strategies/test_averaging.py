@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from quant import quantize_state
-from strategies.averaging import WeightedMean
+from quant import Update, quantize_state
+from strategies.averaging import WeightedMean, mean_of
+from strategies.replies import ClientUpdate
+from task.protocol import Declaration, Report
 
 
 def updates(bits):
@@ -46,3 +48,12 @@ def test_updates_of_all_widths_have_one_mean():
         assert together.mean().keys() == expected.mean().keys()
         for name, mean in together.mean().items():
             torch.testing.assert_close(mean, expected.mean()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_client_that_sent_nothing_is_not_in_the_mean():
+    """It was asked for nothing, as one that trains for itself alone may be."""
+    client, report = Declaration(0, 3, 4, 10, ""), Report(1, 10, 1.0, 0.5, 1.0)
+    sent = [Update(32, "weights", {}, {}), next(updates(4)), Update(32, "weights", {}, {})]
+    mean = mean_of(ClientUpdate(client, update, report) for update in sent)
+    for name, value in next(updates(4)).dequantize().items():
+        torch.testing.assert_close(mean[name], value)

@@ -8,8 +8,10 @@ import torch
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, RecordDict
 
+from experiments.export import export
 from quant import quantize_state
 from server_app.app import main
+from server_app.build import read_settings
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from task.data import Images
 from task.devices import best_device, device_of, pick_device
@@ -49,6 +51,11 @@ def test_a_gpu_that_is_not_there_is_refused_before_any_training(tmp_path):
     with pytest.raises(SettingsError, match=r"server-device.*allowed here: auto, cpu"):
         main(grid, Context(1, 0, {}, RecordDict(), config))
     assert "server-device" in json.loads((tmp_path / "run" / "summary.json").read_text())["reason"]
+
+
+def test_the_record_names_the_device_that_auto_was():
+    settings, _ = read_settings({"server-device": "auto"})
+    assert settings.server_device == "cpu"
 
 
 def test_a_device_that_does_not_exist_is_refused():
@@ -126,3 +133,6 @@ def test_a_whole_run_on_the_gpu(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "completed"
     assert summary["accuracy"]["final"]["average"] > 0.5
+    pytest.importorskip("onnxruntime")
+    _, packed, onnx = export(tmp_path / "run", 4)
+    assert packed.split()[-1] == onnx.split()[-3]
