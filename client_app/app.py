@@ -16,7 +16,7 @@ from client_app.node import declare
 from client_app.tracking import TrackedRound, next_correction
 from quant import Update, UpdateSpec, quantize_difference, weight_scales
 from task.data import Images, load_dataset
-from task.devices import best_device
+from task.devices import pick_device
 from task.errors import SettingsError
 from task.models import build_model
 from task.partition import client_images, evaluation_images
@@ -63,7 +63,7 @@ def on_train(message: Message, context: Context) -> Message:
         job.seed,
         scales=job.scales,
         correction=delta,
-        device=best_device(),
+        device=pick_device("auto"),
     )
     report = _report(job, trained.score, started, trained.steps, began_clean=not delta)
     if job.instruction.uplink == "nothing":
@@ -95,7 +95,7 @@ def on_evaluate(message: Message, context: Context) -> Message:
     # With the client's own images: it has no access to the server's.
     pixels = job.images.pixels
     model = ready_to_evaluate(
-        job.model, job.settings, job.client.bits, job.scales, pixels, best_device()
+        job.model, job.settings, job.client.bits, job.scales, pixels, pick_device("auto")
     )
     score = evaluate(model, evaluation_images(job.settings))
     return answer(message, _report(job, score, started))

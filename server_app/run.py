@@ -19,7 +19,7 @@ from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
 from strategies.states import State
 from task.data import fingerprint, load_dataset
-from task.devices import best_device, pick_device
+from task.devices import pick_device
 from task.errors import SettingsError
 from task.models import build_model, check_repeatable
 from task.partition import evaluation_images, server_pixels
@@ -137,7 +137,7 @@ def reopen(folder: Path, data_dir: str = "") -> tuple[Run, Checkpoint]:
     """
     saved = read_checkpoint(folder)
     here = {"data-dir": data_dir} if data_dir else {}
-    if best_device().type == "cpu":
+    if pick_device("auto").type == "cpu":
         here["server-device"] = "cpu"
     run = prepare(folder, *read_settings({**saved.identity.settings, **here}))
     saved.refuse_other(run.identity(saved.identity.num_partitions))

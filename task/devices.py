@@ -6,22 +6,14 @@ from torch import nn
 from task.errors import SettingsError
 
 
-def best_device() -> torch.device:
-    """Return the GPU, if this process was given one, else the CPU.
-
-    Flower gives a simulated client one with ``client-resources-num-gpus``; a networked client has
-    its machine's.
-    """
-    return pick_device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def pick_device(name: str) -> torch.device:
     """Return a device by the name that the settings give it, and make it compute exactly.
 
     Parameters
     ----------
     name : {"auto", "cpu", "cuda"}
-        ``"auto"`` is the GPU where there is one.
+        ``"auto"`` is the GPU, if this process was given one, else the CPU. Flower gives a simulated
+        client one with ``client-resources-num-gpus``; a networked client has its machine's.
 
     Raises
     ------
@@ -29,7 +21,7 @@ def pick_device(name: str) -> torch.device:
         If there is no such device here.
     """
     if name == "auto":
-        return best_device()
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
             raise SettingsError(
