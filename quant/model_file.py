@@ -7,14 +7,14 @@ Layout (little-endian)::
               as [scale, low, high]
     update    the tensors, as they travel packed (`quant.wire`)
 
-The update's CRC-32 starts from that of everything before it, and so covers the whole file. Nothing
-is pickled. All sizes are compared with the length of the file before anything is allocated.
+The seed of the update's checksum is the XXH3 of everything before it, which so covers the whole
+file. Nothing is pickled. All sizes are compared with the length of the file before anything is
+allocated.
 """
 
 import copy
 import json
 import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields
 from math import isfinite
@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from quant.activations import ActivationGrid
@@ -33,7 +34,7 @@ from quant.update import Update, UpdateSpec, quantize_state
 from quant.wire import UpdateError, decode_update, encode_update, read_spec
 
 _MAGIC = b"PRWM"
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("<4sBI")
 # Who makes a network as the file says allocates what these say.
 _MOST = {"channels": 3, "size": 1024}
@@ -183,7 +184,7 @@ class PackedModel:
         about["grids"] = {layer: astuple(grid) for layer, grid in self.grids.items()}
         head = json.dumps(about, allow_nan=False).encode()
         head = _HEADER.pack(_MAGIC, _VERSION, len(head)) + head
-        return head + encode_update(self.update, stamp=zlib.crc32(head))
+        return head + encode_update(self.update, stamp=xxhash.xxh3_64_intdigest(head))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -208,7 +209,7 @@ class PackedModel:
             # First the update, whose checksum says whether the head is whole.
             payload = data[end:]
             bits, spec = read_spec(payload)
-            update = decode_update(payload, spec, bits, stamp=zlib.crc32(data[:end]))
+            update = decode_update(payload, spec, bits, stamp=xxhash.xxh3_64_intdigest(data[:end]))
             about = json.loads(data[_HEADER.size : end])
             grids = {layer: ActivationGrid(*grid) for layer, grid in about.pop("grids").items()}
             return cls(update, grids=grids, **about)

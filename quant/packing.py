@@ -65,11 +65,10 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
     out = np.empty(packed_size(flat.size, bits), np.uint8)
     position = 0
     for start in range(0, flat.size, _BLOCK):
-        # Wrap-around is wanted: what lies below the grid becomes too large as well.
-        words = flat[start : start + _BLOCK] + flat.dtype.type(limit)
-        if words.max() > 2 * limit:
+        # Wrap-around is wanted: what lies far below the grid becomes too large.
+        words = flat[start : start + _BLOCK] + flat.dtype.type(limit + 1)
+        if words.min() == 0 or words.max() > 2 * limit + 1:
             raise ValueError(off_grid)
-        words += words.dtype.type(1)
         size = _block_size(words.size, bits)
         narrow = words.astype(np.uint8 if bits <= 8 else np.uint16, copy=False)
         _pack_block(narrow, bits, out[position : position + size])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -84,8 +85,12 @@ class UpdateSpec:
         ordered = sorted(self.shapes.items(), key=lambda item: (not is_quantized(item[1]), item[0]))
         object.__setattr__(self, "shapes", dict(ordered))
 
-    def __hash__(self) -> int:
+    @cached_property
+    def _hash(self) -> int:
         return hash(tuple(self.shapes.items()))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> "UpdateSpec":

@@ -2,27 +2,28 @@
 
 Layout (little-endian)::
 
-    magic "PRWD" | version u8 | bits u8 | content u8 | coding u8 | table bytes u32 | CRC-32 u32
+    magic "PRWD" | version u8 | bits u8 | content u8 | coding u8 | table bytes u32 | checksum u64
     table     per tensor: name length u16, name (UTF-8), encoding u8, dimensions u8, sizes u32 each
     scales    float32, one per output channel of every quantized tensor, in table order
     floats    float32, the other tensors, in table order
     codes     all quantized tensors as one flat run: packed (coding 0), entropy-coded (1), or
               entropy-coded differences from the codes that the receiver had sent (2)
 
-The CRC-32 covers everything else in the payload, so that no altered byte goes unnoticed. It starts
-from a number that both sides know, the stamp, so that what was sent in one round is refused in
-another. Nothing is pickled. The receiver knows every name and shape beforehand (`UpdateSpec`) and
-therefore the length of everything but coded codes, which are never longer than packed ones: it is
-compared before anything is allocated, and no more is unfolded than there are codes.
+The checksum, XXH3 of 64 bits, covers everything else in the payload, so that no altered byte goes
+unnoticed. Its seed is a number that both sides know, the stamp, so that what was sent in one round
+is refused in another. Nothing is pickled. The receiver knows every name and shape beforehand
+(`UpdateSpec`) and therefore the length of everything but coded codes, which are never longer than
+packed ones: it is compared before anything is allocated, and no more is unfolded than there are
+codes.
 """
 
 import math
 import struct
-import zlib
 from typing import get_args
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from quant.coding import compress_codes, decompress_codes
@@ -32,12 +33,12 @@ from quant.layout import Layout, layout_of
 from quant.packing import PackingError, pack, unpack
 from quant.update import Content, Update, UpdateSpec
 
-STYPE = "prowd.update/3"
+STYPE = "prowd.update/4"
 
 _MAGIC = b"PRWD"
-_VERSION = 3
-_HEADER = struct.Struct("<4sBBBBII")
-_CRC_OFFSET = _HEADER.size - 4
+_VERSION = 4
+_HEADER = struct.Struct("<4sBBBBIQ")
+_CHECKSUM_OFFSET = _HEADER.size - 8
 _CONTENTS: tuple[str, ...] = get_args(Content)
 _PACKED, _CODED, _CODED_FROM_START = 0, 1, 2
 # Of two bits, the narrowest.
@@ -71,7 +72,7 @@ def encode_update(
     start : Update, optional
         Model of the same width whose codes the receiver has sent; coded codes may refer to them.
     stamp : int
-        What it is sent for, as the round: 0 to 2**32 - 1, known to the receiver.
+        What it is sent for, as the round: 0 to 2**64 - 1, known to the receiver.
 
     Raises
     ------
@@ -85,11 +86,11 @@ def encode_update(
     body = [_bytes_of(flat.quantized.scales), _bytes_of(flat.floats.flat), codes]
     content = _CONTENTS.index(update.content)
     head = _HEADER.pack(_MAGIC, _VERSION, update.bits, content, coding, len(table), 0)
-    head = head[:_CRC_OFFSET]
-    crc = zlib.crc32(head, stamp)
+    head = head[:_CHECKSUM_OFFSET]
+    checksum = xxhash.xxh3_64(head, seed=stamp)
     for part in (table, *body):
-        crc = zlib.crc32(part, crc)
-    return b"".join([head, struct.pack("<I", crc), table, *body])
+        checksum.update(part)
+    return b"".join([head, struct.pack("<Q", checksum.intdigest()), table, *body])
 
 
 def read_spec(data: bytes) -> tuple[int, UpdateSpec]:
@@ -234,7 +235,7 @@ def fixed_size(layout: Layout) -> int:
 
 def _check_header(data: bytes, layout: Layout, content: Content, stamp: int) -> int:
     """Check everything that needs no look at the values; return the coding."""
-    got_bits, got_content, coding, table_size, crc = _read_header(data)
+    got_bits, got_content, coding, table_size, claimed = _read_header(data)
     if got_bits != layout.bits:
         raise UpdateError(f"payload has {got_bits} bits; the client declared {layout.bits}")
     if got_content >= len(_CONTENTS) or _CONTENTS[got_content] != content:
@@ -243,7 +244,9 @@ def _check_header(data: bytes, layout: Layout, content: Content, stamp: int) -> 
     table, start = layout.table, _HEADER.size
     if table_size != len(table) or data[start : start + len(table)] != table:
         raise UpdateError("the table of tensors is not that of the model that was sent")
-    if crc != zlib.crc32(memoryview(data)[start:], zlib.crc32(data[:_CRC_OFFSET], stamp)):
+    checksum = xxhash.xxh3_64(data[:_CHECKSUM_OFFSET], seed=stamp)
+    checksum.update(memoryview(data)[start:])
+    if checksum.intdigest() != claimed:
         raise UpdateError(
             "checksum does not match: the payload was altered, or is of another round"
         )

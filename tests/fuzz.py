@@ -12,12 +12,12 @@ import resource
 import struct
 import time
 import tracemalloc
-import zlib
 from collections import Counter
 from itertools import product
 
 import numpy as np
 import torch
+from xxhash import xxh3_64_intdigest
 
 from quant import (
     UpdateError,
@@ -30,7 +30,7 @@ from quant import (
 )
 
 # Where the layout in quant/wire.py puts the fields of the header.
-CODING, TABLE_BYTES, CRC, TABLE = 7, 8, 12, 16
+CODING, TABLE_BYTES, CHECKSUM, TABLE = 7, 8, 12, 20
 WIDTHS = (2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 32)
 SHAPES = (
     {"conv.weight": (3, 2, 2, 2), "conv.bias": (3,), "bn.running_var": (3,), "fc.weight": (5, 3)},
@@ -89,8 +89,8 @@ def mutate(data: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> byt
         new = _KINDS[rng.integers(len(_KINDS))](new, other, rng)
     # Else the checksum would refuse nearly all, and what comes after it see nothing.
     if len(new) >= TABLE and rng.random() < 0.9:
-        crc = zlib.crc32(new[TABLE:], zlib.crc32(new[:CRC]))
-        new[CRC:TABLE] = np.frombuffer(struct.pack("<I", crc), np.uint8)
+        checksum = xxh3_64_intdigest(np.delete(new, slice(CHECKSUM, TABLE)))
+        new[CHECKSUM:TABLE] = np.frombuffer(struct.pack("<Q", checksum), np.uint8)
     return new.tobytes()
 
 

@@ -2,7 +2,6 @@
 
 import json
 import struct
-import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from federation import assert_same_update
 from measuring import peak_memory
 from torch import nn
+from xxhash import xxh3_64_intdigest
 
 from quant import (
     ModelFileError,
@@ -33,7 +33,7 @@ ABOUT = {
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 1, 6, 6), dtype=np.uint8)
 # Where the documented layouts put the fields: of the file, and of the update within it.
 HEAD = 9
-BITS, CODING, CRC, TABLE = 5, 7, 12, 16
+BITS, CODING, CHECKSUM, TABLE = 5, 7, 12, 20
 
 
 def small(seed=0):
@@ -65,12 +65,13 @@ def parts(data):
     return json.loads(data[HEAD : HEAD + length]), data[HEAD + length :]
 
 
-def joined(head, update, version=1):
+def joined(head, update, version=2):
     """A file with the checksum that fits, as somebody malicious would write it."""
     text = head if isinstance(head, bytes) else json.dumps(head).encode()
     start = b"PRWM" + struct.pack("<BI", version, len(text)) + text
-    crc = zlib.crc32(update[:CRC] + update[TABLE:], zlib.crc32(start))
-    return start + update[:CRC] + struct.pack("<I", crc) + update[TABLE:]
+    covered = update[:CHECKSUM] + update[TABLE:]
+    checksum = xxh3_64_intdigest(covered, xxh3_64_intdigest(start))
+    return start + update[:CHECKSUM] + struct.pack("<Q", checksum) + update[TABLE:]
 
 
 @torch.no_grad()
@@ -167,7 +168,7 @@ def test_the_message_names_the_file_and_what_is_wrong(tmp_path):
     for content, message in (
         (b"", "0 bytes are no packed model"),
         (b"PK" + data[2:], "begins with b'PKWM', not b'PRWM'"),
-        (joined(*parts(data), version=2), "has version 2; understood is 1"),
+        (joined(*parts(data), version=3), "has version 3; understood is 2"),
         (data[:100], "is cut short"),
         (data[:-1], "is damaged or no packed model: payload has"),
         (data[:-1] + b"\0", "checksum does not match"),
@@ -227,7 +228,7 @@ def table(*shapes):
 
 
 def update_of(bits, coding, table, rest):
-    return struct.pack("<4sBBBBII", b"PRWD", 3, bits, 0, coding, len(table), 0) + table + rest
+    return struct.pack("<4sBBBBIQ", b"PRWD", 4, bits, 0, coding, len(table), 0) + table + rest
 
 
 BOMBS = {

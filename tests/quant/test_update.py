@@ -1,11 +1,11 @@
 import random
 import struct
-import zlib
 from dataclasses import replace
 
 import pytest
 import torch
 from measuring import peak_memory
+from xxhash import xxh3_64_intdigest
 
 from quant import (
     QuantizedTensor,
@@ -24,7 +24,7 @@ from quant import (
 WIDTHS = [*range(2, 17), 32]
 
 # Where the documented layout puts the fields of the header.
-MAGIC, VERSION, BITS, CONTENT, CODING, TABLE_BYTES, CRC, TABLE = 0, 4, 5, 6, 7, 8, 12, 16
+MAGIC, VERSION, BITS, CONTENT, CODING, TABLE_BYTES, CHECKSUM, TABLE = 0, 4, 5, 6, 7, 8, 12, 20
 
 
 def small_state(seed=0):
@@ -43,10 +43,10 @@ def small_state(seed=0):
 SPEC = UpdateSpec.of(small_state())
 
 
-def with_crc(data):
+def with_checksum(data):
     """The payload with the checksum that fits it, as a malicious sender would send it."""
-    crc = zlib.crc32(data[:CRC] + data[TABLE:])
-    return data[:CRC] + struct.pack("<I", crc) + data[TABLE:]
+    checksum = xxh3_64_intdigest(data[:CHECKSUM] + data[TABLE:])
+    return data[:CHECKSUM] + struct.pack("<Q", checksum) + data[TABLE:]
 
 
 def with_byte(data, position, value):
@@ -71,9 +71,9 @@ def tiny_payload(scale=0.5, codes=231, bias=2.0):
     """The payload of `tiny_update`, written by hand from the documented layout."""
     # w: 1 name byte, codes, 2 dimensions 1 x 4; b: 1 name byte, floats, 1 dimension of 1.
     table = struct.pack("<HcBBII", 1, b"w", 1, 2, 1, 4) + struct.pack("<HcBBI", 1, b"b", 0, 1, 1)
-    header = struct.pack("<4sBBBBII", b"PRWD", 3, 2, 0, 0, len(table), 0)
+    header = struct.pack("<4sBBBBIQ", b"PRWD", 4, 2, 0, 0, len(table), 0)
     # Patterns code + 2: 3 + 1*4 + 2*16 + 3*64 = 231.
-    return with_crc(header + table + struct.pack("<ffB", scale, bias, codes))
+    return with_checksum(header + table + struct.pack("<ffB", scale, bias, codes))
 
 
 TINY_SPEC = UpdateSpec({"b": (1,), "w": (1, 4)})
@@ -94,9 +94,9 @@ def test_a_payload_is_good_for_its_own_round_only():
     update, stamps = quantize_state(small_state(), 4), (0, 1, 2, 255, 256, 65536, 2**32 - 1)
     sent = {stamp: encode_update(update, stamp=stamp) for stamp in stamps}
     assert sent[0] == encode_update(update)
-    assert len({data[:CRC] + data[TABLE:] for data in sent.values()}) == 1
-    crc = zlib.crc32(sent[0][:CRC] + sent[0][TABLE:], 256)
-    assert struct.unpack_from("<I", sent[256], CRC) == (crc,)
+    assert len({data[:CHECKSUM] + data[TABLE:] for data in sent.values()}) == 1
+    checksum = xxh3_64_intdigest(sent[0][:CHECKSUM] + sent[0][TABLE:], 256)
+    assert struct.unpack_from("<Q", sent[256], CHECKSUM) == (checksum,)
     for stamp, data in sent.items():
         for other in stamps:
             if other == stamp:
@@ -132,7 +132,7 @@ def test_spec_size_is_exact(bits):
     # 9 bytes, 4 bytes more each, and 4 + 2 + 1 + 1 + 0 sizes. Padding is at most `bits` bytes.
     table = 11 + 8 + 9 + 15 + 9 + 5 * 4 + 4 * 8
     quantized = 143 * 4 if bits == 32 else 9 * 4 + 143 * bits / 8
-    excess = payload_size(SPEC, bits) - (16 + table + quantized + 9 * 4)
+    excess = payload_size(SPEC, bits) - (20 + table + quantized + 9 * 4)
     assert 0 <= excess <= (0 if bits == 32 else bits)
 
 
@@ -236,7 +236,7 @@ def test_an_altered_payload_with_a_fitting_checksum_is_refused_or_sane(bits):
         if len(altered) < TABLE:
             continue
         try:
-            update = decode_update(with_crc(altered), SPEC, bits)
+            update = decode_update(with_checksum(altered), SPEC, bits)
         except UpdateError:
             refused += 1
             continue
@@ -273,7 +273,7 @@ def test_an_altered_payload_with_a_fitting_checksum_is_refused_or_sane(bits):
 def test_header_edits_are_refused_by_name(position, value, message):
     data = encode_update(quantize_state(small_state(), 4))
     with pytest.raises(UpdateError, match=message):
-        decode_update(with_crc(with_byte(data, position, value)), SPEC, 4)
+        decode_update(with_checksum(with_byte(data, position, value)), SPEC, 4)
 
 
 @pytest.mark.parametrize("declared", [b for b in WIDTHS if b != 4])
@@ -288,7 +288,7 @@ def test_a_width_that_does_not_exist_is_refused(bits):
     # A client that lies in its declaration and in the header alike.
     data = encode_update(quantize_state(small_state(), 4))
     with pytest.raises(UpdateError):
-        decode_update(with_crc(with_byte(data, BITS, bits)), SPEC, bits)
+        decode_update(with_checksum(with_byte(data, BITS, bits)), SPEC, bits)
 
 
 @pytest.mark.parametrize(
@@ -394,17 +394,17 @@ def test_a_claim_of_terabytes_is_refused_without_allocation(bits):
     big = 2**32 - 1
     data = encode_update(quantize_state(small_state(), bits))
     claims = [
-        data[:TABLE_BYTES] + struct.pack("<I", big) + data[CRC:],
+        data[:TABLE_BYTES] + struct.pack("<I", big) + data[CHECKSUM:],
         # The sizes of a.weight, the table's first entry: 2 + 8 + 1 + 1 bytes in.
         data[: TABLE + 12] + struct.pack("<II", big, big) + data[TABLE + 20 :],
     ]
     for claim in claims:
-        assert peak_of_refusal(with_crc(claim), SPEC, bits) < 200_000
+        assert peak_of_refusal(with_checksum(claim), SPEC, bits) < 200_000
     # And a short payload for a model that is as large.
     huge = UpdateSpec({"w": (big, big)})
     table = struct.pack("<HcBBII", 1, b"w", int(bits == 4), 2, big, big)
-    header = struct.pack("<4sBBBBII", b"PRWD", 2, bits, 0, 0, len(table), 0)
-    assert peak_of_refusal(with_crc(header + table), huge, bits) < 200_000
+    header = struct.pack("<4sBBBBIQ", b"PRWD", 4, bits, 0, 0, len(table), 0)
+    assert peak_of_refusal(with_checksum(header + table), huge, bits) < 200_000
 
 
 def test_encoding_refuses_what_is_not_finite():

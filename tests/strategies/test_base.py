@@ -61,7 +61,7 @@ BAD_REPLIES = {
     "garbage": (content(b"garbage", report(10)), "7 bytes is shorter than the header"),
     "truncated": (
         content(encoded(32)[:-1], report(10)),
-        "69 bytes; this model at 32 bits takes 70",
+        "73 bytes; this model at 32 bits takes 74",
     ),
     "altered": (content(encoded(32)[:-1] + b"\7", report(10)), "checksum"),
     "other width": (content(encoded(8), report(10)), "8 bits; the client declared 32"),
@@ -143,10 +143,10 @@ def test_bytes_are_counted_per_width_as_sent():
     clients = [good(0, bits=4), good(1, bits=4), good(2, bits=32)]
     strategy = FedAvg()
     run_round(strategy, federation(clients, STATE), STATE)
-    # Header 16; table: 2 + 1 + 2 + 4 * ndim for "w" and "b" = 13 + 9 = 22. 32 bits: 8 floats = 32.
+    # Header 20; table: 2 + 1 + 2 + 4 * ndim for "w" and "b" = 13 + 9 = 22. 32 bits: 8 floats = 32.
     # 4 bits: 2 scales = 8, 6 codes = 3, 2 floats = 8.
-    assert strategy.round_log.uplink_bytes == {4: 2 * (16 + 22 + 19), 32: 16 + 22 + 32}
-    assert strategy.round_log.downlink_bytes == {4: 2 * (16 + 22 + 32), 32: 16 + 22 + 32}
+    assert strategy.round_log.uplink_bytes == {4: 2 * (20 + 22 + 19), 32: 20 + 22 + 32}
+    assert strategy.round_log.downlink_bytes == {4: 2 * (20 + 22 + 32), 32: 20 + 22 + 32}
 
 
 def declared(partition, of=10):

@@ -2,7 +2,6 @@
 
 import logging
 import struct
-import zlib
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from federation import ScriptedClient, federation, payload_record, report, run_round
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from measuring import peak_memory
+from xxhash import xxh3_64_intdigest
 
 from client_app.tracking import effective_steps
 from quant import encode_update, quantize_state
@@ -22,8 +22,8 @@ STATE = {
     "bn.running_mean": torch.zeros(4),
     "bn.running_var": torch.ones(4),
 }
-# Of the layout in quant/wire.py: the CRC stands 12 bytes in, the table begins after it.
-CRC, TABLE, BITS = 12, 16, 5
+# Of the layout in quant/wire.py: the checksum stands 12 bytes in, the table begins after it.
+CHECKSUM, TABLE, BITS = 12, 20, 5
 TABLE_SIZE = struct.unpack_from("<I", encode_update(quantize_state(STATE, 4)), 8)[0]
 SCALES = TABLE + TABLE_SIZE
 # Behind one scale for each of four channels: `b`, means and variances, four of each.
@@ -50,7 +50,7 @@ class Hostile(ScriptedClient):
         reply = super().__call__(message)
         if UPDATE in reply.content:
             data = self.alter(reply.content[UPDATE][UPDATE].data)
-            reply.content[UPDATE] = payload_record(with_crc(data))
+            reply.content[UPDATE] = payload_record(with_checksum(data))
         return reply
 
 
@@ -65,10 +65,10 @@ def sends(factor, difference):
     return train
 
 
-def with_crc(data):
+def with_checksum(data):
     """The payload with the checksum that fits it in round 1."""
-    crc = zlib.crc32(data[:CRC] + data[TABLE:], 1)
-    return data[:CRC] + struct.pack("<I", crc) + data[TABLE:]
+    checksum = xxh3_64_intdigest(data[:CHECKSUM] + data[TABLE:], 1)
+    return data[:CHECKSUM] + struct.pack("<Q", checksum) + data[TABLE:]
 
 
 def at(position, value):
@@ -312,7 +312,7 @@ def test_an_array_that_claims_terabytes_is_never_made():
     """The shape that Flower carries beside the bytes is not read."""
 
     def claim(message):
-        record = ArrayRecord({UPDATE: Array("float64", (2**20, 2**30), "prowd.update/3", b"PRWD")})
+        record = ArrayRecord({UPDATE: Array("float64", (2**20, 2**30), "prowd.update/4", b"PRWD")})
         return Message(RecordDict({UPDATE: record, REPORT: report(10)}), reply_to=message)
 
     strategy = FedAvg()
