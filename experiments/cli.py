@@ -1,7 +1,6 @@
 """The console command `prowd`."""
 
 import argparse
-import json
 import os
 import sys
 import tomllib
@@ -14,7 +13,7 @@ from experiments.publish import publish
 from experiments.records import Record, find_runs, read_record
 from experiments.runs import PlannedRun, planned_runs
 from experiments.settings_page import settings_page
-from experiments.table import result_of, to_markdown
+from experiments.table import result_of, to_json, to_markdown
 from task.errors import SettingsError
 
 
@@ -118,9 +117,7 @@ def _write_table(
         return
     text = to_markdown(experiment.title, results)
     (output_dir / "table.md").write_text(text)
-    lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
-    title = json.dumps(experiment.title)
-    (output_dir / "table.json").write_text(f'{{"title": {title}, "results": [\n{lines}\n]}}\n')
+    (output_dir / "table.json").write_text(to_json(experiment.title, results))
     print(f"\n{text}\n{output_dir / 'table.md'}")
 
 

@@ -3,14 +3,18 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from experiments import margins
-from experiments.table import to_markdown
+from experiments.table import to_json, to_markdown
 from task.errors import SettingsError
 
 
 def publish(output_dir: Path, docs: Path) -> list[Path]:
     """Put the results of a finished comparison into the documentation.
+
+    What was published under the same title before stays, unless it was run again: so seeds can be
+    run one after the other, and on several machines.
 
     Parameters
     ----------
@@ -41,9 +45,11 @@ def publish(output_dir: Path, docs: Path) -> list[Path]:
         raise SettingsError(f"{page}: has no lines <!-- {name} --> and <!-- end of {name} -->")
     folder.mkdir(exist_ok=True)
     summary = folder / f"{name}.json"
-    summary.write_text(source.read_text())
+    title, results = _read(source)
+    if summary.is_file():
+        results = _together(*_read(summary), title, results)
+    summary.write_text(to_json(title, results))
     page.write_text(re.sub(block(name), lambda _: tables(summary), text, flags=re.DOTALL))
-    results = json.loads(summary.read_text())["results"]
     written = [summary, page]
     for scenario in dict.fromkeys(result["scenario"] for result in results):
         written.append(folder / f"{name}-{scenario}.svg")
@@ -58,8 +64,24 @@ def block(name: str) -> str:
 
 def tables(summary: Path) -> str:
     """Return what stands in results.md for a summary: its tables between their two lines."""
-    content = json.loads(summary.read_text())
-    parts = [to_markdown(content["title"], content["results"])]
-    parts += [table for table in [margins.to_markdown(content["results"])] if table]
+    title, results = _read(summary)
+    parts = [to_markdown(title, results)]
+    parts += [table for table in [margins.to_markdown(results)] if table]
     text = "\n".join(parts)
     return f"<!-- {summary.stem} -->\n\n{text}\n<!-- end of {summary.stem} -->"
+
+
+def _read(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    content = json.loads(path.read_text())
+    return content["title"], content["results"]
+
+
+def _together(
+    old_title: str, old: list[dict[str, Any]], title: str, new: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return old and new results, the seeds of a system one after the other."""
+    kept = old if old_title == title else []
+    systems = [(result["scenario"], result["system"]) for result in (*new, *kept)]
+    places = {system: place for place, system in enumerate(dict.fromkeys(systems))}
+    found = {(r["scenario"], r["system"], r["seed"]): r for r in (*kept, *new)}
+    return [found[key] for key in sorted(found, key=lambda key: (places[key[:2]], key[2]))]

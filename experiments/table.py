@@ -1,5 +1,6 @@
 """The table of an experiment: accuracy per width and averaged, mean and spread over seeds."""
 
+import json
 from collections.abc import Iterable, Mapping
 from math import isfinite, nan
 from statistics import mean, stdev
@@ -84,6 +85,12 @@ def to_markdown(title: str, results: list[dict[str, Any]]) -> str:
         rows = make_table(r for r in results if r["scenario"] == scenario)
         parts.append(_scenario_table(f"{title}: {scenario}", rows))
     return "\n".join(parts)
+
+
+def to_json(title: str, results: Iterable[dict[str, Any]]) -> str:
+    """Write what the tables are made from, a line a run."""
+    lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
+    return f'{{"title": {json.dumps(title)}, "results": [\n{lines}\n]}}\n'
 
 
 def _scenario_table(title: str, rows: list[dict[str, Any]]) -> str:

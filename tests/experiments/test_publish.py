@@ -91,6 +91,29 @@ def test_the_picture_shows_every_system_over_rounds_and_those_that_send_over_byt
     assert len(curves) == 5
 
 
+def publish_also(comparison, title, results):
+    output, docs = comparison
+    publish(output, docs)
+    (output / "table.json").write_text(json.dumps({"title": title, "results": results}))
+    publish(output, docs)
+    return json.loads((docs / "results" / "int4.json").read_text())["results"]
+
+
+def test_other_seeds_join_those_that_are_published(comparison):
+    more = [result("FedAvg", 1, 0.62, 2), result("ProWD", 2, 0.79, 1), result("Local", 0, 0.5, 0)]
+    found = publish_also(comparison, "T", more)
+    assert [(r["system"], r["seed"], r["accuracy"]["average"]) for r in found] == [
+        *[("FedAvg", 0, 0.60), ("FedAvg", 1, 0.62)],
+        *[("ProWD", 0, 0.75), ("ProWD", 1, 0.77), ("ProWD", 2, 0.79)],
+        ("Local", 0, 0.5),
+    ]
+
+
+def test_what_has_another_title_takes_the_place(comparison):
+    more = [result("ProWD", 2, 0.79, 1)]
+    assert publish_also(comparison, "Another", more) == more
+
+
 @pytest.mark.parametrize(
     ("missing", "message"), [("table.json", "run prowd compare first"), ("place", "has no lines")]
 )
