@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -49,7 +50,7 @@ def _simulated(settings: Mapping[str, Setting]) -> Sequence[Round]:
     federation = f"num-supernodes={CLIENTS} client-resources-num-cpus=1"
     with tempfile.TemporaryDirectory() as folder:
         run = PlannedRun("", "", 0, Path(folder) / "run", dict(settings))
-        if reason := execute(run, federation):
+        if reason := execute(run, federation, threading.Event()):
             raise RuntimeError(reason)
         return read_record(run.folder, weights=False).rounds[1:]
 

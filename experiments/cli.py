@@ -5,16 +5,22 @@ import os
 import sys
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
+from experiments.checks import check_runs
 from experiments.live import run_all
-from experiments.plan import Experiment, Setting, read_experiment
+from experiments.plan import Experiment, Setting, read_experiment, refuse_own
 from experiments.publish import publish
 from experiments.records import Record, find_runs, read_record
 from experiments.runs import PlannedRun, planned_runs
 from experiments.settings_page import settings_page
 from experiments.table import result_of, to_json, to_markdown
 from task.errors import SettingsError
+
+# What a shell reports of a command that Ctrl-C ended.
+_INTERRUPTED = 130
+_NO_MATPLOTLIB = "the report draws with matplotlib; pip install -e '.[figures]'"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("--scenarios", help="only these of the file, as 50-50,80-20")
     compare.add_argument("--systems", help="only these of the file, as ProWD,FedCOM")
     compare.add_argument("--federation", help="another --federation-config")
-    compare.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    compare.add_argument("--jobs", type=_count, default=1, help="runs at a time")
     compare.add_argument("--output-dir", type=Path, help="default: ~/prowd-runs/FILE")
     compare.set_defaults(command=_compare)
     report = commands.add_parser("report", help="show runs on a page of HTML")
@@ -57,19 +63,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _compare(given: argparse.Namespace) -> int:
     experiment = read_experiment(given.file)
-    changes: dict[str, object] = {}
-    if given.seeds:
-        changes["seeds"] = _seeds(given.seeds)
+    seeds = _seeds(given.seeds) if given.seeds else experiment.seeds
+    changes: dict[str, object] = {"seeds": list(dict.fromkeys([*experiment.seeds, *seeds]))}
     if given.federation:
         changes["federation"] = given.federation
     experiment = Experiment.read({**experiment.to_settings(), **changes}, f"{given.file.name}: ")
-    output_dir = given.output_dir or Path("~/prowd-runs").expanduser() / given.file.stem
+    output_dir = (given.output_dir or Path("~/prowd-runs") / given.file.stem).expanduser().resolve()
     scenarios = _chosen("--scenarios", given.scenarios, experiment.scenarios)
     systems = _chosen("--systems", given.systems, experiment.systems)
     # Of all runs, so that what two scenarios share has the folder that it always has.
-    planned = planned_runs(experiment, output_dir.resolve(), _overrides(given.sets))
-    chosen = [run for run in planned if run.scenario in scenarios and run.system in systems]
-    failures = run_all(experiment, chosen, given.jobs)
+    planned = planned_runs(experiment, output_dir, _overrides(given.sets))
+    chosen = [r for r in planned if r.seed in seeds and r.scenario in scenarios]
+    chosen = [run for run in chosen if run.system in systems]
+    check_runs(chosen + [run for run in planned if run.folder.exists()])
+    _make_folder(output_dir)
+    if find_spec("matplotlib") is None:
+        print(f"prowd: there will be no page: {_NO_MATPLOTLIB}", file=sys.stderr)
+    outcome = run_all(experiment, chosen, given.jobs)
     # With what was run before.
     records = {run.folder: read_record(run.folder) for run in planned if run.folder.exists()}
     _write_table(experiment, planned, records, output_dir)
@@ -79,13 +89,16 @@ def _compare(given: argparse.Namespace) -> int:
         _write_page(page, experiment.title, list(records.values()), named)
     except SettingsError as error:  # The runs are not in vain: the table is there.
         print(f"prowd: {page} is not written: {error}", file=sys.stderr)
-    for run, reason in failures.items():
+    for run, reason in outcome.failures.items():
         print(f"failed: {run}: {reason}", file=sys.stderr)
-    return 1 if failures else 0
+    if outcome.interrupted:
+        print("prowd: interrupted; the same command runs what is left", file=sys.stderr)
+        return _INTERRUPTED
+    return 1 if outcome.failures else 0
 
 
 def _publish(given: argparse.Namespace) -> int:
-    for path in publish(given.output_dir, given.docs):
+    for path in publish(given.output_dir.expanduser(), given.docs.expanduser()):
         print(path)
     return 0
 
@@ -125,7 +138,7 @@ def _report(given: argparse.Namespace) -> int:
     folders = find_runs(given.runs)
     # Beside the runs: in their own folder, or in the one that they share.
     shared = Path(os.path.commonpath([path.resolve() for path in given.runs]))
-    output = given.output or shared / "report.html"
+    output = (given.output or shared / "report.html").expanduser()
     names = [path.resolve().name for path in given.runs]
     title = ", ".join(names) if len(names) <= 3 else shared.name
     _write_page(output, title, [read_record(folder) for folder in folders])
@@ -143,9 +156,7 @@ def _write_page(
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        raise SettingsError(
-            "the report draws with matplotlib; pip install -e '.[figures]'"
-        ) from None
+        raise SettingsError(_NO_MATPLOTLIB) from None
     try:
         write_page(path, title, records, named)
     except OSError as error:
@@ -153,11 +164,29 @@ def _write_page(
     print(path)
 
 
+def _make_folder(output_dir: Path) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        raise SettingsError(f"--output-dir: {output_dir} cannot be made: {reason}") from None
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed; allowed: 1 and more")
+    return number
+
+
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        seeds = [int(part) for part in text.split(",")]
     except ValueError:
         raise SettingsError(f"--seeds: {text!r} is not whole numbers, as in 0,1,2") from None
+    if len(set(seeds)) < len(seeds):
+        raise SettingsError(f"--seeds: {text} names a seed twice")
+    return seeds
 
 
 def _chosen(option: str, text: str | None, named: Collection[str]) -> Collection[str]:
@@ -169,9 +198,16 @@ def _chosen(option: str, text: str | None, named: Collection[str]) -> Collection
 
 def _overrides(sets: list[str]) -> dict[str, Setting]:
     try:
-        return {k: v for part in sets for k, v in tomllib.loads(part).items()}
+        given = {k: v for part in sets for k, v in tomllib.loads(part).items()}
+        refuse_own(given)
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"--set: write it as model = 'resnet20' ({error})") from None
+    except ValueError as error:
+        raise SettingsError(f"--set: {error}") from None
+    for key, value in given.items():
+        if not isinstance(value, Setting):
+            raise SettingsError(f"--set: {key} is a text, a number, true or false")
+    return given
 
 
 if __name__ == "__main__":

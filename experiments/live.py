@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
@@ -19,7 +20,8 @@ from rich.text import Text
 
 from experiments.plan import Experiment
 from experiments.progress import Progress, State, Watch, seconds_left
-from experiments.runs import PlannedRun, execute, pending, unique
+from experiments.runs import INTERRUPTED, PlannedRun, execute, pending, unique
+from task.clock import clock
 
 _STYLES = {
     State.WAITING: "dim",
@@ -29,12 +31,26 @@ _STYLES = {
 }
 # What is left out first where a terminal has fewer lines than there are runs.
 _WORTH = (State.RUNNING, State.FAILED, State.WAITING, State.DONE)
-# Lines of the table that are no run: title, head, rules, caption, and the cursor's.
-_OTHER_LINES = 6
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
-def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> dict[str, str]:
+@dataclass(frozen=True)
+class Outcome:
+    """How a comparison ended.
+
+    Attributes
+    ----------
+    failures : dict of str to str
+        By name of the run, why it failed.
+    interrupted : bool
+        Whether Ctrl-C ended it.
+    """
+
+    failures: dict[str, str]
+    interrupted: bool
+
+
+def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> Outcome:
     """Run what has not completed and show how it goes.
 
     Parameters
@@ -46,17 +62,13 @@ def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> di
     jobs : int
         Runs at a time.
 
-    Returns
-    -------
-    dict of str to str
-        By name of the run, why it failed.
     """
     waiting, all_runs = pending(runs), unique(runs)
-    jobs = max(1, jobs)
     print(f"{experiment.title}: {len(all_runs) - len(waiting)} of {len(all_runs)} runs are done")
     watch = Watch(all_runs, waiting)
     terminal = is_terminal() and bool(waiting)
     failures: dict[str, str] = {}
+    stop = threading.Event()
 
     def say(line: str) -> None:
         if not terminal:
@@ -66,15 +78,21 @@ def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> di
         name = f"[{number}/{len(waiting)}] {run.folder.name}"
         say(f"{name} ...")
         watch.begin(run)
-        reason = execute(run, experiment.federation)
-        if reason:
+        reason = execute(run, experiment.federation, stop)
+        if reason and reason != INTERRUPTED:
             failures[run.folder.name] = reason
         say(f"{name}: {ended(watch.end(run, reason))}")
 
     shown = _shown(experiment.title, watch, jobs) if terminal else nullcontext()
     with shown, ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(run_one, range(1, len(waiting) + 1), waiting))
-    return failures
+        going = [pool.submit(run_one, number, run) for number, run in enumerate(waiting, 1)]
+        try:
+            for one in going:
+                one.result()
+        except KeyboardInterrupt:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+    return Outcome(failures, interrupted=stop.is_set())
 
 
 def is_terminal() -> bool:
@@ -86,14 +104,8 @@ def ended(run: Progress) -> str:
     """Return how a run ended, on one line."""
     if run.state is State.FAILED:
         return f"failed: {run.reason}"
-    return f"done after {clock(run.seconds)} | {run.scores() or 'not evaluated'}"
-
-
-def clock(seconds: float) -> str:
-    """Return a time as hours, minutes and seconds."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    took = run.seconds + (run.around or 0.0)
+    return f"done after {clock(took)} | {run.scores() or 'not evaluated'}"
 
 
 def make_table(title: str, runs: Sequence[Progress], jobs: int, most: int | None = None) -> Table:
@@ -103,21 +115,33 @@ def make_table(title: str, runs: Sequence[Progress], jobs: int, most: int | None
     table = Table(
         title=Text(title), caption=_summed_up(runs, jobs), box=box.SIMPLE_HEAD, expand=True
     )
-    table.add_column("run", ratio=3, no_wrap=True, overflow="ellipsis")
-    table.add_column("", no_wrap=True, overflow="ellipsis")
-    table.add_column("round", justify="right", no_wrap=True, overflow="ellipsis")
-    table.add_column("accuracy, or why it failed", ratio=4, no_wrap=True, overflow="ellipsis")
+    table.add_column("run", ratio=4, overflow="fold")
+    table.add_column("", no_wrap=True)
+    table.add_column("round", justify="right", no_wrap=True)
+    table.add_column("accuracy, or reason", ratio=5, overflow="fold")
     table.add_column("left", justify="right", no_wrap=True)
     for run in chosen:
         left = seconds_left([run], 1) if run.state is State.RUNNING else None
         table.add_row(
             Text(run.name),
             Text(run.state.value, _STYLES[run.state]),
-            Text(f"{run.rounds} of {run.num_rounds}" if run.num_rounds else ""),
+            Text(f"{run.rounds}/{run.num_rounds}" if run.num_rounds else ""),
             Text(run.reason or run.scores()),
             Text("" if left is None else clock(left)),
         )
     return table
+
+
+def fitting_table(title: str, runs: Sequence[Progress], jobs: int, console: Console) -> Table:
+    """Return the table of as many runs as a terminal shows at once."""
+    most = len(runs)
+    while True:
+        table = make_table(title, runs, jobs, most)
+        # The cursor has a line of its own.
+        above = len(console.render_lines(table, pad=False)) + 1 - console.size.height
+        if above <= 0 or most == 1:
+            return table
+        most = max(1, most - above)
 
 
 def _summed_up(runs: Sequence[Progress], jobs: int) -> Text:
@@ -134,19 +158,18 @@ def _shown(title: str, watch: Watch, jobs: int) -> Iterator[None]:
     console = Console(force_terminal=True)
     over = threading.Event()
 
-    def table(whole: bool = False) -> Table:
-        most = None if whole else max(1, console.size.height - _OTHER_LINES)
-        return make_table(title, watch.now(), jobs, most)
+    def fitting() -> Table:
+        return fitting_table(title, watch.now(), jobs, console)
 
-    with Live(table(), console=console, auto_refresh=False) as live:
-        looking = threading.Thread(target=_look, args=(live, table, over), daemon=True)
+    with Live(fitting(), console=console, auto_refresh=False) as live:
+        looking = threading.Thread(target=_look, args=(live, fitting, over), daemon=True)
         looking.start()
         try:
             yield
         finally:
             over.set()
             looking.join()
-            live.update(table(whole=True), refresh=True)
+            live.update(make_table(title, watch.now(), jobs), refresh=True)
 
 
 def _look(live: Live, table: Callable[[], Table], over: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,12 +49,31 @@ class Experiment(Options):
                 raise ValueError(f"{name!r}: letters, digits and . _ + = - only")
         return value
 
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, value: list[int]) -> list[int]:
+        for seed in value:
+            if value.count(seed) > 1:
+                raise ValueError(f"{seed} is there twice")
+        return value
+
     @model_validator(mode="after")
     def _runs_are_named_here(self) -> "Experiment":
         for part in (self.settings, *self.scenarios.values(), *self.systems.values()):
-            if taken := sorted({"seed", "output-dir", "run-name"} & set(part)):
-                raise ValueError(f"{taken[0]} is set by prowd compare")
+            refuse_own(part)
         return self
+
+
+def refuse_own(settings: Iterable[str]) -> None:
+    """Refuse the settings that a comparison gives each run itself.
+
+    Raises
+    ------
+    ValueError
+        If there is one.
+    """
+    if taken := sorted({"seed", "output-dir", "run-name", "resume"}.intersection(settings)):
+        raise ValueError(f"{taken[0]} is set by prowd compare")
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -70,8 +90,10 @@ def read_experiment(path: Path) -> Experiment:
     content = _read_toml(path)
     if "base" in content:
         base = _read_toml(path.with_name(str(content.pop("base"))))
-        settings = {**base.get("settings", {}), **content.get("settings", {})}
-        content = {**base, **content, "settings": settings}
+        settings = [part.get("settings", {}) for part in (base, content)]
+        if all(isinstance(part, dict) for part in settings):
+            content = {**content, "settings": settings[0] | settings[1]}
+        content = {**base, **content}
     return Experiment.read(content, f"{path.name}: ")
 
 
@@ -80,5 +102,5 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOML, or the text that it is not.
         raise SettingsError(f"{path}: {error}") from None

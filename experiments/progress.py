@@ -1,10 +1,12 @@
 """What the runs of a comparison are doing, and how long they may still take."""
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from statistics import mean
 
 from experiments.records import read_record
 from experiments.runs import PlannedRun
@@ -38,6 +40,8 @@ class Progress:
         Time that these rounds took.
     accuracy : mapping of str to float
         Of the last round that was evaluated, in 0..1, by width and "average".
+    around : float or None
+        Time that a run of this session took besides: Flower's start, and the loading of data.
     """
 
     name: str
@@ -47,9 +51,10 @@ class Progress:
     num_rounds: int = 0
     seconds: float = 0.0
     accuracy: Mapping[str, float] = field(default_factory=dict)
+    around: float | None = None
 
     def scores(self) -> str:
-        """Return the accuracies; the average comes first, as a narrow terminal cuts off the end."""
+        """Return the accuracies, the average first."""
         ranked = sorted(self.accuracy, key=lambda width: width != "average")
         return " ".join(f"{width_name(width)} {self.accuracy[width]:.2%}" for width in ranked)
 
@@ -71,16 +76,20 @@ class Watch:
         for run in waiting:
             self._progress[run.folder] = Progress(run.folder.name, State.WAITING)
         self._running: dict[Path, PlannedRun] = {}
+        self._began: dict[Path, float] = {}
 
     def begin(self, run: PlannedRun) -> None:
         """Note that a run begins."""
         with self._lock:
             self._running[run.folder] = run
+            self._began[run.folder] = time.monotonic()
 
     def end(self, run: PlannedRun, reason: str) -> Progress:
         """Note that a run has ended, and why it failed if it did; return how it stands."""
         ended = _read(run, State.FAILED if reason else State.DONE, reason)
         with self._lock:
+            took = time.monotonic() - self._began[run.folder]
+            ended = replace(ended, around=max(0.0, took - ended.seconds))
             del self._running[run.folder]
             self._progress[run.folder] = ended
         return ended
@@ -96,19 +105,24 @@ class Watch:
 def seconds_left(runs: Sequence[Progress], jobs: int) -> float | None:
     """Estimate from finished rounds how long the runs take that are not done; None: not known yet.
 
-    A run's own rounds tell how long its next ones take; of one that has none, those of all do.
+    A run's own rounds tell how long its next ones take; of one that has none, those of all do, and
+    it begins as those began that have ended.
     """
     finished = sum(run.rounds for run in runs)
     if not finished:
         return None
     usual = sum(run.seconds for run in runs) / finished
     most = max(run.num_rounds for run in runs)
-    lefts = [
-        (run.seconds / run.rounds if run.rounds else usual)
-        * ((run.num_rounds or most) - run.rounds)
-        for run in runs
-        if run.state in (State.WAITING, State.RUNNING)
-    ]
+    around = [run.around for run in runs if run.around is not None and run.rounds]
+    start = mean(around) if around else 0.0
+
+    def left(run: Progress) -> float:
+        rounds = (run.num_rounds or most) - run.rounds
+        if run.rounds:
+            return run.seconds / run.rounds * rounds
+        return start + usual * rounds
+
+    lefts = [left(run) for run in runs if run.state in (State.WAITING, State.RUNNING)]
     return max([sum(lefts) / jobs, *lefts], default=0.0)
 
 

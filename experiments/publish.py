@@ -40,7 +40,7 @@ def publish(output_dir: Path, docs: Path) -> list[Path]:
     source, page, folder = output_dir / "table.json", docs / "results.md", docs / "results"
     if not source.is_file():
         raise SettingsError(f"{source}: there is none; run prowd compare first")
-    text = page.read_text()
+    text = page.read_text() if page.is_file() else ""
     if not re.search(block(name), text, re.DOTALL):
         raise SettingsError(f"{page}: has no lines <!-- {name} --> and <!-- end of {name} -->")
     folder.mkdir(exist_ok=True)

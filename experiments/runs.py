@@ -1,10 +1,13 @@
 """Runs of an experiment through `flwr run`, one after the other, resumable run by run."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,11 @@ from experiments.records import read_summary
 from task.errors import SettingsError
 
 PROJECT = Path(__file__).parents[1]
+# Why a run ended that was stopped.
+INTERRUPTED = "interrupted"
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_TO_STOP = 60
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,17 @@ def planned_runs(
     return runs
 
 
-def execute(run: PlannedRun, federation: str) -> str:
+def execute(run: PlannedRun, federation: str, stop: threading.Event) -> str:
     """Run one through `flwr run` and return why it failed, empty if it completed.
 
-    What an earlier, broken attempt left is moved aside, not deleted.
+    What an earlier, broken attempt left is moved aside, not deleted. Once `stop` is set, the run
+    is stopped.
     """
     if not (PROJECT / "pyproject.toml").is_file():
         raise SettingsError(f"{PROJECT} is no checkout of prowd; install it with pip install -e .")
     if run.folder.exists():
+        if _is_written(run.folder):
+            return f"another process is writing {run.folder}"
         _move_aside(run.folder)
     settings = {**run.settings, "output-dir": str(run.folder.parent), "run-name": run.folder.name}
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
@@ -79,12 +90,21 @@ def execute(run: PlannedRun, federation: str) -> str:
     command += ["--federation-config", federation] if federation else []
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.parent / f"{run.folder.name}.log"
-    with open(log, "w") as file:
-        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    # In a session of its own, so that Ctrl-C does not end it before its run is stopped.
+    with (
+        open(log, "w") as file,
+        subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        while process.poll() is None:
+            if stop.wait(_SECONDS_BETWEEN_LOOKS):
+                _stop(process, flwr, log)
+                return INTERRUPTED
     if run.completed:
         return ""
     # flwr's exit code is 0 for a failed run too; the run's own record knows.
-    return read_summary(run.folder).reason or f"it left no summary; see {log}"
+    return read_summary(run.folder).reason or f"{_last_line(log)} ({log})"
 
 
 def unique(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -98,6 +118,33 @@ def unique(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     """Return the runs that have not completed, each folder once."""
     return [run for run in unique(runs) if not run.completed]
+
+
+def _stop(process: subprocess.Popen, flwr: str, log: Path) -> None:
+    """End a run: where `flwr run` alone is ended, it goes on."""
+    started = re.search(r"started run (\d+)", log.read_text(errors="replace"))
+    if started:
+        command = [flwr, "stop", started[1]]
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, capture_output=True, check=False, timeout=_SECONDS_TO_STOP)
+    process.terminate()
+
+
+def _last_line(log: Path) -> str:
+    """Return what flwr said last; it frames its errors."""
+    lines = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", "", log.read_text(errors="replace")).splitlines()
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1] if said else "flwr said nothing"
+
+
+def _is_written(folder: Path) -> bool:
+    from server_app.record import locked  # Takes seconds to import.
+
+    try:
+        with locked(folder):
+            return False
+    except SettingsError:
+        return True
 
 
 def _move_aside(folder: Path) -> None:

@@ -68,7 +68,7 @@ class Flower:
             timeout=600,
         )
         run_id = re.search(r"run (\d+)", done.stdout).group(1)
-        return Run(self.output_dir / name, done.stdout + done.stderr, self._status(run_id))
+        return Run(self.output_dir / name, done.stdout + done.stderr, self.status(run_id))
 
     def command(self, config: str, federation: str = "", app: Path = PROJECT) -> list[str]:
         """Return the command that runs the app."""
@@ -76,14 +76,22 @@ class Flower:
         return [*command, "--federation-config", federation] if federation else command
 
     def compare(self, plan: Path, output_dir: Path) -> subprocess.CompletedProcess:
-        """Run `prowd compare`."""
+        """Run `prowd compare` to its end."""
+        compare = self.start_compare(plan, output_dir)
+        said = compare.communicate(timeout=600)
+        return subprocess.CompletedProcess(compare.args, compare.returncode, *said)
+
+    def start_compare(self, plan: Path, output_dir: Path) -> subprocess.Popen:
+        """Start `prowd compare`."""
         command = [sys.executable, "-m", "experiments.cli", "compare", str(plan)]
         command += ["--output-dir", str(output_dir)]
-        return subprocess.run(
-            command, env=self.env, cwd=PROJECT, capture_output=True, text=True, timeout=600
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=self.env, cwd=PROJECT, stdout=pipe, stderr=pipe, text=True
         )
 
-    def _status(self, run_id: str) -> str:
+    def status(self, run_id: str) -> str:
+        """Return how a run stands for Flower."""
         command = [str(_BIN / "flwr"), "ls", "--run-id", run_id, "--format", "json"]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
         return json.loads(done.stdout)["runs"][0]["status"]

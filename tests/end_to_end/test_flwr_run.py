@@ -1,6 +1,11 @@
 """`flwr run .` as a user types it: Flower's SuperLink, Ray, real processes, real data."""
 
+import re
+import signal
+import time
+
 import pytest
+from containers import wait_until
 
 TWO_AT_ONCE = "num-supernodes=4 client-resources-num-cpus=1"
 ONE_AT_A_TIME = "num-supernodes=4 client-resources-num-cpus=2"
@@ -82,6 +87,7 @@ def test_rivals_run_on_mixed_bit_widths(flower, strategy):
 
 def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
     """Two systems; the second call finds one of them done and runs the other alone."""
+    (empty := tmp_path / "empty").mkdir()
     plan = tmp_path / "small.toml"
     plan.write_text(
         """
@@ -96,21 +102,22 @@ def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
         [systems.A]
         strategy = "fedavg"
         [systems.B]
-        strategy = "fedavg"
-        batch-size = 0
-        """
+        strategy = "fedprox"
+        dataset = "image-folder"
+        data-dir = "EMPTY"
+        """.replace("EMPTY", str(empty))
     )
     first = flower.compare(plan, tmp_path / "out")
     assert first.returncode == 1
-    assert "failed: half-B-seed3: batch-size: 0 is not allowed" in first.stderr
+    assert "failed: half-B-seed3: data-dir: " in first.stderr
     assert "\x1b" not in first.stdout
     assert "[1/2] half-A-seed3: done after " in first.stdout
-    assert "[2/2] half-B-seed3: failed: batch-size: 0 is not allowed" in first.stdout
+    assert "[2/2] half-B-seed3: failed: data-dir: " in first.stdout
     assert "| A | " in (tmp_path / "out" / "table.md").read_text()
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "failed: batch-size: 0 is not allowed" in page
+    assert "failed: data-dir: " in page
     assert first.stdout.splitlines()[-1] == str(tmp_path / "out" / "report.html")
-    plan.write_text(plan.read_text().replace("batch-size = 0", "batch-size = 16"))
+    plan.write_text(plan.read_text().replace('"image-folder"', '"digits"'))
     second = flower.compare(plan, tmp_path / "out")
     assert second.returncode == 0, second.stderr
     assert "1 of 2 runs are done" in second.stdout
@@ -118,3 +125,40 @@ def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| A | " in table
     assert "| B | " in table
+
+
+def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
+    """In Flower too, where a run goes on when `flwr run` alone is ended."""
+    plan, out = tmp_path / "long.toml", tmp_path / "out"
+    plan.write_text(
+        """
+        title = "Long"
+        seeds = [3]
+        federation = "num-supernodes=2"
+        [settings]
+        model = "cnn"
+        num-server-rounds = 10000
+        samples-per-client = 64
+        [scenarios.half]
+        [systems.A]
+        strategy = "fedavg"
+        [systems.B]
+        strategy = "fedprox"
+        """
+    )
+    compare = flower.start_compare(plan, out)
+    rounds = out / "half-A-seed3" / "rounds.jsonl"
+    wait_until(lambda: rounds.is_file() and rounds.read_text().count("\n") > 1, 120, "rounds")
+    compare.send_signal(signal.SIGINT)
+    said, complained = compare.communicate(timeout=120)
+    assert compare.returncode == 130
+    assert "half-A-seed3: failed: interrupted" in said
+    assert complained.strip() == "prowd: interrupted; the same command runs what is left"
+    assert "| A | " not in said
+    assert (out / "report.html").is_file()
+    assert not (out / "half-B-seed3").exists()
+    [run_id] = re.findall(r"run (\d+)", (out / "half-A-seed3.log").read_text())[:1]
+    wait_until(lambda: flower.status(run_id) == "finished:stopped", 60, "the run to stop")
+    done = rounds.read_bytes()
+    time.sleep(5)
+    assert rounds.read_bytes() == done

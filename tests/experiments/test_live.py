@@ -7,13 +7,14 @@ import re
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 from run_records import COMMON, entry
 
 from experiments import live
-from experiments.live import make_table, run_all
+from experiments.live import Outcome, fitting_table, make_table, run_all
 from experiments.plan import Experiment
 from experiments.progress import Progress, State, Watch, seconds_left
 from experiments.runs import planned_runs
@@ -29,7 +30,7 @@ EXPERIMENT = Experiment(
 FAILED = "batch-size: 0 is not allowed"
 
 
-def leave_record(run, federation):
+def leave_record(run, federation, stop=None):
     """Leave what `flwr run` leaves, in a moment: two rounds, or the failure of a wrong setting."""
     record = RunRecord(run.folder)
     if run.settings.get("batch-size") == 0:
@@ -54,6 +55,9 @@ def test_time_left_is_that_of_the_rounds_to_come():
     assert seconds_left(runs, 1) == 55.0
     # Two at a time: half of it, but no less than the longest.
     assert seconds_left(runs, 2) == 30.0
+    # c begins as a and d did.
+    began = [replace(runs[0], around=8.0), *runs[1:3], replace(runs[3], around=12.0)]
+    assert seconds_left(began, 1) == 65.0
     assert seconds_left(runs[:1], 1) == 0.0
     assert seconds_left([Progress("c", State.WAITING)], 1) is None
 
@@ -92,8 +96,8 @@ def test_the_table_has_a_row_a_run():
         Progress("half-D-seed0", State.WAITING, num_rounds=4),
     ]
     text = rendered(runs)
-    assert re.search(r"half-A-seed0 .* done .* 4 of 4 .* average 75.00% 3-bit 65.00%", text)
-    assert re.search(r"half-B-seed0 .* running .* 2 of 4 .* 1:10", text)
+    assert re.search(r"half-A-seed0 .* done .* 4/4 .* average 75.00% 3-bit 65.00%", text)
+    assert re.search(r"half-B-seed0 .* running .* 2/4 .* 1:10", text)
     # What stands in square brackets is no markup.
     assert re.search(r"half-C-seed0 .* failed .* data: \[red\] is no folder", text)
     assert re.search(r"half-D-seed0 .* waiting", text)
@@ -104,11 +108,29 @@ def test_the_table_has_a_row_a_run():
 def test_a_small_terminal_shows_what_runs_and_what_failed():
     done = [Progress(f"done-{i}", State.DONE, "", 4, 4, 4.0) for i in range(30)]
     others = [Progress("bad", State.FAILED, "why"), Progress("now", State.RUNNING)]
-    text = rendered([*done, *others], most=3, width=60)
+    console = Console(file=io.StringIO(), width=60, height=11)
+    console.print(fitting_table("Digits", [*done, *others], 1, console))
+    text = console.file.getvalue()
     assert "bad" in text
     assert "now" in text
     assert text.count("done-") == 1
+    assert len(text.splitlines()) <= 10
     assert all(len(line) <= 60 for line in text.splitlines())
+
+
+def test_a_narrow_terminal_cuts_nothing_off():
+    accuracy = {"4": 0.55, "32": 0.57, "average": 0.56}
+    name = "80-20-one-normalization-for-all-seed0"
+    reason = "data-dir: there is no folder /path/to/cifar10-images"
+    runs = [
+        Progress(name, State.RUNNING, "", 12, 30, 70.0, accuracy),
+        Progress("b", State.FAILED, reason),
+    ]
+    lines = rendered(runs, width=80).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    text = "".join("".join(lines).split())
+    for part in (name[-5:], "56.00%", "55.00%", "32-bit57.00%", "12/30", "cifar10-images"):
+        assert part in text
 
 
 @pytest.fixture
@@ -119,7 +141,7 @@ def runs(monkeypatch, tmp_path):
 
 def test_without_a_terminal_there_are_plain_lines(runs, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert run_all(EXPERIMENT, runs, 1) == {"half-B-seed0": FAILED}
+    assert run_all(EXPERIMENT, runs, 1) == Outcome({"half-B-seed0": FAILED}, interrupted=False)
     assert capsys.readouterr().out.splitlines() == [
         "Digits: 0 of 2 runs are done",
         "[1/2] half-A-seed0 ...",
@@ -132,7 +154,7 @@ def test_without_a_terminal_there_are_plain_lines(runs, capsys, monkeypatch):
 def test_in_a_terminal_a_table_lives(runs, monkeypatch):
     """A real pseudo-terminal: the table changes while runs go on, and stays at the end."""
 
-    def slowly(run, federation):
+    def slowly(run, federation, stop):
         time.sleep(0.3)
         return leave_record(run, federation)
 
@@ -145,8 +167,8 @@ def test_in_a_terminal_a_table_lives(runs, monkeypatch):
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
     assert re.search(r"half-A-seed0 .* running", plain)
     assert re.search(r"half-B-seed0 .* waiting", plain)
-    last = plain[plain.rindex("accuracy, or why it failed") :]
-    assert re.search(r"half-A-seed0 .* done .* 2 of 2 .* average 75.00%", last)
+    last = plain[plain.rindex("accuracy, or reason") :]
+    assert re.search(r"half-A-seed0 .* done .* 2/2 .* average 75.00%", last)
     assert re.search(rf"half-B-seed0 .* failed .* {FAILED}", last)
     assert "..." not in plain
 
