@@ -37,7 +37,8 @@ def load_reference(setting: str, text: str) -> object:
     except (Exception, SystemExit) as error:
         raise SettingsError(
             f"{setting}: {text!r} cannot be imported ({in_one_line(error)}); "
-            "it must be installed, or on PYTHONPATH, wherever the app runs"
+            "it must be sent with the app (fab-include in pyproject.toml), or installed or on "
+            "PYTHONPATH wherever the app runs"
         ) from None
     if not hasattr(module, name):
         where = getattr(module, "__file__", None) or "no file"

@@ -19,7 +19,7 @@ class Section:
     Attributes
     ----------
     files : dict of str to str
-        Python blocks by the name in their first line, a comment.
+        Python and TOML blocks by the name in their first line, a comment.
     commands : list of list of str
         Commands of the bash blocks, by words.
     """
@@ -45,8 +45,9 @@ def section(page: str, title: str) -> Section:
     text = (PROJECT / "docs" / page).read_text()
     # A comment in code begins with a # too.
     [part] = re.findall(rf"^#+ {re.escape(title)}$(.*?)(?=^#+ [A-Z]|\Z)", text, re.S | re.M)
-    files = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", part, re.S)
-    assert part.count("```python") == len(files), f"a block of {title!r} has no name"
+    files = re.findall(r"```(?:python|toml)\n# (\S+\.(?:py|toml))\n(.*?)```", part, re.S)
+    blocks = part.count("```python") + part.count("```toml")
+    assert blocks == len(files), f"a block of {title!r} has no name"
     scripts = re.findall(r"```bash\n(.*?)```", part, re.S)
     lines = "".join(scripts).replace("\\\n", "").splitlines()
     return Section(dict(files), [shlex.split(line) for line in lines])

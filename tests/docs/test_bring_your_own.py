@@ -1,7 +1,10 @@
 """docs/bring-your-own.md: each example run as it stands, by the real ServerApp and ClientApps."""
 
 import json
+import re
 import runpy
+import shutil
+import subprocess
 import tomllib
 
 import pytest
@@ -60,6 +63,19 @@ def test_a_partition_file(home):
     # Neither client alone, of even or odd digits, gets further than the half.
     assert final_accuracy(folder) >= 0.6
     assert json.loads((folder / "rounds.jsonl").read_text().splitlines()[0])["left_out"] == {}
+
+
+def test_the_package_is_sent_with_the_app(tmp_path):
+    """What the two sections with code of the user's own begin with; twice does it once."""
+    page = (PROJECT / "docs" / "bring-your-own.md").read_text()
+    commands = re.findall(r"^grep -q my_package.*$", page, re.M)
+    assert len(commands) == 2
+    shutil.copy(PROJECT / "pyproject.toml", tmp_path)
+    for command in commands:
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    before = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    before["tool"]["flwr"]["app"]["fab-include"].insert(0, "my_package/**/*.py")
+    assert tomllib.loads((tmp_path / "pyproject.toml").read_text()) == before
 
 
 def test_a_model(home):

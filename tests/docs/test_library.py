@@ -7,6 +7,7 @@ import torch
 from documents import importable, section
 from federation import InProcessGrid
 from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.cli.config_utils import load_and_validate
 
 from quant import UpdateSpec, payload_size
 from strategies import ProWD
@@ -59,6 +60,12 @@ def test_it_trains_across_bit_widths(their_app, tmp_path):
             payload = reply.content["update"]["update"].data
             assert 0 < len(payload) <= payload_size(spec, bits)
     assert payload_size(spec, 8) < payload_size(spec, 32) / 2
+
+
+def test_it_is_an_app_for_flower(their_app, tmp_path):
+    config, warnings = load_and_validate(tmp_path / "pyproject.toml")
+    assert warnings == []
+    assert config["tool"]["flwr"]["app"]["fab-include"] == ["their_app/**/*.py"]
 
 
 def test_codes_that_were_sent_are_taken_up(their_app):

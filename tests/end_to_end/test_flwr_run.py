@@ -68,7 +68,7 @@ def test_a_bad_setting_is_one_clear_line_and_a_failed_run(flower):
 
 # Those that keep something from round to round, with clients, or in Flower's own class; all of them
 # run with the real ClientApp, but without its processes, in tests/server_app/test_contract.py.
-@pytest.mark.parametrize("strategy", ["fedcomgate", "grouped-avg", "local", "flwr:FedAdam"])
+@pytest.mark.parametrize("strategy", ["fedcomgate", "flwr:FedAdam"])
 def test_rivals_run_on_mixed_bit_widths(flower, strategy):
     small = {"num_server_rounds": 2, "samples_per_client": 100, "model": "cnn"}
     run = flower.run(

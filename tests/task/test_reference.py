@@ -46,7 +46,8 @@ def test_another_notation_is_refused(text):
 def test_what_cannot_be_imported_is_named(module):
     assert message_of("no_such_package.models:net") == (
         "model: 'no_such_package.models:net' cannot be imported (ModuleNotFoundError: No module "
-        "named 'no_such_package'); it must be installed, or on PYTHONPATH, wherever the app runs"
+        "named 'no_such_package'); it must be sent with the app "
+        "(fab-include in pyproject.toml), or installed or on PYTHONPATH wherever the app runs"
     )
     broken = module("raise ValueError('first line\\nsecond')")
     assert f"'{broken}:x' cannot be imported (ValueError: first line);" in message_of(f"{broken}:x")
