@@ -21,11 +21,14 @@ from pydantic import (
 from task.errors import SettingsError
 
 FILES = ("config.json", "summary.json", "rounds.jsonl")
+# More than any figure of a run, with finite sums and squares; and three centuries.
+_MOST, _MOST_SECONDS = 1e100, 1e10
 
 
 def _number(value: float | None) -> float:
     """Return a number as the record means it, with null for one that is not finite."""
-    return math.nan if value is None or not math.isfinite(value) else float(value)
+    # Compared first: a whole number may be too large for a float.
+    return math.nan if value is None or not -_MOST <= value <= _MOST else float(value)
 
 
 Number = Annotated[
@@ -34,7 +37,7 @@ Number = Annotated[
     AfterValidator(_number),
 ]
 # A time that is not known adds nothing.
-Seconds = Annotated[Number, AfterValidator(lambda value: 0.0 if math.isnan(value) else value)]
+Seconds = Annotated[Number, AfterValidator(lambda s: s if 0 <= s <= _MOST_SECONDS else 0.0)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Width = Annotated[str, Field(pattern=r"^[1-9][0-9]?$")]
 WidthOrAverage = Annotated[str, Field(pattern=r"^([1-9][0-9]?|average)$")]
@@ -101,8 +104,8 @@ class Weights(_Part):
     """One line of weights.jsonl (`strategies.distributions`)."""
 
     round: Annotated[int, Field(ge=1, lt=2**31)]
-    reach: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    high: Annotated[int, Field(ge=1)]
+    reach: Annotated[float, Field(gt=0, le=_MOST, allow_inf_nan=False)]
+    high: Annotated[int, Field(ge=1, lt=100)]
     counts: WeightCounts
 
     @model_validator(mode="after")

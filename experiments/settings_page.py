@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from experiments.table import markdown_row
 from strategies import STRATEGIES
-from task.options import Options
+from task.options import Allowed, Options
 from task.settings import Settings
 
 _HEAD = """# Settings
@@ -40,11 +40,21 @@ def _section(title: str, options: type[Options], prefix: str = "") -> str:
 
 def _row(key: str, field: FieldInfo) -> str:
     default = json.dumps(field.default)
-    cells = [f"`{key}`", f"`{default}`", _allowed(field), field.description or ""]
+    allowed = _strategies() if key == "strategy" else _allowed(field)
+    cells = [f"`{key}`", f"`{default}`", allowed, field.description or ""]
     return markdown_row([cell.replace("|", "\\|") for cell in cells])
 
 
+def _strategies() -> str:
+    """Name the strategies, which task/settings.py cannot know."""
+    names = [name for name in STRATEGIES if name != "flwr"]
+    return ", ".join(f'`"{name}"`' for name in (*names, "flwr:NAME", "package.module:Class"))
+
+
 def _allowed(field: FieldInfo) -> str:
+    for part in field.metadata:
+        if isinstance(part, Allowed):
+            return part.words
     kind: Any = field.annotation
     if get_origin(kind) is Literal:
         return ", ".join(f"`{json.dumps(value)}`" for value in get_args(kind))
@@ -59,4 +69,10 @@ def _bounds(field: FieldInfo) -> Iterator[str]:
         for bound in field.metadata:
             if type(bound) is kind:
                 # annotated_types.Ge holds its value as `ge`, and so on.
-                yield f"{sign} {getattr(bound, kind.__name__.lower()):g}"
+                yield f"{sign} {_number(getattr(bound, kind.__name__.lower()))}"
+
+
+def _number(bound: float) -> str:
+    # 2^63 as it is meant, not rounded to six digits.
+    power = int(bound).bit_length() - 1
+    return f"2^{power}" if power > 20 and bound == 2**power else f"{bound:g}"

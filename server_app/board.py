@@ -22,15 +22,20 @@ class Board:
         self._again = None if resumed_after is None else resumed_after + 1
         self._writer: Any = None  # Made with the first round.
 
-    def add_round(self, entry: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
-        """Add every number of a round, and every histogram of `weights` if there is any."""
+    def add_round(
+        self,
+        entry: Mapping[str, Any],
+        weights: Mapping[str, Any],
+        totals: Mapping[str, float],
+    ) -> None:
+        """Add every number of a round and its totals, and every histogram of `weights` if any."""
         if self._writer is None:
             # Here, because its import takes seconds that a refused run need not wait for.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._again)
         step = entry["round"]
-        for tag, value in _leaves(entry):
+        for tag, value in (*_leaves(entry), *totals.items()):
             if tag != "round" and isinstance(value, (int, float)):
                 self._writer.add_scalar(tag, value, step)
         for tag, counts in _leaves(weights.get("counts", {}), "weights/"):

@@ -156,7 +156,10 @@ class RunRecord:
         self._write_json("config.json", config)
 
     def append_round(
-        self, entry: Mapping[str, object], weights: Mapping[str, object] | None = None
+        self,
+        entry: Mapping[str, object],
+        weights: Mapping[str, object] | None = None,
+        totals: Mapping[str, float] | None = None,
     ) -> None:
         """Append one round to rounds.jsonl and to TensorBoard.
 
@@ -166,13 +169,15 @@ class RunRecord:
             The round.
         weights : mapping, optional
             Its `strategies.distributions.WeightDistributions`, for weights.jsonl and TensorBoard.
+        totals : mapping, optional
+            What TensorBoard shows besides, by its tag.
         """
         if weights:
             self._append("weights.jsonl", {"round": entry["round"], **weights})
         self._append("rounds.jsonl", entry)
         self._count(entry)
         with writing(self.folder / "tensorboard"):
-            self._board.add_round(entry, weights or {})
+            self._board.add_round(entry, weights or {}, totals or {})
 
     def write_model(self, state: Mapping[str, Tensor]) -> None:
         """Write the float32 global model."""

@@ -14,6 +14,7 @@ from server_app.evaluation import Evaluator
 from server_app.record import RunRecord
 from strategies import FederationError, MixedPrecisionStrategy, RoundLog, receive
 from strategies.states import State, to_arrays, to_state
+from task.clock import clock
 from task.mix import width_name
 from task.settings import Settings
 
@@ -53,13 +54,13 @@ def run_rounds(
     began = time.monotonic()
     for server_round in range(done + 1, settings.num_server_rounds + 1):
         entry, arrays = _run_round(grid, strategy, settings, server_round, arrays, evaluator)
-        record.append_round(entry, strategy.round_log.weights)
+        seconds_a_round = (time.monotonic() - began) / (server_round - done)
+        left = seconds_a_round * (settings.num_server_rounds - server_round)
+        record.append_round(entry, strategy.round_log.weights, totals(entry, left))
         if server_round == 1 and not entry["clients"]["aggregated"]:
             reason = next(iter(entry["left_out"].values()), "none answered")
             raise FederationError(f"no client could be used in the first round: {reason}")
         keep(server_round, to_state(arrays))
-        seconds_a_round = (time.monotonic() - began) / (server_round - done)
-        left = seconds_a_round * (settings.num_server_rounds - server_round)
         log(INFO, "%s", format_round(entry, settings.num_server_rounds, left))
 
 
@@ -170,27 +171,41 @@ def _evaluate_on_server(
     return accuracy, loss
 
 
+def totals(entry: Mapping[str, Any], left: float) -> dict[str, float]:
+    """Return what a round's line has besides the entry's own figures, by TensorBoard's tag.
+
+    TensorBoard shows it beside those figures, and so all that the line shows.
+    """
+    return {
+        "uplink_bytes/all": sum(entry["uplink_bytes"].values()),
+        "downlink_bytes/all": sum(entry["downlink_bytes"].values()),
+        "clients/not_in_the_evaluation": len(entry["left_out_of_evaluation"]),
+        "seconds/left": left,
+    }
+
+
 def format_round(entry: Mapping[str, Any], num_rounds: int, left: float) -> str:
     """Return the line that a round shows in the terminal; `left` is the estimate in seconds."""
+    also = totals(entry, left)
     accuracy = " ".join(
         f"{width_name(width)} {value:.2%}" for width, value in entry["accuracy"].items()
     )
     clients, seconds = entry["clients"], entry["seconds"]
-    up, down = (sum(entry[key].values()) for key in ("uplink_bytes", "downlink_bytes"))
+    up, down = also["uplink_bytes/all"], also["downlink_bytes/all"]
+    missing = _missing(clients, also["clients/not_in_the_evaluation"])
     return (
         f"round {entry['round']}/{num_rounds} | {accuracy or 'not evaluated'} | "
         f"up {format_bytes(up)}, down {format_bytes(down)} | "
-        f"clients {clients['aggregated']} of {clients['sampled']}{_missing(entry)} | "
-        f"{seconds['round']:.1f} s, {int(left // 60)}:{int(left % 60):02d} left"
+        f"clients {clients['aggregated']} of {clients['sampled']}{missing} | "
+        f"{seconds['round']:.1f} s, {clock(also['seconds/left'])} left"
     )
 
 
-def _missing(entry: Mapping[str, Any]) -> str:
-    clients = entry["clients"]
+def _missing(clients: Mapping[str, int], not_evaluated: float) -> str:
     counts = {
         "set aside": clients["rejected"],
         "failed": clients["failed"],
-        "not in the evaluation": len(entry["left_out_of_evaluation"]),
+        "not in the evaluation": not_evaluated,
     }
     named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return f" ({named})" if named else ""

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,6 +13,13 @@ from task.errors import SettingsError
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a setting may be, in words, where neither type nor bounds say it; for settings.md."""
+
+    words: str
 
 
 class Options(BaseModel):

@@ -14,12 +14,21 @@ from pydantic import Field, field_validator, model_validator
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS
 from task.errors import SettingsError
 from task.mix import parse_mix
-from task.options import Options, parse_assignments
+from task.options import Allowed, Options, parse_assignments
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
+
+# What is allowed, in words, for the page of settings and for the errors of the validators below.
+_WIDTHS = f"{MIN_BITS} to {MAX_BITS}"
+_WIDTH_OR_NONE = f"0, {_WIDTHS}, and {FLOAT_BITS}"
+_BOUND = "0, and 1 or more"
+_NAME = "letters, digits and . _ + = - only, beginning with a letter or digit"
+_MIX = f"bits:share,...; bits {_WIDTHS}, or {FLOAT_BITS}, each once; shares above 0, 1 in all"
+WidthOrNone = Annotated[int, Allowed(_WIDTH_OR_NONE)]
+AbsolutePath = Annotated[str, Allowed("path, absolute or from ~")]
 
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
 DATASETS = get_args(Dataset)
@@ -62,7 +71,7 @@ class Settings(Options):
         description="Codes travel entropy-coded where that makes them shorter, as differences from "
         "the codes that the client was sent where it was sent codes.",
     )
-    norm_bound: Annotated[float, Field(ge=0)] = Field(
+    norm_bound: Annotated[float, Field(ge=0), Allowed(_BOUND)] = Field(
         10.0,
         description="An update more than this many times as large as the model and as the round's "
         "median update is set aside; one that comes alone, as the model. What is smaller counts: "
@@ -76,11 +85,11 @@ class Settings(Options):
     learning_rate_decay: Positive = Field(
         0.97, le=1, description="Factor on the step size from round to round."
     )
-    momentum: Share = Field(0.9, lt=1, description="Momentum of local SGD.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of local SGD.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="L2 penalty of local SGD.")
 
     dataset: Dataset = Field("digits", description="What is learned.")
-    data_dir: str = Field(
+    data_dir: AbsolutePath = Field(
         "", description="Folder of the data; empty: ~/.cache/prowd/data, downloaded if need be."
     )
     image_size: Count = Field(
@@ -92,7 +101,7 @@ class Settings(Options):
     partitioner: Literal["iid", "dirichlet", "file"] = Field(
         "iid", description="How the training images are dealt to the clients."
     )
-    partition_file: str = Field(
+    partition_file: AbsolutePath = Field(
         "",
         description='JSON file that deals them for partitioner=file: {"clients": [[0, 5], [2]]} '
         "gives client 0 the first and the sixth; absolute or ~.",
@@ -105,7 +114,7 @@ class Settings(Options):
         description="resnet8, resnet20, cnn, a torchvision classifier, or package.module:factory.",
     )
 
-    bit_mix: str = Field(
+    bit_mix: Annotated[str, Allowed(_MIX)] = Field(
         "8:0.5,32:0.5", description="Shares of the simulated clients by bit-width."
     )
     low_bit_training: Literal["qat", "strict"] = Field(
@@ -116,10 +125,10 @@ class Settings(Options):
         description="Fixed-point weights: one step for all layers of strict low-bit clients, as "
         "2**-6; 0: each channel's own, fitted to it.",
     )
-    activation_bits: int = Field(
+    activation_bits: WidthOrNone = Field(
         0, description="Width of the activations of low-bit clients; 0: the client's, 32: float32."
     )
-    gradient_bits: int = Field(
+    gradient_bits: WidthOrNone = Field(
         0,
         description="Width of errors and, in strict training, weight gradients; "
         "0: 8 in strict and 32 in qat training.",
@@ -157,11 +166,13 @@ class Settings(Options):
         "is one. Clients compute on the GPU that Flower gives them, as with the federation's "
         "client-resources-num-gpus=0.1, or that their machine has.",
     )
-    output_dir: str = Field("~/prowd-runs", description="Where run records go; absolute or ~.")
-    run_name: str = Field(
+    output_dir: AbsolutePath = Field(
+        "~/prowd-runs", description="Where run records go; absolute or ~."
+    )
+    run_name: Annotated[str, Allowed(_NAME)] = Field(
         "", description="Folder of this run's record; empty: strategy, data and time."
     )
-    resume: str = Field(
+    resume: AbsolutePath = Field(
         "",
         description="Folder of a run to go on with from its last checkpoint; absolute or ~. All "
         "settings that decide the result must be that run's. Empty: a new run.",
@@ -177,14 +188,14 @@ class Settings(Options):
     @classmethod
     def _bits_are_valid(cls, value: int) -> int:
         if value not in (0, FLOAT_BITS) and not MIN_BITS <= value <= MAX_BITS:
-            raise ValueError(f"allowed are 0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}")
+            raise ValueError(f"allowed are {_WIDTH_OR_NONE}")
         return value
 
     @field_validator("norm_bound")
     @classmethod
     def _bound_spares_the_usual(cls, value: float) -> float:
         if 0 < value < 1:
-            raise ValueError("allowed are 0, and 1 or more")
+            raise ValueError(f"allowed are {_BOUND}")
         return value
 
     @field_validator("strategy_options")
@@ -205,7 +216,7 @@ class Settings(Options):
     @classmethod
     def _name_is_a_folder(cls, value: str) -> str:
         if value and not re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", value):
-            raise ValueError("letters, digits and . _ + = - only, beginning with a letter or digit")
+            raise ValueError(_NAME)
         return value
 
     @model_validator(mode="after")

@@ -5,12 +5,12 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator
 
 from experiments.curves import MeanPoint, curve, mean_points, rises
 from experiments.figures import plot_mean
 from experiments.report import charts
 from experiments.report.series import Scenario, Series
+from experiments.report.ticks import tick_powers, tick_rounds
 
 _PARTS = ("train", "aggregate", "evaluate")
 # Points: a bar, and a row's name and space above its bars.
@@ -64,12 +64,9 @@ def line_figure(
         plot_mean(axes, points, {**charts.line_style(series.style), "markevery": few}, x_unit)
     axes.set(xlabel=x_label, ylabel=y_label)
     if log:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
+        tick_powers(axes)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+        tick_rounds(axes)
     ends = {series.name: points[-1].mean for series, points in lines.items()}
     text = f"{y_label} against {x_label}; at the end: {charts.described(ends)}."
     return charts.finish(drawn, title, text, note)

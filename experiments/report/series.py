@@ -44,9 +44,26 @@ class Series:
     records: tuple[Record, ...]
 
     @property
-    def settings(self) -> Mapping[str, object]:
-        """Settings that all its runs share."""
-        return _shared(self.records[0].settings)
+    def settings(self) -> dict[str, list[object]]:
+        """The values of each setting in its runs: one, unless seeds ran with different ones."""
+        found: dict[str, list[object]] = {}
+        for record in self.records:
+            for key, value in _shared(record.settings).items():
+                found.setdefault(key, []).append(value)
+        return {key: distinct(values) for key, values in found.items()}
+
+    @property
+    def longest(self) -> list[Record]:
+        """Its runs with the most rounds: one that is half done would lower a mean."""
+        most = max(record.rounds[-1].round for record in self.records)
+        return [record for record in self.records if record.rounds[-1].round == most]
+
+    @property
+    def end(self) -> str:
+        """How its longest runs ended, if they did not complete."""
+        ends = dict.fromkeys(record.summary.status for record in self.longest)
+        said = {"running": "not finished", "": "end unknown"}
+        return ", ".join(said.get(end, end) for end in ends if end != "completed")
 
     def widths(self) -> list[str]:
         """Return the bit-widths that take part in any of its rounds, rising."""
@@ -78,11 +95,10 @@ def by_settings(records: Sequence[Record]) -> list[Scenario]:
     for runs in _seeds(records):
         federations.setdefault(_key(_federation(runs[0].settings)), []).append(runs)
     joined = _with_ceilings(list(federations.values()))
-    settings = [_federation(systems[0][0].settings) for systems in joined]
-    names = _differences(settings, from_usual=False)
+    titles = _titles([_federation(systems[0][0].settings) for systems in joined])
     return arrange(
-        (scenario or "all runs", system, record)
-        for scenario, systems in zip(names, joined, strict=True)
+        (title, system, record)
+        for title, systems in zip(titles, joined, strict=True)
         for system, runs in zip(_system_names(systems), systems, strict=True)
         for record in runs
     )
@@ -101,25 +117,9 @@ def arrange(named: Iterable[tuple[str, str, Record]]) -> list[Scenario]:
     ]
 
 
-def different_settings(series: Sequence[Series]) -> dict[str, list[object]]:
-    """Return the settings that two systems have with different values, with the value of each.
-
-    None where a system does not have the setting, as another strategy's.
-    """
-    keys = dict.fromkeys(key for s in series for key in s.settings)
-    values = {key: [s.settings.get(key) for s in series] for key in keys}
-    return {key: found for key, found in values.items() if len(_distinct(found)) > 1}
-
-
-def common_settings(series: Sequence[Series]) -> dict[str, object]:
-    """Return the other settings: every system that has one has this value."""
-    different = different_settings(series)
-    values = {key: value for s in series for key, value in s.settings.items()}
-    return {key: value for key, value in values.items() if key not in different}
-
-
-def _distinct(values: Sequence[object]) -> set[str]:
-    return {_key(value) for value in values if value is not None}
+def distinct(values: Iterable[object]) -> list[object]:
+    """Return the values that are not the same, in their order; true and 1 are two."""
+    return list({_key(value): value for value in values}.values())
 
 
 def _seeds(records: Sequence[Record]) -> list[list[Record]]:
@@ -159,6 +159,23 @@ def _data(systems: list[list[Record]]) -> str:
     return _key({key: value for key, value in federation.items() if key != "bit-mix"})
 
 
+def _titles(federations: Sequence[Mapping[str, object]]) -> list[str]:
+    """Name federations by what differs and is not empty, or by all of it if that is too little."""
+    told = [{k: v for k, v in settings.items() if not _is_empty(v)} for settings in federations]
+    titles = _differences(told, from_usual=False)
+    every = _differences(federations, from_usual=False)
+    if len(set(titles)) < len(set(every)):
+        titles = every
+    return [
+        title or all_of_it or "all runs" for title, all_of_it in zip(titles, every, strict=True)
+    ]
+
+
+def _is_empty(value: object) -> bool:
+    """Return whether a setting says that there is none: of these, 0 is the same as not set."""
+    return value in ("", 0) and not isinstance(value, bool)
+
+
 def _system_names(systems: list[list[Record]]) -> list[str]:
     names = [str(runs[0].settings.get("strategy") or runs[0].folder.name) for runs in systems]
     extended = list(names)
@@ -194,7 +211,8 @@ def _differences(
         for parts, value in zip(described, values, strict=True):
             said = value is not None and not (from_usual and _key(value) == usual)
             if said and len(counts) > 1:
-                parts.append(f"{key.removeprefix(prefix)} {_shown(value)}")
+                short = key.removeprefix(prefix)
+                parts.append(f"no {short}" if value == "" else f"{short} {_shown(value)}")
     return [", ".join(parts) for parts in described]
 
 

@@ -81,6 +81,7 @@ def test_a_damaged_line_is_named_and_the_others_are_read(copy, line, reason):
         ("config.json", '{"settings": [1]}', "config.json is damaged: settings: "),
         ("rounds.jsonl", None, "rounds.jsonl lacks rounds 1 to 4"),
         ("weights.jsonl", '{"round": 2}', "weights.jsonl line 1 is damaged: reach: "),
+        ("weights.jsonl", '{"round": 2, "reach": 1e308}', "weights.jsonl line 1 is damaged: reach"),
     ],
 )
 def test_a_damaged_file_is_named(copy, name, content, damage):
@@ -113,6 +114,37 @@ def test_null_is_a_number_that_is_not_finite(copy):
     folder = copy()
     (folder / "rounds.jsonl").write_text('{"round": 1, "accuracy": {"32": null, "3": 1e999}}')
     assert all(isnan(value) for value in read_record(folder).rounds[0].accuracy.values())
+
+
+@pytest.mark.parametrize("absurd", ["1e308", "-1e308", "1e101"])
+def test_numbers_that_nothing_comes_to_are_not_known(copy, absurd):
+    folder = copy()
+    (folder / "rounds.jsonl").write_text(
+        f'{{"round": 1, "accuracy": {{"3": {absurd}}}, "seconds": {{"round": {absurd}}},'
+        f' "prowd": {{"distill-loss": {absurd}, "mask-density-by-layer-3": {{"a": {absurd}}}}}}}'
+    )
+    [line] = read_record(folder).rounds
+    assert isnan(line.accuracy["3"])
+    assert line.seconds == {"round": 0.0}
+    assert isnan(line.figure("distill-loss"))
+    assert isnan(line.figures("mask-density-by-layer-3")["a"])
+
+
+def test_a_whole_number_too_large_for_a_float_is_not_known(copy):
+    folder = copy()
+    content = {"round": 1, "prowd": {"distill-loss": 10**400}}
+    (folder / "rounds.jsonl").write_text(json.dumps(content))
+    assert isnan(read_record(folder).rounds[0].figure("distill-loss"))
+
+
+def test_large_losses_and_times_are_read(copy):
+    folder = copy()
+    (folder / "rounds.jsonl").write_text(
+        '{"round": 1, "seconds": {"round": 1e9, "train": 1e11}, "prowd": {"distill-loss": -3e38}}'
+    )
+    [line] = read_record(folder).rounds
+    assert line.seconds == {"round": 1e9, "train": 0.0}
+    assert line.figure("distill-loss") == -3e38
 
 
 def test_no_damage_is_a_traceback(copy):

@@ -1,44 +1,15 @@
-"""The report from records: which runs are one line, what the page says and what it escapes."""
+"""The report from records: what the page says and in which order, and the command."""
 
-import json
-import random
 import re
 import sys
-from html.parser import HTMLParser
 
 import pytest
-from run_records import entry, write_run
+from report_page import Page, read
+from run_records import write_run
 
 from experiments.cli import main
 from experiments.curves import mean_points
-from experiments.records import find_runs, read_record
 from experiments.report import write_page
-from experiments.report.series import by_settings, common_settings, different_settings
-
-
-def read(*folders):
-    return [read_record(folder) for folder in find_runs(folders)]
-
-
-class Page(HTMLParser):
-    """What a page holds: figures by title, text, elements, names."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.figures, self.ids, self.tags, self.text = {}, [], set(), []
-        self.feed(text)
-        self.said = " ".join(self.text)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.add(tag)
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        if attributes.get("role") == "img":
-            title, _, text = attributes["aria-label"].partition(". ")
-            self.figures[title] = text
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +19,6 @@ def page(runs, tmp_path_factory):
     return Page(path.read_text())
 
 
-def test_seeds_of_equal_settings_are_one_system(runs):
-    [scenario] = by_settings([record for record in read(runs) if record.rounds])
-    assert {s.name: [r.folder.name for r in s.records] for s in scenario.series} == {
-        "fedavg": ["FedAvg-0", "FedAvg-1", "FedAvg-2"],
-        "local": ["Local-0"],
-        "prowd": ["ProWD-0", "ProWD-1"],
-    }
-    assert scenario.widths() == ["3", "32"]
-
-
 def test_a_run_that_stopped_early_does_not_enter_the_mean(runs, tmp_path):
     """FedAvg's third seed was killed after 3 of the others' 6 rounds."""
     path = tmp_path / "report.html"
@@ -65,55 +26,6 @@ def test_a_run_that_stopped_early_does_not_enter_the_mean(runs, tmp_path):
     row = r'<tr><th scope="row">fedavg</th>(?:<td>[^<]*</td>\s*)+</tr>'
     [accuracies] = re.findall(row, path.read_text())
     assert re.findall("<td>(.*?)</td>", accuracies)[-1] == "2"
-
-
-def test_times_that_are_not_known_do_not_keep_the_page_from_being_written(tmp_path):
-    folder = write_run(tmp_path / "ProWD-0", "prowd", 0)
-    text = (folder / "rounds.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    for line in lines:
-        line["seconds"] = dict.fromkeys(line["seconds"])
-    (folder / "rounds.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    write_page(tmp_path / "report.html", "Digits", read(tmp_path))
-    assert "Seconds of a round, by part" in Page((tmp_path / "report.html").read_text()).figures
-
-
-def test_systems_are_named_by_what_tells_them_apart(tmp_path):
-    for name, align in (("a", True), ("b", True), ("c", False)):
-        changes = {"learning-rate": 0.2} if name == "b" else {}
-        write_run(tmp_path / name, "prowd", 0, **{"prowd-align": align}, **changes)
-    [scenario] = by_settings(read(tmp_path))
-    assert [s.name for s in scenario.series] == [
-        "prowd",
-        "prowd, learning-rate 0.2",
-        "prowd, align false",
-    ]
-
-
-def test_repetitions_of_one_seed_are_not_taken_for_seeds(tmp_path):
-    for name in ("a", "b"):
-        write_run(tmp_path / name, "fedavg", 0)
-    [scenario] = by_settings(read(tmp_path))
-    assert [s.name for s in scenario.series] == ["fedavg (a)", "fedavg (b)"]
-
-
-def test_federations_stand_apart_and_one_of_float32_alone_stands_in_all(tmp_path):
-    for mix in ("3:0.5,32:0.5", "3:0.8,32:0.2", "32:1.0"):
-        write_run(tmp_path / mix, "fedavg", 0, **{"bit-mix": mix})
-    half, most = by_settings(read(tmp_path))
-    assert (half.name, most.name) == ("bit-mix 3:0.5,32:0.5", "bit-mix 3:0.8,32:0.2")
-    for scenario in (half, most):
-        assert [s.name for s in scenario.series] == ["fedavg", "fedavg, bit-mix 32:1.0"]
-        assert scenario.series[1].style == half.series[1].style
-
-
-def test_differences_are_those_of_settings_that_both_have(runs):
-    series = by_settings(read(runs / "ProWD-0", runs / "FedAvg-0"))[0].series
-    assert different_settings(series) == {"strategy": ["prowd", "fedavg"]}
-    common = common_settings(series)
-    assert common["prowd-align"] is True
-    assert common["learning-rate"] == 0.1
-    assert "seed" not in common
 
 
 def test_mean_and_spread_are_of_the_seeds_that_came_so_far():
@@ -163,6 +75,30 @@ def test_every_figure_is_there_and_told_in_words(page):
     assert "prowd 0.125" in page.figures["Dequantizer, reconstruction loss"]
 
 
+def test_a_system_that_is_not_finished_is_marked(tmp_path):
+    write_run(tmp_path / "ProWD-0", "prowd", 0, rounds=2, ends=None)
+    write_run(tmp_path / "FedAvg-0", "fedavg", 0)
+    write_run(tmp_path / "Local-0", "local", 0, rounds=3, ends="failed")
+    write_page(tmp_path / "page", "T", read(tmp_path))
+    page = Page((tmp_path / "page").read_text())
+    head, *rows = page.tables["Accuracy, all runs"]
+    assert {row[0]: row[head.index("rounds")].replace("\xa0", " ") for row in rows} == {
+        "prowd (not finished)": "2 of 4",
+        "fedavg": "4 of 4",
+        "local (failed)": "3 of 4",
+    }
+    assert "cannot be compared" in page.said
+    assert "prowd (1 seed, not finished: 2 of 4 rounds)" in page.said
+
+
+def test_results_come_before_the_runs(page):
+    tables = list(page.tables)
+    assert tables[0] == "Accuracy, all runs"
+    assert tables[-1] == "Runs"
+    assert "7 runs: 5 completed, 1 not finished, 1 failed." in page.said
+    assert "1 with damaged or unfinished records." in page.said
+
+
 def test_the_page_stands_alone(page):
     assert not page.tags & {"script", "link", "img", "iframe", "object"}
     assert len(set(page.ids)) == len(page.ids)
@@ -186,32 +122,6 @@ def test_the_same_records_give_the_same_bytes(runs, tmp_path):
     for name in ("a", "b"):
         write_page(tmp_path / name, "T", read(runs / "Local-0"))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_hostile_names_neither_break_the_drawing_nor_the_page(tmp_path):
-    layer = '$x_{$<svg onload="x">\x00\ud800'
-    own = {"mask-density-3": 0.5, "mask-density-by-layer-3": {layer: 0.5}}
-    folder = write_run(tmp_path / "<i>run", "fedavg", 0, rounds=0, dataset="<u>$^&\x01")
-    (folder / "rounds.jsonl").write_text(json.dumps(entry("fedavg", 2, 0.5, own=own)))
-    write_page(tmp_path / "page", "$<s>", read(folder))
-    page = Page((tmp_path / "page").read_text())
-    assert not page.tags & {"i", "u", "s", "script"}
-    assert "Mask of each layer: fedavg" in page.figures
-
-
-def test_no_damage_keeps_the_page_from_being_written(runs, tmp_path):
-    rng = random.Random(1)
-    whole = {f.name: f.read_bytes() for f in (runs / "ProWD-0").iterdir() if f.is_file()}
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for _ in range(3):
-        for name, data in whole.items():
-            changed = bytearray(data)
-            for _ in range(2):
-                changed[rng.randrange(len(changed))] = rng.choice(b'0"{}[],:-eE.x\x00\xff')
-            (folder / name).write_bytes(changed)
-        write_page(tmp_path / "page", "T", read(folder))
-    assert "</html>" in (tmp_path / "page").read_text()
 
 
 def test_the_command_writes_beside_the_runs_or_where_it_is_told(runs, tmp_path, capsys):

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import pytest
+from run_records import write_run
 
 from experiments.records import find_runs, read_record
 from experiments.report import write_page
@@ -24,6 +25,9 @@ onload = () => {{
   const view = page.defaultView, style = view.getComputedStyle(root);
   const figures = [...page.querySelectorAll("svg[role=img]")];
   const box = element => element.getBoundingClientRect();
+  const touch = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4;
+  const tables = [...page.querySelectorAll(".scroll")];
   const scale = matrix => Math.hypot(matrix.a, matrix.b);
   const found = {{
     client: root.clientWidth, scroll: root.scrollWidth,
@@ -32,6 +36,14 @@ onload = () => {{
       parseFloat(view.getComputedStyle(t).fontSize) * scale(t.getScreenCTM()))),
     outside: figures.filter(f => [...f.querySelectorAll("text")].some(t =>
       box(t).right > root.clientWidth + 1 || box(t).left < -1)).map(f => f.ariaLabel),
+    touching: figures.filter(f => {{
+      const boxes = [...f.querySelectorAll("text")].map(box);
+      return boxes.some((a, i) => boxes.slice(i + 1).some(b => touch(a, b)));
+    }}).map(f => f.ariaLabel),
+    tables: Object.fromEntries(tables.map(t => [t.ariaLabel, {{
+      scrolls: t.scrollWidth > t.clientWidth, sign: view.getComputedStyle(t).backgroundImage,
+      rights: [...t.querySelectorAll("tbody tr")].map(r => [...r.cells].map(c => box(c).right)),
+    }}])),
     columns: new Set(figures.map(f => box(f).left)).size,
     surface: view.getComputedStyle(page.body).backgroundColor,
     ink: view.getComputedStyle(figures[0].querySelector("text")).fill,
@@ -97,6 +109,7 @@ def test_the_page_can_be_read(page, tmp_path, width, scheme):
     assert len(found["titles"]) == 16
     assert "Weights of the 3-bit group, round 4: prowd" in found["titles"]
     assert found["outside"] == []
+    assert found["touching"] == []
     assert min(found["texts"]) >= 11
     assert found["columns"] == (1 if width == NARROW else 3)
     assert (luminance(found["surface"]) < 0.1) == (scheme == "dark")
@@ -104,6 +117,35 @@ def test_the_page_can_be_read(page, tmp_path, width, scheme):
     lines = [s for s in found["strokes"] if s != as_rgb(found["grid"])]
     assert len(lines) >= 4
     assert min(contrast(line, found["surface"]) for line in lines) >= 3
+
+
+@pytest.fixture(scope="module")
+def long_page(tmp_path_factory):
+    """A page of long names and reasons, with spreads."""
+    folder = tmp_path_factory.mktemp("long")
+    reason = (
+        "RuntimeError: DefaultCPUAllocator cannot allocate 1234567890 bytes of /long/" + "x" * 80
+    )
+    system = "ProWD with server momentum and a ladder from every width " + "y" * 40
+    for seed in (0, 1):
+        ends = ("failed", reason) if seed else "completed"
+        write_run(folder / f"{'z' * 60}-{seed}", "prowd", seed, ends=ends, left_out={"1": reason})
+    records = [read_record(run) for run in find_runs([folder])]
+    write_page(folder / "report.html", "T", records, [("digits", system, r) for r in records])
+    return folder / "report.html"
+
+
+def test_on_a_telephone_neither_accuracies_nor_reasons_are_off_screen(long_page, tmp_path):
+    found, _ = look(long_page, tmp_path, NARROW)
+    tables = found["tables"]
+    for name in ("Runs", "Clients left out and why"):
+        assert not tables[name]["scrolls"]
+        assert max(right for row in tables[name]["rights"] for right in row) <= found["client"]
+    # The system, two widths and their average; bytes, rounds and seeds are a swipe away.
+    accuracy = tables["Accuracy, digits"]
+    assert all(right <= found["client"] for row in accuracy["rights"] for right in row[:4])
+    assert accuracy["scrolls"]
+    assert accuracy["sign"].count("linear-gradient") == 4
 
 
 def as_rgb(color):

@@ -1,20 +1,24 @@
 """A whole run in one process: the real server loop and ClientApp over an in-process grid."""
 
+import itertools
 import json
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, Error, Message, RecordDict
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from client_app.memory import own_model
 from quant import UpdateSpec, decode_update
 from server_app.app import main
 from server_app.rounds import format_bytes, format_round
+from task.clock import clock
 from task.errors import SettingsError
 from task.models import build_model
 from task.protocol import UPDATE
@@ -195,6 +199,67 @@ def test_the_rounds_line():
     assert " | clients 2 of 5 (1 set aside, 2 failed, 1 not in the evaluation) | " in format_round(
         entry, 10, 65.0
     )
+    assert format_round(entry, 10, 5400.0).endswith(" | 2.3 s, 1:30:00 left")
+
+
+def line_of(board, server_round, num_rounds):
+    """Write the line of a round with nothing but what TensorBoard shows of it."""
+    shown = {
+        tag: scalar.value
+        for tag in board.Tags()["scalars"]
+        for scalar in board.Scalars(tag)
+        if scalar.step == server_round
+    }
+    accuracy = " ".join(
+        f"{width}{'' if width == 'average' else '-bit'} {shown[f'accuracy/{width}']:.2%}"
+        for width in ("8", "32", "average")
+        if f"accuracy/{width}" in shown
+    )
+    up, down = (format_bytes(shown[f"{way}_bytes/all"]) for way in ("uplink", "downlink"))
+    missing = {
+        "set aside": shown["clients/rejected"],
+        "failed": shown["clients/failed"],
+        "not in the evaluation": shown["clients/not_in_the_evaluation"],
+    }
+    named = ", ".join(f"{n:.0f} {what}" for what, n in missing.items() if n)
+    return (
+        f"round {server_round}/{num_rounds} | {accuracy or 'not evaluated'} | "
+        f"up {up}, down {down} | "
+        f"clients {shown['clients/aggregated']:.0f} of {shown['clients/sampled']:.0f}"
+        f"{f' ({named})' if named else ''} | "
+        f"{shown['seconds/round']:.1f} s, {clock(shown['seconds/left'])} left"
+    )
+
+
+def test_tensorboard_shows_all_that_the_line_of_a_round_shows(tmp_path, monkeypatch):
+    """Of a round without evaluation, and of one in which a client is missing everywhere."""
+    real, lines = ClientAppNode.__call__, []
+
+    def failing(node, message):
+        if (node.config["partition-id"], message.metadata.message_type) in {
+            (0, "train"),
+            (0, "evaluate"),
+        }:
+            return Message(Error(code=2, reason="no power"), reply_to=message)
+        return real(node, message)
+
+    def log(_, form, *values):
+        lines.append(form % values)
+
+    monkeypatch.setattr(ClientAppNode, "__call__", failing)
+    monkeypatch.setattr("server_app.rounds.log", log)
+    # So that some time is left after the first round: 1000 s a reading of the clock.
+    readings = itertools.count(step=1000.0)
+    monkeypatch.setattr("server_app.rounds.time", SimpleNamespace(monotonic=readings.__next__))
+    folder = run(tmp_path, clients=3, fraction_evaluate=1.0, evaluate_every=2)
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    rounds = [line for line in lines if line.startswith("round ")]
+    assert rounds == [line_of(board, server_round, 2) for server_round in (1, 2)]
+    assert "not evaluated" in rounds[0]
+    # Six readings until the first round is recorded, and another round to come.
+    assert rounds[0].endswith(" | 4000.0 s, 1:40:00 left")
+    assert "(1 failed, 1 not in the evaluation)" in rounds[1]
+    assert rounds[1].endswith(", 0:00 left")
 
 
 @pytest.mark.parametrize(
