@@ -8,8 +8,8 @@ from quant.update import UpdateSpec
 from quant.wire import fixed_size, parts_of
 
 
-def squares_at_most(data: bytes, spec: UpdateSpec, bits: int) -> dict[str, float]:
-    """Bound the sum of squares of every tensor in a payload.
+def squares_at_most(data: bytes, spec: UpdateSpec, bits: int) -> tuple[float, float]:
+    """Bound the sums of squares of a payload's values.
 
     What `decode_update` would refuse may have any bound, but is not refused here.
 
@@ -20,30 +20,21 @@ def squares_at_most(data: bytes, spec: UpdateSpec, bits: int) -> dict[str, float
 
     Returns
     -------
-    dict of str to float
-        By tensor: that of its values if they are floats; if they are codes, that which they had if
-        all of them were the largest.
+    tuple of float
+        That of the parameters, where all codes count as if they were the largest, and that of
+        BatchNorm's statistics.
     """
     layout = layout_of(spec, bits)
     if len(data) < fixed_size(layout):
-        return {}
+        return 0.0, 0.0
     scales, floats, _ = parts_of(data, layout)
-    largest = largest_code(bits) if layout.quantized else 0
+    starts, is_statistic = layout.runs_of_floats
     with np.errstate(over="ignore", invalid="ignore"):
-        of_codes = np.square(scales * np.float32(largest)) * layout.codes_per_scale
-        squares = [
-            _sums(of_codes, layout.scale_counts),
-            _sums(np.square(floats), layout.float_counts),
-        ]
-    return dict(zip(spec.shapes, np.concatenate(squares).tolist(), strict=True))
-
-
-def _sums(values: np.ndarray, counts: list[int]) -> np.ndarray:
-    """Sum up consecutive parts of a flat array, in float64."""
-    sizes = np.array(counts, int)
-    filled = sizes > 0
-    starts = (np.cumsum(sizes) - sizes)[filled]
-    sums = np.zeros(len(counts))
-    if starts.size:
-        sums[filled] = np.add.reduceat(values, starts, dtype=np.float64)
-    return sums
+        squares = np.square(scales, dtype=np.float64) @ layout.codes_per_scale
+        parameters = squares * largest_code(bits) ** 2 if layout.quantized else 0.0
+        statistics = 0.0
+        if starts.size:
+            sums = np.add.reduceat(np.square(floats), starts, dtype=np.float64)
+            statistics = sums[is_statistic].sum()
+            parameters += sums[~is_statistic].sum()
+    return float(parameters), float(statistics)

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from quant.packing import packed_size
-from quant.update import UpdateSpec, is_variance
+from quant.update import UpdateSpec, is_statistic, is_variance
 
 _FLOAT, _CODES = 0, 1
 
@@ -31,16 +31,6 @@ class Layout:
     floats: Mapping[str, tuple[int, ...]]
 
     @cached_property
-    def scale_counts(self) -> list[int]:
-        """Channels of each quantized tensor."""
-        return [shape[0] for shape in self.quantized.values()]
-
-    @cached_property
-    def code_counts(self) -> list[int]:
-        """Codes of each quantized tensor."""
-        return [math.prod(shape) for shape in self.quantized.values()]
-
-    @cached_property
     def float_counts(self) -> list[int]:
         """Values of each other tensor."""
         return [math.prod(shape) for shape in self.floats.values()]
@@ -48,12 +38,12 @@ class Layout:
     @cached_property
     def num_scales(self) -> int:
         """Channels of all quantized tensors."""
-        return sum(self.scale_counts)
+        return sum(count for _, count in self.channels)
 
     @cached_property
     def num_codes(self) -> int:
         """Codes of all quantized tensors."""
-        return sum(self.code_counts)
+        return sum(length * count for length, count in self.channels)
 
     @cached_property
     def num_floats(self) -> int:
@@ -88,9 +78,23 @@ class Layout:
 
     @cached_property
     def codes_per_scale(self) -> np.ndarray:
-        """Codes in the channel of each scale, float32 ``[num_scales]``."""
-        lengths = np.array([length for length, _ in self.channels], np.float32)
-        return np.repeat(lengths, self.scale_counts)
+        """Codes in the channel of each scale, float64 ``[num_scales]``."""
+        lengths = np.array([length for length, _ in self.channels], np.float64)
+        return np.repeat(lengths, [count for _, count in self.channels])
+
+    @cached_property
+    def runs_of_floats(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where parameters and BatchNorm's statistics take turns among the floats.
+
+        Returns
+        -------
+        tuple of ndarray
+            Where each run begins, and whether it is one of statistics.
+        """
+        kinds = np.array([is_statistic(name) for name in self.floats], bool)
+        kinds = np.repeat(kinds, self.float_counts)
+        starts = np.flatnonzero(np.diff(kinds, prepend=~kinds[:1]))
+        return starts, kinds[starts]
 
     @cached_property
     def packed_bytes(self) -> int:

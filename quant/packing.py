@@ -16,7 +16,7 @@ import numpy as np
 
 from quant.grid import check_bits, largest_code
 
-_BLOCK = 1 << 17  # codes at a time: the working set stays in the cache
+_BLOCK = 1 << 18  # codes at a time: the working set stays in the cache
 
 
 class PackingError(ValueError):

@@ -86,7 +86,7 @@ class Asked:
     def norms_at_most(self, item: Packed) -> dict[str, float]:
         """Bound the norms of an update without unpacking it (`strategies.norms`)."""
         bits = self.uplink_bits(item.client)
-        return norms_from(squares_at_most(item.payload, self.spec, bits) if bits else {})
+        return norms_from(*squares_at_most(item.payload, self.spec, bits) if bits else (0.0, 0.0))
 
     def decode(self, item: Packed) -> Update:
         """Unpack and check an update; it is empty if none was asked for.

@@ -1,7 +1,6 @@
 """Updates that are finite but far too large, which one client could ruin the model with."""
 
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from math import sqrt
 
 from torch import Tensor
@@ -13,15 +12,15 @@ Norms = Mapping[str, float]
 
 def norms_of(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the Euclidean norms of a model's parameters and of its BatchNorm statistics."""
-    return norms_from({name: float(tensor.norm()) ** 2 for name, tensor in values.items()})
+    squares = {"parameters": 0.0, "statistics": 0.0}
+    for name, tensor in values.items():
+        squares[_kind(name)] += float(tensor.norm()) ** 2
+    return norms_from(**squares)
 
 
-def norms_from(squares: Mapping[str, float]) -> dict[str, float]:
-    """Return the same from each tensor's sum of squares."""
-    sums = {"parameters": 0.0, "statistics": 0.0}
-    for name, square in squares.items():
-        sums[_kind(name)] += square
-    return {kind: sqrt(total) for kind, total in sums.items()}
+def norms_from(parameters: float, statistics: float) -> dict[str, float]:
+    """Return the same from their sums of squares."""
+    return {"parameters": sqrt(parameters), "statistics": sqrt(statistics)}
 
 
 def scale_of(model: Mapping[str, Tensor]) -> dict[str, float]:
@@ -97,6 +96,5 @@ def _most(sent: Norms, bound: float) -> dict[str, float]:
     return {k: n * (bound**2 if k == "statistics" else bound) for k, n in sent.items()}
 
 
-@lru_cache(maxsize=4096)
 def _kind(name: str) -> str:
     return "statistics" if is_statistic(name) else "parameters"

@@ -21,10 +21,17 @@ def test_the_bound_by_hand():
         3,
         "weights",
         {"w": QuantizedTensor(codes, torch.tensor([0.5, 2.0]))},
-        {"b": torch.tensor([2.0, -1.0])},
+        {
+            "b": torch.tensor([2.0, -1.0]),
+            "n.running_mean": torch.tensor([3.0]),
+            "n.running_var": torch.tensor([2.0]),
+            "n.weight": torch.tensor([4.0]),
+        },
     )
-    spec = UpdateSpec({"w": (2, 3), "b": (2,)})
-    expected = {"w": 3 * 1.5**2 + 3 * 6.0**2, "b": 5.0}
+    spec = UpdateSpec(
+        {"w": (2, 3), "b": (2,), "n.running_mean": (1,), "n.running_var": (1,), "n.weight": (1,)}
+    )
+    expected = (3 * 1.5**2 + 3 * 6.0**2 + 5.0 + 16.0, 9.0 + 4.0)
     for coded in (False, True):
         assert squares_at_most(encode_update(update, coded=coded), spec, 3) == expected
 
@@ -32,27 +39,38 @@ def test_the_bound_by_hand():
 def some_model():
     generator = torch.Generator().manual_seed(1)
     shapes = {"a": (4, 3, 2, 2), "b": (4,), "none": (0,), "hollow": (0, 5), "c": (2, 7), "d": ()}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    shapes |= {"b.running_mean": (4,), "b.running_var": (4,), "none.running_mean": (0,)}
+    return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16, 32])
-def test_no_tensor_is_larger_than_its_bound(bits):
+def test_no_update_is_larger_than_its_bounds(bits):
     model = some_model()
     spec = UpdateSpec.of(model)
     updates = [quantize_state(model, bits)]
     updates.append(quantize_difference(model, bits, torch.Generator().manual_seed(2)))
     for update in updates:
-        bounds = squares_at_most(encode_update(update), spec, bits)
-        assert list(bounds) == list(spec.shapes)
-        for name, values in update.dequantize().items():
-            exact = float(values.double().square().sum())
-            assert bounds[name] >= exact * (1 - 1e-6), name
-            if name not in update.quantized:
-                assert bounds[name] == pytest.approx(exact), name
+        parameters, statistics = squares_at_most(encode_update(update), spec, bits)
+        exact = {name: float(v.double().square().sum()) for name, v in update.dequantize().items()}
+        of_statistics = sum(square for name, square in exact.items() if "running" in name)
+        assert statistics == pytest.approx(of_statistics)
+        rest = sum(exact.values()) - of_statistics
+        assert parameters >= rest * (1 - 1e-6)
+        if bits == 32:
+            assert parameters == pytest.approx(rest)
+
+
+def test_what_has_no_statistics_or_no_floats_has_a_bound():
+    for shapes in ({"w": (2, 2)}, {"b": (3,)}, {"n.running_var": (3,)}):
+        spec = UpdateSpec(shapes)
+        ones = quantize_state({name: torch.ones(shape) for name, shape in shapes.items()}, 8)
+        count = torch.Size(*shapes.values()).numel()
+        expected = (0.0, count) if "n.running_var" in shapes else (count, 0.0)
+        assert squares_at_most(encode_update(ones), spec, 8) == pytest.approx(expected)
 
 
 def test_a_payload_that_is_cut_short_has_no_bounds():
     spec = UpdateSpec.of(some_model())
     payload = encode_update(quantize_state(some_model(), 4))
-    assert squares_at_most(payload[:100], spec, 4) == {}
-    assert squares_at_most(b"", spec, 4) == {}
+    assert squares_at_most(payload[:100], spec, 4) == (0.0, 0.0)
+    assert squares_at_most(b"", spec, 4) == (0.0, 0.0)
