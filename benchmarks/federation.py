@@ -3,6 +3,7 @@
 from experiments.plan import Setting
 
 CLIENTS, ROUNDS = 20, 4
+FEDERATION = f"num-supernodes={CLIENTS} client-resources-num-cpus=1"
 SETTINGS: dict[str, Setting] = {
     "strategy": "prowd",
     "dataset": "fashion-mnist",

@@ -1,25 +1,25 @@
-"""Federated averaging of Float32 clients as Flower has it, with the training that prowd's do.
-
-``python -m benchmarks.plain_flower`` runs it in Flower's simulation and prints, as its last line,
-the seconds of each round, the first apart, as JSON.
-"""
+"""Federated averaging of Float32 clients as Flower has it, with the training that prowd's do."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
+from logging import INFO
 from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-from flwr.simulation import run_simulation
 from torch import nn
 
-from benchmarks.federation import CLIENTS, ROUNDS, SETTINGS
+from benchmarks.federation import CLIENTS, FEDERATION, ROUNDS, SETTINGS
 from quant import FLOAT_BITS
 from task.models import build_model
 from task.partition import client_images
@@ -28,6 +28,26 @@ from task.training import LocalTraining, train
 
 client = ClientApp()
 server = ServerApp()
+
+_PROJECT = Path(__file__).parents[1]
+_PACKAGES = ("benchmarks", "experiments", "quant", "task")
+_MARK = "seconds of rounds: "
+_PYPROJECT = """
+[project]
+name = "plain-flower"
+version = "1.0.0"
+description = "Plain FedAvg"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "prowd"
+fab-include = {includes}
+
+[tool.flwr.app.components]
+serverapp = "benchmarks.plain_flower:server"
+clientapp = "benchmarks.plain_flower:client"
+"""
 
 
 def network() -> nn.Module:
@@ -52,7 +72,7 @@ def on_train(message: Message, context: Context) -> Message:
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the rounds and print what each took."""
+    """Run the rounds and log what each took."""
     ends: list[float] = []
 
     def note(server_round: int, arrays: ArrayRecord) -> None:
@@ -62,24 +82,25 @@ def main(grid: Grid, context: Context) -> None:
     initial = ArrayRecord(network().state_dict())
     strategy.start(grid, initial, num_rounds=ROUNDS, evaluate_fn=note)
     seconds = [end - began for began, end in pairwise(ends[1:])]
-    print(json.dumps(seconds), flush=True)
+    log(INFO, "%s%s", _MARK, json.dumps(seconds))
 
 
 def seconds_of_rounds() -> list[float]:
-    """Run it in a process of its own, as Ray stays in one."""
-    command = [sys.executable, "-m", "benchmarks.plain_flower"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    if done.returncode or not lines:
-        raise RuntimeError(f"plain Flower failed: {done.stderr[-2000:]}")
-    return json.loads(lines[-1])
+    """Run it by `flwr run`, as prowd's rounds are, and return how long each took but the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_app(Path(folder))
+        flwr = shutil.which("flwr", path=str(Path(sys.executable).parent)) or "flwr"
+        command = [flwr, "run", folder, "--stream", "--federation-config", FEDERATION]
+        done = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(rf"{_MARK}(.*)", done.stdout)
+    if not found:
+        raise RuntimeError(f"plain Flower failed: {(done.stdout + done.stderr)[-2000:]}")
+    return json.loads(found[1])
 
 
-if __name__ == "__main__":
-    # By the name that Ray's processes import them by.
-    from benchmarks.plain_flower import client as client_app
-    from benchmarks.plain_flower import server as server_app
-
-    run_simulation(
-        server_app, client_app, CLIENTS, backend_config={"client_resources": {"num_cpus": 1}}
-    )
+def _write_app(folder: Path) -> None:
+    """Make an app of this file and what it imports."""
+    for package in _PACKAGES:
+        shutil.copytree(_PROJECT / package, folder / package)
+    includes = [f"{package}/**/*.py" for package in _PACKAGES]
+    (folder / "pyproject.toml").write_text(_PYPROJECT.format(includes=json.dumps(includes)))

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 
-from benchmarks.federation import ALL_FLOAT32, CLIENTS, SETTINGS
+from benchmarks.federation import ALL_FLOAT32, CLIENTS, FEDERATION, SETTINGS
 from benchmarks.grid import reporting_grid, run_round
 from benchmarks.measure import Figure, ratio, report, side_by_side
 from benchmarks.plain_flower import network, seconds_of_rounds
@@ -31,6 +31,7 @@ from task.training import LocalTraining, model_state, ready_to_evaluate, train
 
 _OVERHEAD, _AHEAD, _SHARE = 1.25, 1.0, 0.10
 _FINETUNE_EVERY = 5
+_IMAGES = 50_000
 _REPEATS = 3
 
 
@@ -42,15 +43,14 @@ def main() -> None:
     simulated = [entry.seconds["train"] for entry in rounds]
     figures = [ratio("training by flwr run against a bare loop", simulated, bare, _OVERHEAD)]
     figures.append(_against_plain_flower())
-    report("simulation", [*figures, *_shares(settings, median(simulated))])
+    report("simulation", [*figures, *_shares(settings)])
 
 
 def _simulated(settings: Mapping[str, Setting]) -> Sequence[Round]:
     """Rounds of a real run but for the first, in which workers load their data."""
-    federation = f"num-supernodes={CLIENTS} client-resources-num-cpus=1"
     with tempfile.TemporaryDirectory() as folder:
         run = PlannedRun("", "", 0, Path(folder) / "run", dict(settings))
-        if reason := execute(run, federation, threading.Event()):
+        if reason := execute(run, FEDERATION, threading.Event()):
             raise RuntimeError(reason)
         return read_record(run.folder, weights=False).rounds[1:]
 
@@ -71,10 +71,32 @@ def _images_of(settings: Settings, partition: int) -> Images:
 
 
 def _train_client(settings: Settings, partition: int) -> None:
+    _train_on(_images_of(settings, partition), settings, partition)
+
+
+def _train_on(images: Images, settings: Settings, partition: int) -> None:
     torch.set_num_threads(settings.client_threads)
     bits = 4 if partition < CLIENTS // 2 else FLOAT_BITS
     config = LocalTraining.of(settings, bits, 1, 0.0)
-    train(network(), _images_of(settings, partition), config, seed=0)
+    train(network(), images, config, seed=0)
+
+
+def _whole_round(settings: Settings) -> float:
+    """Seconds of a round's training without Flower: that of a client of each width, for all."""
+    cores = len(os.sched_getaffinity(0))
+    low, high = 0, CLIENTS - 1
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        pool.starmap(_images_of, [(settings, i) for i in range(cores)], chunksize=1)
+        # As many at a time as cores, as in a round.
+        each = pool.starmap(_seconds_of_client, [(settings, i) for i in (low, high)] * cores)
+    return CLIENTS / cores * fmean(each)
+
+
+def _seconds_of_client(settings: Settings, partition: int) -> float:
+    images = _images_of(settings, partition)
+    began = time.perf_counter()
+    _train_on(images, settings, partition)
+    return time.perf_counter() - began
 
 
 def _against_plain_flower() -> Figure:
@@ -84,8 +106,9 @@ def _against_plain_flower() -> Figure:
     return ratio(label, ours, seconds_of_rounds(), _AHEAD)
 
 
-def _shares(settings: Settings, trained: float) -> list[Figure]:
-    """What ProWD adds to a round, in shares of its training."""
+def _shares(settings: Settings) -> list[Figure]:
+    """What ProWD adds to a round, in shares of its training on as many images as CIFAR-10 has."""
+    trained = _whole_round(settings.model_copy(update={"samples_per_client": _IMAGES // CLIENTS}))
     torch.set_num_threads(settings.server_threads)
     plain = _server_seconds(FedAvg)
     added = _server_seconds(lambda: _prepared().strategy) - plain
