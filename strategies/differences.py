@@ -11,22 +11,24 @@ from strategies.averaging import mean_of
 from strategies.base import MixedPrecisionStrategy
 from strategies.replies import ClientUpdate
 from strategies.states import State, is_finite
-from task.options import Options
+from task.options import Allowed, Options
 from task.protocol import Declaration, Instruction, Report
+
+_WIDTH_OR_NONE = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"
 
 
 class DifferenceOptions(Options):
     """Settings of the strategies that send quantized differences (`fedpaq-bits`, ...)."""
 
-    bits: int = Field(
-        0, description="Target bits of a difference, 2 to 16 or 32; 0: each client's own width."
+    bits: Annotated[int, Allowed(_WIDTH_OR_NONE)] = Field(
+        0, description="Target bits of a difference; 0: each client's own width."
     )
 
     @field_validator("bits")
     @classmethod
     def _bits_exist(cls, value: int) -> int:
         if value not in (0, FLOAT_BITS) and not MIN_BITS <= value <= MAX_BITS:
-            raise ValueError(f"allowed are 0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}")
+            raise ValueError(f"allowed are {_WIDTH_OR_NONE}")
         return value
 
 

@@ -6,9 +6,12 @@ from pydantic import Field, field_validator, model_validator
 
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
 from task.errors import SettingsError
-from task.options import Options
+from task.options import Allowed, Options
 
 Share = Annotated[float, Field(ge=0, le=1)]
+_LADDER = (
+    f"auto, or rising widths of {MIN_BITS} to {MAX_BITS} and then {FLOAT_BITS}, as in 4,8,16,32"
+)
 
 
 class ProWDOptions(Options):
@@ -24,8 +27,8 @@ class ProWDOptions(Options):
         description="What a low-bit client's movement is measured from: the quantized model that "
         "it started from, or the float32 global model.",
     )
-    ladder: str = Field(
-        "auto", description="Rungs of the dequantizer, as in 4,8,16,32; auto: from the widths."
+    ladder: Annotated[str, Allowed(_LADDER)] = Field(
+        "auto", description="Rungs of the dequantizer; auto: from the widths."
     )
     dequantize: Literal["group", "client"] = Field(
         "group", description="Lift the mean of a group, or each client's weights."
@@ -108,8 +111,5 @@ def parse_ladder(text: str) -> tuple[int, ...]:
         FLOAT_BITS,
     )
     if not valid or list(ladder) != sorted(set(ladder)):
-        raise ValueError(
-            f"a ladder is auto, or rising widths of {MIN_BITS} to {MAX_BITS} and then "
-            f"{FLOAT_BITS}, as in 4,8,16,32"
-        )
+        raise ValueError(f"a ladder is {_LADDER}")
     return ladder
