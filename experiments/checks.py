@@ -7,12 +7,12 @@ from experiments.records import read_record
 from experiments.runs import PlannedRun, unique
 from task.errors import SettingsError
 
-# Where a record lies, and what computed it.
-_NOT_COMPARED = frozenset({"output-dir", "run-name", "resume", "server-device"})
+# How long a run is, and in which rounds it is looked at, tells runs apart here.
+_COMPARED_THOUGH = frozenset({"num-server-rounds", "evaluate-every"})
 
 
 def check_runs(runs: Sequence[PlannedRun]) -> None:
-    """Refuse settings that no run can have, and records that were made under others.
+    """Refuse settings that no run can have, and completed runs that were made under others.
 
     Parameters
     ----------
@@ -43,8 +43,11 @@ def _check_folder(data_dir: str) -> None:
 
 
 def _refuse_others(folder: Path, planned: Mapping[str, object]) -> None:
+    from server_app.checkpoint import MAY_DIFFER
+
     made = read_record(folder, weights=False).settings
-    for key in planned.keys() & made.keys() - _NOT_COMPARED:
+    skipped = MAY_DIFFER - _COMPARED_THOUGH | {"server-device"}
+    for key in planned.keys() & made.keys() - skipped:
         if planned[key] != made[key]:
             raise SettingsError(
                 f"{folder} was run with {key} = {made[key]!r}, and not {planned[key]!r}; give "

@@ -2,7 +2,10 @@
 
 import argparse
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from experiments.compare import Choice, Comparison
@@ -52,13 +55,17 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         print(f"prowd: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prowd: interrupted", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _compare(given: argparse.Namespace) -> int:
     output_dir = given.output_dir or Path("~/prowd-runs") / given.file.stem
     choice = Choice(given.sets, given.seeds, given.scenarios, given.systems, given.federation)
     comparison = Comparison.read(given.file, choice, output_dir.expanduser().resolve())
-    outcome = comparison.run(given.jobs)
+    with _ended_as_by_ctrl_c():
+        outcome = comparison.run(given.jobs)
     comparison.write()
     for run, reason in outcome.failures.items():
         print(f"failed: {run}: {reason}", file=sys.stderr)
@@ -66,6 +73,18 @@ def _compare(given: argparse.Namespace) -> int:
         print("prowd: interrupted; the same command runs what is left", file=sys.stderr)
         return _INTERRUPTED
     return 1 if outcome.failures else 0
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let a closed terminal, and `kill`, stop the runs too."""
+    kinds = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(kind, signal.default_int_handler) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
 
 
 def _publish(given: argparse.Namespace) -> int:

@@ -109,14 +109,17 @@ class Comparison:
         try:
             print_page(page, self.experiment.title, list(records.values()), named)
         except SettingsError as error:  # The runs are not in vain: the table is there.
-            print(f"prowd: {page} is not written: {error}", file=sys.stderr)
+            print(f"prowd: there is no page: {error}", file=sys.stderr)
 
     def _write_table(self, results: list[dict]) -> None:
         if not results:
             return
         text, path = to_markdown(self.experiment.title, results), self.output_dir / "table.md"
-        path.write_text(text)
-        path.with_suffix(".json").write_text(to_json(self.experiment.title, results))
+        try:
+            path.write_text(text)
+            path.with_suffix(".json").write_text(to_json(self.experiment.title, results))
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be written: {error.strerror}") from None
         print(f"\n{text}\n{path}")
 
 

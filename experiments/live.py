@@ -61,7 +61,6 @@ def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> Ou
         All runs.
     jobs : int
         Runs at a time.
-
     """
     waiting, all_runs = pending(runs), unique(runs)
     print(f"{experiment.title}: {len(all_runs) - len(waiting)} of {len(all_runs)} runs are done")
@@ -78,7 +77,10 @@ def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> Ou
         name = f"[{number}/{len(waiting)}] {run.folder.name}"
         say(f"{name} ...")
         watch.begin(run)
-        reason = execute(run, experiment.federation, stop)
+        try:
+            reason = execute(run, experiment.federation, stop)
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}"
         if reason and reason != INTERRUPTED:
             failures[run.folder.name] = reason
         say(f"{name}: {ended(watch.end(run, reason))}")
@@ -89,9 +91,12 @@ def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> Ou
         try:
             for one in going:
                 one.result()
-        except KeyboardInterrupt:
+        except BaseException as error:
             stop.set()
+            say("stopping ...")
             pool.shutdown(cancel_futures=True)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
     return Outcome(failures, interrupted=stop.is_set())
 
 

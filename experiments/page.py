@@ -41,5 +41,5 @@ def print_page(
     try:
         write_page(path, title, records, named)
     except OSError as error:
-        raise SettingsError(f"--output: {path} cannot be written: {error.strerror}") from None
+        raise SettingsError(f"{path} cannot be written: {error.strerror}") from None
     print(path)

@@ -73,7 +73,7 @@ def refuse_own(settings: Iterable[str]) -> None:
         If there is one.
     """
     if taken := sorted({"seed", "output-dir", "run-name", "resume"}.intersection(settings)):
-        raise ValueError(f"{taken[0]} is set by prowd compare")
+        raise ValueError(f"{taken[0]} is left to prowd compare")
 
 
 def read_experiment(path: Path) -> Experiment:

@@ -74,7 +74,9 @@ class Watch:
         self._lock = threading.Lock()
         self._progress = {run.folder: _read(run, State.DONE) for run in runs}
         for run in waiting:
-            self._progress[run.folder] = Progress(run.folder.name, State.WAITING)
+            self._progress[run.folder] = Progress(
+                run.folder.name, State.WAITING, num_rounds=_asked(run)
+            )
         self._running: dict[Path, PlannedRun] = {}
         self._began: dict[Path, float] = {}
 
@@ -126,11 +128,15 @@ def seconds_left(runs: Sequence[Progress], jobs: int) -> float | None:
     return max([sum(lefts) / jobs, *lefts], default=0.0)
 
 
+def _asked(run: PlannedRun) -> int:
+    """Return for how many rounds a run is asked; 0 if that is left to the default."""
+    asked = run.settings.get("num-server-rounds")
+    return asked if isinstance(asked, int) else 0
+
+
 def _read(run: PlannedRun, state: State, reason: str = "") -> Progress:
     record = read_record(run.folder, weights=False)
-    # What is no number is refused by the run itself.
-    asked = run.settings.get("num-server-rounds")
-    num_rounds = asked if isinstance(asked, int) else record.num_rounds
+    num_rounds = _asked(run) or record.num_rounds
     known = Progress(run.folder.name, state, reason, num_rounds=num_rounds)
     return replace(
         known,

@@ -14,7 +14,7 @@ def publish(output_dir: Path, docs: Path) -> list[Path]:
     """Put the results of a finished comparison into the documentation.
 
     What was published under the same title before stays, unless it was run again: so seeds can be
-    run one after the other, and on several machines.
+    run one after the other, and on several machines. Without its summary, all begins anew.
 
     Parameters
     ----------
@@ -32,7 +32,8 @@ def publish(output_dir: Path, docs: Path) -> list[Path]:
     Raises
     ------
     SettingsError
-        If there is no table, or results.md has no place for it.
+        If there is no table, results.md has no place for it, or what was published was evaluated
+        in other rounds.
     """
     from experiments.figures import draw  # matplotlib is an extra
 
@@ -48,6 +49,8 @@ def publish(output_dir: Path, docs: Path) -> list[Path]:
     title, results = _read(source)
     if summary.is_file():
         results = _together(*_read(summary), title, results)
+    if len({tuple(point["round"] for point in result["curve"]) for result in results}) > 1:
+        raise SettingsError(f"{source}: evaluated in other rounds than what is in {summary}")
     summary.write_text(to_json(title, results))
     page.write_text(re.sub(block(name), lambda _: tables(summary), text, flags=re.DOTALL))
     written = [summary, page]

@@ -1,4 +1,4 @@
-"""Runs of an experiment through `flwr run`, one after the other, resumable run by run."""
+"""Runs of an experiment through `flwr run`, resumable run by run."""
 
 import json
 import re
@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,10 @@ def execute(run: PlannedRun, federation: str, stop: threading.Event) -> str:
     """Run one through `flwr run` and return why it failed, empty if it completed.
 
     What an earlier, broken attempt left is moved aside, not deleted. Once `stop` is set, the run
-    is stopped.
+    is stopped, as it is if waiting for it is.
     """
+    if stop.is_set():
+        return INTERRUPTED
     if not (PROJECT / "pyproject.toml").is_file():
         raise SettingsError(f"{PROJECT} is no checkout of prowd; install it with pip install -e .")
     if run.folder.exists():
@@ -97,10 +100,13 @@ def execute(run: PlannedRun, federation: str, stop: threading.Event) -> str:
             command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         ) as process,
     ):
-        while process.poll() is None:
-            if stop.wait(_SECONDS_BETWEEN_LOOKS):
-                _stop(process, flwr, log)
-                return INTERRUPTED
+        try:
+            while process.poll() is None:
+                if stop.wait(_SECONDS_BETWEEN_LOOKS):
+                    return _stop(process, flwr, log, run.folder)
+        except BaseException:
+            _stop(process, flwr, log, run.folder)
+            raise
     if run.completed:
         return ""
     # flwr's exit code is 0 for a failed run too; the run's own record knows.
@@ -120,14 +126,37 @@ def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return [run for run in unique(runs) if not run.completed]
 
 
-def _stop(process: subprocess.Popen, flwr: str, log: Path) -> None:
-    """End a run: where `flwr run` alone is ended, it goes on."""
-    started = re.search(r"started run (\d+)", log.read_text(errors="replace"))
-    if started:
-        command = [flwr, "stop", started[1]]
+def _stop(process: subprocess.Popen, flwr: str, log: Path, folder: Path) -> str:
+    """End a run, which goes on where `flwr run` alone is ended; return how that went."""
+    pattern = r"started run (\d+)"
+    _wait_until(lambda: process.poll() is not None or bool(_found(pattern, log)))
+    run_id = _found(pattern, log)
+    stopped = not run_id
+    if run_id:
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, capture_output=True, check=False, timeout=_SECONDS_TO_STOP)
+            done = subprocess.run(
+                [flwr, "stop", run_id], capture_output=True, check=False, timeout=_SECONDS_TO_STOP
+            )
+            stopped = done.returncode == 0
     process.terminate()
+    # So that the same run can begin anew at once.
+    if stopped and _wait_until(lambda: not folder.exists() or not _is_written(folder)):
+        return INTERRUPTED
+    return f"{INTERRUPTED}, and may still run: flwr stop {run_id}"
+
+
+def _found(pattern: str, log: Path) -> str:
+    found = re.search(pattern, log.read_text(errors="replace"))
+    return found[1] if found else ""
+
+
+def _wait_until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + _SECONDS_TO_STOP
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return True
 
 
 def _last_line(log: Path) -> str:

@@ -28,13 +28,13 @@ def squares_at_most(data: bytes, spec: UpdateSpec, bits: int) -> tuple[float, fl
     if len(data) < fixed_size(layout):
         return 0.0, 0.0
     scales, floats, _ = parts_of(data, layout)
-    starts, is_statistic = layout.runs_of_floats
+    starts, of_statistics = layout.kinds_of_floats
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.square(scales, dtype=np.float64) @ layout.codes_per_scale
         parameters = squares * largest_code(bits) ** 2 if layout.quantized else 0.0
         statistics = 0.0
         if starts.size:
             sums = np.add.reduceat(np.square(floats), starts, dtype=np.float64)
-            statistics = sums[is_statistic].sum()
-            parameters += sums[~is_statistic].sum()
+            statistics = sums[of_statistics].sum()
+            parameters += sums[~of_statistics].sum()
     return float(parameters), float(statistics)

@@ -83,13 +83,13 @@ class Layout:
         return np.repeat(lengths, [count for _, count in self.channels])
 
     @cached_property
-    def runs_of_floats(self) -> tuple[np.ndarray, np.ndarray]:
+    def kinds_of_floats(self) -> tuple[np.ndarray, np.ndarray]:
         """Where parameters and BatchNorm's statistics take turns among the floats.
 
         Returns
         -------
         tuple of ndarray
-            Where each run begins, and whether it is one of statistics.
+            Where each stretch of one kind begins, and whether it is one of statistics.
         """
         kinds = np.array([is_statistic(name) for name in self.floats], bool)
         kinds = np.repeat(kinds, self.float_counts)

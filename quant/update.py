@@ -92,6 +92,10 @@ class UpdateSpec:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple:
+        # Texts have other hashes in other processes.
+        return type(self), (self.shapes,)
+
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> "UpdateSpec":
         """Take the specification from a state dict, integer tensors (step counters) left out."""

@@ -47,8 +47,8 @@ def made(tmp_path):
         (["--set", "no-such = 1"], "half-A-seed0: no-such: there is no such setting"),
         (["--set", "batch-size = 0"], "half-A-seed0: batch-size: 0 is not allowed"),
         (["--set", "data-dir = '/path/to/images'"], "there is no folder /path/to/images"),
-        (["--set", "seed = 5"], "--set: seed is set by prowd compare"),
-        (["--set", "run-name = 'x'"], "--set: run-name is set by prowd compare"),
+        (["--set", "seed = 5"], "--set: seed is left to prowd compare"),
+        (["--set", "run-name = 'x'"], "--set: run-name is left to prowd compare"),
         (["--set", "momentum = 2020-01-01"], "--set: momentum is a text, a number"),
         (["--set", "momentum"], "--set: write it as"),
         (["--seeds", "0,0"], "--seeds: 0,0 names a seed twice"),
@@ -87,6 +87,13 @@ def test_no_run_at_a_time_is_refused(compare, capsys):
 def test_a_run_under_other_settings_is_not_taken_for_one_of_these(compare, made):
     code, said, _ = compare()
     assert (code, said.splitlines()[0]) == (0, "Small: 1 of 1 runs are done")
+    # What changes no number may change.
+    elsewhere = str(made.parent)
+    code, said, _ = compare("--set", "node-wait = 5.0", "--set", f"data-dir = '{elsewhere}'")
+    assert (code, said.splitlines()[0]) == (0, "Small: 1 of 1 runs are done")
+    code, said, complained = compare("--set", "num-server-rounds = 5")
+    assert (code, said) == (2, "")
+    assert "was run with num-server-rounds = 4, and not 5" in complained
     code, said, complained = compare("--set", "learning-rate = 0.25")
     assert (code, said) == (2, "")
     settings = json.loads((made / "config.json").read_text())["settings"]

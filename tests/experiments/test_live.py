@@ -1,5 +1,6 @@
 """A comparison as it goes on: where runs stand, how long they take, in a terminal and in none."""
 
+import errno
 import io
 import os
 import pty
@@ -17,7 +18,7 @@ from experiments import live
 from experiments.live import Outcome, fitting_table, make_table, run_all
 from experiments.plan import Experiment
 from experiments.progress import Progress, State, Watch, seconds_left
-from experiments.runs import planned_runs
+from experiments.runs import INTERRUPTED, planned_runs
 from server_app.record import RunRecord
 
 EXPERIMENT = Experiment(
@@ -149,6 +150,35 @@ def test_without_a_terminal_there_are_plain_lines(runs, capsys, monkeypatch):
         "[2/2] half-B-seed0 ...",
         f"[2/2] half-B-seed0: failed: {FAILED}",
     ]
+
+
+def test_a_run_that_cannot_be_written_fails_and_the_others_go_on(runs, monkeypatch):
+    def full_disk(run, federation, stop):
+        raise OSError(errno.ENOSPC, "No space left on device", "/a/log")
+
+    monkeypatch.setattr(live, "execute", full_disk)
+    reasons = {run.folder.name: "/a/log: No space left on device" for run in runs}
+    assert run_all(EXPERIMENT, runs, 1) == Outcome(reasons, interrupted=False)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_ends_one_run_otherwise_stops_all(runs, monkeypatch, error):
+    """Two at a time: the first raises, the second is told to stop."""
+    told = []
+
+    def fail_or_wait(run, federation, stop):
+        if run.system == "A":
+            raise error
+        told.append(stop.wait(10))
+        return INTERRUPTED
+
+    monkeypatch.setattr(live, "execute", fail_or_wait)
+    if error is KeyboardInterrupt:
+        assert run_all(EXPERIMENT, runs, 2) == Outcome({}, interrupted=True)
+    else:
+        with pytest.raises(error):
+            run_all(EXPERIMENT, runs, 2)
+    assert told == [True]
 
 
 def test_in_a_terminal_a_table_lives(runs, monkeypatch):

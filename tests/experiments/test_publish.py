@@ -109,6 +109,13 @@ def test_other_seeds_join_those_that_are_published(comparison):
     ]
 
 
+def test_what_was_evaluated_in_other_rounds_does_not_join(comparison):
+    longer = result("ProWD", 2, 0.79, 1)
+    longer["curve"].append({"round": 5, "uplink_bytes": 5, "accuracy": 0.8})
+    with pytest.raises(SettingsError, match="evaluated in other rounds than"):
+        publish_also(comparison, "T", [longer])
+
+
 def test_what_has_another_title_takes_the_place(comparison):
     more = [result("ProWD", 2, 0.79, 1)]
     assert publish_also(comparison, "Another", more) == more

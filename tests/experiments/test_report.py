@@ -136,7 +136,7 @@ def test_the_command_writes_beside_the_runs_or_where_it_is_told(runs, tmp_path, 
     ("arguments", "reason"),
     [
         (["nowhere"], "nowhere: there is no such folder"),
-        (["{run}", "--output", "/nowhere/page.html"], "--output: /nowhere/page.html cannot be"),
+        (["{run}", "--output", "/nowhere/page.html"], "/nowhere/page.html cannot be"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(runs, capsys, arguments, reason):

@@ -1,3 +1,4 @@
+import pickle
 import random
 import struct
 from dataclasses import replace
@@ -473,3 +474,10 @@ def test_a_large_model_takes_its_share_of_the_bytes():
         data = encode_update(sent)
         assert len(data) == payload_size(spec, bits)
         same_bits(decode_update(data, spec, bits).dequantize(), sent.dequantize())
+
+
+def test_the_hash_of_a_specification_stays_in_its_process():
+    """Hashes of texts differ between processes."""
+    hash(SPEC)
+    assert pickle.dumps(SPEC) == pickle.dumps(UpdateSpec(SPEC.shapes))
+    assert pickle.loads(pickle.dumps(SPEC)) == SPEC
