@@ -164,9 +164,10 @@ def test_a_run_that_cannot_be_written_fails_and_the_others_go_on(runs, monkeypat
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_what_ends_one_run_otherwise_stops_all(runs, monkeypatch, error):
     """Two at a time: the first raises, the second is told to stop."""
-    told = []
+    both_run, told = threading.Barrier(2), []
 
     def fail_or_wait(run, federation, stop):
+        both_run.wait(10)
         if run.system == "A":
             raise error
         told.append(stop.wait(10))
