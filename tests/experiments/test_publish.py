@@ -56,11 +56,13 @@ def test_tables_in_the_documentation_are_those_of_the_summaries(summary):
 def test_the_table_in_the_readme_is_that_of_the_summaries():
     chapter = (DOCS.parent / "README.md").read_text().split("## Measured\n")[1].split("\n## ")[0]
     lines = [line.replace("*", "") for line in chapter.splitlines() if line.startswith("|")]
+    assert "mean of three seeds" in " ".join(chapter.split())
     (_, *columns), _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
     for number, column in enumerate(columns, start=1):
         name, mix = column.lower().split(", ")
         results = json.loads((DOCS / "results" / f"{name}.json").read_text())["results"]
         table = make_table(r for r in results if r["scenario"] == mix.replace("/", "-"))
+        assert {row["seeds"] for row in table} == {3}
         averaged = {row["system"]: row["accuracy"]["average"]["mean"] for row in table}
         shown = {row[0].replace("all ", "all-"): row[number] for row in rows}
         assert shown == {system: f"{100 * value:.2f}" for system, value in averaged.items()}
