@@ -87,7 +87,14 @@ class Flower:
         command += ["--output-dir", str(output_dir)]
         pipe = subprocess.PIPE
         return subprocess.Popen(
-            command, env=self.env, cwd=PROJECT, stdout=pipe, stderr=pipe, text=True
+            command,
+            env=self.env,
+            cwd=PROJECT,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            # A shell's background job, as CI may be, hands on that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def status(self, run_id: str) -> str:

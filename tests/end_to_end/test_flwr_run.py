@@ -151,7 +151,7 @@ def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
     rounds = out / "half-A-seed3" / "rounds.jsonl"
     wait_until(lambda: rounds.is_file() and rounds.read_text().count("\n") > 1, 120, "rounds")
     compare.send_signal(signal.SIGINT)
-    said, complained = compare.communicate(timeout=120)
+    said, complained = compare.communicate(timeout=240)
     assert compare.returncode == 130
     assert "half-A-seed3: failed: interrupted\n" in said
     assert "stopping ..." in said
