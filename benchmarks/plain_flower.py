@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -20,6 +19,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from benchmarks.federation import CLIENTS, FEDERATION, ROUNDS, SETTINGS
+from experiments.runs import PROJECT, flwr_program
 from quant import FLOAT_BITS
 from task.models import build_model
 from task.partition import client_images
@@ -29,7 +29,6 @@ from task.training import LocalTraining, train
 client = ClientApp()
 server = ServerApp()
 
-_PROJECT = Path(__file__).parents[1]
 _PACKAGES = ("benchmarks", "experiments", "quant", "task")
 _MARK = "seconds of rounds: "
 _PYPROJECT = """
@@ -89,8 +88,7 @@ def seconds_of_rounds() -> list[float]:
     """Run it by `flwr run`, as prowd's rounds are, and return how long each took but the first."""
     with tempfile.TemporaryDirectory() as folder:
         _write_app(Path(folder))
-        flwr = shutil.which("flwr", path=str(Path(sys.executable).parent)) or "flwr"
-        command = [flwr, "run", folder, "--stream", "--federation-config", FEDERATION]
+        command = [flwr_program(), "run", folder, "--stream", "--federation-config", FEDERATION]
         done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(rf"{_MARK}(.*)", done.stdout)
     if not found:
@@ -101,6 +99,6 @@ def seconds_of_rounds() -> list[float]:
 def _write_app(folder: Path) -> None:
     """Make an app of this file and what it imports."""
     for package in _PACKAGES:
-        shutil.copytree(_PROJECT / package, folder / package)
+        shutil.copytree(PROJECT / package, folder / package)
     includes = [f"{package}/**/*.py" for package in _PACKAGES]
     (folder / "pyproject.toml").write_text(_PYPROJECT.format(includes=json.dumps(includes)))

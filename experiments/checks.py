@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments.records import read_record
+from experiments.records import read_config
 from experiments.runs import PlannedRun, unique
 from task.errors import SettingsError
 
@@ -45,7 +45,7 @@ def _check_folder(data_dir: str) -> None:
 def _refuse_others(folder: Path, planned: Mapping[str, object]) -> None:
     from server_app.checkpoint import MAY_DIFFER
 
-    made = read_record(folder, weights=False).settings
+    made = read_config(folder).settings
     skipped = MAY_DIFFER - _COMPARED_THOUGH | {"server-device"}
     for key in planned.keys() & made.keys() - skipped:
         if planned[key] != made[key]:

@@ -103,9 +103,8 @@ class Comparison:
             if run.completed
         ]
         self._write_table([result for result in found if result])
-        page, named = self.output_dir / "report.html", []
-        for run in runs:
-            named.append((run.scenario, run.system, records[run.folder]))
+        named = [(run.scenario, run.system, records[run.folder]) for run in runs]
+        page = self.output_dir / "report.html"
         try:
             print_page(page, self.experiment.title, list(records.values()), named)
         except SettingsError as error:  # The runs are not in vain: the table is there.

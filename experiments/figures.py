@@ -6,10 +6,11 @@ from statistics import mean
 from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.curves import MeanPoint, mean_points, rises
+from experiments.curves import mean_points, rises
+from experiments.report.charts import line_style, plot_mean
+from experiments.report.ticks import tick_powers, tick_rounds
 from experiments.table import by_system
 
 _OURS = "ProWD"
@@ -37,9 +38,6 @@ def draw(scenario: str, results: Sequence[dict], path: Path) -> None:
     path : Path
         SVG file that is written.
     """
-    # Here, because the report draws with `plot_mean`.
-    from experiments.report.ticks import tick_powers, tick_rounds
-
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)
     systems = by_system(result for result in results if result["scenario"] == scenario)
@@ -72,9 +70,6 @@ def _styles(results: Sequence[dict]) -> dict[str, dict[str, Any]]:
 
     Those that have no place here come after those that have one, in the order of their names.
     """
-    # Here, because the report draws with `plot_mean`.
-    from experiments.report.charts import line_style
-
     others = sorted(by_system(results).keys() - set(_NAMES))
     styles = {}
     for number, system in enumerate((*_NAMES, *others)):
@@ -91,15 +86,3 @@ def _styles(results: Sequence[dict]) -> dict[str, dict[str, Any]]:
 
 def _percent(curve: list[dict]) -> list[dict]:
     return [{**point, "accuracy": 100 * point["accuracy"]} for point in curve]
-
-
-def plot_mean(axes: Axes, points: Sequence[MeanPoint], style: dict, x_unit: float = 1) -> None:
-    """Draw means as a line and the spread around them as a band of its color."""
-    x = [point.x / x_unit for point in points]
-    axes.plot(x, [point.mean for point in points], **style)
-    low, high = (
-        [p.mean + sign * p.spread if p.spread is not None else p.mean for p in points]
-        for sign in (-1, 1)
-    )
-    if low != high:
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)

@@ -177,6 +177,11 @@ class Record:
         return asked if isinstance(asked, int) else 0
 
 
+def read_config(folder: Path) -> Config:
+    """Read what a run was set to; it is empty if that cannot be told."""
+    return _read_file(folder / "config.json", Config, [])
+
+
 def read_summary(folder: Path) -> Summary:
     """Read how a run ended; its status is empty if that cannot be told."""
     return _read_file(folder / "summary.json", Summary, [])

@@ -88,7 +88,7 @@ def execute(run: PlannedRun, federation: str, stop: threading.Event) -> str:
         _move_aside(run.folder)
     settings = {**run.settings, "output-dir": str(run.folder.parent), "run-name": run.folder.name}
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-    flwr = shutil.which("flwr", path=str(Path(sys.executable).parent)) or "flwr"
+    flwr = flwr_program()
     command = [flwr, "run", str(PROJECT), "--stream", "--run-config", config]
     command += ["--federation-config", federation] if federation else []
     run.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +111,11 @@ def execute(run: PlannedRun, federation: str, stop: threading.Event) -> str:
         return ""
     # flwr's exit code is 0 for a failed run too; the run's own record knows.
     return read_summary(run.folder).reason or f"{_last_line(log)} ({log})"
+
+
+def flwr_program() -> str:
+    """Return the `flwr` beside this Python, or else the one on the PATH."""
+    return shutil.which("flwr", path=str(Path(sys.executable).parent)) or "flwr"
 
 
 def unique(runs: Sequence[PlannedRun]) -> list[PlannedRun]:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from experiments.curves import MeanPoint
 from task.protocol import plain
 
 # Points. The page shows a figure at least as many pixels wide, so that a point is a pixel or more.
@@ -210,3 +211,15 @@ def described(values: Mapping[str, float], unit: str = "") -> str:
 def number(value: float) -> str:
     """Return a number with four digits at most."""
     return "unknown" if math.isnan(value) else f"{value:.4g}"
+
+
+def plot_mean(axes: Axes, points: Sequence[MeanPoint], style: dict, x_unit: float = 1) -> None:
+    """Draw means as a line and the spread around them as a band of its color."""
+    x = [point.x / x_unit for point in points]
+    axes.plot(x, [point.mean for point in points], **style)
+    low, high = (
+        [p.mean + sign * p.spread if p.spread is not None else p.mean for p in points]
+        for sign in (-1, 1)
+    )
+    if low != high:
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)

@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from experiments.curves import MeanPoint, curve, mean_points, rises
-from experiments.figures import plot_mean
 from experiments.report import charts
 from experiments.report.series import Scenario, Series
 from experiments.report.ticks import tick_powers, tick_rounds
@@ -61,7 +60,9 @@ def line_figure(
     axes = drawn.subplots()
     for series, points in lines.items():
         few = max(1, len(points) // 12)
-        plot_mean(axes, points, {**charts.line_style(series.style), "markevery": few}, x_unit)
+        charts.plot_mean(
+            axes, points, {**charts.line_style(series.style), "markevery": few}, x_unit
+        )
     axes.set(xlabel=x_label, ylabel=y_label)
     if log:
         tick_powers(axes)

@@ -10,6 +10,20 @@ from server_app.record import locked
 
 TWO_AT_ONCE = "num-supernodes=4 client-resources-num-cpus=1"
 ONE_AT_A_TIME = "num-supernodes=4 client-resources-num-cpus=2"
+PLAN = """
+title = "{title}"
+seeds = [3]
+federation = "num-supernodes=2"
+[settings]
+model = "cnn"
+num-server-rounds = {rounds}
+samples-per-client = 64
+[scenarios.half]
+[systems.A]
+strategy = "fedavg"
+[systems.B]
+strategy = "fedprox"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -90,24 +104,8 @@ def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
     """Two systems; the second call finds one of them done and runs the other alone."""
     (empty := tmp_path / "empty").mkdir()
     plan = tmp_path / "small.toml"
-    plan.write_text(
-        """
-        title = "Small"
-        seeds = [3]
-        federation = "num-supernodes=2"
-        [settings]
-        model = "cnn"
-        num-server-rounds = 1
-        samples-per-client = 64
-        [scenarios.half]
-        [systems.A]
-        strategy = "fedavg"
-        [systems.B]
-        strategy = "fedprox"
-        dataset = "image-folder"
-        data-dir = "EMPTY"
-        """.replace("EMPTY", str(empty))
-    )
+    data = f'dataset = "image-folder"\ndata-dir = "{empty}"'
+    plan.write_text(PLAN.format(title="Small", rounds=1) + data)
     first = flower.compare(plan, tmp_path / "out")
     assert first.returncode == 1
     assert "failed: half-B-seed3: data-dir: " in first.stderr
@@ -131,22 +129,7 @@ def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
 def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
     """In Flower too, where a run goes on when `flwr run` alone is ended."""
     plan, out = tmp_path / "long.toml", tmp_path / "out"
-    plan.write_text(
-        """
-        title = "Long"
-        seeds = [3]
-        federation = "num-supernodes=2"
-        [settings]
-        model = "cnn"
-        num-server-rounds = 10000
-        samples-per-client = 64
-        [scenarios.half]
-        [systems.A]
-        strategy = "fedavg"
-        [systems.B]
-        strategy = "fedprox"
-        """
-    )
+    plan.write_text(PLAN.format(title="Long", rounds=10_000))
     compare = flower.start_compare(plan, out)
     rounds = out / "half-A-seed3" / "rounds.jsonl"
     wait_until(lambda: rounds.is_file() and rounds.read_text().count("\n") > 1, 120, "rounds")
