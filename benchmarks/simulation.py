@@ -50,7 +50,7 @@ def _simulated(settings: Mapping[str, Setting]) -> Sequence[Round]:
     """Rounds of a real run but for the first, in which workers load their data."""
     with tempfile.TemporaryDirectory() as folder:
         run = PlannedRun("", "", 0, Path(folder) / "run", dict(settings))
-        if reason := execute(run, FEDERATION, threading.Event()):
+        if reason := execute(run, FEDERATION, threading.Event(), threading.Lock()):
             raise RuntimeError(reason)
         return read_record(run.folder, weights=False).rounds[1:]
 

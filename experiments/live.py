@@ -67,7 +67,7 @@ def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> Ou
     watch = Watch(all_runs, waiting)
     terminal = is_terminal() and bool(waiting)
     failures: dict[str, str] = {}
-    stop = threading.Event()
+    stop, starting = threading.Event(), threading.Lock()
 
     def say(line: str) -> None:
         if not terminal:
@@ -78,7 +78,7 @@ def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> Ou
         say(f"{name} ...")
         watch.begin(run)
         try:
-            reason = execute(run, experiment.federation, stop)
+            reason = execute(run, experiment.federation, stop, starting)
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}"
         if reason and reason != INTERRUPTED:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,14 +72,15 @@ def planned_runs(
     return runs
 
 
-def execute(run: PlannedRun, federation: str, stop: threading.Event) -> str:
+def execute(
+    run: PlannedRun, federation: str, stop: threading.Event, starting: threading.Lock
+) -> str:
     """Run one through `flwr run` and return why it failed, empty if it completed.
 
     What an earlier, broken attempt left is moved aside, not deleted. Once `stop` is set, the run
-    is stopped, as it is if waiting for it is.
+    is stopped, as it is if waiting for it is. `starting` is held until Flower has taken the run:
+    the first one starts the local SuperLink, and a second one beside it would try that too.
     """
-    if stop.is_set():
-        return INTERRUPTED
     if not (PROJECT / "pyproject.toml").is_file():
         raise SettingsError(f"{PROJECT} is no checkout of prowd; install it with pip install -e .")
     if run.folder.exists():
@@ -93,20 +94,23 @@ def execute(run: PlannedRun, federation: str, stop: threading.Event) -> str:
     command += ["--federation-config", federation] if federation else []
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.parent / f"{run.folder.name}.log"
-    # In a session of its own, so that Ctrl-C does not end it before its run is stopped.
-    with (
-        open(log, "w") as file,
-        subprocess.Popen(
+    with open(log, "w") as file, ExitStack() as until_taken:
+        until_taken.enter_context(starting)
+        if stop.is_set():
+            return INTERRUPTED
+        # In a session of its own, so that Ctrl-C does not end it before its run is stopped.
+        with subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        ) as process,
-    ):
-        try:
-            while process.poll() is None:
-                if stop.wait(_SECONDS_BETWEEN_LOOKS):
-                    return _stop(process, flwr, log, run.folder)
-        except BaseException:
-            _stop(process, flwr, log, run.folder)
-            raise
+        ) as process:
+            try:
+                while process.poll() is None:
+                    if stop.wait(_SECONDS_BETWEEN_LOOKS):
+                        return _stop(process, flwr, log, run.folder)
+                    if _run_id(log):
+                        until_taken.close()
+            except BaseException:
+                _stop(process, flwr, log, run.folder)
+                raise
     if run.completed:
         return ""
     # flwr's exit code is 0 for a failed run too; the run's own record knows.
@@ -133,9 +137,8 @@ def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 def _stop(process: subprocess.Popen, flwr: str, log: Path, folder: Path) -> str:
     """End a run, which goes on where `flwr run` alone is ended; return how that went."""
-    pattern = r"started run (\d+)"
-    _wait_until(lambda: process.poll() is not None or bool(_found(pattern, log)))
-    run_id = _found(pattern, log)
+    _wait_until(lambda: process.poll() is not None or bool(_run_id(log)))
+    run_id = _run_id(log)
     stopped = not run_id
     if run_id:
         with suppress(subprocess.TimeoutExpired):
@@ -150,8 +153,9 @@ def _stop(process: subprocess.Popen, flwr: str, log: Path, folder: Path) -> str:
     return f"{INTERRUPTED}, and may still run: flwr stop {run_id}"
 
 
-def _found(pattern: str, log: Path) -> str:
-    found = re.search(pattern, log.read_text(errors="replace"))
+def _run_id(log: Path) -> str:
+    """Return the number that Flower gave the run, empty before."""
+    found = re.search(r"started run (\d+)", log.read_text(errors="replace"))
     return found[1] if found else ""
 
 

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
@@ -75,15 +77,15 @@ class Flower:
         command = [str(_BIN / "flwr"), "run", str(app), "--stream", "--run-config", config]
         return [*command, "--federation-config", federation] if federation else command
 
-    def compare(self, plan: Path, output_dir: Path) -> subprocess.CompletedProcess:
+    def compare(self, plan: Path, output_dir: Path, *options: str) -> subprocess.CompletedProcess:
         """Run `prowd compare` to its end."""
-        compare = self.start_compare(plan, output_dir)
+        compare = self.start_compare(plan, output_dir, *options)
         said = compare.communicate(timeout=600)
         return subprocess.CompletedProcess(compare.args, compare.returncode, *said)
 
-    def start_compare(self, plan: Path, output_dir: Path) -> subprocess.Popen:
+    def start_compare(self, plan: Path, output_dir: Path, *options: str) -> subprocess.Popen:
         """Start `prowd compare`."""
-        command = [sys.executable, "-m", "experiments.cli", "compare", str(plan)]
+        command = [sys.executable, "-m", "experiments.cli", "compare", str(plan), *options]
         command += ["--output-dir", str(output_dir)]
         pipe = subprocess.PIPE
         return subprocess.Popen(
@@ -96,6 +98,25 @@ class Flower:
             # A shell's background job, as CI may be, hands on that Ctrl-C is ignored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
+
+    @contextmanager
+    def without_superlink(self, home: Path) -> Iterator["Flower"]:
+        """`flwr run` from a new home: it starts a SuperLink of its own, ended when this is left."""
+        env = {
+            **self.env,
+            "FLWR_HOME": str(home),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+            "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+        }
+        home.mkdir()
+        try:
+            yield Flower(home, home / "runs", env)
+        finally:
+            for process in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):
+                    ours = f"FLWR_HOME={home}\0".encode() in (process / "environ").read_bytes()
+                    if ours and b"flower-superlink" in (process / "cmdline").read_bytes():
+                        os.kill(int(process.name), signal.SIGTERM)
 
     def status(self, run_id: str) -> str:
         """Return how a run stands for Flower."""

@@ -126,6 +126,16 @@ def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
     assert "| B | " in table
 
 
+def test_runs_that_begin_together_share_the_superlink_that_one_of_them_starts(flower, tmp_path):
+    plan = tmp_path / "small.toml"
+    plan.write_text(PLAN.format(title="Small", rounds=1))
+    with flower.without_superlink(tmp_path / "home") as cold:
+        compared = cold.compare(plan, tmp_path / "out", "--jobs", "2")
+    assert compared.returncode == 0, compared.stdout
+    logs = "".join(log.read_text() for log in (tmp_path / "out").glob("*.log"))
+    assert logs.count("Starting local SuperLink") == 1
+
+
 def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
     """In Flower too, where a run goes on when `flwr run` alone is ended."""
     plan, out = tmp_path / "long.toml", tmp_path / "out"
