@@ -37,8 +37,10 @@ class Margins:
     our_bytes: float | None
 
     @property
-    def distance_share(self) -> float:
-        """Distance of ProWD to the ceiling over that of the best rival."""
+    def distance_share(self) -> float | None:
+        """Distance of ProWD to the ceiling over the best rival's; None where either has none."""
+        if max(self.ours, self.rival) >= self.ceiling:
+            return None
         return (self.ceiling - self.ours) / (self.ceiling - self.rival)
 
 
@@ -83,13 +85,16 @@ def to_markdown(results: Sequence[dict]) -> str:
 
 
 def _row(scenario: str, m: Margins) -> str:
+    share = "above it" if m.ours > m.ceiling else "none"
+    if m.distance_share is not None:
+        share = f"{m.distance_share:.0%}"
     ours = "never" if m.our_bytes is None else f"{m.our_bytes / 1e6:.1f}"
     cells = [
         scenario,
         f"{100 * m.ceiling:.2f}",
         f"{100 * m.ours:.2f}",
         f"{m.best_rival} {100 * m.rival:.2f}",
-        f"{m.distance_share:.0%}",
+        share,
         *(f"{100 * (m.ours - accuracy):+.2f}" for accuracy in m.naive.values()),
         f"{m.rival_bytes / 1e6:.1f} / {ours}",
     ]

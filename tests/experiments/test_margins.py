@@ -53,6 +53,15 @@ def test_the_table():
     assert to_markdown(RESULTS).splitlines()[2:] == [row]
 
 
+@pytest.mark.parametrize(
+    ("ceiling", "shown"), [(0.56, "above it"), (0.58, "none"), (0.54, "above it")]
+)
+def test_at_the_ceiling_there_is_no_distance(ceiling, shown):
+    results = [*RESULTS[:-2], *runs("all-Float32", [[0.3, 0.5, ceiling]])]
+    assert margins(results, "50-50").distance_share is None
+    assert f"| FedCOM 54.00 | {shown} | +17.00 |" in to_markdown(results)
+
+
 def test_without_the_systems_that_it_speaks_of_there_is_no_table():
     assert to_markdown(RESULTS[2:]) == ""
     assert margins(RESULTS, "80-20") is None
