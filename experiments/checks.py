@@ -42,12 +42,16 @@ def _check_folder(data_dir: str) -> None:
         raise SettingsError(f"data-dir: there is no folder {data_dir}")
 
 
-def _refuse_others(folder: Path, planned: Mapping[str, object]) -> None:
+def may_differ() -> frozenset[str]:
+    """Return the settings that may differ between runs that one table is made from."""
     from server_app.checkpoint import MAY_DIFFER
 
+    return MAY_DIFFER - _COMPARED_THOUGH | {"server-device"}
+
+
+def _refuse_others(folder: Path, planned: Mapping[str, object]) -> None:
     made = read_config(folder).settings
-    skipped = MAY_DIFFER - _COMPARED_THOUGH | {"server-device"}
-    for key in planned.keys() & made.keys() - skipped:
+    for key in planned.keys() & made.keys() - may_differ():
         if planned[key] != made[key]:
             raise SettingsError(
                 f"{folder} was run with {key} = {made[key]!r}, and not {planned[key]!r}; give "

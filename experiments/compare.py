@@ -2,11 +2,11 @@
 
 import sys
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.checks import check_runs
+from experiments.checks import check_runs, may_differ
 from experiments.live import Outcome, run_all
 from experiments.page import check_page, print_page
 from experiments.plan import Experiment, Setting, read_experiment, refuse_own
@@ -69,12 +69,16 @@ class Comparison:
         seeds = _seeds(choice.seeds) if choice.seeds else experiment.seeds
         scenarios = _chosen("--scenarios", choice.scenarios, experiment.scenarios)
         systems = _chosen("--systems", choice.systems, experiment.systems)
-        changes: dict[str, object] = {"seeds": list(dict.fromkeys([*experiment.seeds, *seeds]))}
+        overrides = _overrides(choice.sets)
+        changes: dict[str, object] = {
+            "title": _title(experiment, overrides),
+            "seeds": list(dict.fromkeys([*experiment.seeds, *seeds])),
+        }
         if choice.federation:
             changes["federation"] = choice.federation
         experiment = Experiment.read({**experiment.to_settings(), **changes}, f"{file.name}: ")
         # Of all runs, so that what two scenarios share has the folder that it always has.
-        planned = planned_runs(experiment, output_dir, _overrides(choice.sets))
+        planned = planned_runs(experiment, output_dir, overrides)
         chosen = [run for run in planned if run.scenario in scenarios and run.system in systems]
         chosen = [run for run in chosen if run.seed in seeds]
         check_runs([*chosen, *(run for run in planned if run.folder.exists())])
@@ -137,6 +141,13 @@ def _chosen(option: str, text: str, named: Collection[str]) -> Collection[str]:
     if unknown := [name for name in names if name not in named]:
         raise SettingsError(f"{option}: there is no {unknown[0]!r}; there are {', '.join(named)}")
     return names
+
+
+def _title(experiment: Experiment, overrides: Mapping[str, Setting]) -> str:
+    """Name what was set against the file, so that nobody takes the results for the file's."""
+    others = {k: v for k, v in overrides.items() if experiment.settings.get(k) != v}
+    said = [f"{key} {value}" for key, value in others.items() if key not in may_differ()]
+    return ", ".join([experiment.title, *said])
 
 
 def _overrides(sets: Sequence[str]) -> dict[str, Setting]:

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from experiments.table import by_system, markdown_row
+from experiments.table import LAST, by_system, markdown_row
 
 _OURS, _CEILING, _BYTES_RIVAL = "ProWD", "all-Float32", "FedCOM"
 _NAIVE = ("FedAvg", "GroupedAvg")
+# What is no rival: the ceiling's and a rival's runs with parts that are not their own.
+_CONTROLS = {"all-Float32-server-step", "FedCOM-calibrated-broadcast"}
+_ROUNDED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,9 @@ class Margins:
         The most accurate of the others, and its accuracy.
     naive : dict of str to float
         Accuracies of FedAvg and GroupedAvg.
-    rival_bytes : float
-        Sent up by FedCOM in all, in bytes.
-    our_bytes : float or None
-        Sent up by ProWD until it was as accurate as FedCOM in the end; None if it never was.
+    rival_bytes, our_bytes : float or None
+        Sent up by FedCOM, and by ProWD, until the mean of three evaluations was the accuracy that
+        FedCOM's table has; None if it never was.
     """
 
     ceiling: float
@@ -33,7 +35,7 @@ class Margins:
     best_rival: str
     rival: float
     naive: dict[str, float]
-    rival_bytes: float
+    rival_bytes: float | None
     our_bytes: float | None
 
     @property
@@ -50,7 +52,7 @@ def margins(results: Sequence[dict], scenario: str) -> Margins | None:
     if not {_OURS, _CEILING, _BYTES_RIVAL, *_NAIVE} <= runs.keys():
         return None
     accuracy = {s: mean(r["accuracy"]["average"] for r in own) for s, own in runs.items()}
-    rivals = accuracy.keys() - {_OURS, _CEILING}
+    rivals = accuracy.keys() - {_OURS, _CEILING, *_CONTROLS}
     best = max(sorted(rivals), key=accuracy.__getitem__)
     return Margins(
         ceiling=accuracy[_CEILING],
@@ -58,16 +60,19 @@ def margins(results: Sequence[dict], scenario: str) -> Margins | None:
         best_rival=best,
         rival=accuracy[best],
         naive={system: accuracy[system] for system in _NAIVE},
-        rival_bytes=mean(r["uplink_bytes"] for r in runs[_BYTES_RIVAL]),
+        rival_bytes=_bytes_until(runs[_BYTES_RIVAL], accuracy[_BYTES_RIVAL]),
         our_bytes=_bytes_until(runs[_OURS], accuracy[_BYTES_RIVAL]),
     )
 
 
 def _bytes_until(runs: list[dict], accuracy: float) -> float | None:
-    """Bytes sent up until the mean over runs first had an accuracy, where it was evaluated."""
-    for points in zip(*(run["curve"] for run in runs), strict=True):
-        if mean(point["accuracy"] for point in points) >= accuracy:
-            return mean(point["uplink_bytes"] for point in points)
+    """Bytes sent up until the mean over runs first had an accuracy, as tables have it."""
+    points = list(zip(*(run["curve"] for run in runs), strict=True))
+    reached = [mean(point["accuracy"] for point in one) for one in points]
+    for end in range(min(LAST, len(points)), len(points) + 1):
+        # Within what the summaries are rounded to.
+        if mean(reached[max(0, end - LAST) : end]) > accuracy - _ROUNDED:
+            return mean(point["uplink_bytes"] for point in points[end - 1])
     return None
 
 
@@ -88,7 +93,6 @@ def _row(scenario: str, m: Margins) -> str:
     share = "above it" if m.ours > m.ceiling else "none"
     if m.distance_share is not None:
         share = f"{m.distance_share:.0%}"
-    ours = "never" if m.our_bytes is None else f"{m.our_bytes / 1e6:.1f}"
     cells = [
         scenario,
         f"{100 * m.ceiling:.2f}",
@@ -96,6 +100,10 @@ def _row(scenario: str, m: Margins) -> str:
         f"{m.best_rival} {100 * m.rival:.2f}",
         share,
         *(f"{100 * (m.ours - accuracy):+.2f}" for accuracy in m.naive.values()),
-        f"{m.rival_bytes / 1e6:.1f} / {ours}",
+        f"{_megabytes(m.rival_bytes)} / {_megabytes(m.our_bytes)}",
     ]
     return markdown_row(cells)
+
+
+def _megabytes(sent: float | None) -> str:
+    return "never" if sent is None else f"{sent / 1e6:.1f}"

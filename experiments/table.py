@@ -10,7 +10,7 @@ from experiments.curves import curve
 from experiments.records import Record
 
 # A single round of low-bit training swings by a point; the end of a run is its last few.
-_LAST = 3
+LAST = 3
 
 
 def result_of(scenario: str, system: str, seed: object, record: Record) -> dict[str, Any] | None:
@@ -20,7 +20,7 @@ def result_of(scenario: str, system: str, seed: object, record: Record) -> dict[
     """
     rounds = record.rounds
     known = [entry.accuracy for entry in rounds if _is_known(entry.accuracy, "average")]
-    evaluated = known[-_LAST:]
+    evaluated = known[-LAST:]
     if not evaluated:
         return None
     widths = [w for w in evaluated[-1] if all(_is_known(accuracy, w) for accuracy in evaluated)]

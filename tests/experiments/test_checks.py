@@ -100,6 +100,15 @@ def test_a_run_under_other_settings_is_not_taken_for_one_of_these(compare, made)
     assert f"was run with learning-rate = {settings['learning-rate']}, and not 0.25" in complained
 
 
+def test_what_is_set_against_the_file_is_in_the_title(compare, made):
+    rate = json.loads((made / "config.json").read_text())["settings"]["learning-rate"]
+    text = PLAN.replace("learning-rate = 0.1\n", "")
+    given = ["--set", f"learning-rate = {rate}", "--set", "bit-mix = '3:0.5,32:0.5'"]
+    code, said, _ = compare(*given, "--set", f"data-dir = '{made}'", text=text)
+    assert (code, said.splitlines()[0]) == (0, f"Small, learning-rate {rate}: 1 of 1 runs are done")
+    assert f"### Small, learning-rate {rate}: half" in said
+
+
 def test_seeds_that_were_run_before_stay_in_the_table(compare, made, tmp_path):
     write_run(tmp_path / "out" / "half-A-seed7", "fedavg", 7)
     code, said, _ = compare("--seeds", "7")
