@@ -11,6 +11,12 @@ from strategies import FedAvg, RoundLog
 from strategies.states import to_arrays
 
 _CLIENTS, _REPEATS, _GOAL = 100, 7, 0.2
+# Whether codes are entropy-coded, and from codes that the client was sent.
+_FORMS = {
+    "packed": (False, False),
+    "coded": (True, False),
+    "coded from the start": (True, True),
+}
 _LAYERS = 46  # a weight and a bias each: 92 tensors, a million values
 
 
@@ -19,8 +25,7 @@ def main() -> None:
     torch.set_num_threads(1)
     figures: list[Figure] = []
     for bits in (2, 4, 8):
-        for coded in (False, True):
-            figures.append(_figure(bits, coded))
+        figures += [_figure(bits, form) for form in _FORMS]
     report("aggregation", figures)
 
 
@@ -33,14 +38,16 @@ def _model() -> dict[str, Tensor]:
     return model
 
 
-def _figure(bits: int, coded: bool) -> Figure:
+def _figure(bits: int, form: str) -> Figure:
     model = _model()
     arrays = to_arrays(model)
     records = [
         RecordDict({"arrays": to_arrays(model), "metrics": MetricRecord({"num-examples": 10.0})})
         for _ in range(_CLIENTS)
     ]
-    strategy, grid = FedAvg(), reporting_grid(model, [bits] * _CLIENTS, coded)
+    coded, from_start = _FORMS[form]
+    strategy = FedAvg(broadcast="nearest" if from_start else "float32")
+    grid = reporting_grid(model, [bits] * _CLIENTS, coded, from_start)
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
     replies = list(grid.send_and_receive(messages))
 
@@ -52,5 +59,5 @@ def _figure(bits: int, coded: bool) -> Figure:
     seconds = side_by_side(
         {"ours": ours, "flower": lambda: aggregate_arrayrecords(records, "num-examples")}, _REPEATS
     )
-    label = f"{bits}-bit, {'coded' if coded else 'packed'}, against Flower's float32"
+    label = f"{bits}-bit, {form}, against Flower's float32"
     return ratio(label, seconds["ours"], seconds["flower"], _GOAL)

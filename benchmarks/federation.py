@@ -12,6 +12,7 @@ SETTINGS: dict[str, Setting] = {
     "bit-mix": "4:0.5,32:0.5",
     "low-bit-training": "strict",
     "samples-per-client": 600,
+    "server-buffer": 512,
     "num-server-rounds": ROUNDS,
     "evaluate-every": ROUNDS,
     "node-wait": 600,

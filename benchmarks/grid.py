@@ -4,6 +4,7 @@ import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import FLOWER_LOGGER
 from flwr.proto.node_pb2 import NodeInfo
@@ -12,7 +13,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from quant import encode_update, quantize_state
+from quant import encode_update, is_quantized, quantize_state
 from strategies import MixedPrecisionStrategy
 from strategies.states import to_array
 from task.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report
@@ -21,6 +22,9 @@ from task.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report
 TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 # A line for each node would hide the figures.
 FLOWER_LOGGER.setLevel(logging.WARNING)
+
+# Standard deviation of a weight's movement, in those of its layer.
+_MOVED = 0.08
 
 
 class AnsweringGrid(Grid):
@@ -91,8 +95,10 @@ class AnsweringGrid(Grid):
         raise NotImplementedError
 
 
-def reporting_grid(model: Mapping[str, Tensor], widths: list[int], coded: bool) -> AnsweringGrid:
-    """Return a grid whose clients answer the first round with the model that they were sent.
+def reporting_grid(
+    model: Mapping[str, Tensor], widths: list[int], coded: bool, from_start: bool = False
+) -> AnsweringGrid:
+    """Return a grid whose clients answer the first round with the model that they were sent, moved.
 
     Parameters
     ----------
@@ -102,9 +108,17 @@ def reporting_grid(model: Mapping[str, Tensor], widths: list[int], coded: bool) 
         Bit-width of each client.
     coded : bool
         Whether their codes are entropy-coded.
+    from_start : bool
+        Whether they were sent codes, which theirs are then coded from.
     """
+    moved = _moved(model)
     payloads = {
-        bits: encode_update(quantize_state(model, bits), coded=coded, stamp=1)
+        bits: encode_update(
+            quantize_state(moved, bits),
+            coded=coded,
+            start=quantize_state(model, bits) if from_start else None,
+            stamp=1,
+        )
         for bits in set(widths)
     }
     numbers = Report(server_round=1, num_examples=10, loss=1.0, accuracy=0.5, seconds=1.0)
@@ -117,6 +131,20 @@ def reporting_grid(model: Mapping[str, Tensor], widths: list[int], coded: bool) 
 
     declarations = {i + 1: Declaration(i, len(widths), b, 10, "") for i, b in enumerate(widths)}
     return AnsweringGrid(declarations, answer)
+
+
+def _moved(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Move every weight by some hundredths, so that eight bits take 3.5 from their start.
+
+    That is what they take after training (docs/performance.md).
+    """
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: tensor + _MOVED * float(tensor.std()) * torch.randn(tensor.shape, generator=generator)
+        if is_quantized(tensor.shape)
+        else tensor
+        for name, tensor in model.items()
+    }
 
 
 def run_round(strategy: MixedPrecisionStrategy, arrays: ArrayRecord, grid: AnsweringGrid) -> None:

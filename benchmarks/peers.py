@@ -120,15 +120,18 @@ def _nvflare() -> list[Figure]:
     from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
 
     weights = torch.randn(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(0))
-    scale, theirs = absmax_scale(weights, 16), ModelQuantizer(quantization_type="float16")
+    theirs = ModelQuantizer(quantization_type="float16")
     theirs.log_info = lambda *_: None
     seconds = side_by_side(
         {
-            "ours": lambda: pack(quantize_nearest(weights, scale, 16).numpy(), 16),
+            "ours": lambda: pack(
+                quantize_nearest(weights, absmax_scale(weights, 16), 16).numpy(), 16
+            ),
             "theirs": lambda: theirs.quantization({"w": weights.numpy()}, FLContext()),
         },
         _REPEATS,
     )
+    scale = absmax_scale(weights, 16)
     back = quantize_nearest(weights, scale, 16) * scale[:, None]
     half = torch.from_numpy(weights.numpy().astype(np.float16).astype(np.float32))
     error = float((back - weights).norm() / (half - weights).norm())

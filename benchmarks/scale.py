@@ -29,8 +29,7 @@ def main() -> None:
             # A process each, whose memory is nobody else's.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 seconds[count], models[count] = pool.apply(_rounds, (name, count))
-        few = _COUNTS[0]
-        for count in _COUNTS[1:]:
+        for few, count in ((10, 100), (10, 1000), (100, 1000)):
             label = f"{name}, seconds a client, {count} clients against {few}"
             figures.append(ratio(label, seconds[count], seconds[few], _FLAT))
         for count in _COUNTS:
