@@ -27,7 +27,8 @@ def pick_device(name: str) -> torch.device:
             raise SettingsError(
                 "server-device: 'cuda', but torch sees no GPU here; allowed here: auto, cpu"
             )
-        # One seed gives one result on a GPU too; the fastest kernels add in any order,
+        # One seed gives one result on a GPU too; the fastest kernels add in any order (as torch's
+        # only one for the gradient of adaptive pooling does, which cnn has),
         torch.backends.cudnn.deterministic = True
         # and keep 11 bits of a float32, fewer than the wider grids have.
         torch.backends.cudnn.allow_tf32 = False

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiments.plan import read_experiment
-from experiments.runs import planned_runs
+from experiments.runs import planned_runs, unique
 from server_app.build import build_strategy, read_settings
 from task.errors import SettingsError
 
@@ -18,6 +18,7 @@ def test_every_run_of_a_published_experiment_has_settings_that_exist(path, tmp_p
     runs = planned_runs(experiment, tmp_path, {"data-dir": str(tmp_path)})
     scenarios, systems = len(experiment.scenarios), len(experiment.systems)
     assert len(runs) == scenarios * systems * len(experiment.seeds)
+    assert experiment.about.split()[0] == str(len(unique(runs)))
     by_folder = {run.folder: run.settings for run in runs}
     assert all(by_folder[run.folder] == run.settings for run in runs)
     for run in runs:
