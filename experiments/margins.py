@@ -9,7 +9,7 @@ from experiments.table import LAST, by_system, markdown_row
 _OURS, _CEILING, _BYTES_RIVAL = "ProWD", "all-Float32", "FedCOM"
 _NAIVE = ("FedAvg", "GroupedAvg")
 # What is no rival: the ceiling's and a rival's runs with parts that are not their own.
-_CONTROLS = {"all-Float32-server-step", "FedCOM-calibrated-broadcast"}
+CONTROLS = frozenset({"all-Float32-server-step", "FedCOM-calibrated-broadcast"})
 _ROUNDED = 1e-6
 
 
@@ -52,7 +52,7 @@ def margins(results: Sequence[dict], scenario: str) -> Margins | None:
     if not {_OURS, _CEILING, _BYTES_RIVAL, *_NAIVE} <= runs.keys():
         return None
     accuracy = {s: mean(r["accuracy"]["average"] for r in own) for s, own in runs.items()}
-    rivals = accuracy.keys() - {_OURS, _CEILING, *_CONTROLS}
+    rivals = accuracy.keys() - {_OURS, _CEILING, *CONTROLS}
     best = max(sorted(rivals), key=accuracy.__getitem__)
     return Margins(
         ceiling=accuracy[_CEILING],
