@@ -10,6 +10,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
+from strategies.inbox import patiently
 from strategies.queries import Queries
 from strategies.replies import last_line
 from task.protocol import DECLARATION, Declaration, ProtocolError, plain
@@ -158,7 +159,7 @@ class Nodes:
 
     def _look(self, grid: Grid) -> None:
         """See who is connected, ask those that are new, and hear who has answered."""
-        connected = {node.node_id: node.last_activated_at for node in grid.get_nodes()}
+        connected = {node.node_id: node.last_activated_at for node in patiently(grid.get_nodes)}
         self._forget_all_but({n for n, at in connected.items() if self._connected.get(n) == at})
         self._connected = connected
         heard = self._declared.keys() | self._refused.keys()
