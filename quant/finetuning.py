@@ -6,6 +6,7 @@ bit-width, and asks what a client of every lower rung would have sent in their p
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -53,10 +54,21 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean losses over one fine-tuning; `distill` is minus the similarity, None where left out."""
+    """Mean losses over one fine-tuning.
+
+    Attributes
+    ----------
+    reconstruction : float
+        Mean absolute error of the blocks, in steps of the lowest grid, summed over them.
+    distill : float or None
+        Minus the similarity; None where left out.
+    undone : bool
+        Whether a loss or a weight left the numbers, and the blocks are as they were before.
+    """
 
     reconstruction: float
     distill: float | None
+    undone: bool = False
 
 
 def fine_tune(
@@ -73,7 +85,7 @@ def fine_tune(
     Parameters
     ----------
     dequantizer : ProgressiveDequantizer
-        Trained in place.
+        Trained in place; as it was if that leaves the numbers, which no later training would mend.
     high : mapping of str to Tensor
         Float32 weights of the high-bit clients (their mean), quantized tensors only.
     high_bits : int
@@ -104,6 +116,7 @@ def fine_tune(
         predict = None
     with torch.no_grad():
         teacher = predict(high) if predict is not None else None
+    before = {name: tensor.clone() for name, tensor in dequantizer.state_dict().items()}
     optimizer = torch.optim.Adam(
         [p for b in rungs for p in dequantizer.blocks[str(b)].parameters()], lr=config.learning_rate
     )
@@ -124,8 +137,15 @@ def fine_tune(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    undone = not (isfinite(reconstruction + similarity) and _is_finite(dequantizer))
+    if undone:
+        dequantizer.load_state_dict(before)
     mean_similarity = -similarity / config.steps if teacher is not None else None
-    return Losses(reconstruction / config.steps, mean_similarity)
+    return Losses(reconstruction / config.steps, mean_similarity, undone)
+
+
+def _is_finite(dequantizer: ProgressiveDequantizer) -> bool:
+    return all(bool(p.isfinite().all()) for p in dequantizer.parameters())
 
 
 def _reconstruction(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from logging import ERROR, INFO
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from task.data import fingerprint, load_dataset
 from task.devices import pick_device
 from task.errors import SettingsError
 from task.models import build_model, check_repeatable
-from task.partition import evaluation_images, server_pixels
+from task.partition import evaluation_images, partition, server_pixels
 from task.partition_file import fingerprint_of_file
 from task.reference import is_reference
 from task.settings import Settings
@@ -83,6 +84,7 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     strategy = build_strategy(settings, options)
     data = load_dataset(settings)
     strategy.nodes.most_examples = len(data.train)
+    strategy.nodes.examples_of = partial(_examples_of, settings)
     shape = data.channels, data.size, data.num_classes
     model = build_model(settings.model, *shape, settings.seed)
     if is_reference(settings.model):
@@ -95,6 +97,14 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     strategy.round_calibrated = CalibratedRounding(settings, model, buffer)
     evaluator = Evaluator(settings, model, evaluation_images(settings), buffer)
     return Run(folder, settings, options, strategy, model, evaluator)
+
+
+def _examples_of(settings: Settings, partition_id: int, num_partitions: int) -> int:
+    """Return how many images a client has: the server makes the deal that all others make."""
+    if in_simulation():
+        # The clients run this code as well, so the deal need not be made, which costs seconds.
+        return len(load_dataset(settings).train)
+    return len(partition(settings, num_partitions).clients[partition_id])
 
 
 def restore(

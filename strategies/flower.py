@@ -115,8 +115,8 @@ class FlowerStrategy(MixedPrecisionStrategy):
         arrays, reason = self._aggregate(server_round, replies)
         if arrays is not None:
             return to_state(arrays)
-        if server_round == 1:
-            # What does not work at once, as for want of clients, will hardly do so later.
+        if server_round == 1 and not self.round_log.left_out:
+            # What does not work at once with all that were asked will hardly do so later.
             raise FederationError(f"strategy: {reason}")
         log(WARNING, "Round %d is left out: %s", server_round, reason)
         return None
@@ -170,7 +170,10 @@ def _named(kept: dict | list | ArrayRecord) -> dict[str, np.ndarray]:
         return {name: array.numpy() for name, array in kept.items()}
     pairs = kept.items() if isinstance(kept, dict) else enumerate(kept)
     named = {str(name): value for name, value in pairs}
-    return named if all(isinstance(v, np.ndarray) for v in named.values()) else {}
+    # NumPy makes a number, not an array, of what it computes from arrays of no dimension.
+    if not all(isinstance(v, np.ndarray | np.generic) for v in named.values()):
+        return {}
+    return {name: np.asarray(value) for name, value in named.items()}
 
 
 def _rebuilt(kind: str, tensors: State) -> dict | list | ArrayRecord:

@@ -1,11 +1,14 @@
 """Replies taken from Flower's grid one at a time; one that cannot be read is an error, no crash."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from logging import WARNING
+from typing import TypeVar
 
 import httpx
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from strategies.pulling import NotYetComplete, only_the_reply
@@ -13,6 +16,10 @@ from strategies.pulling import NotYetComplete, only_the_reply
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 # A message outlives its round by no more than so many seconds: the last look takes its time.
 _MOST_GRACE = 5.0
+# Calls that the SuperLink may fail in a row; it waits for its database for some seconds each time.
+_MOST_FAILURES = 10
+
+Answer = TypeVar("Answer")
 
 
 def receive(
@@ -37,7 +44,7 @@ def receive(
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     _expire_with_round(messages, timeout)
-    pushed = {message_id for message_id in grid.push_messages(messages) if message_id}
+    pushed = {i for i in patiently(lambda: grid.push_messages(messages)) if i}
     waiting = [m for m in messages if m.metadata.message_id in pushed]
     pause = _SHORTEST_PAUSE
     while waiting:
@@ -85,12 +92,45 @@ def pull(grid: Grid, message: Message, most_bytes: int = 0) -> Message | None:
         return _checked(mine[0]) if mine else None
     except NotYetComplete:
         return None
+    except httpx.HTTPStatusError as error:
+        _refuse_lasting(error)
+        return None
     except (httpx.HTTPError, OSError, MemoryError):
         # The connection to the SuperLink or this machine, not the reply.
         raise
     except Exception as error:  # Decoding raises whatever the bytes of a stranger lead to.
         reason = f"its reply cannot be read: {type(error).__name__}: {error}"
         return Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason), reply_to=message)
+
+
+def patiently(call: Callable[[], Answer]) -> Answer:
+    """Call the SuperLink, and again where it failed for what may pass.
+
+    It keeps a message that it is given again once, as the message's ID is made of its content.
+
+    Raises
+    ------
+    httpx.HTTPStatusError
+        If it refuses the call, or fails too often.
+    """
+    for _ in range(_MOST_FAILURES):
+        try:
+            return call()
+        except httpx.HTTPStatusError as error:
+            _refuse_lasting(error)
+        time.sleep(_LONGEST_PAUSE)
+    return call()
+
+
+def _refuse_lasting(error: httpx.HTTPStatusError) -> None:
+    """Warn of a failure of the SuperLink's own, and raise any other.
+
+    A node that pushes much at once holds its database, and whoever calls meanwhile is answered
+    with 500. Flower tries again only at statuses that a proxy gives.
+    """
+    if not error.response.is_server_error:
+        raise error
+    log(WARNING, "The SuperLink failed, it is asked again: %s", error)
 
 
 def _checked(reply: Message) -> Message:

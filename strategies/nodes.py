@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from logging import INFO, WARNING
 
 import numpy as np
@@ -10,8 +11,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
+from strategies.inbox import patiently
 from strategies.queries import Queries
 from strategies.replies import last_line
+from task.errors import SettingsError
 from task.protocol import DECLARATION, Declaration, ProtocolError, plain
 from task.seeds import derive_seed
 
@@ -49,12 +52,17 @@ class Nodes:
     most_examples : int
         A node that declares more is refused, as its claim is its weight in the mean; the server
         sets it to the number of training images.
+    examples_of : callable or None
+        ``f(partition_id, num_partitions)``: how many a partition has, where the server knows; a
+        node that declares more is refused. A `SettingsError` says that there is no such deal. It
+        may take its time, as it is asked of nodes that are about to take part.
     """
 
     def __init__(self, min_nodes: int = 1, wait: float = 60.0) -> None:
         self._min_nodes = min_nodes
         self._wait = wait
         self.most_examples = 10**9
+        self.examples_of: Callable[[int, int], int] | None = None
         self._present: dict[int, Declaration] = {}
         # Nodes that were connected at the last look, and when each was activated; what is known of
         # them; declarations in the order in which they came.
@@ -89,12 +97,16 @@ class Nodes:
             self._look(grid)
             present = self._seated()
             complete = self._is_complete(present)
+            late = time.monotonic() >= deadline
+            if complete or late or self._gathered:
+                present = self._without_greedy(present)
+                complete = self._is_complete(present)
             enough = len(present) >= self._min_nodes
             if enough and (complete or (self._gathered and not self._queries.are_awaited())):
                 break
             if complete and not present:
                 break
-            if time.monotonic() >= deadline:
+            if late:
                 self._queries.give_up()
                 break
             time.sleep(_POLL)
@@ -158,7 +170,7 @@ class Nodes:
 
     def _look(self, grid: Grid) -> None:
         """See who is connected, ask those that are new, and hear who has answered."""
-        connected = {node.node_id: node.last_activated_at for node in grid.get_nodes()}
+        connected = {node.node_id: node.last_activated_at for node in patiently(grid.get_nodes)}
         self._forget_all_but({n for n, at in connected.items() if self._connected.get(n) == at})
         self._connected = connected
         heard = self._declared.keys() | self._refused.keys()
@@ -208,6 +220,28 @@ class Nodes:
             if declaration.num_partitions == expected:
                 holders.setdefault(declaration.partition_id, node_id)
         return {node_id: self._declared[node_id] for node_id in sorted(holders.values())}
+
+    def _without_greedy(self, present: dict[int, Declaration]) -> dict[int, Declaration]:
+        """Refuse nodes that declare more examples than their partition has, and seat the next."""
+        while greedy := {n: reason for n, d in present.items() if (reason := self._greed(d))}:
+            for node_id, reason in greedy.items():
+                self._refused_parts[node_id] = self._declared.pop(node_id).num_partitions
+                self._refuse(node_id, reason)
+            present = self._seated()
+        return present
+
+    def _greed(self, declared: Declaration) -> str:
+        """Return why this node is refused among those that may take part; empty if it is not."""
+        if self.examples_of is None:
+            return ""
+        partition, parts = declared.partition_id, declared.num_partitions
+        try:
+            most = self.examples_of(partition, parts)
+        except SettingsError as error:
+            return str(error)
+        claim = f"it declares {declared.num_examples} examples"
+        too_many = declared.num_examples > most
+        return f"{claim}; partition {partition} of {parts} has {most}" if too_many else ""
 
     def _refuse_tie(self) -> None:
         """End the run where as many nodes speak of one number of partitions as of another."""

@@ -14,9 +14,11 @@ and every few rounds fine-tunes the dequantizer on the high-bit group's weights.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
+from logging import WARNING
 from typing import Any, Literal
 
 import torch
+from flwr.common.logger import log
 from torch import Tensor
 
 from quant import (
@@ -350,6 +352,10 @@ class ProWD(MixedPrecisionStrategy):
             predict,
             torch.Generator().manual_seed(derive_seed(self.seed, 4, server_round)),
         )
+        if losses.undone:
+            log(WARNING, "Round %d: fine-tuning is undone, it left the numbers", server_round)
+            self.round_log.own["finetuning-undone"] = 1
+            return
         self.round_log.own["reconstruction-loss"] = losses.reconstruction
         if losses.distill is not None:
             self.round_log.own["distill-loss"] = losses.distill

@@ -9,7 +9,7 @@ makes.
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from threading import Lock
@@ -175,13 +175,15 @@ class _ClientForOneReply:
         if self._arrival.announced is None or self._arrival.is_read:
             return
         metadata = self._arrival.announced.messages_list[0].metadata
-        self._client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(
-                node=Node(node_id=metadata.dst_node_id),
-                run_id=metadata.run_id,
-                message_object_id=metadata.message_id,
+        # Where it fails at that, the reply is refused all the same.
+        with suppress(httpx.HTTPStatusError):
+            self._client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(
+                    node=Node(node_id=metadata.dst_node_id),
+                    run_id=metadata.run_id,
+                    message_object_id=metadata.message_id,
+                )
             )
-        )
 
 
 def _refuse_many_objects(tree: ObjectTree) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from strategies.inbox import pull
+from strategies.inbox import patiently, pull
 
 # A query can fail for a passing reason; a node that fails this often is given up.
 _ATTEMPTS = 3
@@ -46,7 +46,7 @@ class Queries:
         if not new:
             return
         messages = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in new]
-        grid.push_messages(messages)
+        patiently(lambda: grid.push_messages(messages))
         self._open |= {message.metadata.dst_node_id: message for message in messages}
 
     def hear(self, grid: Grid) -> Iterator[tuple[int, Message]]:

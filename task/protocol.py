@@ -145,7 +145,7 @@ class Report(_Record):
     num_examples : int
         Images trained or evaluated on.
     loss : float
-        Mean loss over them.
+        Mean loss over them, 0 or more; more than 10,000 is not believed.
     accuracy : float
         Share of them classified correctly, 0 to 1.
     seconds : float

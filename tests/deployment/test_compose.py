@@ -1,6 +1,9 @@
-"""What docker-compose.yml and the Dockerfile say, as compose resolves it; nothing is started."""
+"""What docker-compose.yml, the Dockerfile and the Caddyfile say, resolved; nothing is started."""
 
+import json
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -87,6 +90,80 @@ def test_each_site_is_a_partition_and_keeps_its_own_state(compose):
         app = compose["services"][f"{site}-clientapp"]
         assert mounts(app)[f"state-{site}"]["target"] == "/srv/prowd/state"
         assert app["command"] == [f"--runtime-api-address={site}:9094"]
+
+
+def words_of(service):
+    return [*(service.get("entrypoint") or []), *(service.get("command") or [])]
+
+
+def test_the_superlink_has_tls_and_asks_its_nodes_and_its_superexec_who_they_are(compose):
+    words = compose["services"]["superlink"]["command"]
+    assert words[0] == "flower-superlink"
+    assert "--enable-supernode-auth" in words
+    flags = dict(word.split("=", 1) for word in words if "=" in word)
+    keys = "/srv/prowd/keys/server"
+    assert flags["--ssl-ca-certfile"] == f"{keys}/ca.crt"
+    assert flags["--ssl-certfile"] == f"{keys}/server.crt"
+    assert flags["--ssl-keyfile"] == f"{keys}/server.key"
+    assert flags["--superexec-auth-secret-file"] == f"{keys}/superexec.secret"
+    assert flags["--isolation"] == "process"
+
+
+def test_nobody_is_insecure_but_towards_its_own_site(compose):
+    services = compose["services"]
+    insecure = {name for name, service in services.items() if "--insecure" in words_of(service)}
+    # A ClientApp's process reaches its site's SuperNode alone.
+    assert insecure == {f"{site}-clientapp" for site in SITES}
+    for name in SITES:
+        words = words_of(services[name])
+        assert "--superlink=proxy:8443" in words
+        assert "--root-certificates=/srv/prowd/keys/ca.crt" in words
+        assert "--auth-supernode-private-key=/srv/prowd/keys/node.key" in words
+    assert "--root-certificates=/srv/prowd/keys/ca.crt" in words_of(services["serverapp"])
+
+
+def test_caddy_may_write_where_it_is_told_to(compose):
+    """Its image sets both, to folders that a read-only root without them refuses."""
+    proxy = compose["services"]["proxy"]
+    assert proxy["tmpfs"] == ["/tmp"]
+    for key in ("XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        assert proxy["environment"][key].startswith("/tmp/")
+
+
+@pytest.fixture(scope="module")
+def proxy():
+    """What the Caddyfile makes of the one server that it describes."""
+    if shutil.which("caddy") is None:
+        pytest.skip("caddy is not installed")
+    words = ["caddy", "adapt", "--config", PROJECT / "deploy" / "Caddyfile"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [server] = json.loads(done.stdout)["apps"]["http"]["servers"].values()
+    return server
+
+
+def test_the_proxy_bounds_what_the_superlink_holds_before_it_asks_who_sends_it(proxy):
+    limits = {}
+    for route in proxy["routes"][:-1]:
+        [path] = route["match"][0]["path"]
+        [inner] = route["handle"][0]["routes"]
+        body, passed = inner["handle"]
+        limits[path] = body["max_size"]
+        assert passed["transport"]["max_conns_per_host"] == 256
+    # The first that matches is taken. Flower's pieces have 5 MiB and a head.
+    assert list(limits.items()) == [
+        ("/v1/fleet/push-object", 6_000_000),
+        ("/v1/fleet/*", 256_000),
+    ]
+
+
+def test_the_proxy_waits_for_no_request_without_end(proxy):
+    """But for ten minutes for a piece of a model on a slow line."""
+    second = 10**9
+    assert proxy["read_header_timeout"] == 30 * second
+    assert proxy["read_timeout"] == 600 * second
+    # These limits are of HTTP/1.1's connections.
+    assert proxy["protocols"] == ["h1"]
 
 
 def test_clients_and_server_find_data_and_cannot_change_it(compose):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.supercore.run import RunNotRunningException
 from safetensors import safe_open
 from safetensors.numpy import save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -494,6 +495,32 @@ def test_a_run_that_falls_below_min_nodes_leaves_its_model_and_can_be_resumed(tm
     resume(folder, 4, min_nodes=2)
     assert summary(folder)["status"] == "completed"
     assert model(folder) == model(run(tmp_path / "four", 4))
+
+
+@pytest.mark.parametrize("ended", [RunNotRunningException, KeyboardInterrupt])
+def test_a_run_that_flower_ended_while_the_superlink_was_away_can_be_resumed(
+    tmp_path, stopped, ended
+):
+    """To a SuperLink that is back after a minute the run is over: it refuses the ServerApp's calls.
+
+    Flower raises that at 403, and at 401 interrupts its process; neither is an `Exception`.
+    """
+
+    class Ended(InProcessGrid):
+        def pull_messages(self, ids):
+            if sum(m.metadata.message_type == "train" for m in self.sent) == 4:
+                raise ended
+            return super().pull_messages(ids)
+
+    with pytest.raises(ended):
+        run(tmp_path, 2, grid=Ended)
+    folder = tmp_path / "run"
+    assert summary(folder)["status"] == "failed"
+    assert summary(folder)["rounds"] == 1
+    resume(folder, 2)
+    assert summary(folder)["status"] == "completed"
+    assert [entry["round"] for entry in entries(folder)] == [1, 2]
+    assert model(folder) == model(stopped)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import client_app.app
 from client_app.memory import own_model
 from quant import UpdateSpec, decode_update
 from server_app.app import main
@@ -102,6 +104,22 @@ def test_node_config_decides_the_width_where_it_has_one(tmp_path):
 
 def test_a_node_with_a_wrong_width_is_refused_and_the_other_goes_on(tmp_path):
     folder = run(tmp_path, node_configs={0: {"bits": 17}}, num_server_rounds=1)
+    entry = rounds_of(folder)[0]
+    assert entry["clients"]["sampled"] == 1
+    assert list(entry["accuracy"]) == ["32", "average"]
+
+
+@pytest.mark.parametrize("claim", [65, 1373])
+def test_a_node_that_claims_more_images_than_its_part_has_is_refused(tmp_path, monkeypatch, claim):
+    """Of 1437 training images the server takes 64; each of two clients uses 64 of its half."""
+    real = client_app.app.declare
+
+    def greedy(node_config, *more):
+        declared = real(node_config, *more)
+        return replace(declared, num_examples=claim) if declared.partition_id == 0 else declared
+
+    monkeypatch.setattr("client_app.app.declare", greedy)
+    folder = run(tmp_path, num_server_rounds=1, node_wait=0.3)
     entry = rounds_of(folder)[0]
     assert entry["clients"]["sampled"] == 1
     assert list(entry["accuracy"]) == ["32", "average"]

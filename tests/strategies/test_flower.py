@@ -151,6 +151,43 @@ def test_a_rule_that_makes_no_model_ends_with_a_line():
         run_round(strategy, federation(clients(), STATE), STATE)
 
 
+def test_one_bad_client_in_the_first_round_costs_no_more_than_the_round(caplog):
+    """Bulyan needs 4 f + 3 clients: of seven, none may be missing where one may be malicious."""
+    seven = [
+        ScriptedClient(i, 7, 32, lambda s: {n: t + 0.1 for n, t in s.items()}) for i in range(7)
+    ]
+    strategy, grid = make("Bulyan", "num_malicious_nodes = 1"), federation(seven, STATE)
+    seven[3].reported = {"accuracy": 2.0}
+    assert run_round(strategy, grid, STATE) is None
+    assert strategy.round_log.left_out.keys() == {3}
+    assert "Round 1 is left out: flwr:Bulyan made no model of 6 updates" in caplog.text
+    seven[3].reported = {}
+    assert run_round(strategy, grid, STATE, server_round=2) is not None
+
+
+@pytest.mark.parametrize("name", ["FedAdam", "FedYogi", "FedAdagrad", "FedAvgM"])
+def test_a_parameter_without_dimensions_keeps_what_the_class_knows_of_it(name):
+    """NumPy turns arrays of no dimension into numbers, which are kept as the others are."""
+    state = {**STATE, "temperature": torch.tensor(0.5)}
+    arguments = "server_momentum = 0.5" if name == "FedAvgM" else ""
+
+    def grid():
+        move = lambda s: {n: t + 0.1 for n, t in s.items()}  # noqa: E731
+        return federation([ScriptedClient(i, 2, 32, move) for i in range(2)], state)
+
+    whole, resumed = make(name, arguments), make(name, arguments)
+    first = run_round(whole, grid(), state)
+    tensors, values = whole.checkpoint()
+    kept = ["momentum_vector"] if name == "FedAvgM" else ["m_t", "v_t"]
+    assert values["kinds"].keys() >= set(kept)
+    assert sum(tensor.ndim == 0 for tensor in tensors.values()) == len(kept) + 1
+    resumed.restore(tensors, values)
+    expected = run_round(whole, grid(), first, server_round=2)
+    second = run_round(resumed, grid(), first, server_round=2)
+    for key in state:
+        assert torch.equal(second[key], expected[key])
+
+
 def test_a_rule_that_cannot_aggregate_ends_with_its_reason(monkeypatch):
     strategy = make("FedAvg")
     monkeypatch.setattr(strategy.inner, "weighted_by_key", "absent")

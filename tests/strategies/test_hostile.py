@@ -141,6 +141,8 @@ def test_the_unaltered_payload_of_that_client_is_used():
     "reported",
     [
         {"loss": float("inf")},
+        {"loss": -0.1},
+        {"loss": 1.01e4},
         {"seconds": float("nan")},
         {"seconds": float("inf")},
         {"steps": -1},

@@ -64,6 +64,49 @@ def test_a_lost_connection_to_the_superlink_is_not_taken_for_a_bad_reply(kind):
         train(FedAvg(node_wait=1.0), undecodable(kind, httpx.ConnectError("gone")))
 
 
+def refusal(status):
+    request = httpx.Request("POST", "http://superlink/v1/runtime/pull-messages")
+    return httpx.HTTPStatusError(
+        f"{status}", request=request, response=httpx.Response(status, request=request)
+    )
+
+
+def test_a_failure_of_the_superlinks_own_costs_the_reply_and_not_the_run(caplog):
+    """As while a node keeps its database locked; Flower does not try again at 500."""
+    strategy = FedAvg()
+    train(strategy, undecodable("train", refusal(500)))
+    assert strategy.round_log.aggregated == [0, 2]
+    assert strategy.round_log.failed == {1: "no reply in time"}
+    assert "The SuperLink failed, it is asked again: 500" in caplog.text
+
+
+def test_a_failure_of_the_superlinks_own_leaves_a_node_unheard():
+    strategy = FedAvg(node_wait=0.5)
+    train(strategy, undecodable("query", refusal(500)))
+    assert strategy.round_log.aggregated == [0, 2]
+
+
+@pytest.mark.parametrize("kind", ["query", "train"])
+def test_what_the_superlink_refuses_ends_the_run(kind):
+    with pytest.raises(httpx.HTTPStatusError, match="403"):
+        train(FedAvg(node_wait=1.0), undecodable(kind, refusal(403)))
+
+
+@pytest.mark.parametrize("status", [500, 403])
+def test_a_superlink_that_never_answers_for_itself_ends_the_run(monkeypatch, status):
+    monkeypatch.setattr("strategies.inbox._LONGEST_PAUSE", 0.001)
+    calls = []
+
+    class Broken(InProcessGrid):
+        def get_nodes(self):
+            calls.append(1)
+            raise refusal(status)
+
+    with pytest.raises(httpx.HTTPStatusError, match=str(status)):
+        train(FedAvg(), Broken({}))
+    assert len(calls) == (11 if status == 500 else 1)
+
+
 def test_a_reply_that_claims_to_answer_anothers_message_is_ignored():
     """What a reply says of itself is what its node wrote."""
     grid = federation([honest(i) for i in range(3)], STATE)

@@ -9,6 +9,7 @@ from federation import LateGrid, ScriptedClient, federation
 
 from strategies import FederationError
 from strategies.nodes import Nodes
+from task.errors import SettingsError
 
 STATE = {"w": torch.zeros(2, 3)}
 
@@ -140,6 +141,59 @@ def test_a_node_declares_no_more_examples_than_there_are_images():
     nodes.most_examples = 1000
     grid = federation([client(0, 2, examples=1000), client(1, 2, examples=1001)], STATE)
     assert gathered(nodes, grid) == {100: 0}
+
+
+def thirty_in(partition, parts):
+    """A deal of 30 examples, the last part the largest; there is none into more than three."""
+    if parts > 3:
+        raise SettingsError(f"too few for {parts} clients")
+    return [10, 8, 12][partition]
+
+
+def test_a_node_declares_no_more_examples_than_its_partition_has(caplog):
+    nodes = Nodes(wait=0.3)
+    nodes.examples_of = thirty_in
+    clients = [client(i, 3, examples=count) for i, count in enumerate((10, 9, 11))]
+    grid = federation(clients, STATE)
+    assert gathered(nodes, grid) == {100: 0, 102: 2}
+    line = "Node 101 is refused: it declares 9 examples; partition 1 of 3 has 8"
+    assert line in caplog.text
+    # Who comes later is held to it too, and takes the partition that the first did not get.
+    grid.nodes |= {103: client(1, 3, examples=30), 104: client(1, 3, examples=8)}
+    assert gathered(nodes, grid) == {100: 0, 102: 2, 104: 1}
+
+
+def test_a_greedy_node_does_not_keep_the_partitions_own_one_out():
+    nodes = Nodes(wait=600)
+    nodes.examples_of = thirty_in
+    clients = [client(0, 3, examples=30), client(0, 3), client(1, 3, examples=8), client(2, 3)]
+    assert gathered(nodes, federation(clients, STATE)) == {101: 0, 102: 1, 103: 2}
+
+
+def test_no_deal_is_made_before_it_is_decided_how_many_partitions_there_are():
+    asked = []
+
+    def examples_of(partition, parts):
+        asked.append(parts)
+        return thirty_in(partition, parts)
+
+    nodes = Nodes(wait=600)
+    nodes.examples_of = examples_of
+    clients = [client(0, 10**6), client(0, 3), client(1, 3, examples=8), client(2, 3)]
+    assert gathered(nodes, FirstSpeaks(federation(clients, STATE).nodes)) == {
+        101: 0,
+        102: 1,
+        103: 2,
+    }
+    assert set(asked) == {3}
+
+
+def test_nodes_of_a_number_of_partitions_without_a_deal_are_refused_with_the_reason():
+    nodes = Nodes(wait=0.3)
+    nodes.examples_of = thirty_in
+    grid = federation([client(i, 4) for i in range(4)], STATE)
+    with pytest.raises(FederationError, match=r"0 nodes can take part.*too few for 4 clients"):
+        nodes.gather(grid)
 
 
 def test_the_text_of_a_refusal_is_one_short_line(caplog):

@@ -171,6 +171,31 @@ def test_distillation_uses_the_servers_buffer():
     assert -1 <= strategy.round_log.own["distill-loss"] < -0.9
 
 
+def test_fine_tuning_that_leaves_the_numbers_is_undone(caplog):
+    """The blocks are trained in round 1; in round 2 the network's logits are no numbers."""
+    start, factor = noisy_start(), [1.0]
+    inputs = torch.randn(8, 24, generator=torch.Generator().manual_seed(2))
+    options = ProWDOptions(finetune_every=1)
+    strategy = ProWD(options, predict=lambda s: factor[0] * (inputs @ s["w"].T + s["b"]))
+    shrink = lambda s: {n: 0.9 * t for n, t in s.items()}  # noqa: E731
+    grid = federation([ScriptedClient(i, 2, b, shrink) for i, b in enumerate((4, 32))], start)
+    run_round(strategy, grid, start)
+    trained = {n: t.clone() for n, t in strategy.dequantizer.state_dict().items()}
+    assert trained["blocks.4.4.weight"].any()
+    factor[0] = float("inf")
+    new = run_round(strategy, grid, start, 2)
+    kept = strategy.dequantizer.state_dict()
+    assert all(torch.equal(kept[n], t) for n, t in trained.items())
+    assert all(t.isfinite().all() for t in new.values())
+    assert "Round 2: fine-tuning is undone" in caplog.text
+    assert strategy.round_log.own["finetuning-undone"] == 1
+    assert "distill-loss" not in strategy.round_log.own
+    # And it goes on from there.
+    factor[0] = 1.0
+    run_round(strategy, grid, start, 3)
+    assert strategy.round_log.own["distill-loss"] < 0
+
+
 def test_the_ladder_follows_the_widths_of_the_federation():
     start = noisy_start()
     strategy = ProWD()

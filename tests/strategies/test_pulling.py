@@ -4,6 +4,7 @@ import json
 import time
 import tracemalloc
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -95,6 +96,52 @@ def test_what_stands_between_grid_and_superlink_is_called(link, monkeypatch):
     assert Federation(link).train().aggregated == [0, 1, 2]
     assert called == {"PullMessages", "PullObject", "ConfirmMessageReceived"}
     assert link.grid._client is client
+
+
+def failing(link, monkeypatch, name, answered):
+    """Let the SuperLink fail at its first two calls of one kind: before its work, or after it."""
+    monkeypatch.setattr("strategies.inbox._LONGEST_PAUSE", 0.01)
+    client, failures = link.grid._client, iter([True, True])
+
+    class Failing:
+        def __getattr__(self, called):
+            def call(request):
+                # The grid calls in several threads.
+                fails = called == name and next(failures, False)
+                if not fails or answered:
+                    answer = getattr(client, called)(request)
+                if fails:
+                    status = httpx.Response(500, request=httpx.Request("POST", "http://superlink"))
+                    raise httpx.HTTPStatusError("500", request=status.request, response=status)
+                return answer
+
+            return call
+
+    link.grid._client = Failing()
+    return failures
+
+
+CALLS = ["GetNodes", "PushMessages", "PushObject", "PullObject", "ConfirmMessageReceived"]
+
+
+@pytest.mark.parametrize(
+    ("name", "answered"),
+    [*((n, a) for n in CALLS for a in (False, True)), ("PullMessages", False)],
+)
+def test_a_superlink_that_fails_for_a_while_is_asked_again(link, monkeypatch, name, answered):
+    failures = failing(link, monkeypatch, name, answered)
+    assert Federation(link).train().aggregated == [0, 1, 2]
+    assert not list(failures)
+
+
+def test_a_reply_that_is_refused_stays_so_where_the_superlink_fails_to_delete_it(link, monkeypatch):
+    federation = Federation(link)
+    federation.alter(too_many_objects)
+    replies = federation.ask()
+    failures = failing(link, monkeypatch, "ConfirmMessageReceived", answered=False)
+    federation.strategy.aggregate_train(1, replies)
+    assert_only_the_second_failed(federation.strategy.round_log, "more than 2000 objects")
+    assert not list(failures)
 
 
 def instruct(link, node_id, content):
