@@ -24,6 +24,11 @@ _SMALLEST_SCALE = 2.0**-100
 _BLOCK = 1 << 18
 
 
+def is_width(bits: int) -> bool:
+    """Return whether a device can have this bit-width: a grid's, or that of float32."""
+    return MIN_BITS <= bits <= MAX_BITS or bits == FLOAT_BITS
+
+
 def check_bits(bits: int) -> int:
     """Return `bits` if it is a width that a grid exists for.
 

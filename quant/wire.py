@@ -28,7 +28,7 @@ from torch import Tensor
 
 from quant.coding import compress_codes, decompress_codes
 from quant.flat import FlatCodes, FlatFloats, FlatUpdate
-from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, largest_code
+from quant.grid import MAX_BITS, MIN_BITS, is_width, largest_code
 from quant.layout import Layout, layout_of
 from quant.packing import PackingError, pack, unpack
 from quant.update import Content, Update, UpdateSpec
@@ -167,7 +167,7 @@ def decode_update(
         If the payload is anything but a whole, unaltered, finite update of this model, width,
         content and stamp.
     """
-    if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
+    if not is_width(bits):
         raise UpdateError(f"payload has {bits} bits; allowed are {MIN_BITS} to {MAX_BITS} and 32")
     layout = layout_of(spec, bits)
     coding = _check_header(data, layout, content, stamp)
@@ -286,7 +286,7 @@ def _check_finite(values: np.ndarray, what: str) -> None:
 
 
 def _spec_of(update: Update) -> UpdateSpec:
-    if update.bits != FLOAT_BITS and not MIN_BITS <= update.bits <= MAX_BITS:
+    if not is_width(update.bits):
         raise ValueError(f"bits is {update.bits}; allowed are {MIN_BITS} to {MAX_BITS} and 32")
     spec = update.spec
     quantized = spec.quantized(update.bits)

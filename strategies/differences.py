@@ -4,32 +4,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from quant import FLOAT_BITS, MAX_BITS, MIN_BITS, is_statistic
+from quant import is_statistic
 from strategies.averaging import mean_of
 from strategies.base import MixedPrecisionStrategy
 from strategies.replies import ClientUpdate
 from strategies.states import State, is_finite
-from task.options import Allowed, Options
+from task.options import Options, WidthOrNone
 from task.protocol import Declaration, Instruction, Report
-
-_WIDTH_OR_NONE = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"
 
 
 class DifferenceOptions(Options):
     """Settings of the strategies that send quantized differences (`fedpaq-bits`, ...)."""
 
-    bits: Annotated[int, Allowed(_WIDTH_OR_NONE)] = Field(
+    bits: WidthOrNone = Field(
         0, description="Target bits of a difference; 0: each client's own width."
     )
-
-    @field_validator("bits")
-    @classmethod
-    def _bits_exist(cls, value: int) -> int:
-        if value not in (0, FLOAT_BITS) and not MIN_BITS <= value <= MAX_BITS:
-            raise ValueError(f"allowed are {_WIDTH_OR_NONE}")
-        return value
 
 
 class ServerStepOptions(DifferenceOptions):

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
+from quant import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
 from strategies.inbox import patiently
 from strategies.queries import Queries
 from strategies.replies import last_line
@@ -202,7 +202,7 @@ class Nodes:
         self._declared[node_id] = declaration
 
     def _objection(self, new: Declaration) -> str:
-        if new.bits != FLOAT_BITS and not MIN_BITS <= new.bits <= MAX_BITS:
+        if not is_width(new.bits):
             return (
                 f"it declares {new.bits} bits; allowed: {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
             )

@@ -3,7 +3,7 @@
 from math import floor
 from typing import Any
 
-from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS
+from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
 from task.errors import SettingsError
 
 _ALLOWED = f"{MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
@@ -18,7 +18,7 @@ def check_client_bits(bits: Any, origin: str) -> int:
         Otherwise; the message names `origin`.
     """
     valid = isinstance(bits, int) and not isinstance(bits, bool)
-    if not valid or not (MIN_BITS <= bits <= MAX_BITS or bits == FLOAT_BITS):
+    if not valid or not is_width(bits):
         raise SettingsError(f"{origin}: {bits!r} is not a bit-width; allowed: {_ALLOWED}")
     return bits
 

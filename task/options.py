@@ -4,10 +4,11 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
 from task.errors import SettingsError
 
 
@@ -20,6 +21,18 @@ class Allowed:
     """What a setting may be, in words, where neither type nor bounds say it; for settings.md."""
 
     words: str
+
+
+_WIDTH_OR_NONE = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"
+
+
+def _check_width_or_none(bits: int) -> int:
+    if bits and not is_width(bits):
+        raise ValueError(f"allowed are {_WIDTH_OR_NONE}")
+    return bits
+
+
+WidthOrNone = Annotated[int, AfterValidator(_check_width_or_none), Allowed(_WIDTH_OR_NONE)]
 
 
 class Options(BaseModel):

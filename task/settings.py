@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS
 from task.errors import SettingsError
 from task.mix import parse_mix
-from task.options import Allowed, Options, parse_assignments
+from task.options import Allowed, Options, WidthOrNone, parse_assignments
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -23,11 +23,9 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 
 # What is allowed, in words, for the page of settings and for the errors of the validators below.
 _WIDTHS = f"{MIN_BITS} to {MAX_BITS}"
-_WIDTH_OR_NONE = f"0, {_WIDTHS}, and {FLOAT_BITS}"
 _BOUND = "0, and 1 or more"
 _NAME = "letters, digits and . _ + = - only, beginning with a letter or digit"
 _MIX = f"bits:share,...; bits {_WIDTHS}, or {FLOAT_BITS}, each once; shares above 0, 1 in all"
-WidthOrNone = Annotated[int, Allowed(_WIDTH_OR_NONE)]
 AbsolutePath = Annotated[str, Allowed("path, absolute or from ~")]
 
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
@@ -182,13 +180,6 @@ class Settings(Options):
     @classmethod
     def _mix_is_valid(cls, value: str) -> str:
         parse_mix(value)
-        return value
-
-    @field_validator("activation_bits", "gradient_bits")
-    @classmethod
-    def _bits_are_valid(cls, value: int) -> int:
-        if value not in (0, FLOAT_BITS) and not MIN_BITS <= value <= MAX_BITS:
-            raise ValueError(f"allowed are {_WIDTH_OR_NONE}")
         return value
 
     @field_validator("norm_bound")
