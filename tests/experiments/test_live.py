@@ -31,7 +31,7 @@ EXPERIMENT = Experiment(
 FAILED = "batch-size: 0 is not allowed"
 
 
-def leave_record(run, federation, stop=None):
+def leave_record(run, federation, stop=None, starting=None):
     """Leave what `flwr run` leaves, in a moment: two rounds, or the failure of a wrong setting."""
     record = RunRecord(run.folder)
     if run.settings.get("batch-size") == 0:
@@ -153,7 +153,7 @@ def test_without_a_terminal_there_are_plain_lines(runs, capsys, monkeypatch):
 
 
 def test_a_run_that_cannot_be_written_fails_and_the_others_go_on(runs, monkeypatch):
-    def full_disk(run, federation, stop):
+    def full_disk(run, federation, stop, starting):
         raise OSError(errno.ENOSPC, "No space left on device", "/a/log")
 
     monkeypatch.setattr(live, "execute", full_disk)
@@ -166,7 +166,7 @@ def test_what_ends_one_run_otherwise_stops_all(runs, monkeypatch, error):
     """Two at a time: the first raises, the second is told to stop."""
     both_run, told = threading.Barrier(2), []
 
-    def fail_or_wait(run, federation, stop):
+    def fail_or_wait(run, federation, stop, starting):
         both_run.wait(10)
         if run.system == "A":
             raise error
@@ -185,7 +185,7 @@ def test_what_ends_one_run_otherwise_stops_all(runs, monkeypatch, error):
 def test_in_a_terminal_a_table_lives(runs, monkeypatch):
     """A real pseudo-terminal: the table changes while runs go on, and stays at the end."""
 
-    def slowly(run, federation, stop):
+    def slowly(run, federation, stop, starting):
         time.sleep(0.3)
         return leave_record(run, federation)
 
