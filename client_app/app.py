@@ -20,7 +20,7 @@ from task.devices import pick_device
 from task.errors import SettingsError
 from task.models import build_model
 from task.partition import client_images, evaluation_images
-from task.protocol import Declaration, Instruction, Report
+from task.protocol import MOST_LOSS, Declaration, Instruction, Report
 from task.seeds import derive_seed
 from task.settings import Settings
 from task.simulation import in_simulation
@@ -189,7 +189,7 @@ def _report(
     return Report(
         server_round=job.instruction.server_round,
         num_examples=score.num_examples,
-        loss=score.loss,
+        loss=min(score.loss, MOST_LOSS),
         accuracy=score.accuracy,
         seconds=time.perf_counter() - started,
         steps=steps,

@@ -7,8 +7,8 @@ from experiments.records import read_config
 from experiments.runs import PlannedRun, unique
 from task.errors import SettingsError
 
-# How long a run is, and in which rounds it is looked at, tells runs apart here.
-_COMPARED_THOUGH = frozenset({"num-server-rounds", "evaluate-every"})
+# How long a run is, in which rounds it is looked at, and which deal it is of, tell runs apart here.
+_COMPARED_THOUGH = frozenset({"num-server-rounds", "evaluate-every", "partition-file"})
 
 
 def check_runs(runs: Sequence[PlannedRun]) -> None:
@@ -44,7 +44,7 @@ def _check_folder(data_dir: str) -> None:
 
 def may_differ() -> frozenset[str]:
     """Return the settings that may differ between runs that one table is made from."""
-    from server_app.checkpoint import MAY_DIFFER
+    from server_app.checkpoint import MAY_DIFFER  # Takes seconds to import.
 
     return MAY_DIFFER - _COMPARED_THOUGH | {"server-device"}
 

@@ -1,5 +1,6 @@
 """A comparison as `prowd compare` makes it: what is run, and what is written of it."""
 
+import re
 import sys
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
@@ -71,7 +72,7 @@ class Comparison:
         systems = _chosen("--systems", choice.systems, experiment.systems)
         overrides = _overrides(choice.sets)
         changes: dict[str, object] = {
-            "title": _title(experiment, overrides),
+            "title": _title(experiment, overrides, choice.federation),
             "seeds": list(dict.fromkeys([*experiment.seeds, *seeds])),
         }
         if choice.federation:
@@ -143,10 +144,19 @@ def _chosen(option: str, text: str, named: Collection[str]) -> Collection[str]:
     return names
 
 
-def _title(experiment: Experiment, overrides: Mapping[str, Setting]) -> str:
+def _title(experiment: Experiment, overrides: Mapping[str, Setting], federation: str) -> str:
     """Name what was set against the file, so that nobody takes the results for the file's."""
-    others = {k: v for k, v in overrides.items() if experiment.settings.get(k) != v}
-    said = [f"{key} {value}" for key, value in others.items() if key not in may_differ()]
+    runs = planned_runs(experiment, Path(), {})
+    said = [
+        f"{key} {value}"
+        for key, value in overrides.items()
+        if key not in may_differ() and any(run.settings.get(key) != value for run in runs)
+    ]
+    # How many clients there are; what else it says changes no number.
+    clients, own = (
+        re.findall(r"num-supernodes=\d+", t) for t in (federation, experiment.federation)
+    )
+    said += clients if federation and clients != own else []
     return ", ".join([experiment.title, *said])
 
 

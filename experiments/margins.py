@@ -26,8 +26,8 @@ class Margins:
     naive : dict of str to float
         Accuracies of FedAvg and GroupedAvg.
     rival_bytes, our_bytes : float or None
-        Sent up by FedCOM, and by ProWD, until the mean of three evaluations was the accuracy that
-        FedCOM's table has; None if it never was.
+        Sent up by FedCOM, and by ProWD, until the mean of three evaluations was at least the
+        accuracy that FedCOM has in the table; None if it never was.
     """
 
     ceiling: float

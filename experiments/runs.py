@@ -83,38 +83,56 @@ def execute(
     """
     if not (PROJECT / "pyproject.toml").is_file():
         raise SettingsError(f"{PROJECT} is no checkout of prowd; install it with pip install -e .")
-    if run.folder.exists():
-        if _is_written(run.folder):
-            return f"another process is writing {run.folder}"
-        _move_aside(run.folder)
     settings = {**run.settings, "output-dir": str(run.folder.parent), "run-name": run.folder.name}
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-    flwr = flwr_program()
-    command = [flwr, "run", str(PROJECT), "--stream", "--run-config", config]
+    command = [flwr_program(), "run", str(PROJECT), "--stream", "--run-config", config]
     command += ["--federation-config", federation] if federation else []
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.parent / f"{run.folder.name}.log"
-    with open(log, "w") as file, ExitStack() as until_taken:
+    with ExitStack() as until_taken:
         until_taken.enter_context(starting)
         if stop.is_set():
             return INTERRUPTED
-        # In a session of its own, so that Ctrl-C does not end it before its run is stopped.
-        with subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        ) as process:
-            try:
-                while process.poll() is None:
-                    if stop.wait(_SECONDS_BETWEEN_LOOKS):
-                        return _stop(process, flwr, log, run.folder)
-                    if _run_id(log):
-                        until_taken.close()
-            except BaseException:
-                _stop(process, flwr, log, run.folder)
-                raise
+        if run.folder.exists():
+            if _is_written(run.folder):
+                return f"another process is writing {run.folder}"
+            _move_aside(run.folder)
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        # Others may start as soon as Flower has this one.
+        if stopped := _follow(command, log, run.folder, stop, until_taken.close):
+            return stopped
     if run.completed:
         return ""
     # flwr's exit code is 0 for a failed run too; the run's own record knows.
     return read_summary(run.folder).reason or f"{_last_line(log)} ({log})"
+
+
+def _follow(
+    command: Sequence[str],
+    log: Path,
+    folder: Path,
+    stop: threading.Event,
+    when_taken: Callable[[], None],
+) -> str:
+    """Run `flwr run` to its end; return how it was stopped, empty if it was not."""
+    # In a session of its own, so that Ctrl-C does not end it before its run is stopped.
+    with (
+        open(log, "w") as file,
+        subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        taken = False
+        try:
+            while process.poll() is None:
+                if stop.wait(_SECONDS_BETWEEN_LOOKS):
+                    return _stop(process, log, folder)
+                if not taken and _run_id(log):
+                    taken = True
+                    when_taken()
+        except BaseException:
+            _stop(process, log, folder)
+            raise
+    return ""
 
 
 def flwr_program() -> str:
@@ -135,7 +153,7 @@ def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return [run for run in unique(runs) if not run.completed]
 
 
-def _stop(process: subprocess.Popen, flwr: str, log: Path, folder: Path) -> str:
+def _stop(process: subprocess.Popen, log: Path, folder: Path) -> str:
     """End a run, which goes on where `flwr run` alone is ended; return how that went."""
     _wait_until(lambda: process.poll() is not None or bool(_run_id(log)))
     run_id = _run_id(log)
@@ -143,7 +161,10 @@ def _stop(process: subprocess.Popen, flwr: str, log: Path, folder: Path) -> str:
     if run_id:
         with suppress(subprocess.TimeoutExpired):
             done = subprocess.run(
-                [flwr, "stop", run_id], capture_output=True, check=False, timeout=_SECONDS_TO_STOP
+                [flwr_program(), "stop", run_id],
+                capture_output=True,
+                check=False,
+                timeout=_SECONDS_TO_STOP,
             )
             stopped = done.returncode == 0
     process.terminate()

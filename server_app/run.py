@@ -84,7 +84,10 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     strategy = build_strategy(settings, options)
     data = load_dataset(settings)
     strategy.nodes.most_examples = len(data.train)
-    strategy.nodes.examples_of = partial(_examples_of, settings)
+    if not in_simulation():
+        # Simulated clients run this code as well; the deal need not be made for them, which costs
+        # seconds.
+        strategy.nodes.examples_of = partial(_examples_of, settings)
     shape = data.channels, data.size, data.num_classes
     model = build_model(settings.model, *shape, settings.seed)
     if is_reference(settings.model):
@@ -101,9 +104,6 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
 
 def _examples_of(settings: Settings, partition_id: int, num_partitions: int) -> int:
     """Return how many images a client has: the server makes the deal that all others make."""
-    if in_simulation():
-        # The clients run this code as well, so the deal need not be made, which costs seconds.
-        return len(load_dataset(settings).train)
     return len(partition(settings, num_partitions).clients[partition_id])
 
 

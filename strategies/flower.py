@@ -73,6 +73,7 @@ class FlowerStrategy(MixedPrecisionStrategy):
         super().__init__(**kwargs)
         self.inner = _make(name, parse_assignments((options or FlowerOptions()).arguments))
         self._config = ConfigRecord()
+        self._has_worked = False
 
     def configure_train(self, server_round, arrays, config, grid: Grid) -> list[Message]:
         """Let Flower's class see the round's model and write its settings, then do as always."""
@@ -96,10 +97,11 @@ class FlowerStrategy(MixedPrecisionStrategy):
                 tensors |= {
                     f"{key}/{name}": torch.from_numpy(a.copy()) for name, a in named.items()
                 }
-        return tensors, {"kinds": kinds}
+        return tensors, {"kinds": kinds, "has-worked": self._has_worked}
 
     def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
         """Put them back."""
+        self._has_worked = values["has-worked"]
         for key, kind in values["kinds"].items():
             prefix = f"{key}/"
             mine = {p.removeprefix(prefix): t for p, t in tensors.items() if p.startswith(prefix)}
@@ -114,9 +116,10 @@ class FlowerStrategy(MixedPrecisionStrategy):
             return None
         arrays, reason = self._aggregate(server_round, replies)
         if arrays is not None:
+            self._has_worked = True
             return to_state(arrays)
-        if server_round == 1 and not self.round_log.left_out:
-            # What does not work at once with all that were asked will hardly do so later.
+        if not self._has_worked and not self.round_log.left_out:
+            # What does not work with all that were asked will hardly do so later.
             raise FederationError(f"strategy: {reason}")
         log(WARNING, "Round %d is left out: %s", server_round, reason)
         return None

@@ -22,6 +22,10 @@ _MOST_FAILURES = 10
 Answer = TypeVar("Answer")
 
 
+class SuperLinkFailed(Exception):
+    """The SuperLink failed for what may pass: it is asked again later, and nothing else now."""
+
+
 def receive(
     grid: Grid, messages: list[Message], timeout: float | None, most_bytes: int
 ) -> Iterator[Message]:
@@ -49,8 +53,13 @@ def receive(
     pause = _SHORTEST_PAUSE
     while waiting:
         unanswered = []
-        for message in waiting:
-            reply = pull(grid, message, most_bytes)
+        for place, message in enumerate(waiting):
+            try:
+                reply = pull(grid, message, most_bytes)
+            except SuperLinkFailed:
+                # It comes last next time: the failure may be of this reply alone.
+                unanswered += [*waiting[place + 1 :], message]
+                break
             if reply is None:
                 unanswered.append(message)
                 continue
@@ -83,6 +92,12 @@ def pull(grid: Grid, message: Message, most_bytes: int = 0) -> Message | None:
 
     By itself, because Flower decodes whatever the nodes sent while it pulls: one reply that it
     cannot decode would take the others along, and all would be in memory at once.
+
+    Raises
+    ------
+    SuperLinkFailed
+        If the SuperLink failed for what may pass. A reply that it had marked as delivered by then
+        does not come any more, and is missing from the round.
     """
     message_id = message.metadata.message_id
     try:
@@ -93,8 +108,7 @@ def pull(grid: Grid, message: Message, most_bytes: int = 0) -> Message | None:
     except NotYetComplete:
         return None
     except httpx.HTTPStatusError as error:
-        _refuse_lasting(error)
-        return None
+        raise _passing(error) from error
     except (httpx.HTTPError, OSError, MemoryError):
         # The connection to the SuperLink or this machine, not the reply.
         raise
@@ -117,12 +131,12 @@ def patiently(call: Callable[[], Answer]) -> Answer:
         try:
             return call()
         except httpx.HTTPStatusError as error:
-            _refuse_lasting(error)
+            _passing(error)
         time.sleep(_LONGEST_PAUSE)
     return call()
 
 
-def _refuse_lasting(error: httpx.HTTPStatusError) -> None:
+def _passing(error: httpx.HTTPStatusError) -> SuperLinkFailed:
     """Warn of a failure of the SuperLink's own, and raise any other.
 
     A node that pushes much at once holds its database, and whoever calls meanwhile is answered
@@ -131,6 +145,7 @@ def _refuse_lasting(error: httpx.HTTPStatusError) -> None:
     if not error.response.is_server_error:
         raise error
     log(WARNING, "The SuperLink failed, it is asked again: %s", error)
+    return SuperLinkFailed(str(error))
 
 
 def _checked(reply: Message) -> Message:

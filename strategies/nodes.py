@@ -95,12 +95,9 @@ class Nodes:
         deadline = time.monotonic() + self._wait
         while True:
             self._look(grid)
-            present = self._seated()
-            complete = self._is_complete(present)
             late = time.monotonic() >= deadline
-            if complete or late or self._gathered:
-                present = self._without_greedy(present)
-                complete = self._is_complete(present)
+            present = self._taking_part(late)
+            complete = self._is_complete(present)
             enough = len(present) >= self._min_nodes
             if enough and (complete or (self._gathered and not self._queries.are_awaited())):
                 break
@@ -221,17 +218,23 @@ class Nodes:
                 holders.setdefault(declaration.partition_id, node_id)
         return {node_id: self._declared[node_id] for node_id in sorted(holders.values())}
 
-    def _without_greedy(self, present: dict[int, Declaration]) -> dict[int, Declaration]:
-        """Refuse nodes that declare more examples than their partition has, and seat the next."""
-        while greedy := {n: reason for n, d in present.items() if (reason := self._greed(d))}:
-            for node_id, reason in greedy.items():
+    def _taking_part(self, late: bool) -> dict[int, Declaration]:
+        """Return who has a seat, held against the deal once that is asked of few.
+
+        Who does not fit the deal is refused, and the next of the partition is seated.
+        """
+        present = self._seated()
+        if not (late or self._gathered or self._is_complete(present)):
+            return present
+        while unfit := {n: reason for n, d in present.items() if (reason := self._misfit(d))}:
+            for node_id, reason in unfit.items():
                 self._refused_parts[node_id] = self._declared.pop(node_id).num_partitions
                 self._refuse(node_id, reason)
             present = self._seated()
         return present
 
-    def _greed(self, declared: Declaration) -> str:
-        """Return why this node is refused among those that may take part; empty if it is not."""
+    def _misfit(self, declared: Declaration) -> str:
+        """Return what of a declaration does not fit the deal; empty if all does."""
         if self.examples_of is None:
             return ""
         partition, parts = declared.partition_id, declared.num_partitions

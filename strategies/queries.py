@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from strategies.inbox import patiently, pull
+from strategies.inbox import SuperLinkFailed, patiently, pull
 
 # A query can fail for a passing reason; a node that fails this often is given up.
 _ATTEMPTS = 3
@@ -53,7 +53,12 @@ class Queries:
         """Yield the answers that have come, by node; an error is one that will not pass."""
         # A node that never answers costs nothing but this look.
         for node_id, message in list(self._open.items()):
-            reply = pull(grid, message)
+            try:
+                reply = pull(grid, message)
+            except SuperLinkFailed:
+                # It comes last next time: the failure may be of this answer alone.
+                self._open[node_id] = self._open.pop(node_id)
+                return
             if reply is None:
                 continue
             del self._open[node_id]

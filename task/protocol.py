@@ -17,6 +17,10 @@ INSTRUCTION = "instruction"
 DECLARATION = "declaration"
 REPORT = "report"
 
+# Mean cross-entropy of a network that gives the true class ten thousand logits less than another:
+# who gets there has diverged. Means of losses, and q-FedAvg's weights, are bounded by it.
+MOST_LOSS = 1e4
+
 Uplink = Literal["weights", "difference", "nothing"]
 
 
@@ -145,7 +149,7 @@ class Report(_Record):
     num_examples : int
         Images trained or evaluated on.
     loss : float
-        Mean loss over them, 0 or more; more than 10,000 is not believed.
+        Mean loss over them, 0 to `MOST_LOSS`, which also stands for more.
     accuracy : float
         Share of them classified correctly, 0 to 1.
     seconds : float

@@ -6,6 +6,7 @@ import pytest
 from run_records import write_run
 
 from experiments.cli import main
+from experiments.compare import Choice, Comparison
 
 PLAN = """
 title = "Small"
@@ -107,6 +108,20 @@ def test_what_is_set_against_the_file_is_in_the_title(compare, made):
     code, said, _ = compare(*given, "--set", f"data-dir = '{made}'", text=text)
     assert (code, said.splitlines()[0]) == (0, f"Small, learning-rate {rate}: 1 of 1 runs are done")
     assert f"### Small, learning-rate {rate}: half" in said
+
+
+def test_what_beats_one_system_alone_is_in_the_title_too(tmp_path):
+    """The file's own value, but not what one of its systems has; and another number of clients."""
+    plan = tmp_path / "plan.toml"
+    plan.write_text(f"federation = 'num-supernodes=2'\n{PLAN}learning-rate = 0.2\n")
+
+    def title(sets=(), federation=""):
+        choice = Choice(sets=sets, federation=federation)
+        return Comparison.read(plan, choice, tmp_path / "out").experiment.title
+
+    assert title() == title(federation="num-supernodes=2 client-resources-num-cpus=2") == "Small"
+    assert title(["learning-rate = 0.1"]) == "Small, learning-rate 0.1"
+    assert title(federation="num-supernodes=4") == "Small, num-supernodes=4"
 
 
 def test_seeds_that_were_run_before_stay_in_the_table(compare, made, tmp_path):

@@ -74,10 +74,24 @@ def refusal(status):
 def test_a_failure_of_the_superlinks_own_costs_the_reply_and_not_the_run(caplog):
     """As while a node keeps its database locked; Flower does not try again at 500."""
     strategy = FedAvg()
-    train(strategy, undecodable("train", refusal(500)))
+    train(strategy, undecodable("train", refusal(500)), timeout=0.5)
     assert strategy.round_log.aggregated == [0, 2]
     assert strategy.round_log.failed == {1: "no reply in time"}
     assert "The SuperLink failed, it is asked again: 500" in caplog.text
+
+
+def test_a_superlink_that_fails_at_every_reply_is_asked_for_one_at_a_time(caplog):
+    """Each failure may take it seconds: a look at all replies would outlast the round."""
+    grid = undecodable("train", refusal(500))
+    grid.pull_messages = lambda ids: (
+        super(Undecodable, grid).pull_messages(ids)
+        if grid.sent[-1].metadata.message_type == "query"
+        else (_ for _ in ()).throw(refusal(500))
+    )
+    strategy = FedAvg()
+    train(strategy, grid)
+    assert sorted(strategy.round_log.failed) == [0, 1, 2]
+    assert caplog.text.count("The SuperLink failed") == 1
 
 
 def test_a_failure_of_the_superlinks_own_leaves_a_node_unheard():
