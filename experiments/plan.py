@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from task.errors import SettingsError
 from task.options import Options
@@ -40,6 +40,17 @@ class Experiment(Options):
     settings: dict[str, Setting] = Field(default_factory=dict)
     scenarios: Annotated[dict[str, dict[str, Setting]], Field(min_length=1)]
     systems: Annotated[dict[str, dict[str, Setting]], Field(min_length=1)]
+
+    @field_validator("scenarios", "systems", mode="before")
+    @classmethod
+    def _dots_are_quoted(cls, value: Any, info: ValidationInfo) -> Any:
+        parts = value if isinstance(value, dict) else {}
+        for name, part in parts.items():
+            for rest, inner in part.items() if isinstance(part, dict) else ():
+                if isinstance(inner, dict):
+                    where = f'[{info.field_name}."{name}.{rest}"]'
+                    raise SettingsError(f"a name with a dot is quoted: {where}")
+        return value
 
     @field_validator("scenarios", "systems")
     @classmethod

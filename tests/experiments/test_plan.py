@@ -43,6 +43,10 @@ strategy = "fedavg"
         (GOOD.replace("seeds = [0]", "seeds = []"), "file.toml: seeds"),
         (GOOD.replace("seeds = [0]", "seeds = 0"), "file.toml: seeds"),
         (GOOD.replace("[systems.a]", "[systems.'a/b']"), "'a/b': letters, digits"),
+        (
+            GOOD.replace("[systems.a]", "[systems.a-0.1]"),
+            'a name with a dot is quoted: [systems."a-0.1"]',
+        ),
         (GOOD + "seed = 3", "seed is left to prowd compare"),
         (GOOD + "[settings]\nrun-name = 'x'", "run-name is left to prowd compare"),
         (GOOD.replace("title", "titel"), "file.toml: titel: there is no such setting"),
