@@ -28,7 +28,7 @@ from task.errors import SettingsError
 from task.files import checksum, write_atomic
 
 # Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
-FORMAT = 3
+FORMAT = 4
 # Packages of which another version may compute other numbers.
 _DECIDING = ("prowd", "torch", "torchvision", "numpy", "flwr", "flwr-datasets")
 # Settings that may change on resume: they decide where, how long and with how much patience a run
