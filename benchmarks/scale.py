@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def main() -> None:
             # A process each, whose memory is nobody else's.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 seconds[count], models[count] = pool.apply(_rounds, (name, count))
-        for few, count in ((10, 100), (10, 1000), (100, 1000)):
+        for few, count in combinations(_COUNTS, 2):
             label = f"{name}, seconds a client, {count} clients against {few}"
             figures.append(ratio(label, seconds[count], seconds[few], _FLAT))
         for count in _COUNTS:

@@ -134,8 +134,8 @@ def _shares(settings: Settings) -> list[Figure]:
     ]
 
 
-def _prepared(own: Mapping[str, Setting] | None = None) -> Run:
-    return prepare(Path(), *read_settings({**SETTINGS, **(own or {})}))
+def _prepared(own: Mapping[str, Setting]) -> Run:
+    return prepare(Path(), *read_settings({**SETTINGS, **own}))
 
 
 def _server_seconds(make: Callable) -> float:

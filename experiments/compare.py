@@ -153,10 +153,10 @@ def _title(experiment: Experiment, overrides: Mapping[str, Setting], federation:
         if key not in may_differ() and any(run.settings.get(key) != value for run in runs)
     ]
     # How many clients there are; what else it says changes no number.
-    clients, own = (
-        re.findall(r"num-supernodes=\d+", t) for t in (federation, experiment.federation)
+    asked, own = (
+        re.findall(r"num-supernodes=\d+", text) for text in (federation, experiment.federation)
     )
-    said += clients if federation and clients != own else []
+    said += [clients for clients in asked if clients not in own]
     return ", ".join([experiment.title, *said])
 
 

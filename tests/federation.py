@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Callable, Iterable
 
+import httpx
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
@@ -25,6 +26,14 @@ from task.protocol import (
 TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
 Node = Callable[[Message], Message | None]
+
+
+def refusal(status):
+    """What Flower's grid raises where the SuperLink answers with this status."""
+    request = httpx.Request("POST", "http://superlink/v1/runtime/pull-messages")
+    return httpx.HTTPStatusError(
+        f"{status}", request=request, response=httpx.Response(status, request=request)
+    )
 
 
 class InProcessGrid(Grid):

@@ -3,7 +3,7 @@
 import httpx
 import pytest
 import torch
-from federation import InProcessGrid, ScriptedClient, federation, payload_record
+from federation import InProcessGrid, ScriptedClient, federation, payload_record, refusal
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from measuring import peak_memory
 
@@ -64,13 +64,6 @@ def test_a_lost_connection_to_the_superlink_is_not_taken_for_a_bad_reply(kind):
         train(FedAvg(node_wait=1.0), undecodable(kind, httpx.ConnectError("gone")))
 
 
-def refusal(status):
-    request = httpx.Request("POST", "http://superlink/v1/runtime/pull-messages")
-    return httpx.HTTPStatusError(
-        f"{status}", request=request, response=httpx.Response(status, request=request)
-    )
-
-
 def test_a_failure_of_the_superlinks_own_costs_the_reply_and_not_the_run(caplog):
     """As while a node keeps its database locked; Flower does not try again at 500."""
     strategy = FedAvg()
@@ -82,14 +75,15 @@ def test_a_failure_of_the_superlinks_own_costs_the_reply_and_not_the_run(caplog)
 
 def test_a_superlink_that_fails_at_every_reply_is_asked_for_one_at_a_time(caplog):
     """Each failure may take it seconds: a look at all replies would outlast the round."""
-    grid = undecodable("train", refusal(500))
-    grid.pull_messages = lambda ids: (
-        super(Undecodable, grid).pull_messages(ids)
-        if grid.sent[-1].metadata.message_type == "query"
-        else (_ for _ in ()).throw(refusal(500))
-    )
+
+    class Failing(InProcessGrid):
+        def pull_messages(self, message_ids):
+            if self.sent[-1].metadata.message_type == "train":
+                raise refusal(500)
+            return super().pull_messages(message_ids)
+
     strategy = FedAvg()
-    train(strategy, grid)
+    train(strategy, Failing(federation([honest(i) for i in range(3)], STATE).nodes))
     assert sorted(strategy.round_log.failed) == [0, 1, 2]
     assert caplog.text.count("The SuperLink failed") == 1
 

@@ -4,11 +4,10 @@ import json
 import time
 import tracemalloc
 
-import httpx
 import numpy as np
 import pytest
 import torch
-from federation import ScriptedClient, payload_record
+from federation import ScriptedClient, payload_record, refusal
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message import array as flower_array
 from flwr.app.message import make_message
@@ -111,8 +110,7 @@ def failing(link, monkeypatch, name, answered):
                 if not fails or answered:
                     answer = getattr(client, called)(request)
                 if fails:
-                    status = httpx.Response(500, request=httpx.Request("POST", "http://superlink"))
-                    raise httpx.HTTPStatusError("500", request=status.request, response=status)
+                    raise refusal(500)
                 return answer
 
             return call
