@@ -2,18 +2,27 @@
 
 Codes near zero are the most frequent, and after a round of training most codes are near those that
 the client started from: where the server knows the start, the differences say the same in fewer
-bits. They are taken modulo the grid's ``2**bits - 1`` levels, so that a difference is a code of the
-same width. What is left is coded by Huffman's method over whole bytes: a byte holds as many codes
-of 2 or 4 bits as fit, one of up to 8 bits, or half of a longer one. This is a Zstandard frame (RFC
-8878), which is read several times faster than DEFLATE, with as good as no search for repetitions,
-of which random codes have none.
+bits. Codes and differences are taken modulo ``2**bits``, as words of so many bits
+with an offset. These are coded by Huffman's method over whole bytes: a byte holds as many words of 2 or
+4 bits as fit, one of up to 8 bits, or half of a longer one. This is a Zstandard frame (RFC 8878),
+which is read several times faster than DEFLATE, with as good as no search for repetitions, of which
+random codes have none.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 import zstandard
 
 from quant.grid import largest_code
-from quant.packing import PackingError, pack, packed_size, unpack
+from quant.packing import (
+    PackingError,
+    block_places,
+    pack_words,
+    packed_size,
+    unpack_words,
+    word_type,
+)
 
 _FORMAT = zstandard.FORMAT_ZSTD1_MAGICLESS
 # Bytes that a table of Huffman's is made for: what Zstandard calls a block.
@@ -28,12 +37,20 @@ def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None
     Parameters
     ----------
     codes, start : ndarray
-        Integers ``[count]`` on the grid of `bits`.
+        Codes ``[count]`` on the grid of `bits`; int8 up to 8 bits, int16 above.
     bits : int
         Bit-width, 2 to 16.
     """
-    if start is not None:
-        codes = _wrapped(codes, -start, bits)
+    narrow = word_type(bits)
+    middle, mask = narrow(1 << (bits - 1)), narrow((1 << bits) - 1)
+
+    def words() -> Iterator[np.ndarray]:
+        for place in block_places(codes.size):
+            block = codes[place].view(narrow) + middle
+            if start is not None:
+                block -= start[place].view(narrow)
+            yield np.bitwise_and(block, mask, out=block)
+
     parameters = zstandard.ZstdCompressionParameters(
         format=_FORMAT,
         window_log=_LOG_BLOCK,
@@ -42,7 +59,7 @@ def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None
         strategy=zstandard.STRATEGY_FAST,
     )
     coder = zstandard.ZstdCompressor(compression_params=parameters)
-    return coder.compress(pack(codes, _container(bits)))
+    return coder.compress(pack_words(words(), _container(bits), codes.size))
 
 
 def decompress_codes(
@@ -68,26 +85,21 @@ def decompress_codes(
         packed = zstandard.ZstdDecompressor(format=_FORMAT).decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise PackingError(f"the coded codes cannot be read: {error}") from None
-    codes = unpack(packed, _container(bits), count)
-    limit = largest_code(bits)
-    if count and max(codes.max(), -int(codes.min())) > limit:
-        raise PackingError(f"a code lies off the grid of width {bits}")
-    return codes if start is None else _wrapped(codes, start, bits)
+    codes = np.empty(count, np.int8 if bits <= 8 else np.int16)
+    narrow = word_type(bits)
+    middle, mask = narrow(1 << (bits - 1)), narrow((1 << bits) - 1)
+    for place, words in unpack_words(packed, _container(bits), count):
+        block, off_grid = codes[place].view(narrow), words.max() > mask
+        if start is not None:
+            words = np.add(words, start[place].view(narrow), out=block)
+            words &= mask
+        if off_grid or words.min() == 0:
+            raise PackingError(f"a code lies off the grid of width {bits}")
+        np.subtract(words, middle, out=block)
+    return codes
 
 
 def _container(bits: int) -> int:
     """Width at which codes do not straddle bytes."""
     return next(width for width in (2, 4, 8, 16) if width >= bits)
 
-
-def _wrapped(codes: np.ndarray, moved: np.ndarray, bits: int) -> np.ndarray:
-    """Add codes, and bring the sums back onto the grid, modulo its levels."""
-    limit = largest_code(bits)
-    levels = 2 * limit + 1
-    # The narrowest integers that hold every sum: the narrower, the faster.
-    wide = np.result_type(np.min_scalar_type(-2 * limit), np.int8)
-    values = codes.astype(wide)
-    values += moved.astype(wide, copy=False)
-    values -= (values > limit) * wide.type(levels)
-    values += (values < -limit) * wide.type(levels)
-    return values.astype(codes.dtype, copy=False)

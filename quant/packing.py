@@ -10,6 +10,7 @@ Codes are stored with an offset of ``2**(k-1)``. The pattern 0, which would stan
 the symmetric grid, never occurs, and `unpack` refuses it, as it refuses padding that is not zero.
 """
 
+from collections.abc import Iterable, Iterator
 from math import gcd
 
 import numpy as np
@@ -62,18 +63,16 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
     if flat.itemsize == 1 and bits > 8:
         flat = flat.astype(np.int16)
     flat = flat.view(f"u{flat.itemsize}")
-    out = np.empty(packed_size(flat.size, bits), np.uint8)
-    position = 0
-    for start in range(0, flat.size, _BLOCK):
-        # Wrap-around is wanted: what lies far below the grid becomes too large.
-        words = flat[start : start + _BLOCK] + flat.dtype.type(limit + 1)
-        if words.min() == 0 or words.max() > 2 * limit + 1:
-            raise ValueError(off_grid)
-        size = _block_size(words.size, bits)
-        narrow = words.astype(np.uint8 if bits <= 8 else np.uint16, copy=False)
-        _pack_block(narrow, bits, out[position : position + size])
-        position += size
-    return out.data
+
+    def words() -> Iterator[np.ndarray]:
+        for place in block_places(flat.size):
+            # Wrap-around is wanted: what lies far below the grid becomes too large.
+            block = flat[place] + flat.dtype.type(limit + 1)
+            if block.min() == 0 or block.max() > 2 * limit + 1:
+                raise ValueError(off_grid)
+            yield block.astype(word_type(bits), copy=False)
+
+    return pack_words(words(), bits, flat.size)
 
 
 def unpack(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
@@ -98,22 +97,77 @@ def unpack(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
     PackingError
         If the length is wrong, a code lies off the symmetric grid or padding is not zero.
     """
+    offset = word_type(bits)(largest_code(bits) + 1)
+    codes = np.empty(count, np.int8 if bits <= 8 else np.int16)
+    for place, words in unpack_words(data, bits, count):
+        if words.min() == 0:
+            raise PackingError(f"a code lies below the symmetric grid of width {bits}")
+        np.subtract(words, offset, out=codes[place].view(words.dtype))
+    return codes
+
+
+def word_type(bits: int) -> type[np.unsignedinteger]:
+    """Return the unsigned integers that words of a width are computed with."""
+    return np.uint8 if bits <= 8 else np.uint16
+
+
+def block_places(count: int) -> Iterator[slice]:
+    """Yield where the blocks are that so many words are packed in, one after the other."""
+    for start in range(0, count, _BLOCK):
+        yield slice(start, min(start + _BLOCK, count))
+
+
+def pack_words(blocks: Iterable[np.ndarray], bits: int, count: int) -> memoryview:
+    """Pack words of any pattern.
+
+    Parameters
+    ----------
+    blocks : iterable of ndarray
+        Of `word_type`, below ``2**bits``, those of each of `block_places`; they are overwritten.
+    bits : int
+        Bit-width, 2 to 16.
+    count : int
+        Number of words in all.
+
+    Returns
+    -------
+    memoryview
+        As of `pack`.
+    """
+    out = np.empty(packed_size(count, bits), np.uint8)
+    position = 0
+    for words in blocks:
+        size = _block_size(words.size, bits)
+        _pack_block(words, bits, out[position : position + size])
+        position += size
+    return out.data
+
+
+def unpack_words(
+    data: bytes | memoryview, bits: int, count: int
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Unpack what `pack_words` wrote.
+
+    Yields
+    ------
+    tuple of slice and ndarray
+        Each of `block_places`, and the words there, to be read only.
+
+    Raises
+    ------
+    PackingError
+        If the length is wrong or padding is not zero.
+    """
     size = packed_size(count, bits)
     if len(data) != size:
         raise PackingError(f"{count} codes of {bits} bits take {size} bytes; got {len(data)}")
     source = np.frombuffer(data, np.uint8)
-    codes = np.empty(count, np.int8 if bits <= 8 else np.int16)
     position = 0
-    for start in range(0, count, _BLOCK):
-        block = codes[start : start + _BLOCK]
-        taken = _block_size(block.size, bits)
-        words = _unpack_block(source[position : position + taken], bits, block.size)
-        if block.size and words.min() == 0:
-            raise PackingError(f"a code lies below the symmetric grid of width {bits}")
-        offset = words.dtype.type(1 << (bits - 1))
-        np.subtract(words, offset, out=block.view(words.dtype))
+    for place in block_places(count):
+        length = place.stop - place.start
+        taken = _block_size(length, bits)
+        yield place, _unpack_block(source[position : position + taken], bits, length)
         position += taken
-    return codes
 
 
 def _slices(bits: int) -> int:

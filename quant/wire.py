@@ -33,10 +33,10 @@ from quant.layout import Layout, layout_of
 from quant.packing import PackingError, pack, unpack
 from quant.update import Content, Update, UpdateSpec
 
-STYPE = "prowd.update/4"
+STYPE = "prowd.update/5"
 
 _MAGIC = b"PRWD"
-_VERSION = 4
+_VERSION = 5
 _HEADER = struct.Struct("<4sBBBBIQ")
 _CHECKSUM_OFFSET = _HEADER.size - 8
 _CONTENTS: tuple[str, ...] = get_args(Content)

@@ -133,7 +133,7 @@ def test_a_bomb_that_claims_to_be_so_many_codes_is_refused():
 @pytest.mark.parametrize("bits", [3, 5, 6, 7, 9, 12])
 def test_a_code_of_the_wider_container_is_refused(bits):
     container = 4 if bits == 3 else 8 if bits < 8 else 16
-    codes = np.full(100, largest_code(bits) + 1, np.int16)
+    codes = np.full(100, largest_code(bits) + 1, np.int8 if container <= 8 else np.int16)
     with pytest.raises(PackingError, match=f"off the grid of width {bits}"):
         decompress_codes(compress_codes(codes, container), bits, 100)
 
