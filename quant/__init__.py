@@ -44,6 +44,7 @@ from quant.layers import (
 from quant.model_file import ModelFileError, PackedModel, load_model
 from quant.optimizer import StrictSGD
 from quant.packing import PackingError, pack, packed_size, unpack
+from quant.reading import OpenedUpdate, UpdateError, decode_update, open_update
 from quant.relevancy import cosine, relevancy_mask
 from quant.rounding import calibrated_rounding
 from quant.update import (
@@ -57,13 +58,7 @@ from quant.update import (
     quantize_difference,
     quantize_state,
 )
-from quant.wire import (
-    STYPE,
-    UpdateError,
-    decode_update,
-    encode_update,
-    payload_size,
-)
+from quant.wire import STYPE, encode_update, payload_size
 
 __all__ = [
     "FLOAT_BITS",
@@ -75,6 +70,7 @@ __all__ = [
     "GlobalReference",
     "Losses",
     "ModelFileError",
+    "OpenedUpdate",
     "PackedModel",
     "PackingError",
     "ProgressiveDequantizer",
@@ -112,6 +108,7 @@ __all__ = [
     "level_drift",
     "load_model",
     "mse_scale",
+    "open_update",
     "pack",
     "packed_size",
     "payload_size",

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from quant.activations import ActivationGrid
 from quant.grid import FLOAT_BITS, check_bits, largest_code
 from quant.layers import QuantConfig, prepare, quantized_layers, set_scales, weight_scales
+from quant.reading import UpdateError, decode_update, read_spec
 from quant.update import Update, UpdateSpec, quantize_state
-from quant.wire import UpdateError, decode_update, encode_update, read_spec
+from quant.wire import encode_update
 
 _MAGIC = b"PRWM"
 _VERSION = 2

@@ -6,11 +6,12 @@ from flwr.app import Message
 
 from quant import (
     FLOAT_BITS,
+    OpenedUpdate,
     Update,
     UpdateError,
     UpdateSpec,
-    decode_update,
     is_variance,
+    open_update,
     payload_size,
     squares_at_most,
 )
@@ -88,26 +89,49 @@ class Asked:
         bits = self.uplink_bits(item.client)
         return norms_from(*squares_at_most(item.payload, self.spec, bits) if bits else (0.0, 0.0))
 
-    def decode(self, item: Packed) -> Update:
-        """Unpack and check an update; it is empty if none was asked for.
+    def open_update(self, item: Packed) -> OpenedUpdate | None:
+        """Check a payload up to its values; None if none was asked for.
 
         Raises
         ------
         UpdateError
-            If it is not an update of this model, width, content and round, or leads to no model.
+            If it is not an update of this model, width, content and round.
         """
-        bits, partition = self.uplink_bits(item.client), item.client.partition_id
-        instruction, sent = self.instructions[partition], self.models.get(partition)
+        instruction = self.instructions[item.client.partition_id]
         if instruction.uplink == "nothing":
+            return None
+        bits, stamp = self.uplink_bits(item.client), instruction.server_round
+        return open_update(item.payload, self.spec, bits, instruction.uplink, stamp)
+
+    def read_update(
+        self,
+        item: Packed,
+        opened: OpenedUpdate | None,
+        unfolded: bytes | memoryview | None = None,
+    ) -> Update:
+        """Read and check the values; an update of none if none was asked for.
+
+        Parameters
+        ----------
+        item : Packed
+            The reply.
+        opened : OpenedUpdate or None
+            Its payload, from `open_update`.
+        unfolded : bytes or memoryview, optional
+            What the payload unfolded to, if it did already.
+
+        Raises
+        ------
+        UpdateError
+            If they are not those of an update, or lead to no model.
+        """
+        if opened is None:
             return Update(FLOAT_BITS, "weights", {}, {})
-        update = decode_update(
-            item.payload,
-            self.spec,
-            bits,
-            instruction.uplink,
-            start=sent if instruction.starts_from_codes(bits) else None,
-            stamp=instruction.server_round,
-        )
+        partition = item.client.partition_id
+        instruction, sent = self.instructions[partition], self.models.get(partition)
+        from_codes = instruction.starts_from_codes(opened.layout.bits)
+        unfolded = opened.unfold() if unfolded is None else unfolded
+        update = opened.read(unfolded, start=sent if from_codes else None)
         if sent is not None and update.content == "difference":
             _check_variances(update, sent)
         return update

@@ -30,13 +30,13 @@ from quant import (
     FLOAT_BITS,
     FlatUpdate,
     Update,
-    UpdateError,
     UpdateSpec,
     encode_update,
     fixed_point,
     quantize_state,
 )
 from strategies.asked import Asked
+from strategies.decoding import decode_in_turn
 from strategies.metrics import evaluation_metrics, training_metrics
 from strategies.nodes import Nodes, sample_nodes
 from strategies.norms import all_small, norms_of, scale_of, too_large
@@ -339,22 +339,14 @@ class MixedPrecisionStrategy(Strategy):
         # Seldom: the norms themselves are needed, for which everything is unpacked once more.
         norms = {
             item.client.partition_id: norms_of(update.dequantize())
-            for item, update in self._decode(packed)
+            for item, update in decode_in_turn(self._asked, packed, self.round_log.rejected)
         }
         large = too_large(norms, sent, self.norm_bound)
         self.round_log.rejected |= large
         return [i for i in packed if i.client.partition_id in norms.keys() - large.keys()]
 
     def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
-        for item, update in self._decode(packed):
+        for item, update in decode_in_turn(self._asked, packed, self.round_log.rejected):
             self.round_log.aggregated.append(item.client.partition_id)
             reports.append(item.report)
             yield ClientUpdate(item.client, update, item.report)
-
-    def _decode(self, packed: list[Packed]) -> Iterator[tuple[Packed, Update]]:
-        """Unpack one after the other, and set aside what is malformed."""
-        for item in packed:
-            try:
-                yield item, self._asked.decode(item)
-            except UpdateError as error:
-                self.round_log.rejected[item.client.partition_id] = str(error)

@@ -1,6 +1,7 @@
 """State dicts as the server handles them: to and from Flower's records, joined, checked."""
 
 from collections.abc import Mapping
+from math import isfinite
 
 import torch
 from flwr.app import Array, ArrayRecord
@@ -13,7 +14,8 @@ State = dict[str, Tensor]
 
 def is_finite(state: Mapping[str, Tensor]) -> bool:
     """Return whether a model holds numbers only; one that does not is never sent."""
-    return all(bool(tensor.isfinite().all()) for tensor in state.values())
+    # What is not finite stays so in a sum, which is faster than a look at every value.
+    return all(isfinite(tensor.sum()) for tensor in state.values())
 
 
 def without_negative_variances(state: Mapping[str, Tensor]) -> State:

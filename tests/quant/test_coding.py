@@ -20,7 +20,7 @@ from quant import (
     payload_size,
     quantize_state,
 )
-from quant.coding import compress_codes, decompress_codes
+from quant.coding import compress_codes, read_codes, unfold_codes
 
 WIDTHS = range(2, 17)
 
@@ -30,6 +30,10 @@ def some_codes(bits, count, seed=0, spread=0.5):
     limit = largest_code(bits)
     codes = np.clip(np.rint(rng.normal(0, spread * limit, count)), -limit, limit)
     return codes.astype(np.int8 if bits <= 8 else np.int16)
+
+
+def decompress_codes(data, bits, count, start=None):
+    return read_codes(unfold_codes(data, bits, count), bits, count, start)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 1000])
@@ -130,12 +134,33 @@ def test_a_bomb_that_claims_to_be_so_many_codes_is_refused():
     assert peak_memory(unfold) < 1_000_000
 
 
+@pytest.mark.parametrize("from_start", [False, True])
 @pytest.mark.parametrize("bits", [3, 5, 6, 7, 9, 12])
-def test_a_code_of_the_wider_container_is_refused(bits):
+def test_a_word_of_the_wider_container_is_refused(bits, from_start):
     container = 4 if bits == 3 else 8 if bits < 8 else 16
-    codes = np.full(100, largest_code(bits) + 1, np.int8 if container <= 8 else np.int16)
+    codes = np.zeros(100, np.int8 if bits <= 8 else np.int16)
+    codes[50] = largest_code(bits) + 1
+    start = np.zeros_like(codes) if from_start else None
     with pytest.raises(PackingError, match=f"off the grid of width {bits}"):
-        decompress_codes(compress_codes(codes, container), bits, 100)
+        decompress_codes(compress_codes(codes, container), bits, 100, start)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_difference_that_leads_off_the_grid_is_refused(bits):
+    """One level beyond the largest code, where there is room in the words but none on the grid."""
+    limit = largest_code(bits)
+    start = np.full(100, limit, np.int8 if bits <= 8 else np.int16)
+    one_more = compress_codes(np.ones_like(start), bits, np.zeros_like(start))
+    with pytest.raises(PackingError, match=f"off the grid of width {bits}"):
+        decompress_codes(one_more, bits, 100, start)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64])
+def test_codes_may_come_in_wider_integers(dtype):
+    codes, start = some_codes(4, 1000).astype(dtype), some_codes(4, 1000, seed=1).astype(dtype)
+    back = decompress_codes(compress_codes(codes, 4, start), 4, 1000, start)
+    assert back.dtype == np.int8
+    assert np.array_equal(back, codes)
 
 
 # --- in a payload ---------------------------------------------------------------------------------

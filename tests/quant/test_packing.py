@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from quant import PackingError, pack, packed_size, unpack
 
 WIDTHS = range(2, 17)
-BLOCK = 262_144
+BLOCK = 524_288
 
 
 def limit_of(bits):
