@@ -15,7 +15,7 @@ from math import gcd
 
 import numpy as np
 
-from quant.grid import check_bits, largest_code
+from quant.grid import largest_code
 
 _BLOCK = 1 << 19  # codes at a time: the working set stays in the cache
 
@@ -25,12 +25,12 @@ class PackingError(ValueError):
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Return the number of bytes that `count` codes of width `bits` take.
+    """Return the number of bytes that `count` words of `bits` bits take, 0 to 16.
 
     This is ``count * bits / 8`` plus at most `bits` bytes of padding.
     """
     full, rest = divmod(count, _BLOCK)
-    return full * _BLOCK * check_bits(bits) // 8 + _block_size(rest, bits)
+    return full * _BLOCK * bits // 8 + _block_size(rest, bits)
 
 
 def pack(codes: np.ndarray, bits: int) -> memoryview:
@@ -125,7 +125,7 @@ def pack_words(blocks: Iterable[np.ndarray], bits: int, count: int) -> memoryvie
     blocks : iterable of ndarray
         Of `word_type`, below ``2**bits``, those of each of `block_places`; they are overwritten.
     bits : int
-        Bit-width, 2 to 16.
+        Bits of a word, 1 to 16.
     count : int
         Number of words in all.
 

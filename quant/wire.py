@@ -31,10 +31,10 @@ from quant.layout import Layout, layout_of
 from quant.packing import pack
 from quant.update import Content, Update, UpdateSpec
 
-STYPE = "prowd.update/5"
+STYPE = "prowd.update/6"
 
 MAGIC = b"PRWD"
-VERSION = 5
+VERSION = 6
 HEADER = struct.Struct("<4sBBBBIQ")
 CHECKSUM_OFFSET = HEADER.size - 8
 CONTENTS: tuple[str, ...] = get_args(Content)

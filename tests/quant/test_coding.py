@@ -1,8 +1,5 @@
 """Entropy-coded codes: exact for every width, near the entropy, and strict about bad input."""
 
-from collections import Counter
-from math import log2
-
 import numpy as np
 import pytest
 import torch
@@ -60,16 +57,36 @@ def test_every_pair_of_code_and_start_comes_back(bits):
 
 
 def entropy(values):
-    counts = Counter(values.tolist()).values()
-    return -sum(n / len(values) * log2(n / len(values)) for n in counts)
+    shares = np.unique(values, return_counts=True)[1] / len(values)
+    return -(shares * np.log2(shares)).sum()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_the_size_is_near_the_entropy(bits):
-    codes = some_codes(bits, 200_000)
-    size = 8 * len(compress_codes(codes, bits)) / codes.size
-    # Huffman's method spends less than a bit a byte beyond it, and much less here.
-    assert entropy(codes) <= size <= 1.04 * entropy(codes)
+@pytest.mark.parametrize(
+    ("bits", "spread"),
+    [(2, 0.5), (3, 0.3), (3, 0.5), *((b, s) for b in range(4, 17) for s in (0.1, 0.3, 0.5))],
+)
+def test_the_size_is_near_the_entropy(bits, spread):
+    codes = some_codes(bits, 400_000, spread=spread)
+    # Huffman's method spends less than a bit a byte beyond it, and the low bits are nearly noise.
+    assert 8 * len(compress_codes(codes, bits)) / codes.size <= 1.04 * entropy(codes)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_differences_are_near_their_entropy(bits):
+    start = some_codes(bits, 400_000, seed=1, spread=0.3)
+    limit = largest_code(bits)
+    moved = start + np.random.default_rng(2).normal(0, max(0.5, 0.04 * limit), start.size)
+    codes = np.clip(np.rint(moved), -limit, limit).astype(start.dtype)
+    size = 8 * len(compress_codes(codes, bits, start)) / codes.size
+    # Most at 5 bits, as no byte holds two.
+    assert size <= 1.15 * entropy(codes.astype(int) - start)
+
+
+def test_the_planes_of_a_small_model_have_tables_of_their_own():
+    """The low bits are noise: in one table with the high ones these would gain half as much."""
+    codes = some_codes(12, 60_000, spread=0.1)
+    high = entropy(codes >> 4)
+    assert 8 * len(compress_codes(codes, 12)) / codes.size <= 4 + 1.03 * high
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 12])
@@ -135,10 +152,10 @@ def test_a_bomb_that_claims_to_be_so_many_codes_is_refused():
 
 
 @pytest.mark.parametrize("from_start", [False, True])
-@pytest.mark.parametrize("bits", [3, 5, 6, 7, 9, 12])
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
 def test_a_word_of_the_wider_container_is_refused(bits, from_start):
-    container = 4 if bits == 3 else 8 if bits < 8 else 16
-    codes = np.zeros(100, np.int8 if bits <= 8 else np.int16)
+    container = 4 if bits == 3 else 8
+    codes = np.zeros(100, np.int8)
     codes[50] = largest_code(bits) + 1
     start = np.zeros_like(codes) if from_start else None
     with pytest.raises(PackingError, match=f"off the grid of width {bits}"):
