@@ -8,11 +8,12 @@ import torch
 
 from experiments.onnx_model import to_onnx
 from experiments.records import Round, read_record
-from quant import FLOAT_BITS, PackedModel, check_bits, load_model
+from quant import PackedModel, load_model
 from server_app.run import Run, reopen
 from task.data import Images, load_dataset
 from task.errors import SettingsError
 from task.files import write_atomic
+from task.mix import check_client_bits
 from task.models import PIXEL_OFFSET, PIXEL_SCALE
 from task.partition import evaluation_images
 from task.training import evaluate
@@ -47,8 +48,8 @@ def export(
     SettingsError
         If there is no such width, no good checkpoint, no global model, or a file cannot be written.
     """
-    if bits not in (None, FLOAT_BITS):
-        _check_bits(bits)
+    if bits is not None:
+        check_client_bits(bits, "--bits")
     run, state, entries = _open(run_dir, data_dir)
     if bits is None:
         bits = min(int(width) for entry in entries for width in entry.uplink_bytes)
@@ -73,15 +74,6 @@ def export(
     yield _line(path, f"accuracy {accuracy:.2%}")
     path = _write(stem, "onnx", to_onnx(network, data.channels, data.size))
     yield _line(path, _accuracy_in_onnxruntime(path, images))
-
-
-def _check_bits(bits: int) -> None:
-    try:
-        check_bits(bits)
-    except ValueError:
-        raise SettingsError(
-            f"--bits: {bits} is not a bit-width; allowed: 2 to 16, or {FLOAT_BITS}"
-        ) from None
 
 
 def _open(run_dir: Path, data_dir: str) -> tuple[Run, dict[str, torch.Tensor], list[Round]]:

@@ -16,6 +16,7 @@ from quant.dequantizer import (
 from quant.finetuning import FineTuning, Losses, fine_tune
 from quant.flat import FlatUpdate, UpdateSum
 from quant.grid import (
+    ALLOWED_WIDTHS,
     FLOAT_BITS,
     MAX_BITS,
     MIN_BITS,
@@ -61,6 +62,7 @@ from quant.update import (
 from quant.wire import STYPE, encode_update, payload_size
 
 __all__ = [
+    "ALLOWED_WIDTHS",
     "FLOAT_BITS",
     "MAX_BITS",
     "MIN_BITS",

@@ -12,6 +12,8 @@ from torch import Tensor
 MIN_BITS = 2
 MAX_BITS = 16
 FLOAT_BITS = 32
+# What `is_width` allows, in words.
+ALLOWED_WIDTHS = f"{MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
 
 # At these widths the few levels are worth more near zero than at the extremes.
 _CLIPPED_BITS = 4

@@ -15,7 +15,7 @@ import xxhash
 
 from quant.coding import read_codes, unfold_codes
 from quant.flat import FlatCodes, FlatFloats, FlatUpdate
-from quant.grid import MAX_BITS, MIN_BITS, is_width, largest_code
+from quant.grid import ALLOWED_WIDTHS, is_width, largest_code
 from quant.layout import Layout, layout_of
 from quant.packing import PackingError, unpack
 from quant.update import Content, Update, UpdateSpec
@@ -94,7 +94,7 @@ def open_update(
         If the payload is altered, or not an update of this model, width, content and stamp.
     """
     if not is_width(bits):
-        raise UpdateError(f"payload has {bits} bits; allowed are {MIN_BITS} to {MAX_BITS} and 32")
+        raise UpdateError(f"payload has {bits} bits; allowed are {ALLOWED_WIDTHS}")
     layout = layout_of(spec, bits)
     return OpenedUpdate(layout, content, _check_header(data, layout, content, stamp), data)
 

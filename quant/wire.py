@@ -26,7 +26,7 @@ from torch import Tensor
 
 from quant.coding import compress_codes
 from quant.flat import FlatCodes, FlatUpdate
-from quant.grid import MAX_BITS, MIN_BITS, is_width
+from quant.grid import ALLOWED_WIDTHS, is_width
 from quant.layout import Layout, layout_of
 from quant.packing import pack
 from quant.update import Content, Update, UpdateSpec
@@ -111,7 +111,7 @@ def fixed_size(layout: Layout) -> int:
 
 def _spec_of(update: Update) -> UpdateSpec:
     if not is_width(update.bits):
-        raise ValueError(f"bits is {update.bits}; allowed are {MIN_BITS} to {MAX_BITS} and 32")
+        raise ValueError(f"bits is {update.bits}; allowed are {ALLOWED_WIDTHS}")
     spec = update.spec
     quantized = spec.quantized(update.bits)
     if set(quantized) != set(update.quantized):

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from quant import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
+from quant import ALLOWED_WIDTHS, is_width
 from strategies.inbox import patiently
 from strategies.queries import Queries
 from strategies.replies import last_line
@@ -200,9 +200,7 @@ class Nodes:
 
     def _objection(self, new: Declaration) -> str:
         if not is_width(new.bits):
-            return (
-                f"it declares {new.bits} bits; allowed: {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
-            )
+            return f"it declares {new.bits} bits; allowed: {ALLOWED_WIDTHS}"
         if not 0 <= new.partition_id < new.num_partitions:
             return f"it declares partition {new.partition_id} of {new.num_partitions}"
         if not 1 <= new.num_examples <= self.most_examples:

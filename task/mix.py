@@ -3,10 +3,8 @@
 from math import floor
 from typing import Any
 
-from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
+from quant.grid import ALLOWED_WIDTHS, is_width
 from task.errors import SettingsError
-
-_ALLOWED = f"{MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
 
 
 def check_client_bits(bits: Any, origin: str) -> int:
@@ -19,7 +17,7 @@ def check_client_bits(bits: Any, origin: str) -> int:
     """
     valid = isinstance(bits, int) and not isinstance(bits, bool)
     if not valid or not is_width(bits):
-        raise SettingsError(f"{origin}: {bits!r} is not a bit-width; allowed: {_ALLOWED}")
+        raise SettingsError(f"{origin}: {bits!r} is not a bit-width; allowed: {ALLOWED_WIDTHS}")
     return bits
 
 

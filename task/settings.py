@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS
+from quant.grid import ALLOWED_WIDTHS, FLOAT_BITS
 from task.errors import SettingsError
 from task.mix import parse_mix
 from task.options import Allowed, Options, WidthOrNone, parse_assignments
@@ -22,10 +22,9 @@ Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 # What is allowed, in words, for the page of settings and for the errors of the validators below.
-_WIDTHS = f"{MIN_BITS} to {MAX_BITS}"
 _BOUND = "0, and 1 or more"
 _NAME = "letters, digits and . _ + = - only, beginning with a letter or digit"
-_MIX = f"bits:share,...; bits {_WIDTHS}, or {FLOAT_BITS}, each once; shares above 0, 1 in all"
+_MIX = f"bits:share,...; bits {ALLOWED_WIDTHS}, each once; shares above 0, 1 in all"
 AbsolutePath = Annotated[str, Allowed("path, absolute or from ~")]
 
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]

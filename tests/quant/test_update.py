@@ -438,7 +438,7 @@ def test_encoding_refuses_codes_that_are_no_integers():
 
 @pytest.mark.parametrize("bits", [0, 1, 17, 33])
 def test_encoding_refuses_other_widths(bits):
-    with pytest.raises(ValueError, match="2 to 16 and 32"):
+    with pytest.raises(ValueError, match="2 to 16, or 32"):
         encode_update(replace(tiny_update(), bits=bits))
 
 
