@@ -25,19 +25,20 @@ from task.training import model_state
 
 _ROWS, _COLUMNS, _REPEATS, _AHEAD = 1000, 10_000, 9, 1.0
 _BATCH = 64
-# What NVFlare makes on a GPU, and the widest of ours that takes no more bytes, coded.
-_NVFLARE_FORMS = {"blockwise8": 8, "float4": 5, "normfloat4": 5}
+# What NVFlare makes on a GPU: bitsandbytes' name for it, its width, and the widest of ours that,
+# coded, takes no more bytes.
+_NVFLARE_FORMS = (("blockwise8", "", 8, 8), ("float4", "fp4", 4, 5), ("normfloat4", "nf4", 4, 5))
 
 
 def main() -> None:
     """Compare with every peer that can be imported, and say which cannot."""
     torch.set_num_threads(1)
     figures: list[Figure] = []
-    for compare in (_torchao, _brevitas, _nvflare, _flower):
+    for compare in (_torchao, _brevitas, _nvflare_float16, _nvflare_on_gpu, _flower):
         try:
             figures += compare()
         except ImportError as error:
-            print(f"{compare.__name__[1:]} is left out: {error.name} is not installed")
+            print(f"{compare.__name__.strip('_')} is left out: {error.name} is not installed")
     report("peers", figures)
 
 
@@ -117,69 +118,16 @@ def _step(model: nn.Module) -> Callable[[], None]:
     return step
 
 
-def _nvflare() -> list[Figure]:
-    """Ten million weights as 16-bit numbers and, where there is a GPU, at 8 and 4 bits."""
-    figures = _nvflare_float16()
-    if not torch.cuda.is_available():
-        print("nvflare's 8- and 4-bit forms are left out: they need a GPU")
-        return figures
-    for form, widest in _NVFLARE_FORMS.items():
-        figures += _nvflare_on_gpu(form, widest)
-    return figures
-
-
-def _nvflare_on_gpu(form: str, widest: int) -> list[Figure]:
-    """From float32 on the CPU to codes there by way of the GPU; and error at no more bytes."""
-    from bitsandbytes import functional
-    from nvflare.apis.fl_context import FLContext
-    from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
-
-    weights = torch.randn(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(0))
-    quantizer, bits = ModelQuantizer(quantization_type=form), int(form[-1])
-    quantizer.log_info = lambda *_: None
-
-    def theirs() -> int:
-        values, states, _ = quantizer.quantization({"w": weights.numpy()}, FLContext())
-        arrays = [values["w"], *states["w"].values()]
-        return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
-
-    def ours() -> memoryview:
-        there = weights.cuda()
-        codes = quantize_nearest(there, fit_scale(there, bits), bits)
-        return pack(codes.cpu().numpy(), bits)
-
-    seconds = side_by_side({"ours": ours, "theirs": theirs}, _REPEATS)
-    if form == "blockwise8":
-        back = functional.dequantize_blockwise(*functional.quantize_blockwise(weights.cuda()))
-    else:
-        kind = {"float4": "fp4", "normfloat4": "nf4"}[form]
-        packed = functional.quantize_4bit(weights.cuda(), quant_type=kind)
-        back = functional.dequantize_4bit(*packed, quant_type=kind)
-    nearer = quantize_state({"w": weights}, widest)
-    size = len(encode_update(nearer, coded=True)) / theirs()
-    error = float((nearer.dequantize()["w"] - weights).norm() / (back.cpu() - weights).norm())
-    against = f"against NVFlare's {form}"
-    return [
-        ratio(f"{bits}-bit, packed, time, {against}", seconds["ours"], seconds["theirs"], _AHEAD),
-        Figure(f"{widest}-bit, coded, bytes, {against}", size, _AHEAD),
-        Figure(f"{widest}-bit, coded, error, {against}", error, _AHEAD),
-    ]
-
-
 def _nvflare_float16() -> list[Figure]:
     """Ten million weights as 16-bit numbers."""
-    from nvflare.apis.fl_context import FLContext
-    from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
-
     weights = torch.randn(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(0))
-    theirs = ModelQuantizer(quantization_type="float16")
-    theirs.log_info = lambda *_: None
+    theirs = _nvflare_quantizer("float16")
     seconds = side_by_side(
         {
             "ours": lambda: pack(
                 quantize_nearest(weights, absmax_scale(weights, 16), 16).numpy(), 16
             ),
-            "theirs": lambda: theirs.quantization({"w": weights.numpy()}, FLContext()),
+            "theirs": partial(theirs, weights),
         },
         _REPEATS,
     )
@@ -191,6 +139,62 @@ def _nvflare_float16() -> list[Figure]:
         ratio("16-bit, time, against NVFlare's float16", seconds["ours"], seconds["theirs"], 1.0),
         Figure("16-bit, error, against NVFlare's float16", error, _AHEAD),
     ]
+
+
+def _nvflare_on_gpu() -> list[Figure]:
+    """From float32 on the CPU to codes there by way of the GPU; and error at no more bytes."""
+    if not torch.cuda.is_available():
+        print("nvflare's 8- and 4-bit forms are left out: they need a GPU")
+        return []
+    return [figure for form in _NVFLARE_FORMS for figure in _beside_nvflare(*form)]
+
+
+def _beside_nvflare(form: str, kind: str, bits: int, widest: int) -> list[Figure]:
+    from bitsandbytes import functional
+
+    weights = torch.randn(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(0))
+    quantize = _nvflare_quantizer(form)
+
+    def theirs() -> int:
+        values, states = quantize(weights)
+        arrays = [values["w"], *states["w"].values()]
+        return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+
+    def ours() -> memoryview:
+        there = weights.cuda()
+        codes = quantize_nearest(there, fit_scale(there, bits), bits)
+        return pack(codes.cpu().numpy(), bits)
+
+    seconds = side_by_side({"ours": ours, "theirs": theirs}, _REPEATS)
+    if kind:
+        packed = functional.quantize_4bit(weights.cuda(), quant_type=kind)
+        back = functional.dequantize_4bit(*packed, quant_type=kind)
+    else:
+        back = functional.dequantize_blockwise(*functional.quantize_blockwise(weights.cuda()))
+    nearer = quantize_state({"w": weights}, widest)
+    size = len(encode_update(nearer, coded=True)) / theirs()
+    error = float((nearer.dequantize()["w"] - weights).norm() / (back.cpu() - weights).norm())
+    against = f"against NVFlare's {form}"
+    return [
+        ratio(f"{bits}-bit, packed, time, {against}", seconds["ours"], seconds["theirs"], _AHEAD),
+        Figure(f"{widest}-bit, coded, bytes, {against}", size, _AHEAD),
+        Figure(f"{widest}-bit, coded, error, {against}", error, _AHEAD),
+    ]
+
+
+def _nvflare_quantizer(form: str) -> Callable[[torch.Tensor], tuple[dict, dict]]:
+    """Return what makes NVFlare's values, and what is needed to read them, of weights."""
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
+
+    quantizer = ModelQuantizer(quantization_type=form)
+    quantizer.log_info = lambda *_: None
+
+    def quantize(weights: torch.Tensor) -> tuple[dict, dict]:
+        values, states, _ = quantizer.quantization({"w": weights.numpy()}, FLContext())
+        return values, states
+
+    return quantize
 
 
 def _flower() -> list[Figure]:

@@ -4,9 +4,9 @@ Codes near zero are the most frequent, and after a round of training most codes 
 the client started from: where the server knows the start, the differences say the same in fewer
 bits. Codes and differences are taken modulo ``2**bits``, as words of so many bits with an offset,
 and coded by Huffman's method over whole bytes: a byte holds as many words of 2 or 4 bits as fit, or
-one of up to 8. Of longer ones it holds the high 8 bits, where all is that can be gained; the low
-ones, which are as good as noise, lie behind in a plane of their own. This is a Zstandard frame (RFC
-8878), which is read several times faster than DEFLATE.
+one of up to 8. Of longer ones it holds the high 8 bits, rounded: they are all alike where all words
+are small. The low bits, otherwise as good as noise, lie behind in a plane of their own. This is a
+Zstandard frame (RFC 8878), which is read several times faster than DEFLATE.
 """
 
 from collections.abc import Iterator
@@ -18,15 +18,17 @@ from quant.packing import (
     PackingError,
     block_places,
     pack_words,
-    packed_size,
     unpack_words,
     word_type,
+    words_size,
 )
 
 _FORMAT = zstandard.FORMAT_ZSTD1_MAGICLESS
-# Of the search for repetitions the least that can be asked for: codes have none.
-_LEAST = {"window_log": 17, "hash_log": 6, "chain_log": 6, "search_log": 1, "min_match": 7}
-_UNWEIGHED = {"strategy": zstandard.STRATEGY_FAST, "target_length": 0}
+# A table of Huffman's is made for so many bytes, as a block is no longer than the window.
+_WINDOW = {"window_log": 17}
+# As little search for repetitions as can be asked for: codes have none.
+_SEARCH = {"hash_log": 6, "chain_log": 6, "search_log": 1, "min_match": 7}
+_UNWEIGHED = {"strategy": zstandard.STRATEGY_FAST}
 # Differences repeat runs of zeros. Which of them are worth a reference is weighed, as one that
 # saves little is also slow to read.
 _WEIGHED = {"strategy": zstandard.STRATEGY_BTOPT, "target_length": 32}
@@ -42,25 +44,31 @@ def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None
     bits : int
         Bit-width, 2 to 16.
     """
-    narrow = word_type(bits)
-    words = codes.astype(narrow)
-    words += narrow(1 << (bits - 1))
-    if start is not None:
-        words -= start.astype(narrow)
-    words &= narrow((1 << bits) - 1)
-    search = _UNWEIGHED if start is None else _WEIGHED
-    parameters = zstandard.ZstdCompressionParameters(format=_FORMAT, **_LEAST, **search)
+    weighing = _UNWEIGHED if start is None else _WEIGHED
+    parameters = zstandard.ZstdCompressionParameters(
+        format=_FORMAT, **_WINDOW, **_SEARCH, **weighing
+    )
     coder = zstandard.ZstdCompressor(compression_params=parameters)
     stream = coder.compressobj(_size(codes.size, bits))
-    parts: list[bytes] = []
-    for plane in _planes(words, bits):
-        # Each has tables of its own.
-        parts += stream.compress(plane), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    high, *low = _planes(codes, bits, start)
+    parts = [stream.compress(high)]
+    for plane in low:
+        # With tables of its own.
+        parts += stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK), stream.compress(plane)
     return b"".join([*parts, stream.flush()])
 
 
 def unfold_codes(data: bytes | memoryview, bits: int, count: int) -> bytes:
     """Undo the entropy coding of `compress_codes`; no more than the size of `count` codes unfolds.
+
+    Parameters
+    ----------
+    data : bytes or memoryview
+        What was coded.
+    bits : int
+        Bit-width, 2 to 16.
+    count : int
+        Number of codes, from 1.
 
     Returns
     -------
@@ -99,55 +107,70 @@ def read_codes(
     codes = np.empty(count, np.int8 if bits <= 8 else np.int16)
     narrow = word_type(bits)
     middle, mask = narrow(1 << (bits - 1)), narrow((1 << bits) - 1)
-    has_room = _high_width(bits) + _low_width(bits) > bits
-    for place, words in _words(unfolded, bits, count):
+    has_room = sum(_cut(bits)) > bits
+    for place, words in _joined(unfolded, bits, count):
         block = codes[place].view(narrow)
         off_grid = has_room and words.max() > mask
         if start is not None:
             known = start[place].astype(codes.dtype, copy=False).view(narrow)
             words = np.add(words, known, out=block)
-            words &= mask
+            if bits % 8:  # The others are taken modulo their type.
+                words &= mask
         if off_grid or words.min() == 0:
             raise PackingError(f"a code lies off the grid of width {bits}")
         np.subtract(words, middle, out=block)
     return codes
 
 
-def _planes(words: np.ndarray, bits: int) -> Iterator[memoryview]:
-    """Yield the planes of words ``[count]``, high bits first."""
-    places, low = list(block_places(words.size)), _low_width(bits)
-    yield pack_words((words[p] >> low for p in places), _high_width(bits), words.size)
+def _planes(codes: np.ndarray, bits: int, start: np.ndarray | None) -> Iterator[memoryview]:
+    """Yield the planes of the words, high bits first."""
+    high, low = _cut(bits)
+    yield pack_words((w >> low if low else w for w in _words(codes, bits, start)), high, codes.size)
     if low:
         mask = (1 << low) - 1
-        yield pack_words((words[p] & mask for p in places), low, words.size)
+        yield pack_words((w & mask for w in _words(codes, bits, start)), low, codes.size)
 
 
-def _words(
+def _words(codes: np.ndarray, bits: int, start: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Yield the words of each block, larger by what rounds them when they are cut."""
+    narrow, (_, low) = word_type(bits), _cut(bits)
+    offset, mask = narrow((1 << (bits - 1)) + _half(low)), narrow((1 << bits) - 1)
+    for place in block_places(codes.size):
+        words = codes[place].astype(narrow)
+        words += offset
+        if start is not None:
+            words -= start[place].astype(narrow)
+        words &= mask
+        yield words
+
+
+def _joined(
     unfolded: bytes | memoryview, bits: int, count: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Undo `_planes`, as `unpack_words` does."""
-    low, view = _low_width(bits), memoryview(unfolded)
-    size = packed_size(count, _high_width(bits))
-    above = unpack_words(view[:size], _high_width(bits), count)
+    high, low = _cut(bits)
     if not low:
-        yield from above
+        yield from unpack_words(unfolded, high, count)
         return
-    for (place, words), (_, rest) in zip(above, unpack_words(view[size:], low, count), strict=True):
-        wide = words.astype(word_type(bits))
+    view, half, mask = memoryview(unfolded), np.uint16(_half(low)), np.uint16((1 << bits) - 1)
+    planes = unpack_words(view[:count], high, count), unpack_words(view[count:], low, count)
+    for (place, above), (_, below) in zip(*planes, strict=True):
         # A shift of integers this short takes NumPy longer.
-        wide *= wide.dtype.type(1 << low)
-        wide |= rest
-        yield place, wide
+        words = above * np.uint16(1 << low)
+        words |= below
+        words -= half
+        words &= mask
+        yield place, words
+
+
+def _cut(bits: int) -> tuple[int, int]:
+    """Return at which width words, or their high bits, do not straddle bytes; and the low bits."""
+    return next((width for width in (2, 4) if width >= bits), 8), max(0, bits - 8)
+
+
+def _half(low: int) -> int:
+    return (1 << low) >> 1
 
 
 def _size(count: int, bits: int) -> int:
-    return packed_size(count, _high_width(bits)) + packed_size(count, _low_width(bits))
-
-
-def _high_width(bits: int) -> int:
-    """Width at which words, or their high bits, do not straddle bytes."""
-    return next(width for width in (2, 4, 8) if width >= bits or width == 8)
-
-
-def _low_width(bits: int) -> int:
-    return max(0, bits - 8)
+    return sum(words_size(count, width) for width in _cut(bits))

@@ -101,7 +101,8 @@ def mse_scale(weight: Tensor, bits: int) -> Tensor:
     """
     rows = weight.detach().flatten(1)
     # All passes over some channels while they are in the cache: several times as fast.
-    height = len(rows) if rows.is_cuda else _BLOCK // max(1, rows.shape[1])
+    in_cache = rows.device.type == "cpu"
+    height = _BLOCK // max(1, rows.shape[1]) if in_cache else len(rows)
     return torch.cat([_mse_scale(part, bits) for part in rows.split(max(1, height))])
 
 

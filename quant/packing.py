@@ -15,7 +15,7 @@ from math import gcd
 
 import numpy as np
 
-from quant.grid import largest_code
+from quant.grid import check_bits, largest_code
 
 _BLOCK = 1 << 19  # codes at a time: the working set stays in the cache
 
@@ -25,12 +25,11 @@ class PackingError(ValueError):
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Return the number of bytes that `count` words of `bits` bits take, 0 to 16.
+    """Return the number of bytes that `count` codes of width `bits`, 2 to 16, take.
 
     This is ``count * bits / 8`` plus at most `bits` bytes of padding.
     """
-    full, rest = divmod(count, _BLOCK)
-    return full * _BLOCK * bits // 8 + _block_size(rest, bits)
+    return words_size(count, check_bits(bits))
 
 
 def pack(codes: np.ndarray, bits: int) -> memoryview:
@@ -117,13 +116,20 @@ def block_places(count: int) -> Iterator[slice]:
         yield slice(start, min(start + _BLOCK, count))
 
 
+def words_size(count: int, bits: int) -> int:
+    """Return the number of bytes that `count` words of `bits` bits, 0 to 16, take."""
+    full, rest = divmod(count, _BLOCK)
+    return full * _BLOCK * bits // 8 + _block_size(rest, bits)
+
+
 def pack_words(blocks: Iterable[np.ndarray], bits: int, count: int) -> memoryview:
     """Pack words of any pattern.
 
     Parameters
     ----------
     blocks : iterable of ndarray
-        Of `word_type`, below ``2**bits``, those of each of `block_places`; they are overwritten.
+        Unsigned integers of `word_type` or wider, below ``2**bits``, those of each of
+        `block_places`; they are overwritten.
     bits : int
         Bits of a word, 1 to 16.
     count : int
@@ -134,7 +140,7 @@ def pack_words(blocks: Iterable[np.ndarray], bits: int, count: int) -> memoryvie
     memoryview
         As of `pack`.
     """
-    out = np.empty(packed_size(count, bits), np.uint8)
+    out = np.empty(words_size(count, bits), np.uint8)
     position = 0
     for words in blocks:
         size = _block_size(words.size, bits)
@@ -158,7 +164,7 @@ def unpack_words(
     PackingError
         If the length is wrong or padding is not zero.
     """
-    size = packed_size(count, bits)
+    size = words_size(count, bits)
     if len(data) != size:
         raise PackingError(f"{count} codes of {bits} bits take {size} bytes; got {len(data)}")
     source = np.frombuffer(data, np.uint8)
