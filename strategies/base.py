@@ -9,6 +9,7 @@ on in the order of their partitions, so that sums do not depend on who answered 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from logging import INFO, WARNING
 from math import ceil
 from typing import Any, Literal
@@ -195,6 +196,16 @@ class MixedPrecisionStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Sample the nodes of this round and make a message for each."""
+        return list(chain.from_iterable(self.training_messages(server_round, arrays, grid)))
+
+    def training_messages(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid
+    ) -> Iterator[list[Message]]:
+        """Sample the nodes of this round; return their messages width by width, the widest first.
+
+        Each width's are made when they are asked for: the first nodes can train while the model
+        is rounded for the next.
+        """
         self.round_log, self.evaluate_log = RoundLog(), RoundLog()
         return self._ask(
             MessageType.TRAIN, self.fraction_train, server_round, arrays, grid, self.round_log
@@ -229,14 +240,9 @@ class MixedPrecisionStrategy(Strategy):
         if not self.fraction_evaluate:
             self._asked = Asked()
             return self._asked.messages
-        return self._ask(
-            MessageType.EVALUATE,
-            self.fraction_evaluate,
-            server_round,
-            arrays,
-            grid,
-            self.evaluate_log,
-        )
+        kind, fraction = MessageType.EVALUATE, self.fraction_evaluate
+        asked = self._ask(kind, fraction, server_round, arrays, grid, self.evaluate_log)
+        return list(chain.from_iterable(asked))
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -269,26 +275,37 @@ class MixedPrecisionStrategy(Strategy):
         arrays: ArrayRecord,
         grid: Grid,
         round_log: RoundLog,
-    ) -> list[Message]:
+    ) -> Iterator[list[Message]]:
         purpose = (server_round, int(kind == MessageType.EVALUATE))
         clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, *purpose)
         start = to_state(arrays)
         self._asked = asked = Asked(start, UpdateSpec.of(start), clients)
-        packed: dict[tuple[int, int], tuple[ArrayRecord, Update]] = {}
-        for node_id, client in clients.items():
+        for client in clients.values():
             instruction = self._instruction_for(server_round, client)
             asked.instructions[client.partition_id] = instruction
+            round_log.sampled.append(client.partition_id)
+        widths = sorted({client.bits for client in clients.values()}, reverse=True)
+        return (self._messages_to(bits, kind, asked, round_log) for bits in widths)
+
+    def _messages_to(
+        self, bits: int, kind: str, asked: Asked, round_log: RoundLog
+    ) -> list[Message]:
+        """Make the messages to the nodes of a width."""
+        nodes = {n: client for n, client in asked.clients.items() if client.bits == bits}
+        packed: dict[int, tuple[ArrayRecord, Update]] = {}
+        messages = []
+        for node_id, client in nodes.items():
+            instruction = asked.instructions[client.partition_id]
             content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
-            if instruction.downlink_bits:
-                # Nodes of one width share one record: Flower then stores the model once.
-                key = (client.bits, instruction.downlink_bits)
-                if key not in packed:
-                    packed[key] = self._pack_model(*key)
-                content[MODEL], asked.models[client.partition_id] = packed[key]
-                round_log.downlink_bytes[client.bits] += len(packed[key][0][MODEL].data)
-            asked.messages.append(Message(content, node_id, kind))
-        round_log.sampled = [client.partition_id for client in clients.values()]
-        return asked.messages
+            if downlink_bits := instruction.downlink_bits:
+                # They share one record: Flower then stores the model once.
+                if downlink_bits not in packed:
+                    packed[downlink_bits] = self._pack_model(asked.start, bits, downlink_bits)
+                content[MODEL], asked.models[client.partition_id] = packed[downlink_bits]
+                round_log.downlink_bytes[bits] += len(packed[downlink_bits][0][MODEL].data)
+            messages.append(Message(content, node_id, kind))
+        asked.messages += messages
+        return messages
 
     @property
     def largest_payload(self) -> int:
@@ -307,8 +324,9 @@ class MixedPrecisionStrategy(Strategy):
             keep_in=self.clients_keep_in,
         )
 
-    def _pack_model(self, bits: int, downlink_bits: int) -> tuple[ArrayRecord, Update]:
-        start = self._asked.start
+    def _pack_model(
+        self, start: State, bits: int, downlink_bits: int
+    ) -> tuple[ArrayRecord, Update]:
         if downlink_bits == FLOAT_BITS:
             model = quantize_state(self.state_for(bits, start), FLOAT_BITS)
         else:

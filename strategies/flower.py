@@ -75,12 +75,14 @@ class FlowerStrategy(MixedPrecisionStrategy):
         self._config = ConfigRecord()
         self._has_worked = False
 
-    def configure_train(self, server_round, arrays, config, grid: Grid) -> list[Message]:
+    def training_messages(
+        self, server_round: int, arrays: ArrayRecord, grid: Grid
+    ) -> Iterator[list[Message]]:
         """Let Flower's class see the round's model and write its settings, then do as always."""
         # With a share of 0 it samples nobody; FedOpt keeps the model, FedProx sets its factor.
         self._config = ConfigRecord({"server-round": server_round})
         self.inner.configure_train(server_round, to_arrays(to_state(arrays)), self._config, grid)
-        return super().configure_train(server_round, arrays, config, grid)
+        return super().training_messages(server_round, arrays, grid)
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Pass on the proximal term, the only thing that Flower's classes ask of a client."""

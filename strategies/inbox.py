@@ -1,7 +1,7 @@
 """Replies taken from Flower's grid one at a time; one that cannot be read is an error, no crash."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from logging import WARNING
 from typing import TypeVar
 
@@ -27,9 +27,9 @@ class SuperLinkFailed(Exception):
 
 
 def receive(
-    grid: Grid, messages: list[Message], timeout: float | None, most_bytes: int
+    grid: Grid, batches: Iterable[list[Message]], timeout: float | None, most_bytes: int
 ) -> Iterator[Message]:
-    """Send messages and yield each reply as soon as it is there.
+    """Send messages, batch by batch, and then yield each reply as soon as it is there.
 
     A reply that cannot be read comes as an error that says so. One that is still being uploaded is
     looked at again later, and the others come meanwhile.
@@ -38,18 +38,20 @@ def receive(
     ----------
     grid : Grid
         Flower's way to the nodes.
-    messages : list of Message
-        One a node.
+    batches : iterable of list of Message
+        One message a node; each batch is sent before the next one is asked for.
     timeout : float or None
-        Seconds, sending included, after which the replies that have not come are given up, and
-        nodes are not given their messages any more.
+        Seconds, sending of the last batch included, after which the replies that have not come
+        are given up. Nodes are not given a message any more when it is as old.
     most_bytes : int
         The arrays of one reply take no more than this.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
-    _expire_with_round(messages, timeout)
-    pushed = {i for i in patiently(lambda: grid.push_messages(messages)) if i}
-    waiting = [m for m in messages if m.metadata.message_id in pushed]
+    waiting: list[Message] = []
+    began = time.monotonic()
+    for batch in batches:
+        began = time.monotonic()
+        waiting += _push(grid, batch, timeout)
+    deadline = None if timeout is None else began + timeout
     pause = _SHORTEST_PAUSE
     while waiting:
         unanswered = []
@@ -74,6 +76,13 @@ def receive(
         if waiting:
             left = pause if deadline is None else deadline - time.monotonic()
             time.sleep(max(0.0, min(pause, left)))
+
+
+def _push(grid: Grid, messages: list[Message], timeout: float | None) -> list[Message]:
+    """Send messages together, as what they share is then sent once; return those that were."""
+    _expire_with_round(messages, timeout)
+    pushed = {i for i in patiently(lambda: grid.push_messages(messages)) if i}
+    return [m for m in messages if m.metadata.message_id in pushed]
 
 
 def _expire_with_round(messages: list[Message], timeout: float | None) -> None:

@@ -90,10 +90,10 @@ def test_bytes_on_the_wire_are_those_of_the_table(tmp_path, system, mix):
     settings, up, down = TABLE[system]
     folder, grid = run(tmp_path, mix, **settings, **{"lossless-coding": False})
     assert json.loads((folder / "summary.json").read_text())["status"] == "completed"
-    widths = {FLOAT: [32] * 5, MIXED: [2, 4, 8, 32, 32]}[mix]
+    widths = {FLOAT: [32] * 5, MIXED: [32, 32, 8, 4, 2]}[mix]
 
     sent_up, sent_down = payloads(grid.received, UPDATE), payloads(grid.sent, MODEL)
-    # Replies do not name their node in process; they come in the order of the clients.
+    # Replies do not name their node in process; they come as they were asked for, widest first.
     expected_up = [b if up == OWN else up for b in widths] * 2 if up else []
     assert [bits for _, bits, _ in sent_up] == expected_up
     assert [len(data) for _, _, data in sent_up] == [payload_size(SPEC, b) for b in expected_up]

@@ -139,6 +139,24 @@ def test_order_of_arrival_does_not_change_a_bit():
     assert all(torch.equal(results[0][n], results[1][n]) for n in STATE)
 
 
+def test_the_model_of_a_width_is_made_when_the_wider_clients_have_been_asked():
+    strategy, rounded = FedAvg(broadcast="calibrated"), []
+
+    def round_calibrated(state, bits):
+        rounded.append(bits)
+        return quantize_state(state, bits)
+
+    strategy.round_calibrated = round_calibrated
+    grid = federation(
+        [good(0, 4, bits=4), good(1, 4), good(2, 4, bits=8), good(3, 4, bits=8)], STATE
+    )
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    batches = strategy.training_messages(1, arrays, grid)
+    asked = [([m.metadata.dst_node_id for m in batch], list(rounded)) for batch in batches]
+    assert asked == [([101], []), ([102, 103], [8]), ([100], [8, 4])]
+    assert strategy.round_log.sampled == [0, 1, 2, 3]
+
+
 def test_bytes_are_counted_per_width_as_sent():
     clients = [good(0, bits=4), good(1, bits=4), good(2, bits=32)]
     strategy = FedAvg()

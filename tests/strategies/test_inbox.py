@@ -20,7 +20,22 @@ def honest(partition, of=3, bits=8):
 def train(strategy, grid, timeout=0.0):
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
-    return strategy.aggregate_train(1, receive(grid, messages, timeout, strategy.largest_payload))
+    return strategy.aggregate_train(1, receive(grid, [messages], timeout, strategy.largest_payload))
+
+
+def test_each_batch_is_sent_before_the_next_is_made():
+    grid, strategy = federation([honest(i, 2, 8 * 4**i) for i in range(2)], STATE), FedAvg()
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    messages, sent_before = strategy.training_messages(1, arrays, grid), []
+
+    def batches():
+        for batch in messages:
+            sent_before.append([m.metadata.message_type for m in grid.sent].count("train"))
+            yield batch
+
+    strategy.aggregate_train(1, receive(grid, batches(), 0.0, strategy.largest_payload))
+    assert sent_before == [0, 1]
+    assert strategy.round_log.aggregated == [0, 1]
 
 
 class Undecodable(InProcessGrid):
