@@ -195,7 +195,7 @@ class MixedPrecisionStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Sample the nodes of this round and make a message for each."""
+        """Return `training_messages`, which the server itself asks for, all at once."""
         return list(chain.from_iterable(self.training_messages(server_round, arrays, grid)))
 
     def training_messages(

@@ -32,6 +32,11 @@ def pytest_xdist_make_scheduler(config, log):
     return FilesTogether(config, log)
 
 
+def pytest_collection_modifyitems(items):
+    # What takes longest begins first, so that nothing is left for one core alone in the end.
+    items.sort(key=lambda item: item.nodeid.split("::")[0] not in TOGETHER)
+
+
 def pytest_configure(config):
     # All but the tests marked gpu look at single bits of what the CPU computes.
     if config.option.markexpr != "gpu":
