@@ -43,6 +43,11 @@ def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None
         Integers ``[count]`` on the grid of `bits`.
     bits : int
         Bit-width, 2 to 16.
+
+    Returns
+    -------
+    bytes
+        What `unfold_codes` reads.
     """
     weighing = _UNWEIGHED if start is None else _WEIGHED
     parameters = zstandard.ZstdCompressionParameters(
@@ -94,6 +99,17 @@ def read_codes(
 ) -> np.ndarray:
     """Read the codes that `unfold_codes` unfolded, or their differences from `start`.
 
+    Parameters
+    ----------
+    unfolded : bytes or memoryview
+        All of it.
+    bits : int
+        Bit-width, 2 to 16.
+    count : int
+        Number of codes.
+    start : ndarray, optional
+        Codes ``[count]`` that differences were taken from.
+
     Returns
     -------
     ndarray
@@ -102,7 +118,7 @@ def read_codes(
     Raises
     ------
     PackingError
-        If they are not on the grid of `bits`.
+        If they are not so many, or not on the grid of `bits`.
     """
     codes = np.empty(count, np.int8 if bits <= 8 else np.int16)
     narrow = word_type(bits)
@@ -156,7 +172,7 @@ def _joined(
     planes = unpack_words(view[:count], high, count), unpack_words(view[count:], low, count)
     for (place, above), (_, below) in zip(*planes, strict=True):
         # A shift of integers this short takes NumPy longer.
-        words = above * np.uint16(1 << low)
+        words = np.multiply(above, 1 << low, dtype=np.uint16)
         words |= below
         words -= half
         words &= mask

@@ -28,6 +28,11 @@ def packed_size(count: int, bits: int) -> int:
     """Return the number of bytes that `count` codes of width `bits`, 2 to 16, take.
 
     This is ``count * bits / 8`` plus at most `bits` bytes of padding.
+
+    Raises
+    ------
+    ValueError
+        If `bits` is not 2 to 16.
     """
     return words_size(count, check_bits(bits))
 
@@ -182,7 +187,7 @@ def _slices(bits: int) -> int:
 
 def _block_size(count: int, bits: int) -> int:
     if bits > 8:
-        return count + (_block_size(count, bits - 8))
+        return count + _block_size(count, bits - 8)
     slices = _slices(bits)
     return -(-count // slices) * slices * bits // 8
 

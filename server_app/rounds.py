@@ -73,11 +73,11 @@ def _run_round(
     evaluator: Evaluator,
 ) -> tuple[dict[str, Any], ArrayRecord]:
     started = time.monotonic()
-    messages = strategy.training_messages(server_round, arrays, grid)
+    batches = strategy.training_messages(server_round, arrays, grid)
     last = server_round == settings.num_server_rounds
     evaluates = last or server_round % settings.evaluate_every == 0
     strategy.round_log.detailed = evaluates
-    replies = _Timed(receive(grid, messages, settings.round_timeout, strategy.largest_payload))
+    replies = _Timed(receive(grid, batches, settings.round_timeout, strategy.largest_payload))
     aggregated, metrics = strategy.aggregate_train(server_round, replies)
     arrays = arrays if aggregated is None else aggregated
     combined = time.monotonic()
@@ -153,7 +153,7 @@ def _evaluate_on_clients(
 ) -> dict[str, Any]:
     messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
     # Reports only: nobody is asked for arrays.
-    replies = receive(grid, [messages], settings.round_timeout, most_bytes=0)
+    replies = receive(grid, [lambda: messages], settings.round_timeout, most_bytes=0)
     metrics = strategy.aggregate_evaluate(server_round, replies)
     return dict(metrics.items()) if metrics is not None else {}
 

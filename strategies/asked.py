@@ -36,7 +36,7 @@ class Asked:
     instructions, models : dict of int to Instruction, and to Update
         By partition; the model as the client was sent it, where it was sent one.
     messages : list of Message
-        One a client.
+        One a client, of those that were made so far.
     """
 
     start: State = field(default_factory=dict)

@@ -9,7 +9,7 @@ on in the order of their partitions, so that sums do not depend on who answered 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
+from functools import partial
 from logging import INFO, WARNING
 from math import ceil
 from typing import Any, Literal
@@ -38,6 +38,7 @@ from quant import (
 )
 from strategies.asked import Asked
 from strategies.decoding import decode_in_turn
+from strategies.inbox import Batch
 from strategies.metrics import evaluation_metrics, training_metrics
 from strategies.nodes import Nodes, sample_nodes
 from strategies.norms import all_small, norms_of, scale_of, too_large
@@ -105,6 +106,14 @@ class MixedPrecisionStrategy(Strategy):
     predict: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     # and a float32 state dict brought to a bit-width by calibrated rounding.
     round_calibrated: Callable[[Mapping[str, Tensor], int], Update] | None = None
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "configure_train" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} has a configure_train of its own, which the server does not call; "
+                "override training_messages"
+            )
 
     def __init__(
         self,
@@ -196,15 +205,19 @@ class MixedPrecisionStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return `training_messages`, which the server itself asks for, all at once."""
-        return list(chain.from_iterable(self.training_messages(server_round, arrays, grid)))
+        return [m for batch in self.training_messages(server_round, arrays, grid) for m in batch()]
 
-    def training_messages(
-        self, server_round: int, arrays: ArrayRecord, grid: Grid
-    ) -> Iterator[list[Message]]:
-        """Sample the nodes of this round; return their messages width by width, the widest first.
+    def training_messages(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> list[Batch]:
+        """Sample the nodes of this round, whose messages are made when they are asked for.
 
-        Each width's are made when they are asked for: the first nodes can train while the model
-        is rounded for the next.
+        The widest nodes, whose model needs no rounding, so can train while it is rounded for the
+        next, where no evaluation has rounded it before.
+
+        Returns
+        -------
+        list of callable
+            For each width, the widest first, what makes the messages to its nodes. Each is to be
+            called once, in order.
         """
         self.round_log, self.evaluate_log = RoundLog(), RoundLog()
         return self._ask(
@@ -241,8 +254,8 @@ class MixedPrecisionStrategy(Strategy):
             self._asked = Asked()
             return self._asked.messages
         kind, fraction = MessageType.EVALUATE, self.fraction_evaluate
-        asked = self._ask(kind, fraction, server_round, arrays, grid, self.evaluate_log)
-        return list(chain.from_iterable(asked))
+        batches = self._ask(kind, fraction, server_round, arrays, grid, self.evaluate_log)
+        return [message for batch in batches for message in batch()]
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -275,7 +288,7 @@ class MixedPrecisionStrategy(Strategy):
         arrays: ArrayRecord,
         grid: Grid,
         round_log: RoundLog,
-    ) -> Iterator[list[Message]]:
+    ) -> list[Batch]:
         purpose = (server_round, int(kind == MessageType.EVALUATE))
         clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, *purpose)
         start = to_state(arrays)
@@ -285,16 +298,17 @@ class MixedPrecisionStrategy(Strategy):
             asked.instructions[client.partition_id] = instruction
             round_log.sampled.append(client.partition_id)
         widths = sorted({client.bits for client in clients.values()}, reverse=True)
-        return (self._messages_to(bits, kind, asked, round_log) for bits in widths)
+        return [partial(self._messages_to, bits, kind, asked, round_log) for bits in widths]
 
     def _messages_to(
         self, bits: int, kind: str, asked: Asked, round_log: RoundLog
     ) -> list[Message]:
         """Make the messages to the nodes of a width."""
-        nodes = {n: client for n, client in asked.clients.items() if client.bits == bits}
         packed: dict[int, tuple[ArrayRecord, Update]] = {}
         messages = []
-        for node_id, client in nodes.items():
+        for node_id, client in asked.clients.items():
+            if client.bits != bits:
+                continue
             instruction = asked.instructions[client.partition_id]
             content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
             if downlink_bits := instruction.downlink_bits:

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import FedAvg
 from pydantic import Field, field_validator
 
 from strategies.base import MixedPrecisionStrategy
+from strategies.inbox import Batch
 from strategies.nodes import FederationError
 from strategies.replies import ClientUpdate
 from strategies.states import State, to_arrays, to_state
@@ -75,9 +76,7 @@ class FlowerStrategy(MixedPrecisionStrategy):
         self._config = ConfigRecord()
         self._has_worked = False
 
-    def training_messages(
-        self, server_round: int, arrays: ArrayRecord, grid: Grid
-    ) -> Iterator[list[Message]]:
+    def training_messages(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> list[Batch]:
         """Let Flower's class see the round's model and write its settings, then do as always."""
         # With a share of 0 it samples nobody; FedOpt keeps the model, FedProx sets its factor.
         self._config = ConfigRecord({"server-round": server_round})

@@ -1,7 +1,7 @@
 """Replies taken from Flower's grid one at a time; one that cannot be read is an error, no crash."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from logging import WARNING
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ _MOST_GRACE = 5.0
 _MOST_FAILURES = 10
 
 Answer = TypeVar("Answer")
+Batch = Callable[[], list[Message]]
 
 
 class SuperLinkFailed(Exception):
@@ -27,7 +28,7 @@ class SuperLinkFailed(Exception):
 
 
 def receive(
-    grid: Grid, batches: Iterable[list[Message]], timeout: float | None, most_bytes: int
+    grid: Grid, batches: Sequence[Batch], timeout: float | None, most_bytes: int
 ) -> Iterator[Message]:
     """Send messages, batch by batch, and then yield each reply as soon as it is there.
 
@@ -38,20 +39,23 @@ def receive(
     ----------
     grid : Grid
         Flower's way to the nodes.
-    batches : iterable of list of Message
-        One message a node; each batch is sent before the next one is asked for.
+    batches : sequence of callable
+        Each makes some of the messages, one a node, which are sent before the next is called.
     timeout : float or None
-        Seconds, sending of the last batch included, after which the replies that have not come
-        are given up. Nodes are not given a message any more when it is as old.
+        Seconds from the last batch, its sending included, after which the replies that have not
+        come are given up. Then nodes are not given their messages any more either; those of the
+        batches before the last live twice as long, as it takes its time to be made.
     most_bytes : int
         The arrays of one reply take no more than this.
     """
-    waiting: list[Message] = []
-    began = time.monotonic()
-    for batch in batches:
-        began = time.monotonic()
-        waiting += _push(grid, batch, timeout)
-    deadline = None if timeout is None else began + timeout
+    waiting, deadline = [], None
+    for place, batch in enumerate(batches):
+        messages = batch()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if timeout is not None:
+            _expire_with_round(messages, timeout if place == len(batches) - 1 else 2 * timeout)
+        pushed = _push(grid, messages)
+        waiting += [m for m in messages if m.metadata.message_id in pushed]
     pause = _SHORTEST_PAUSE
     while waiting:
         unanswered = []
@@ -78,17 +82,13 @@ def receive(
             time.sleep(max(0.0, min(pause, left)))
 
 
-def _push(grid: Grid, messages: list[Message], timeout: float | None) -> list[Message]:
-    """Send messages together, as what they share is then sent once; return those that were."""
-    _expire_with_round(messages, timeout)
-    pushed = {i for i in patiently(lambda: grid.push_messages(messages)) if i}
-    return [m for m in messages if m.metadata.message_id in pushed]
+def _push(grid: Grid, messages: list[Message]) -> set[str]:
+    """Send messages together, as what they share is then sent once; return the IDs of those."""
+    return {i for i in patiently(lambda: grid.push_messages(messages)) if i}
 
 
-def _expire_with_round(messages: list[Message], timeout: float | None) -> None:
+def _expire_with_round(messages: list[Message], timeout: float) -> None:
     """Limit the messages' time to live: else a late client works off all old rounds first."""
-    if timeout is None:
-        return
     lives = timeout + min(_MOST_GRACE, timeout / 5)
     now = time.time()
     for message in messages:

@@ -187,7 +187,7 @@ class RoundLog:
 
 
 def match_replies(
-    messages: Iterable[Message],
+    messages: list[Message],
     clients: dict[int, Declaration],
     replies: Iterable[Message],
     round_log: RoundLog,
@@ -198,11 +198,13 @@ def match_replies(
     the SuperLink itself. Errors and missing replies are noted in the log, replies to anything
     else ignored.
     """
-    waiting: dict[str, Declaration] | None = None
+    waiting: dict[str, Declaration] = {}
+    known = 0
     for reply in replies:
-        if waiting is None:
-            # Not before the first reply: a message has no ID until it has been pushed.
-            waiting = _by_message_id(messages, clients)
+        if known < len(messages):
+            # Not before: a message has no ID until it has been pushed, or is yet to be made.
+            waiting |= _by_message_id(messages[known:], clients)
+            known = len(messages)
         client = waiting.pop(reply.metadata.reply_to_message_id, None)
         if client is None:
             continue
@@ -210,7 +212,7 @@ def match_replies(
             round_log.failed[client.partition_id] = last_line(reply.error.reason)
         else:
             yield client, reply
-    waiting = _by_message_id(messages, clients) if waiting is None else waiting
+    waiting |= _by_message_id(messages[known:], clients)
     for client in waiting.values():
         round_log.failed[client.partition_id] = "no reply in time"
 

@@ -32,6 +32,11 @@ def pytest_xdist_make_scheduler(config, log):
     return FilesTogether(config, log)
 
 
+def pytest_xdist_auto_num_workers():
+    # One more than there are cores, as a test of a deployment mostly waits.
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_modifyitems(items):
     # What takes longest begins first, so that nothing is left for one core alone in the end.
     items.sort(key=lambda item: item.nodeid.split("::")[0] not in TOGETHER)

@@ -152,9 +152,29 @@ def test_the_model_of_a_width_is_made_when_the_wider_clients_have_been_asked():
     )
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
     batches = strategy.training_messages(1, arrays, grid)
-    asked = [([m.metadata.dst_node_id for m in batch], list(rounded)) for batch in batches]
+    asked = [([m.metadata.dst_node_id for m in batch()], list(rounded)) for batch in batches]
     assert asked == [([101], []), ([102, 103], [8]), ([100], [8, 4])]
     assert strategy.round_log.sampled == [0, 1, 2, 3]
+
+
+def test_a_strategy_with_a_configure_train_of_its_own_is_refused():
+    """As the server would not call it."""
+    with pytest.raises(TypeError, match="override training_messages"):
+
+        class Own(FedAvg):
+            def configure_train(self, server_round, arrays, config, grid):
+                return []
+
+
+def test_replies_that_come_before_all_messages_are_made_are_counted_too():
+    strategy = FedAvg()
+    grid = federation([good(i, 3, bits=bits) for i, bits in enumerate((4, 8, 32))], STATE)
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    batches = strategy.training_messages(1, arrays, grid)
+    replies = (reply for batch in batches for reply in grid.send_and_receive(batch()))
+    strategy.aggregate_train(1, replies)
+    assert strategy.round_log.aggregated == [0, 1, 2]
+    assert strategy.round_log.failed == {}
 
 
 def test_bytes_are_counted_per_width_as_sent():

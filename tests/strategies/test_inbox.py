@@ -1,10 +1,12 @@
 """Replies through the door that a run uses: `receive`, and `Nodes.gather` for declarations."""
 
+from functools import partial
+
 import httpx
 import pytest
 import torch
 from federation import InProcessGrid, ScriptedClient, federation, payload_record, refusal
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from measuring import peak_memory
 
 from strategies import FedAvg, receive
@@ -19,23 +21,26 @@ def honest(partition, of=3, bits=8):
 
 def train(strategy, grid, timeout=0.0):
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
-    messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
-    return strategy.aggregate_train(1, receive(grid, [messages], timeout, strategy.largest_payload))
+    batches = strategy.training_messages(1, arrays, grid)
+    return strategy.aggregate_train(1, receive(grid, batches, timeout, strategy.largest_payload))
 
 
 def test_each_batch_is_sent_before_the_next_is_made():
     grid, strategy = federation([honest(i, 2, 8 * 4**i) for i in range(2)], STATE), FedAvg()
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
-    messages, sent_before = strategy.training_messages(1, arrays, grid), []
+    sent_before = []
 
-    def batches():
-        for batch in messages:
-            sent_before.append([m.metadata.message_type for m in grid.sent].count("train"))
-            yield batch
+    def noting(batch):
+        sent_before.append([m.metadata.message_type for m in grid.sent].count("train"))
+        return batch()
 
-    strategy.aggregate_train(1, receive(grid, batches(), 0.0, strategy.largest_payload))
+    noted = [partial(noting, batch) for batch in strategy.training_messages(1, arrays, grid)]
+    strategy.aggregate_train(1, receive(grid, noted, 100.0, strategy.largest_payload))
     assert sent_before == [0, 1]
     assert strategy.round_log.aggregated == [0, 1]
+    # The first lives on while the second is made.
+    lives = [m.metadata.ttl for m in grid.sent if m.metadata.message_type == "train"]
+    assert [round(seconds) for seconds in lives] == [205, 105]
 
 
 class Undecodable(InProcessGrid):

@@ -67,8 +67,8 @@ class Federation:
     def ask(self, timeout=20.0):
         """Send a round's messages; return its replies, which come as they are asked for."""
         arrays = ArrayRecord({n: Array(t.numpy()) for n, t in self.state.items()})
-        messages = self.strategy.configure_train(1, arrays, ConfigRecord(), self.link.grid)
-        return receive(self.link.grid, [messages], timeout, self.strategy.largest_payload)
+        batches = self.strategy.training_messages(1, arrays, self.link.grid)
+        return receive(self.link.grid, batches, timeout, self.strategy.largest_payload)
 
     def train(self, timeout=20.0):
         self.strategy.aggregate_train(1, self.ask(timeout))
