@@ -38,7 +38,7 @@ _MASKS: dict[str, Setting] = {"prowd-mask-at-most": 0.5, "prowd-mask-at-least": 
 _IMAGES = 50_000
 _REPEATS = 3
 # Runs of each side, as what else a machine does changes from minute to minute.
-_TURNS = 3
+_TURNS = 2
 
 
 def main() -> None:

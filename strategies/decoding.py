@@ -1,7 +1,7 @@
 """Updates decoded in turn, the next ones unfolded by another thread meanwhile.
 
-To undo the entropy coding takes as long as all the rest of an aggregation, and can run beside it:
-the library that does it lets other threads run. All else is many short calls, for which two threads
+To undo the entropy coding takes from a third as long as all the rest of an aggregation to longer,
+and can run beside it: the library that does it lets other threads run. All else is many short calls, for which two threads
 would wait for each other.
 """
 

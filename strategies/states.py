@@ -50,4 +50,4 @@ def to_state(arrays: ArrayRecord) -> State:
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     """Turn a state dict into Flower's record, one array a tensor."""
-    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.items()})
+    return ArrayRecord({n: Array.from_numpy_ndarray(t.numpy()) for n, t in state.items()})

@@ -60,12 +60,9 @@ class Rehearsal(Containers):
 
     def wait_for_run(self, name: str, run_id: str, seconds: float) -> str:
         """Wait until a run has finished; how it did."""
-
-        def finished() -> bool:
-            return self.status(run_id).startswith("finished")
-
-        # Each look costs seconds of this machine's time.
-        wait_until(finished, seconds, f"{name} ends", pause=5.0)
+        # By its record at first, as to ask Flower takes seconds of this machine's time.
+        wait_until(lambda: self.summary(name)["status"] != "running", seconds, f"{name} ends")
+        wait_until(lambda: self.status(run_id).startswith("finished"), 60, f"{name} has finished")
         return self.status(run_id)
 
     def results(self, name: str) -> Path:
