@@ -1,8 +1,8 @@
 """Updates decoded in turn, the next ones unfolded by another thread meanwhile.
 
 To undo the entropy coding takes from a third as long as all the rest of an aggregation to longer,
-and can run beside it: the library that does it lets other threads run. All else is many short calls, for which two threads
-would wait for each other.
+and can run beside it: the library that does it lets other threads run. All else is many short
+calls, for which two threads would wait for each other.
 """
 
 from collections import deque
