@@ -255,10 +255,10 @@ def _command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
-def wait_until(condition, seconds: float, what: str, pause: float = 0.3) -> None:
+def wait_until(condition, seconds: float, what: str) -> None:
     """Wait for something that must come."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:g} s: {what}")
-        time.sleep(pause)
+        time.sleep(0.3)
