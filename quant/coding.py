@@ -73,7 +73,7 @@ def unfold_codes(data: bytes | memoryview, bits: int, count: int) -> bytes:
     bits : int
         Bit-width, 2 to 16.
     count : int
-        Number of codes, from 1.
+        Number of codes.
 
     Returns
     -------

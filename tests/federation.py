@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from quant import STYPE, Update, UpdateSpec, decode_update, encode_update, quantize_state
+from strategies.states import to_arrays
 from task.protocol import (
     DECLARATION,
     INSTRUCTION,
@@ -196,7 +197,7 @@ def federation(clients: list[ScriptedClient], state: dict, **kwargs) -> InProces
 
 def run_round(strategy, grid, state, server_round=1):
     """One round of training through Flower's interface; returns the new state dict, or None."""
-    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in state.items()})
+    arrays = to_arrays(state)
     messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
     replies = grid.send_and_receive(messages)
     new, _ = strategy.aggregate_train(server_round, replies)

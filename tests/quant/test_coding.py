@@ -33,7 +33,7 @@ def decompress_codes(data, bits, count, start=None):
     return read_codes(unfold_codes(data, bits, count), bits, count, start)
 
 
-@pytest.mark.parametrize("count", [1, 7, 1000])
+@pytest.mark.parametrize("count", [0, 1, 7, 1000])
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_codes_come_back_with_and_without_a_start(bits, count):
     codes, start = some_codes(bits, count), some_codes(bits, count, seed=1)

@@ -11,11 +11,12 @@ from federation import (
     report,
     run_round,
 )
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from quant import encode_update, quantize_state
 from strategies import FedAvg, FederationError
 from strategies.nodes import sample_nodes
+from strategies.states import to_arrays
 from task.protocol import REPORT, UPDATE, Declaration
 
 STATE = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
@@ -118,7 +119,7 @@ def test_a_reply_to_another_message_is_ignored():
     run_round(strategy, grid, STATE)
     stale = grid.sent[-1]
     old_reply = grid.nodes[100](stale)
-    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    arrays = to_arrays(STATE)
     messages = strategy.configure_train(2, arrays, ConfigRecord(), grid)
     grid.push_messages(messages)
     new, _ = strategy.aggregate_train(2, [old_reply])
@@ -150,7 +151,7 @@ def test_the_model_of_a_width_is_made_when_the_wider_clients_have_been_asked():
     grid = federation(
         [good(0, 4, bits=4), good(1, 4), good(2, 4, bits=8), good(3, 4, bits=8)], STATE
     )
-    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    arrays = to_arrays(STATE)
     batches = strategy.training_messages(1, arrays, grid)
     asked = [([m.metadata.dst_node_id for m in batch()], list(rounded)) for batch in batches]
     assert asked == [([101], []), ([102, 103], [8]), ([100], [8, 4])]
@@ -169,7 +170,7 @@ def test_a_strategy_with_a_configure_train_of_its_own_is_refused():
 def test_replies_that_come_before_all_messages_are_made_are_counted_too():
     strategy = FedAvg()
     grid = federation([good(i, 3, bits=bits) for i, bits in enumerate((4, 8, 32))], STATE)
-    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    arrays = to_arrays(STATE)
     batches = strategy.training_messages(1, arrays, grid)
     replies = (reply for batch in batches for reply in grid.send_and_receive(batch()))
     strategy.aggregate_train(1, replies)

@@ -6,10 +6,11 @@ import httpx
 import pytest
 import torch
 from federation import InProcessGrid, ScriptedClient, federation, payload_record, refusal
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from measuring import peak_memory
 
 from strategies import FedAvg, receive
+from strategies.states import to_arrays
 from task.protocol import REPORT, UPDATE
 
 STATE = {"w": torch.linspace(-1, 1, 24).reshape(4, 6), "b": torch.zeros(4)}
@@ -20,14 +21,14 @@ def honest(partition, of=3, bits=8):
 
 
 def train(strategy, grid, timeout=0.0):
-    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    arrays = to_arrays(STATE)
     batches = strategy.training_messages(1, arrays, grid)
     return strategy.aggregate_train(1, receive(grid, batches, timeout, strategy.largest_payload))
 
 
 def test_each_batch_is_sent_before_the_next_is_made():
     grid, strategy = federation([honest(i, 2, 8 * 4**i) for i in range(2)], STATE), FedAvg()
-    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    arrays = to_arrays(STATE)
     sent_before = []
 
     def noting(batch):

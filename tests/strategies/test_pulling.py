@@ -22,6 +22,7 @@ from superlink import SuperLink
 
 from quant import UpdateSpec
 from strategies import FedAvg, pulling, receive
+from strategies.states import to_arrays
 from task.protocol import UPDATE
 
 SMALL = {"w": torch.linspace(-1, 1, 24).reshape(4, 6), "b": torch.zeros(4)}
@@ -66,7 +67,7 @@ class Federation:
 
     def ask(self, timeout=20.0):
         """Send a round's messages; return its replies, which come as they are asked for."""
-        arrays = ArrayRecord({n: Array(t.numpy()) for n, t in self.state.items()})
+        arrays = to_arrays(self.state)
         batches = self.strategy.training_messages(1, arrays, self.link.grid)
         return receive(self.link.grid, batches, timeout, self.strategy.largest_payload)
 
