@@ -5,6 +5,7 @@ float32 scale per output channel (dimension 0). This file is the only place that
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,15 +16,18 @@ FLOAT_BITS = 32
 # What `is_width` allows, in words.
 ALLOWED_WIDTHS = f"{MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
 
-# At these widths the few levels are worth more near zero than at the extremes.
+# Up to this width the few levels are worth more near zero than at the extremes.
 _CLIPPED_BITS = 4
-_CLIP_CANDIDATES = (1.0, 0.86, 0.74, 0.64, 0.55, 0.47, 0.4, 0.33, 0.27, 0.2, 0.15, 0.1, 0.05)
-_NEARBY = (0.92, 0.94, 0.96, 0.98, 1.0, 1.02, 1.04, 1.06, 1.08)
-_CLIP_REFINEMENTS = 2
+# Clipping points that are tried, in largest magnitudes of a channel: 1.1, and on in steps of 2 %.
+_LARGEST_CLIP, _CLIP_RATIO, _CLIPS = 1.1, 0.98, 165
+# Bins that a channel's magnitudes are counted in.
+_BINS = 512
 # Keeps 1 / scale finite in float32 even for an all-zero channel.
 _SMALLEST_SCALE = 2.0**-100
 # Values at a time: what is computed from them stays in the cache.
 _BLOCK = 1 << 18
+# On a GPU, where there is none to stay in: what bounds the memory.
+_BLOCK_ON_GPU = 1 << 25
 
 
 def is_width(bits: int) -> bool:
@@ -83,40 +87,66 @@ def absmax_scale(weight: Tensor, bits: int) -> Tensor:
 def mse_scale(weight: Tensor, bits: int) -> Tensor:
     """Scale whose grid, clipping included, is nearest to the weights in mean squared error.
 
-    Of several clipping points, and then of some near the best of them, each channel takes its
-    best. From there the closed-form scale ``<w, q> / <q, q>`` for the codes ``q`` at hand is
-    alternated with new codes (Lloyd's iteration), by which the error only falls.
+    Each channel takes its best of many clipping points, by a histogram of its magnitudes: the
+    errors at all of them are one product with what each bin costs at each. From there the scale is
+    the closed form ``<w, q> / <q, q>`` for the codes ``q`` at hand, by which the error only falls.
 
     Parameters
     ----------
     weight : Tensor
         Float tensor ``[channels, ...]``.
     bits : int
-        Bit-width, 2 to 16.
+        Bit-width, 2 to 4; of more levels, those beyond the largest magnitude cost little.
 
     Returns
     -------
     Tensor
         Float32 scales ``[channels]``, positive.
+
+    Raises
+    ------
+    ValueError
+        If `bits` is not 2 to 4.
     """
-    rows = weight.detach().flatten(1)
+    if check_bits(bits) > _CLIPPED_BITS:
+        raise ValueError(f"bits is {bits}; clipping is fitted at {MIN_BITS} to {_CLIPPED_BITS}")
+    rows = weight.detach().flatten(1).float()
     # All passes over some channels while they are in the cache: several times as fast.
-    in_cache = rows.device.type == "cpu"
-    height = _BLOCK // max(1, rows.shape[1]) if in_cache else len(rows)
-    return torch.cat([_mse_scale(part, bits) for part in rows.split(max(1, height))])
+    block = _BLOCK if rows.device.type == "cpu" else _BLOCK_ON_GPU
+    height = max(1, block // max(_BINS, rows.shape[1]))
+    return torch.cat([_mse_scale(part, bits) for part in rows.split(height)])
 
 
 def _mse_scale(rows: Tensor, bits: int) -> Tensor:
-    scale = absmax_scale(rows, bits)
-    for fractions in (_CLIP_CANDIDATES, _NEARBY):
-        scales = torch.stack([scale * fraction for fraction in fractions])
-        errors = torch.stack([_squared_error(rows, candidate, bits) for candidate in scales])
-        scale = scales.gather(0, errors.argmin(0, keepdim=True))[0]
-    for _ in range(_CLIP_REFINEMENTS):
-        codes = _nearest(rows, scale, bits)
-        norm = codes.square().sum(dim=1)
-        scale = torch.where(norm > 0, (rows * codes).sum(dim=1) / norm.clamp(min=1), scale)
+    clips, costs = _clips(bits, rows.device)
+    absmax = absmax_scale(rows, bits)
+    best = (_histogram(rows, absmax * largest_code(bits)).double() @ costs).argmin(dim=1)
+    scale = absmax * clips[best]
+    codes = _nearest(rows, scale, bits)
+    norm = codes.square().sum(dim=1)
+    scale = torch.where(norm > 0, (rows * codes).sum(dim=1) / norm.clamp(min=1), scale)
     return scale.clamp(min=_SMALLEST_SCALE)
+
+
+def _histogram(rows: Tensor, largest: Tensor) -> Tensor:
+    """Count each row's magnitudes in `_BINS` equal bins up to the largest, ``[rows, bins]``."""
+    bins = (rows.abs() * (_BINS / largest)[:, None]).int()
+    # The largest itself, and what a diverged model holds.
+    bins.clamp_(0, _BINS - 1)
+    bins += torch.arange(0, rows.shape[0] * _BINS, _BINS, device=rows.device)[:, None]
+    counts = torch.bincount(bins.flatten(), minlength=rows.shape[0] * _BINS)
+    return counts.view(-1, _BINS)
+
+
+@lru_cache
+def _clips(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the clipping points, and what the middle of each bin costs at each of them."""
+    exponents = torch.arange(_CLIPS, dtype=torch.float64, device=device)
+    clips = _LARGEST_CLIP * _CLIP_RATIO**exponents
+    middles = ((torch.arange(_BINS, device=device) + 0.5) / _BINS).double()[:, None]
+    limit = largest_code(bits)
+    steps = clips / limit
+    return clips.float(), (middles - (middles / steps).round().clamp(max=limit) * steps).square()
 
 
 def fit_scale(weight: Tensor, bits: int) -> Tensor:
@@ -232,7 +262,3 @@ def _nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     # Multiplies by the inverse, as torch's fake-quantize kernels do: the same codes to the bit.
     limit = largest_code(bits)
     return (weight * per_channel(scale.reciprocal(), weight.ndim)).round_().clamp_(-limit, limit)
-
-
-def _squared_error(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return (rows - _nearest(rows, scale, bits) * scale[:, None]).square().sum(dim=1)
