@@ -13,6 +13,7 @@ from quant.dequantizer import (
     StartReference,
     ladder_of,
 )
+from quant.eager import SGD
 from quant.finetuning import FineTuning, Losses, fine_tune
 from quant.flat import FlatUpdate, UpdateSum
 from quant.grid import (
@@ -66,6 +67,7 @@ __all__ = [
     "FLOAT_BITS",
     "MAX_BITS",
     "MIN_BITS",
+    "SGD",
     "STYPE",
     "FineTuning",
     "FlatUpdate",

@@ -17,6 +17,7 @@ from quant.dequantizer import (
     Reference,
     StartReference,
 )
+from quant.eager import Adam
 from quant.grid import FLOAT_BITS, dequantize, per_channel, quantize_nearest, quantize_stochastic
 
 # Weights that one step looks at; larger models are sampled channel by channel.
@@ -117,7 +118,7 @@ def fine_tune(
     with torch.no_grad():
         teacher = predict(high) if predict is not None else None
     before = {name: tensor.clone() for name, tensor in dequantizer.state_dict().items()}
-    optimizer = torch.optim.Adam(
+    optimizer = Adam(
         [p for b in rungs for p in dequantizer.blocks[str(b)].parameters()], lr=config.learning_rate
     )
     reconstruction = similarity = 0.0

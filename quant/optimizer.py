@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from quant.activations import fake_quantize_gradient
+from quant.eager import SGD
 from quant.grid import FLOAT_BITS, dequantize, quantize_nearest, quantize_stochastic
 
 
-class StrictSGD(torch.optim.SGD):
+class StrictSGD(SGD):
     """SGD on the grid.
 
     Parameters

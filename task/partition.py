@@ -134,15 +134,14 @@ def _shuffled(count: int, seed: int) -> np.ndarray:
 
 
 def _deal(labels: np.ndarray, settings: Settings, num_partitions: int) -> list[np.ndarray]:
+    if settings.partitioner == "iid":
+        return np.array_split(np.arange(len(labels)), num_partitions)
     # Importing the partitioners takes two seconds; only the label column passes through them.
     from datasets import Dataset
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+    from flwr_datasets.partitioner import DirichletPartitioner
 
     alpha = settings.dirichlet_alpha
-    if settings.partitioner == "iid":
-        dealer = IidPartitioner(num_partitions)
-    else:
-        dealer = DirichletPartitioner(num_partitions, "label", alpha, seed=settings.seed)
+    dealer = DirichletPartitioner(num_partitions, "label", alpha, seed=settings.seed)
     dealer.dataset = Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
     try:
         return [

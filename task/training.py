@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from quant import (
     FLOAT_BITS,
+    SGD,
     QuantConfig,
     QuantConv2d,
     QuantLinear,
@@ -317,7 +318,7 @@ def _optimizer(model: nn.Module, config: LocalTraining, seed: int) -> torch.opti
         "weight_decay": config.weight_decay,
     }
     if config.bits == FLOAT_BITS or config.low_bit_training == "qat":
-        return torch.optim.SGD(model.parameters(), **sgd)
+        return SGD(model.parameters(), **sgd)
     return StrictSGD(
         model.named_parameters(),
         weight_scales(model),

@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import flwr_datasets.partitioner  # noqa: F401
-import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, RecordDict

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from datasets import Dataset
+from flwr_datasets.partitioner import IidPartitioner
 
 from task.data import load_dataset
 from task.errors import SettingsError
@@ -38,6 +40,17 @@ def test_every_image_is_dealt_once(partitioner, clients):
 def test_iid_parts_are_of_one_size():
     sizes = [len(part) for part in partition(Settings(server_buffer=100), 10).clients]
     assert sorted(sizes) == [133] * 3 + [134] * 7  # 1337 = 3 * 133 + 7 * 134
+
+
+@pytest.mark.parametrize("clients", [1, 3, 7, 10])
+def test_iid_parts_are_those_of_flowers_partitioner(clients):
+    deal = partition(Settings(server_buffer=100, validation_samples=37), clients)
+    # 1300 images in the order that the seed shuffles them to: the server's come first.
+    order = np.random.default_rng([Settings().seed, 1]).permutation(TRAIN)[137:]
+    dealer = IidPartitioner(clients)
+    dealer.dataset = Dataset.from_dict({"index": order})
+    for number, part in enumerate(deal.clients):
+        assert part.tolist() == dealer.load_partition(number)["index"][:]
 
 
 @pytest.mark.parametrize("partitioner", PARTITIONERS)
