@@ -14,6 +14,7 @@ from quant import (
     encode_update,
     fit_scale,
     pack,
+    pack_tensor,
     prepare,
     quantize_nearest,
     quantize_state,
@@ -162,8 +163,7 @@ def _beside_nvflare(form: str, kind: str, bits: int, widest: int) -> list[Figure
 
     def ours() -> memoryview:
         there = weights.cuda()
-        codes = quantize_nearest(there, fit_scale(there, bits), bits)
-        return pack(codes.cpu().numpy(), bits)
+        return pack_tensor(quantize_nearest(there, fit_scale(there, bits), bits), bits)
 
     seconds = side_by_side({"ours": ours, "theirs": theirs}, _REPEATS)
     if kind:

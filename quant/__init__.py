@@ -13,6 +13,7 @@ from quant.dequantizer import (
     StartReference,
     ladder_of,
 )
+from quant.device_packing import pack_tensor
 from quant.eager import SGD
 from quant.finetuning import FineTuning, Losses, fine_tune
 from quant.flat import FlatUpdate, UpdateSum
@@ -114,6 +115,7 @@ __all__ = [
     "mse_scale",
     "open_update",
     "pack",
+    "pack_tensor",
     "packed_size",
     "payload_size",
     "prepare",

@@ -4,7 +4,7 @@ A network has many tensors, and most are small: a call for each takes as long to
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ class FlatUpdate(Update):
 
     @classmethod
     def of(cls, update: Update) -> "FlatUpdate":
-        """Return an update in this form; what has it already as it is."""
+        """Return an update in this form, where its tensors are; what has it already as it is."""
         if isinstance(update, cls):
             return update
         layout = layout_of(update.spec, update.bits)
@@ -91,9 +91,18 @@ class FlatUpdate(Update):
         tensors = FlatCodes(layout, codes, scales), FlatFloats(layout, floats)
         return cls(update.bits, update.content, *tensors)
 
+    def cpu(self) -> "FlatUpdate":
+        """Return it in the CPU's memory; as it is if it lies there."""
+        codes, floats = self.quantized, self.floats
+        if {t.device.type for t in (codes.codes, codes.scales, floats.flat)} == {"cpu"}:
+            return self
+        quantized = FlatCodes(codes.layout, codes.codes.cpu(), codes.scales.cpu())
+        values = FlatFloats(floats.layout, floats.flat.cpu())
+        return replace(self, quantized=quantized, floats=values)
+
 
 def _joined(tensors: list[Tensor], nothing: Tensor) -> Tensor:
-    return torch.cat([t.detach().cpu().flatten() for t in tensors]) if tensors else nothing
+    return torch.cat([t.detach().flatten() for t in tensors]) if tensors else nothing
 
 
 class _Matrix(NamedTuple):
@@ -125,7 +134,7 @@ class UpdateSum:
 
     def add(self, update: Update, weight: float) -> None:
         """Add ``weight`` times the values of an update, which are never in memory at once."""
-        flat = FlatUpdate.of(update)
+        flat = FlatUpdate.of(update).cpu()
         if flat.quantized:
             self._add_codes(flat.quantized, weight)
         self._total[flat.quantized.layout.num_codes :].add_(flat.floats.flat, alpha=weight)

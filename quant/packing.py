@@ -17,7 +17,7 @@ import numpy as np
 
 from quant.grid import check_bits, largest_code
 
-_BLOCK = 1 << 19  # codes at a time: the working set stays in the cache
+BLOCK = 1 << 19  # codes at a time: the working set stays in the cache
 
 
 class PackingError(ValueError):
@@ -117,14 +117,19 @@ def word_type(bits: int) -> type[np.unsignedinteger]:
 
 def block_places(count: int) -> Iterator[slice]:
     """Yield where the blocks are that so many words are packed in, one after the other."""
-    for start in range(0, count, _BLOCK):
-        yield slice(start, min(start + _BLOCK, count))
+    for start in range(0, count, BLOCK):
+        yield slice(start, min(start + BLOCK, count))
+
+
+def slices_of(bits: int) -> int:
+    """Return how many slices a block of words of up to 8 bits is cut into."""
+    return 8 // gcd(8, bits)
 
 
 def words_size(count: int, bits: int) -> int:
     """Return the number of bytes that `count` words of `bits` bits, 0 to 16, take."""
-    full, rest = divmod(count, _BLOCK)
-    return full * _BLOCK * bits // 8 + _block_size(rest, bits)
+    full, rest = divmod(count, BLOCK)
+    return full * BLOCK * bits // 8 + _block_size(rest, bits)
 
 
 def pack_words(blocks: Iterable[np.ndarray], bits: int, count: int) -> memoryview:
@@ -181,14 +186,10 @@ def unpack_words(
         position += taken
 
 
-def _slices(bits: int) -> int:
-    return 8 // gcd(8, bits)
-
-
 def _block_size(count: int, bits: int) -> int:
     if bits > 8:
         return count + _block_size(count, bits - 8)
-    slices = _slices(bits)
+    slices = slices_of(bits)
     return -(-count // slices) * slices * bits // 8
 
 
@@ -202,7 +203,7 @@ def _pack_block(words: np.ndarray, bits: int, out: np.ndarray) -> None:
         np.copyto(out, words, casting="unsafe")
         return
     words = words.astype(np.uint8, copy=False)
-    slices = _slices(bits)
+    slices = slices_of(bits)
     length = -(-words.size // slices)
     if words.size != slices * length:
         words = np.concatenate([words, np.zeros(slices * length - words.size, np.uint8)])
@@ -231,7 +232,7 @@ def _unpack_block(data: np.ndarray, bits: int, count: int) -> np.ndarray:
         return wide
     if bits == 8:
         return data
-    slices = _slices(bits)
+    slices = slices_of(bits)
     length = -(-count // slices)
     lanes = _lanes(length)
     if data.ctypes.data % 8:

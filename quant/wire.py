@@ -25,10 +25,10 @@ import xxhash
 from torch import Tensor
 
 from quant.coding import compress_codes
+from quant.device_packing import pack_tensor
 from quant.flat import FlatCodes, FlatUpdate
 from quant.grid import ALLOWED_WIDTHS, is_width
 from quant.layout import Layout, layout_of
-from quant.packing import pack
 from quant.update import Content, Update, UpdateSpec
 
 STYPE = "prowd.update/6"
@@ -84,14 +84,15 @@ def encode_update(
 
 def _shortest(flat: FlatCodes, coded: bool, start: Update | None) -> tuple[int, bytes | memoryview]:
     """Return the shortest of the allowed forms of the codes, and which it is."""
-    codes, bits = flat.codes.numpy(), flat.layout.bits
-    if not codes.size:
+    bits = flat.layout.bits
+    if not flat.layout.num_codes:
         return PACKED, b""
-    forms: list[tuple[int, bytes | memoryview]] = [(PACKED, pack(codes, bits))]
+    forms: list[tuple[int, bytes | memoryview]] = [(PACKED, pack_tensor(flat.codes, bits))]
     if coded:
+        codes = flat.codes.cpu().numpy()
         forms.append((CODED, compress_codes(codes, bits)))
         if start is not None:
-            known = FlatUpdate.of(start).quantized.codes.numpy()
+            known = FlatUpdate.of(start).cpu().quantized.codes.numpy()
             forms.append((CODED_FROM_START, compress_codes(codes, bits, known)))
     return min(forms, key=lambda form: len(form[1]))
 
@@ -120,7 +121,7 @@ def _spec_of(update: Update) -> UpdateSpec:
 
 
 def _bytes_of(values: Tensor) -> bytes:
-    array = values.numpy().astype("<f4", copy=False)
+    array = values.cpu().numpy().astype("<f4", copy=False)
     if not np.isfinite(array).all():
         raise ValueError("an update must be finite; training diverged")
     return array.tobytes()

@@ -346,7 +346,7 @@ class MixedPrecisionStrategy(Strategy):
         else:
             model = self.model_for(bits, start)
             # In the form that every reply is read beside.
-            model = FlatUpdate.of(model)
+            model = FlatUpdate.of(model).cpu()
         return ArrayRecord({MODEL: to_array(encode_update(model, coded=self.coded))}), model
 
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:

@@ -1,0 +1,72 @@
+"""Bit-packing where the codes are: on a GPU, before they leave it, to the bytes of `pack`.
+
+All full blocks are packed at once, by a few operations over all of them.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant.grid import largest_code
+from quant.packing import BLOCK, pack, slices_of
+
+
+def pack_tensor(codes: Tensor, bits: int) -> memoryview:
+    """Pack signed codes into bytes, on the device that holds them.
+
+    Parameters
+    ----------
+    codes : Tensor
+        Integers of any shape, taken in C order; entries within the grid of `bits`.
+    bits : int
+        Bit-width, 2 to 16.
+
+    Returns
+    -------
+    memoryview
+        What `pack` returns.
+
+    Raises
+    ------
+    ValueError
+        As `pack` does.
+    """
+    if codes.device.type == "cpu":
+        return pack(codes.detach().numpy(), bits)
+    packed = packed_there(codes, bits)
+    # Memory that the device writes to by itself, and that torch keeps for the next time.
+    host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
+    return host.copy_(packed).numpy().data
+
+
+def packed_there(codes: Tensor, bits: int) -> Tensor:
+    """Return the bytes of `pack_tensor` as uint8, on the device."""
+    flat, limit = codes.detach().flatten(), largest_code(bits)
+    if flat.is_floating_point() or flat.dtype == torch.bool:
+        raise ValueError(f"codes have dtype {flat.dtype}; allowed are integers")
+    if not flat.numel():
+        return flat.to(torch.uint8)
+    smallest, largest = torch.stack(flat.aminmax()).tolist()
+    if smallest < -limit or largest > limit:
+        raise ValueError(f"codes of width {bits} must lie in [{-limit}, {limit}]")
+    words = flat.to(torch.int32) + (limit + 1)
+    full = len(words) // BLOCK * BLOCK
+    blocks = words[:full].view(-1, BLOCK), words[full:].view(1, -1)
+    return torch.cat([_pack_blocks(part, bits).flatten() for part in blocks if part.numel()])
+
+
+def _pack_blocks(words: Tensor, bits: int) -> Tensor:
+    """Pack blocks ``[blocks, words]`` to ``[blocks, bytes]``."""
+    if bits > 8:
+        return torch.cat([_low_byte(words), _pack_blocks(words >> 8, bits - 8)], dim=1)
+    slices = slices_of(bits)
+    # What the words of all slices make together.
+    joint = torch.int32 if slices * bits < 32 else torch.int64
+    parts = F.pad(words, (0, -words.shape[1] % slices)).unflatten(1, (slices, -1)).to(joint)
+    shifts = torch.arange(0, slices * bits, bits, dtype=joint, device=words.device)
+    joined = (parts << shifts[:, None]).sum(dim=1, dtype=joint)
+    return torch.cat([_low_byte(joined >> shift) for shift in range(0, slices * bits, 8)], dim=1)
+
+
+def _low_byte(words: Tensor) -> Tensor:
+    return (words & 255).to(torch.uint8)
