@@ -50,7 +50,7 @@ def round_timeout(resumed):
 
     In round 4 one has its late answer to round 3 to finish, and the SuperLink is gone for a while.
     """
-    return max(40.0, 3 * resumed.rounds[0]["seconds"]["train"])
+    return max(40.0, 2.5 * resumed.rounds[0]["seconds"]["train"])
 
 
 @pytest.fixture(scope="module")
