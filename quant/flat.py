@@ -16,7 +16,7 @@ from quant.layout import Layout, layout_of
 from quant.update import QuantizedTensor, Update, UpdateSpec
 
 # Values at a time: what is computed from them stays in the cache.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 
 
 class FlatCodes(Mapping[str, QuantizedTensor]):
