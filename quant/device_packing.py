@@ -1,6 +1,7 @@
 """Bit-packing where the codes are: on a GPU, before they leave it, to the bytes of `pack`.
 
-All full blocks are packed at once, by a few operations over all of them.
+For who quantizes on a GPU; this project's own clients bring the model to the CPU before. Many full
+blocks are packed at once, by a few operations over all of them.
 """
 
 import torch
@@ -9,6 +10,10 @@ from torch.nn import functional as F
 
 from quant.grid import largest_code
 from quant.packing import BLOCK, pack, slices_of
+
+# Blocks at a time: memory for 25 bytes a code.
+_BLOCKS = 16
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def pack_tensor(codes: Tensor, bits: int) -> memoryview:
@@ -33,30 +38,30 @@ def pack_tensor(codes: Tensor, bits: int) -> memoryview:
     """
     if codes.device.type == "cpu":
         return pack(codes.detach().numpy(), bits)
-    packed = packed_there(codes, bits)
-    # Memory that the device writes to by itself, and that torch keeps for the next time.
+    packed = pack_on_device(codes, bits)
+    # Memory that the device writes to by itself; torch keeps it for the next time in this process.
     host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
     return host.copy_(packed).numpy().data
 
 
-def packed_there(codes: Tensor, bits: int) -> Tensor:
+def pack_on_device(codes: Tensor, bits: int) -> Tensor:
     """Return the bytes of `pack_tensor` as uint8, on the device."""
     flat, limit = codes.detach().flatten(), largest_code(bits)
-    if flat.is_floating_point() or flat.dtype == torch.bool:
-        raise ValueError(f"codes have dtype {flat.dtype}; allowed are integers")
+    if flat.dtype not in _INTEGERS:
+        raise ValueError(f"codes have dtype {flat.dtype}; allowed are integers up to int64, uint8")
     if not flat.numel():
         return flat.to(torch.uint8)
     smallest, largest = torch.stack(flat.aminmax()).tolist()
     if smallest < -limit or largest > limit:
         raise ValueError(f"codes of width {bits} must lie in [{-limit}, {limit}]")
-    words = flat.to(torch.int32) + (limit + 1)
-    full = len(words) // BLOCK * BLOCK
-    blocks = words[:full].view(-1, BLOCK), words[full:].view(1, -1)
-    return torch.cat([_pack_blocks(part, bits).flatten() for part in blocks if part.numel()])
+    full = len(flat) // BLOCK * BLOCK
+    parts = [*flat[:full].view(-1, BLOCK).split(_BLOCKS), flat[full:].view(1, -1)]
+    offset = limit + 1
+    return torch.cat([_pack_blocks(p.int() + offset, bits).flatten() for p in parts if p.numel()])
 
 
 def _pack_blocks(words: Tensor, bits: int) -> Tensor:
-    """Pack blocks ``[blocks, words]`` to ``[blocks, bytes]``."""
+    """Pack blocks int32 ``[blocks, words]`` to uint8 ``[blocks, bytes]``."""
     if bits > 8:
         return torch.cat([_low_byte(words), _pack_blocks(words >> 8, bits - 8)], dim=1)
     slices = slices_of(bits)

@@ -16,12 +16,12 @@ class _Eager:
 
 
 class SGD(_Eager, torch.optim.SGD):
-    """`torch.optim.SGD`, not to be compiled."""
+    """`torch.optim.SGD`, neither to be compiled nor to be differentiated through."""
 
     step = torch.no_grad()(unwrap(torch.optim.SGD.step))
 
 
 class Adam(_Eager, torch.optim.Adam):
-    """`torch.optim.Adam`, not to be compiled."""
+    """`torch.optim.Adam`, neither to be compiled nor to be differentiated through."""
 
     step = torch.no_grad()(unwrap(torch.optim.Adam.step))

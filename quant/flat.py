@@ -80,7 +80,7 @@ class FlatUpdate(Update):
 
     @classmethod
     def of(cls, update: Update) -> "FlatUpdate":
-        """Return an update in this form, where its tensors are; what has it already as it is."""
+        """Return an update in this form, where all of it lies; as it is if it has the form."""
         if isinstance(update, cls):
             return update
         layout = layout_of(update.spec, update.bits)

@@ -7,6 +7,7 @@ float32 scale per output channel (dimension 0). This file is the only place that
 from collections.abc import Iterator
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +22,12 @@ _CLIPPED_BITS = 4
 # Clipping points that are tried, in largest magnitudes of a channel: 1.1, and on in steps of 2 %.
 _LARGEST_CLIP, _CLIP_RATIO, _CLIPS = 1.1, 0.98, 165
 # Bins that a channel's magnitudes are counted in.
-_BINS = 512
+_BINS = 256
 # Keeps 1 / scale finite in float32 even for an all-zero channel.
 _SMALLEST_SCALE = 2.0**-100
 # Values at a time: what is computed from them stays in the cache.
 _BLOCK = 1 << 18
-# On a GPU, where there is none to stay in: what bounds the memory.
+# On a GPU, where calls cost more than memory does: only what bounds that.
 _BLOCK_ON_GPU = 1 << 25
 
 
@@ -87,16 +88,17 @@ def absmax_scale(weight: Tensor, bits: int) -> Tensor:
 def mse_scale(weight: Tensor, bits: int) -> Tensor:
     """Scale whose grid, clipping included, is nearest to the weights in mean squared error.
 
-    Each channel takes its best of many clipping points, by a histogram of its magnitudes: the
-    errors at all of them are one product with what each bin costs at each. From there the scale is
-    the closed form ``<w, q> / <q, q>`` for the codes ``q`` at hand, by which the error only falls.
+    Each channel takes the best of many clipping points, by a histogram of its magnitudes: the
+    errors at all points are one product with what a weight in each bin costs at each. From there,
+    and from the largest magnitude, the scale is the closed form ``<w, q> / <q, q>`` for the codes
+    ``q`` at hand, by which the error only falls; the better of the two is taken.
 
     Parameters
     ----------
     weight : Tensor
         Float tensor ``[channels, ...]``.
     bits : int
-        Bit-width, 2 to 4; of more levels, those beyond the largest magnitude cost little.
+        Bit-width, 2 to 4: the steps of finer grids are too short for the bins.
 
     Returns
     -------
@@ -118,35 +120,39 @@ def mse_scale(weight: Tensor, bits: int) -> Tensor:
 
 
 def _mse_scale(rows: Tensor, bits: int) -> Tensor:
-    clips, costs = _clips(bits, rows.device)
+    clips, costs = (torch.from_numpy(table).to(rows.device) for table in _clips(bits))
     absmax = absmax_scale(rows, bits)
-    best = (_histogram(rows, absmax * largest_code(bits)).double() @ costs).argmin(dim=1)
-    scale = absmax * clips[best]
-    codes = _nearest(rows, scale, bits)
-    norm = codes.square().sum(dim=1)
-    scale = torch.where(norm > 0, (rows * codes).sum(dim=1) / norm.clamp(min=1), scale)
-    return scale.clamp(min=_SMALLEST_SCALE)
+    best = (_histogram(rows, absmax * largest_code(bits)) @ costs).argmin(dim=1)
+    clipped, gain = _refined(rows, absmax * clips[best], bits)
+    plain, least = _refined(rows, absmax, bits)
+    return torch.where(gain >= least, clipped, plain).clamp_(min=_SMALLEST_SCALE)
 
 
 def _histogram(rows: Tensor, largest: Tensor) -> Tensor:
-    """Count each row's magnitudes in `_BINS` equal bins up to the largest, ``[rows, bins]``."""
-    bins = (rows.abs() * (_BINS / largest)[:, None]).int()
-    # The largest itself, and what a diverged model holds.
-    bins.clamp_(0, _BINS - 1)
-    bins += torch.arange(0, rows.shape[0] * _BINS, _BINS, device=rows.device)[:, None]
-    counts = torch.bincount(bins.flatten(), minlength=rows.shape[0] * _BINS)
-    return counts.view(-1, _BINS)
+    """Count each row's magnitudes in equal bins up to its largest, float64 ``[rows, bins]``."""
+    # Clamped: the largest itself, and what a diverged model holds.
+    bins = (rows.abs() * (_BINS / largest)[:, None]).long().clamp_(0, _BINS - 1)
+    counts = torch.zeros(len(rows), _BINS, dtype=torch.float64, device=rows.device)
+    return counts.scatter_add_(1, bins, counts.new_ones(()).expand_as(bins))
 
 
 @lru_cache
-def _clips(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _clips(bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the clipping points, and what the middle of each bin costs at each of them."""
-    exponents = torch.arange(_CLIPS, dtype=torch.float64, device=device)
-    clips = _LARGEST_CLIP * _CLIP_RATIO**exponents
-    middles = ((torch.arange(_BINS, device=device) + 0.5) / _BINS).double()[:, None]
+    clips = _LARGEST_CLIP * _CLIP_RATIO ** np.arange(_CLIPS)
+    middles = ((np.arange(_BINS) + 0.5) / _BINS)[:, None]
     limit = largest_code(bits)
     steps = clips / limit
-    return clips.float(), (middles - (middles / steps).round().clamp(max=limit) * steps).square()
+    costs = (middles - np.rint(middles / steps).clip(max=limit) * steps) ** 2
+    return clips.astype(np.float32), costs
+
+
+def _refined(rows: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the best scale for the codes at a scale, and what it takes from the squared error."""
+    codes = _nearest(rows, scale, bits)
+    norm, product = codes.square().sum(dim=1), (rows * codes).sum(dim=1)
+    fitted = product / norm.clamp(min=1)
+    return torch.where(norm > 0, fitted, scale), fitted * product
 
 
 def fit_scale(weight: Tensor, bits: int) -> Tensor:

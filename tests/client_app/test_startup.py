@@ -1,38 +1,42 @@
-"""A ClientApp's process, which Flower starts anew for every message in a deployment."""
+"""What a process imports that trains, which a deployment starts anew for every message."""
 
 import subprocess
 import sys
 
 # Each takes about as long to import as a small client to train.
 SLOW = ("torch._dynamo", "flwr_datasets", "matplotlib", "torchvision")
-ROUND = f"""
+RUN = f"""
 import sys
 from federation import ClientAppNode, InProcessGrid
-from flwr.app import ConfigRecord
-from strategies import FedAvg
-from strategies.states import to_arrays
-from task.models import build_model
-from task.training import model_state
+from flwr.app import Context, RecordDict
+from server_app.app import main
 
-arrays = to_arrays(model_state(build_model("cnn", 1, 8, 10, seed=0)))
+settings = {{
+    "model": "cnn",
+    "samples-per-client": 16,
+    "num-server-rounds": 1,
+    "bit-mix": "4:0.5,32:0.5",
+    "output-dir": sys.argv[1],
+    "prowd-finetune-every": 1,
+    "prowd-finetune-steps": 1,
+}}
 for training in ("qat", "strict"):
-    settings = {{"model": "cnn", "samples-per-client": 16, "low-bit-training": training}}
-    grid = InProcessGrid({{i: ClientAppNode(i, 2, settings) for i in range(2)}})
-    strategy = FedAvg(min_nodes=2)
-    messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
-    strategy.aggregate_train(1, list(grid.send_and_receive(messages)))
-    assert strategy.round_log.aggregated == [0, 1], strategy.round_log
-    assert strategy.round_log.uplink_bytes.keys() == {{8, 32}}
+    config = {{**settings, "low-bit-training": training, "run-name": training}}
+    grid = InProcessGrid({{i: ClientAppNode(i, 2, config) for i in range(2)}})
+    main(grid, Context(1, 0, {{}}, RecordDict(), config))
 print([name for name in {SLOW!r} if name in sys.modules])
 """
 
 
-def test_training_imports_nothing_slow_that_it_does_not_need():
+def test_a_run_imports_nothing_slow_that_it_does_not_need(tmp_path):
+    """On clients of both kinds, and on a server that trains its dequantizer."""
     done = subprocess.run(
-        [sys.executable, "-c", ROUND],
+        [sys.executable, "-c", RUN, tmp_path],
         env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,
-        check=True,
     )
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+    for training in ("qat", "strict"):
+        assert (tmp_path / training / "model.safetensors").exists()

@@ -60,7 +60,7 @@ def test_it_leaves_the_whole_run_record(default_run):
 
 
 def test_one_seed_gives_one_model_whatever_the_number_of_workers(flower):
-    small = {"num_server_rounds": 2, "samples_per_client": 100, "model": "cnn"}
+    small = {"num_server_rounds": 2, "samples_per_client": 32}
     models = []
     for name, federation in (("two", TWO_AT_ONCE), ("one", ONE_AT_A_TIME)):
         run = flower.run(

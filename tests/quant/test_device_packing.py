@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from quant import encode_update, mse_scale, pack, pack_tensor, quantize_state
-from quant.device_packing import packed_there
+from quant.device_packing import pack_on_device
 
 WIDTHS = range(2, 17)
 BLOCK = 524_288
 COUNTS = [0, 1, 7, 8, 50, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 13]
+AT_ONCE = 16 * BLOCK
 
 
 def random_codes(bits, count):
@@ -23,35 +24,41 @@ def random_codes(bits, count):
 def test_the_bytes_are_those_of_pack(bits):
     for count in COUNTS:
         codes = random_codes(bits, count)
-        assert packed_there(codes, bits).numpy().tobytes() == pack(codes.numpy(), bits)
+        assert pack_on_device(codes, bits).numpy().tobytes() == pack(codes.numpy(), bits)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_extremes_of_every_type_and_shape(bits):
+def test_extremes_of_every_signed_type_and_shape(bits):
     limit = 2 ** (bits - 1) - 1
     for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
         most = min(limit, torch.iinfo(dtype).max)
         codes = torch.tensor([[-most, most, 0], [1, -1, 0]], dtype=dtype).T
-        assert packed_there(codes, bits).numpy().tobytes() == pack(codes.numpy(), bits)
+        assert pack_on_device(codes, bits).numpy().tobytes() == pack(codes.numpy(), bits)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("beyond", [-1, 1])
 def test_codes_off_the_grid_are_refused(bits, beyond):
     codes = torch.tensor([0, beyond * 2 ** (bits - 1), 0])
-    for refused in (packed_there, pack_tensor):
+    for refused in (pack_on_device, pack_tensor):
         with pytest.raises(ValueError, match=f"codes of width {bits} must lie in"):
             refused(codes, bits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize("bits", [3, 11])
+def test_more_blocks_than_are_packed_at_once(bits):
+    codes = random_codes(bits, AT_ONCE + BLOCK + 5)
+    assert pack_on_device(codes, bits).numpy().tobytes() == pack(codes.numpy(), bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
 def test_what_is_no_integer_is_refused(dtype):
-    for refused in (packed_there, pack_tensor):
+    for refused in (pack_on_device, pack_tensor):
         with pytest.raises(ValueError, match="allowed are integers"):
             refused(torch.zeros(4, dtype=dtype), 4)
 
 
-def test_codes_on_the_cpu_are_packed_there():
+def test_codes_on_the_cpu_are_pack_on_device():
     codes = random_codes(5, 1000)
     assert pack_tensor(codes, 5) == pack(codes.numpy(), 5)
 

@@ -66,8 +66,9 @@ def test_the_form_is_taken_as_it_is_and_made_where_it_is_not_there():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
-def test_the_sum_of_updates_is_that_of_their_values(bits):
+def test_the_sum_of_updates_is_that_of_their_values(bits, monkeypatch):
     """Against float64, tensor by tensor, with shapes that no block fits and some without values."""
+    monkeypatch.setattr("quant.flat._BLOCK", 1 << 16)
     rng = np.random.default_rng(0)
     spec = UpdateSpec(SHAPES)
     limit = 2 ** (bits - 1) - 1
