@@ -94,7 +94,7 @@ class FlatUpdate(Update):
     def cpu(self) -> "FlatUpdate":
         """Return it in the CPU's memory; as it is if it lies there."""
         codes, floats = self.quantized, self.floats
-        if {t.device.type for t in (codes.codes, codes.scales, floats.flat)} == {"cpu"}:
+        if codes.codes.is_cpu and codes.scales.is_cpu and floats.flat.is_cpu:
             return self
         quantized = FlatCodes(codes.layout, codes.codes.cpu(), codes.scales.cpu())
         values = FlatFloats(floats.layout, floats.flat.cpu())
