@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant.grid import largest_code
-from quant.packing import BLOCK, pack, slices_of
+from quant.packing import BLOCK, off_grid, pack, slices_of
 
 # Blocks at a time: memory for 25 bytes a code.
 _BLOCKS = 16
@@ -53,7 +53,7 @@ def pack_on_device(codes: Tensor, bits: int) -> Tensor:
         return flat.to(torch.uint8)
     smallest, largest = torch.stack(flat.aminmax()).tolist()
     if smallest < -limit or largest > limit:
-        raise ValueError(f"codes of width {bits} must lie in [{-limit}, {limit}]")
+        raise off_grid(bits)
     full = len(flat) // BLOCK * BLOCK
     parts = [*flat[:full].view(-1, BLOCK).split(_BLOCKS), flat[full:].view(1, -1)]
     offset = limit + 1

@@ -80,7 +80,18 @@ class FlatUpdate(Update):
 
     @classmethod
     def of(cls, update: Update) -> "FlatUpdate":
-        """Return an update in this form, where all of it lies; as it is if it has the form."""
+        """Return an update in this form, on the CPU; as it is if that is what it is already."""
+        joined = cls.joined(update)
+        codes, floats = joined.quantized, joined.floats
+        if codes.codes.is_cpu and codes.scales.is_cpu and floats.flat.is_cpu:
+            return joined
+        quantized = FlatCodes(codes.layout, codes.codes.cpu(), codes.scales.cpu())
+        values = FlatFloats(floats.layout, floats.flat.cpu())
+        return replace(joined, quantized=quantized, floats=values)
+
+    @classmethod
+    def joined(cls, update: Update) -> "FlatUpdate":
+        """Return an update in this form, on the device that holds all of it."""
         if isinstance(update, cls):
             return update
         layout = layout_of(update.spec, update.bits)
@@ -90,15 +101,6 @@ class FlatUpdate(Update):
         floats = _joined([update.floats[name].float() for name in layout.floats], torch.empty(0))
         tensors = FlatCodes(layout, codes, scales), FlatFloats(layout, floats)
         return cls(update.bits, update.content, *tensors)
-
-    def cpu(self) -> "FlatUpdate":
-        """Return it in the CPU's memory; as it is if it lies there."""
-        codes, floats = self.quantized, self.floats
-        if codes.codes.is_cpu and codes.scales.is_cpu and floats.flat.is_cpu:
-            return self
-        quantized = FlatCodes(codes.layout, codes.codes.cpu(), codes.scales.cpu())
-        values = FlatFloats(floats.layout, floats.flat.cpu())
-        return replace(self, quantized=quantized, floats=values)
 
 
 def _joined(tensors: list[Tensor], nothing: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ class UpdateSum:
 
     def add(self, update: Update, weight: float) -> None:
         """Add ``weight`` times the values of an update, which are never in memory at once."""
-        flat = FlatUpdate.of(update).cpu()
+        flat = FlatUpdate.of(update)
         if flat.quantized:
             self._add_codes(flat.quantized, weight)
         self._total[flat.quantized.layout.num_codes :].add_(flat.floats.flat, alpha=weight)

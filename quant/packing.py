@@ -61,9 +61,8 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
         raise ValueError(f"codes have dtype {codes.dtype}; allowed are integers")
     flat, limit = np.ascontiguousarray(codes).reshape(-1), largest_code(bits)
     flat = flat.astype(flat.dtype.newbyteorder("="), copy=False)
-    off_grid = f"codes of width {bits} must lie in [{-limit}, {limit}]"
     if flat.dtype.kind == "u" and flat.size and flat.max() > limit:
-        raise ValueError(off_grid)
+        raise off_grid(bits)
     if flat.itemsize == 1 and bits > 8:
         flat = flat.astype(np.int16)
     flat = flat.view(f"u{flat.itemsize}")
@@ -73,7 +72,7 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
             # Wrap-around is wanted: what lies far below the grid becomes too large.
             block = flat[place] + flat.dtype.type(limit + 1)
             if block.min() == 0 or block.max() > 2 * limit + 1:
-                raise ValueError(off_grid)
+                raise off_grid(bits)
             yield block.astype(word_type(bits), copy=False)
 
     return pack_words(words(), bits, flat.size)
@@ -108,6 +107,12 @@ def unpack(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
             raise PackingError(f"a code lies below the symmetric grid of width {bits}")
         np.subtract(words, offset, out=codes[place].view(words.dtype))
     return codes
+
+
+def off_grid(bits: int) -> ValueError:
+    """Return the error of codes that are none of a width."""
+    limit = largest_code(bits)
+    return ValueError(f"codes of width {bits} must lie in [{-limit}, {limit}]")
 
 
 def word_type(bits: int) -> type[np.unsignedinteger]:

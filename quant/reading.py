@@ -182,7 +182,7 @@ class OpenedUpdate:
         if self.coding == CODED_FROM_START:
             if start is None or start.bits != bits:
                 raise UpdateError("payload refers to codes that were not sent")
-            known = FlatUpdate.of(start).cpu().quantized.codes.numpy()
+            known = FlatUpdate.of(start).quantized.codes.numpy()
         try:
             if self.is_folded:
                 return read_codes(unfolded, bits, count, known)

@@ -70,7 +70,7 @@ def encode_update(
         width quantizes is not.
     """
     layout = layout_of(_spec_of(update), update.bits)
-    table, flat = layout.table, FlatUpdate.of(update)
+    table, flat = layout.table, FlatUpdate.joined(update)
     coding, codes = _shortest(flat.quantized, coded, start)
     body = [_bytes_of(flat.quantized.scales), _bytes_of(flat.floats.flat), codes]
     content = CONTENTS.index(update.content)
@@ -92,7 +92,7 @@ def _shortest(flat: FlatCodes, coded: bool, start: Update | None) -> tuple[int, 
         codes = flat.codes.cpu().numpy()
         forms.append((CODED, compress_codes(codes, bits)))
         if start is not None:
-            known = FlatUpdate.of(start).cpu().quantized.codes.numpy()
+            known = FlatUpdate.of(start).quantized.codes.numpy()
             forms.append((CODED_FROM_START, compress_codes(codes, bits, known)))
     return min(forms, key=lambda form: len(form[1]))
 

@@ -345,8 +345,8 @@ class MixedPrecisionStrategy(Strategy):
             model = quantize_state(self.state_for(bits, start), FLOAT_BITS)
         else:
             model = self.model_for(bits, start)
-            # In the form, and the memory, that every reply is read beside.
-            model = FlatUpdate.of(model).cpu()
+            # In the form that every reply is read beside.
+            model = FlatUpdate.of(model)
         return ArrayRecord({MODEL: to_array(encode_update(model, coded=self.coded))}), model
 
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:

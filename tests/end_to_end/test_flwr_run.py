@@ -60,12 +60,10 @@ def test_it_leaves_the_whole_run_record(default_run):
 
 
 def test_one_seed_gives_one_model_whatever_the_number_of_workers(flower):
-    small = {"num_server_rounds": 2, "samples_per_client": 32}
+    small = {"num_server_rounds": 2, "samples_per_client": 32, "fraction_train": 0.75}
     models = []
     for name, federation in (("two", TWO_AT_ONCE), ("one", ONE_AT_A_TIME)):
-        run = flower.run(
-            f"seed-{name}", federation, low_bit_training="strict", fraction_train=0.75, **small
-        )
+        run = flower.run(f"seed-{name}", federation, low_bit_training="strict", **small)
         assert run.summary["status"] == "completed"
         models.append((run.folder / "model.safetensors").read_bytes())
     assert models[0] == models[1]

@@ -58,7 +58,7 @@ def test_what_is_no_integer_is_refused(dtype):
             refused(torch.zeros(4, dtype=dtype), 4)
 
 
-def test_codes_on_the_cpu_are_pack_on_device():
+def test_codes_on_the_cpu_are_packed_there():
     codes = random_codes(5, 1000)
     assert pack_tensor(codes, 5) == pack(codes.numpy(), 5)
 
