@@ -2,11 +2,11 @@
 
 Codes near zero are the most frequent, and after a round of training most codes are near those that
 the client started from: where the server knows the start, the differences say the same in fewer
-bits. Codes and differences are taken modulo ``2**bits``, as words of so many bits with an offset,
-and coded by Huffman's method over whole bytes: a byte holds as many words of 2 or 4 bits as fit, or
-one of up to 8. Of longer ones it holds the high 8 bits, rounded: they are all alike where all words
-are small. The low bits, otherwise as good as noise, lie behind in a plane of their own. This is a
-Zstandard frame (RFC 8878), which is read several times faster than DEFLATE.
+bits. Codes and differences are taken modulo ``2**bits``, as words of so many bits
+(`quant.packing`), and coded by Huffman's method over whole bytes: a byte holds as many words of 2
+or 4 bits as fit, or one of up to 8. Of longer ones it holds the high 8 bits, rounded: they are all
+alike where all words are small. The low bits, otherwise as good as noise, lie behind in a plane of
+their own. This is a Zstandard frame (RFC 8878), which is read several times faster than DEFLATE.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,11 @@ from collections.abc import Iterator
 import numpy as np
 import zstandard
 
+from quant.grid import largest_code
 from quant.packing import (
     PackingError,
     block_places,
+    offset_of,
     pack_words,
     unpack_words,
     word_type,
@@ -32,6 +34,8 @@ _UNWEIGHED = {"strategy": zstandard.STRATEGY_FAST}
 # Differences repeat runs of zeros. Which of them are worth a reference is weighed, as one that
 # saves little is also slow to read.
 _WEIGHED = {"strategy": zstandard.STRATEGY_BTOPT, "target_length": 32}
+# Kind of a block of one byte, repeated.
+_REPEATED = 1
 
 
 def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None) -> bytes:
@@ -63,7 +67,7 @@ def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None
     return b"".join([*parts, stream.flush()])
 
 
-def unfold_codes(data: bytes | memoryview, bits: int, count: int) -> bytes:
+def unfold_codes(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
     """Undo the entropy coding of `compress_codes`; no more than the size of `count` codes unfolds.
 
     Parameters
@@ -77,32 +81,53 @@ def unfold_codes(data: bytes | memoryview, bits: int, count: int) -> bytes:
 
     Returns
     -------
-    bytes
-        What `read_codes` reads.
+    ndarray
+        What `read_codes` reads, uint8.
 
     Raises
     ------
     PackingError
         If the data is not the size of `count` codes, or does not end with them.
     """
+    unfolded = np.empty(_size(count, bits), np.uint8)
     try:
         claimed = zstandard.get_frame_parameters(data, format=_FORMAT).content_size
-        if claimed != _size(count, bits):
+        if claimed != unfolded.size or not _is_one_frame(data):
             raise PackingError(f"the coded codes are not those of {count} weights")
-        return zstandard.ZstdDecompressor(format=_FORMAT).decompress(data, allow_extra_data=False)
+        # Into memory of one's own, where codes can be left.
+        stream = zstandard.ZstdDecompressor(format=_FORMAT).stream_reader(data)
+        filled = stream.readinto(unfolded)
     except zstandard.ZstdError as error:
         raise PackingError(f"the coded codes cannot be read: {error}") from None
+    if filled != unfolded.size:
+        raise PackingError(f"the coded codes end after {filled} of {unfolded.size} bytes")
+    return unfolded
+
+
+def _is_one_frame(data: bytes | memoryview) -> bool:
+    """Return whether this is a frame and nothing else, by its header and those of its blocks."""
+    descriptor = data[0]
+    if descriptor & 0b11111:  # Of an unknown format, with a checksum, or with a dictionary.
+        return False
+    has_window = not descriptor >> 5 & 1
+    place = 1 + has_window + (not has_window, 2, 4, 8)[descriptor >> 6]
+    is_last = 0
+    while not is_last and place < len(data):
+        header = int.from_bytes(data[place : place + 3], "little")
+        is_last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        place += 3 + (1 if kind == _REPEATED else size)
+    return bool(is_last) and place == len(data)
 
 
 def read_codes(
-    unfolded: bytes | memoryview, bits: int, count: int, start: np.ndarray | None = None
+    unfolded: np.ndarray, bits: int, count: int, start: np.ndarray | None = None
 ) -> np.ndarray:
     """Read the codes that `unfold_codes` unfolded, or their differences from `start`.
 
     Parameters
     ----------
-    unfolded : bytes or memoryview
-        All of it.
+    unfolded : ndarray
+        All of it, to be overwritten.
     bits : int
         Bit-width, 2 to 16.
     count : int
@@ -113,28 +138,43 @@ def read_codes(
     Returns
     -------
     ndarray
-        Codes ``[count]``; int8 up to 8 bits, int16 above.
+        Codes ``[count]``; int8 up to 8 bits, int16 above. Those of 8 bits, which are words as they
+        are, in the memory that they were unfolded to.
 
     Raises
     ------
     PackingError
         If they are not so many, or not on the grid of `bits`.
     """
-    codes = np.empty(count, np.int8 if bits <= 8 else np.int16)
-    narrow = word_type(bits)
-    middle, mask = narrow(1 << (bits - 1)), narrow((1 << bits) - 1)
+    if bits == 8:
+        return _read_bytes(unfolded, count, start)
+    codes = np.empty(count, np.int8 if bits < 8 else np.int16)
+    narrow, limit = word_type(bits), largest_code(bits)
+    mask = narrow((1 << bits) - 1)
     has_room = sum(_cut(bits)) > bits
     for place, words in _joined(unfolded, bits, count):
-        block = codes[place].view(narrow)
+        block = codes[place]
         off_grid = has_room and words.max() > mask
         if start is not None:
             known = start[place].astype(codes.dtype, copy=False).view(narrow)
-            words = np.add(words, known, out=block)
-            if bits % 8:  # The others are taken modulo their type.
+            words = np.add(words, known, out=block.view(narrow))
+            if bits < 16:
                 words &= mask
-        if off_grid or words.min() == 0:
+        np.subtract(words, offset_of(bits), out=block.view(narrow))
+        if off_grid or block.min() < -limit:
             raise PackingError(f"a code lies off the grid of width {bits}")
-        np.subtract(words, middle, out=block)
+    return codes
+
+
+def _read_bytes(unfolded: np.ndarray, count: int, start: np.ndarray | None) -> np.ndarray:
+    """Read codes of 8 bits, which are words as they are, in a call or two where they lie."""
+    codes = unfolded.view(np.int8)
+    if codes.size != count:
+        raise PackingError(f"{count} codes of 8 bits take {count} bytes; got {codes.size}")
+    if start is not None:
+        codes += start.astype(np.int8, copy=False)
+    if count and codes.min() < -largest_code(8):
+        raise PackingError("a code lies off the grid of width 8")
     return codes
 
 
@@ -150,7 +190,7 @@ def _planes(codes: np.ndarray, bits: int, start: np.ndarray | None) -> Iterator[
 def _words(codes: np.ndarray, bits: int, start: np.ndarray | None) -> Iterator[np.ndarray]:
     """Yield the words of each block, larger by what rounds them when they are cut."""
     narrow, (_, low) = word_type(bits), _cut(bits)
-    offset, mask = narrow((1 << (bits - 1)) + _half(low)), narrow((1 << bits) - 1)
+    offset, mask = offset_of(bits) + narrow(_half(low)), narrow((1 << bits) - 1)
     for place in block_places(codes.size):
         words = codes[place].astype(narrow)
         words += offset
@@ -160,16 +200,14 @@ def _words(codes: np.ndarray, bits: int, start: np.ndarray | None) -> Iterator[n
         yield words
 
 
-def _joined(
-    unfolded: bytes | memoryview, bits: int, count: int
-) -> Iterator[tuple[slice, np.ndarray]]:
+def _joined(unfolded: np.ndarray, bits: int, count: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Undo `_planes`, as `unpack_words` does."""
     high, low = _cut(bits)
     if not low:
         yield from unpack_words(unfolded, high, count)
         return
-    view, half, mask = memoryview(unfolded), np.uint16(_half(low)), np.uint16((1 << bits) - 1)
-    planes = unpack_words(view[:count], high, count), unpack_words(view[count:], low, count)
+    half, mask = np.uint16(_half(low)), np.uint16((1 << bits) - 1)
+    planes = unpack_words(unfolded[:count], high, count), unpack_words(unfolded[count:], low, count)
     for (place, above), (_, below) in zip(*planes, strict=True):
         # A shift of integers this short takes NumPy longer.
         words = np.multiply(above, 1 << low, dtype=np.uint16)

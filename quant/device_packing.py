@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant.grid import largest_code
-from quant.packing import BLOCK, off_grid, pack, slices_of
+from quant.packing import BLOCK, off_grid, offset_of, pack, slices_of
 
 # Blocks at a time: memory for 25 bytes a code.
 _BLOCKS = 16
@@ -54,9 +54,11 @@ def pack_on_device(codes: Tensor, bits: int) -> Tensor:
     smallest, largest = torch.stack(flat.aminmax()).tolist()
     if smallest < -limit or largest > limit:
         raise off_grid(bits)
+    if bits == 8:
+        return flat.to(torch.int8).view(torch.uint8)
     full = len(flat) // BLOCK * BLOCK
     parts = [*flat[:full].view(-1, BLOCK).split(_BLOCKS), flat[full:].view(1, -1)]
-    offset = limit + 1
+    offset = int(offset_of(bits))
     return torch.cat([_pack_blocks(p.int() + offset, bits).flatten() for p in parts if p.numel()])
 
 

@@ -6,8 +6,10 @@ slices; the ``i``-th codes of all slices make one word of ``g * k`` bits, whose 
 packing in NumPy nearly as fast as copying. Widths above 8 keep their low bytes as one raw plane
 and pack the remaining ``k - 8`` bits the same way.
 
-Codes are stored with an offset of ``2**(k-1)``. The pattern 0, which would stand for a code below
-the symmetric grid, never occurs, and `unpack` refuses it, as it refuses padding that is not zero.
+Codes of 8 and 16 bits are stored as the integers that they are, others with an offset of
+``2**(k-1)``, as no processor extends the sign of so few bits. The pattern of ``-2**(k-1)``, a code
+below the symmetric grid, never occurs, and `unpack` refuses it, as it refuses padding that is not
+zero.
 """
 
 from collections.abc import Iterable, Iterator
@@ -61,29 +63,26 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
         raise ValueError(f"codes have dtype {codes.dtype}; allowed are integers")
     flat, limit = np.ascontiguousarray(codes).reshape(-1), largest_code(bits)
     flat = flat.astype(flat.dtype.newbyteorder("="), copy=False)
-    if flat.dtype.kind == "u" and flat.size and flat.max() > limit:
-        raise off_grid(bits)
-    if flat.itemsize == 1 and bits > 8:
-        flat = flat.astype(np.int16)
-    flat = flat.view(f"u{flat.itemsize}")
+    narrow, offset = word_type(bits), offset_of(bits)
 
     def words() -> Iterator[np.ndarray]:
         for place in block_places(flat.size):
-            # Wrap-around is wanted: what lies far below the grid becomes too large.
-            block = flat[place] + flat.dtype.type(limit + 1)
-            if block.min() == 0 or block.max() > 2 * limit + 1:
+            block = flat[place]
+            if block.min() < -limit or block.max() > limit:
                 raise off_grid(bits)
-            yield block.astype(word_type(bits), copy=False)
+            same_size = block.itemsize == narrow().itemsize
+            own = block.view(narrow) if same_size else block.astype(narrow)
+            yield own + offset if offset else own
 
     return pack_words(words(), bits, flat.size)
 
 
-def unpack(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
+def unpack(data: bytes | memoryview | np.ndarray, bits: int, count: int) -> np.ndarray:
     """Unpack what `pack` wrote.
 
     Parameters
     ----------
-    data : bytes or memoryview
+    data : bytes, memoryview, or ndarray of uint8
         Exactly ``packed_size(count, bits)`` bytes.
     bits : int
         Bit-width, 2 to 16.
@@ -100,12 +99,12 @@ def unpack(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
     PackingError
         If the length is wrong, a code lies off the symmetric grid or padding is not zero.
     """
-    offset = word_type(bits)(largest_code(bits) + 1)
-    codes = np.empty(count, np.int8 if bits <= 8 else np.int16)
+    codes, limit = np.empty(count, np.int8 if bits <= 8 else np.int16), largest_code(bits)
     for place, words in unpack_words(data, bits, count):
-        if words.min() == 0:
+        block = codes[place]
+        np.subtract(words, offset_of(bits), out=block.view(words.dtype))
+        if block.min() < -limit:
             raise PackingError(f"a code lies below the symmetric grid of width {bits}")
-        np.subtract(words, offset, out=codes[place].view(words.dtype))
     return codes
 
 
@@ -118,6 +117,11 @@ def off_grid(bits: int) -> ValueError:
 def word_type(bits: int) -> type[np.unsignedinteger]:
     """Return the unsigned integers that words of a width are computed with."""
     return np.uint8 if bits <= 8 else np.uint16
+
+
+def offset_of(bits: int) -> np.unsignedinteger:
+    """Return what is added to a code to make a word of it, modulo the type of the words."""
+    return word_type(bits)(0 if bits % 8 == 0 else 1 << (bits - 1))
 
 
 def block_places(count: int) -> Iterator[slice]:
@@ -144,7 +148,7 @@ def pack_words(blocks: Iterable[np.ndarray], bits: int, count: int) -> memoryvie
     ----------
     blocks : iterable of ndarray
         Unsigned integers of `word_type` or wider, below ``2**bits``, those of each of
-        `block_places`; they are overwritten.
+        `block_places`.
     bits : int
         Bits of a word, 1 to 16.
     count : int
@@ -165,7 +169,7 @@ def pack_words(blocks: Iterable[np.ndarray], bits: int, count: int) -> memoryvie
 
 
 def unpack_words(
-    data: bytes | memoryview, bits: int, count: int
+    data: bytes | memoryview | np.ndarray, bits: int, count: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Unpack what `pack_words` wrote.
 
@@ -201,8 +205,7 @@ def _block_size(count: int, bits: int) -> int:
 def _pack_block(words: np.ndarray, bits: int, out: np.ndarray) -> None:
     if bits > 8:
         np.copyto(out[: words.size], words, casting="unsafe")
-        words >>= np.uint16(8)
-        _pack_block(words, bits - 8, out[words.size :])
+        _pack_block(words >> np.uint16(8), bits - 8, out[words.size :])
         return
     if bits == 8:
         np.copyto(out, words, casting="unsafe")

@@ -125,13 +125,13 @@ class OpenedUpdate:
         """Whether `unfold` has something to do."""
         return self.coding != PACKED
 
-    def unfold(self) -> bytes | memoryview:
+    def unfold(self) -> np.ndarray:
         """Undo the entropy coding, if there is one; the time goes where other threads can run.
 
         Returns
         -------
-        bytes or memoryview
-            What `read` reads.
+        ndarray
+            What `read` reads, uint8.
 
         Raises
         ------
@@ -140,19 +140,19 @@ class OpenedUpdate:
         """
         *_, codes = parts_of(self.data, self.layout)
         if not self.is_folded:
-            return codes
+            return np.frombuffer(codes, np.uint8)
         try:
             return unfold_codes(codes, self.layout.bits, self.layout.num_codes)
         except PackingError as error:
             raise UpdateError(str(error)) from None
 
-    def read(self, unfolded: bytes | memoryview, start: Update | None = None) -> FlatUpdate:
+    def read(self, unfolded: np.ndarray, start: Update | None = None) -> FlatUpdate:
         """Read and check the values.
 
         Parameters
         ----------
-        unfolded : bytes or memoryview
-            What `unfold` returned.
+        unfolded : ndarray
+            What `unfold` returned; may be overwritten.
         start : Update, optional
             Model whose codes the receiver had sent to the sender.
 
@@ -174,7 +174,7 @@ class OpenedUpdate:
         steps = torch.from_numpy(scales.astype(np.float32))
         return FlatUpdate(bits, self.content, FlatCodes(self.layout, codes, steps), values)
 
-    def _codes(self, unfolded: bytes | memoryview, start: Update | None) -> np.ndarray:
+    def _codes(self, unfolded: np.ndarray, start: Update | None) -> np.ndarray:
         bits, count = self.layout.bits, self.layout.num_codes
         if not count:
             return np.empty(0, np.int8)

@@ -31,10 +31,10 @@ from quant.grid import ALLOWED_WIDTHS, is_width
 from quant.layout import Layout, layout_of
 from quant.update import Content, Update, UpdateSpec
 
-STYPE = "prowd.update/6"
+STYPE = "prowd.update/7"
 
 MAGIC = b"PRWD"
-VERSION = 6
+VERSION = 7
 HEADER = struct.Struct("<4sBBBBIQ")
 CHECKSUM_OFFSET = HEADER.size - 8
 CONTENTS: tuple[str, ...] = get_args(Content)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from flwr.app import Message
 
 from quant import (
@@ -107,7 +108,7 @@ class Asked:
         self,
         item: Packed,
         opened: OpenedUpdate | None,
-        unfolded: bytes | memoryview | None = None,
+        unfolded: np.ndarray | None = None,
     ) -> Update:
         """Read and check the values; an update of none if none was asked for.
 
@@ -117,7 +118,7 @@ class Asked:
             The reply.
         opened : OpenedUpdate or None
             Its payload, from `open_update`.
-        unfolded : bytes or memoryview, optional
+        unfolded : ndarray, optional
             What the payload unfolded to, if it did already.
 
         Raises

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Iterator, MutableMapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
+import numpy as np
+
 from quant import OpenedUpdate, Update, UpdateError
 from strategies.asked import Asked
 from strategies.replies import Packed
@@ -62,7 +64,7 @@ class _Batch:
             for item, opened in self._opened
             if opened is not None and opened.is_folded
         )
-        self._unfolded: dict[int, bytes | memoryview] = {}
+        self._unfolded: dict[int, np.ndarray] = {}
         self._job: Future[None] | None = None
 
     def begin(self, helper: Executor) -> None:

@@ -137,6 +137,43 @@ def header_size(data):
     return 1 + (1 - single_segment) + (single_segment, 2, 4, 8)[descriptor >> 6]
 
 
+@pytest.mark.parametrize(
+    ("codes", "kinds"),
+    [
+        (np.zeros(300_000, np.int8), {1}),  # one byte, repeated
+        (np.random.default_rng(0).integers(-127, 128, 300_000, np.int8), {0}),  # stored
+        (some_codes(8, 300_000), {2}),  # compressed
+    ],
+)
+def test_every_kind_of_block_is_read(codes, kinds):
+    data = compress_codes(codes, 8)
+    place, found = header_size(data), []
+    while place < len(data):
+        header = int.from_bytes(data[place : place + 3], "little")
+        found.append(header >> 1 & 3)
+        place += 3 + (1 if found[-1] == 1 else header >> 3)
+    assert len(found) >= 3
+    assert kinds <= set(found)
+    assert np.array_equal(decompress_codes(data, 8, codes.size), codes)
+
+
+@pytest.mark.parametrize("flag", [1, 2, 4, 8, 16])
+def test_a_frame_that_says_it_holds_more_than_codes_is_refused(flag):
+    """A dictionary, a checksum, or what no version of the format has yet (RFC 8878, 3.1.1.1.1)."""
+    good = compress_codes(some_codes(8, 1000), 8)
+    with pytest.raises(PackingError):
+        decompress_codes(bytes([good[0] | flag]) + good[1:], 8, 1000)
+
+
+def test_blocks_that_never_end_are_refused():
+    """Of no bytes each, and none of them the last."""
+    good = compress_codes(some_codes(8, 1000), 8)
+    header = good[: header_size(good)]
+    for blocks in (bytes(300), bytes(300) + good[len(header) :] + bytes(3)):
+        with pytest.raises(PackingError):
+            decompress_codes(header + blocks, 8, 1000)
+
+
 @pytest.mark.parametrize("claims", [True, False])
 def test_a_bomb_is_refused_before_it_unfolds(claims):
     """A hundred megabytes of zeros in ten kilobytes, which says so or does not."""
@@ -187,7 +224,7 @@ def test_unfolded_codes_are_neither_more_nor_fewer(bits, from_start):
     codes = some_codes(bits, 1000)
     start = codes if from_start else None
     unfolded = unfold_codes(compress_codes(codes, bits, start), bits, 1000)
-    for bad in (unfolded + b"\0", unfolded[:-1]):
+    for bad in (np.append(unfolded, np.uint8(0)), unfolded[:-1]):
         with pytest.raises(PackingError, match="bytes; got"):
             read_codes(bad, bits, 1000, start)
 

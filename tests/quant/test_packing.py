@@ -35,8 +35,13 @@ def reference_block(words, bits, padding=0):
     return bytes((word >> (8 * plane)) & 255 for plane in range(planes) for word in big)
 
 
+def word_of(code, bits):
+    offset = 0 if bits in (8, 16) else 2 ** (bits - 1)
+    return (int(code) + offset) % 2**bits
+
+
 def reference_pack(codes, bits):
-    words = [int(c) + 2 ** (bits - 1) for c in codes]
+    words = [word_of(code, bits) for code in codes]
     starts = range(0, len(words), BLOCK)
     return b"".join(reference_block(words[s : s + BLOCK], bits) for s in starts)
 
@@ -98,9 +103,9 @@ def test_layout_by_hand():
     assert pack(np.array([1, -1, 7, -7]), 4) == bytes([249, 23])
     # 12 bits, offset 2048: 2049 = 0x801, 2047 = 0x7FF; low bytes raw, then 8 + 7*16 = 0x78.
     assert pack(np.array([1, -1]), 12) == bytes([0x01, 0xFF, 0x78])
-    # 8 and 16 bits, offsets 128 and 32768: one byte each; the low plane, then the high plane.
-    assert pack(np.array([1, -127]), 8) == bytes([129, 1])
-    assert pack(np.array([1, -32767]), 16) == bytes([1, 1, 0x80, 0x00])
+    # 8 and 16 bits, no offset: one byte each; 0x0001 and 0x8001, the low plane, then the high one.
+    assert pack(np.array([1, -127]), 8) == bytes([1, 129])
+    assert pack(np.array([1, -32767]), 16) == bytes([1, 1, 0x00, 0x80])
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -171,9 +176,9 @@ def test_wrong_lengths_are_refused(bits, count):
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("place", [0, 4, 10])
 def test_the_pattern_below_the_grid_is_refused(bits, place):
-    words = [int(c) + 2 ** (bits - 1) for c in random_codes(bits, 11)]
+    words = [word_of(code, bits) for code in random_codes(bits, 11)]
     assert np.array_equal(unpack(reference_block(words, bits), bits, 11), random_codes(bits, 11))
-    words[place] = 0
+    words[place] = word_of(-(2 ** (bits - 1)), bits)
     with pytest.raises(PackingError, match="below"):
         unpack(reference_block(words, bits), bits, 11)
 
@@ -200,7 +205,7 @@ def test_accepted_bytes_are_those_that_pack_writes(data):
         codes = unpack(raw, bits, count)
     except PackingError:
         words = reference_words(raw, bits, count)
-        assert 0 in words[:count] or any(words[count:])
+        assert word_of(-(2 ** (bits - 1)), bits) in words[:count] or any(words[count:])
     else:
         assert pack(codes, bits) == raw
 
