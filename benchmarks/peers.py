@@ -1,11 +1,13 @@
 """Beside the peers, where they are installed: torchao, Brevitas, NVFlare, and Flower's FedAvg."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.measure import Figure, ratio, report, side_by_side
 from quant import (
@@ -26,8 +28,8 @@ from task.training import model_state
 
 _ROWS, _COLUMNS, _REPEATS, _AHEAD = 1000, 10_000, 9, 1.0
 _BATCH = 64
-# What NVFlare makes on a GPU: bitsandbytes' name for it, its width, and the widest of ours that,
-# coded, takes no more bytes.
+# What NVFlare makes by bitsandbytes: that one's name for it, its width, and the widest of ours
+# that, coded, takes no more bytes.
 _NVFLARE_FORMS = (("blockwise8", "", 8, 8), ("float4", "fp4", 4, 5), ("normfloat4", "nf4", 4, 5))
 
 
@@ -35,7 +37,7 @@ def main() -> None:
     """Compare with every peer that can be imported, and say which cannot."""
     torch.set_num_threads(1)
     figures: list[Figure] = []
-    for compare in (_torchao, _brevitas, _nvflare_float16, _nvflare_on_gpu, _flower):
+    for compare in (_torchao, _brevitas, _nvflare_float16, _nvflare_low_bits, _flower):
         try:
             figures += compare()
         except ImportError as error:
@@ -121,8 +123,7 @@ def _step(model: nn.Module) -> Callable[[], None]:
 
 def _nvflare_float16() -> list[Figure]:
     """Ten million weights as 16-bit numbers."""
-    weights = torch.randn(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(0))
-    theirs = _nvflare_quantizer("float16")
+    weights, theirs = _normal_weights(), _nvflare_quantizer("float16")
     seconds = side_by_side(
         {
             "ours": lambda: pack(
@@ -142,47 +143,61 @@ def _nvflare_float16() -> list[Figure]:
     ]
 
 
-def _nvflare_on_gpu() -> list[Figure]:
-    """From float32 on the CPU to codes there by way of the GPU; and error at no more bytes."""
-    if not torch.cuda.is_available():
-        print("nvflare's 8- and 4-bit forms are left out: they need a GPU")
-        return []
-    return [figure for form in _NVFLARE_FORMS for figure in _beside_nvflare(*form)]
+def _nvflare_low_bits() -> list[Figure]:
+    """Ten million weights by NVFlare's 8- and 4-bit forms: time here and on a GPU, bytes, error."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    figures = []
+    for form, kind, bits, widest in _NVFLARE_FORMS:
+        figures += [_time_beside_nvflare(form, bits, device) for device in devices]
+        figures += _size_and_error_beside_nvflare(form, kind, widest)
+    return figures
 
 
-def _beside_nvflare(form: str, kind: str, bits: int, widest: int) -> list[Figure]:
-    from bitsandbytes import functional
-
-    weights = torch.randn(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(0))
-    quantize = _nvflare_quantizer(form)
-
-    def theirs() -> int:
-        values, states = quantize(weights)
-        arrays = [values["w"], *states["w"].values()]
-        return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+def _time_beside_nvflare(form: str, bits: int, device: str) -> Figure:
+    """From float32 on the CPU to codes there, computed on a device."""
+    weights, quantize = _normal_weights(), _nvflare_quantizer(form)
 
     def ours() -> memoryview:
-        there = weights.cuda()
+        there = weights.to(device)
         return pack_tensor(quantize_nearest(there, fit_scale(there, bits), bits), bits)
 
-    seconds = side_by_side({"ours": ours, "theirs": theirs}, _REPEATS)
+    # It would take everything to a GPU.
+    stays = patch.object(torch.Tensor, "cuda", lambda tensor: tensor)
+    with stays if device == "cpu" else nullcontext():
+        seconds = side_by_side({"ours": ours, "theirs": partial(quantize, weights)}, _REPEATS)
+    label = f"{bits}-bit, packed, time on {device}, against NVFlare's {form}"
+    return ratio(label, seconds["ours"], seconds["theirs"], _AHEAD)
+
+
+def _size_and_error_beside_nvflare(form: str, kind: str, widest: int) -> list[Figure]:
+    from bitsandbytes import functional
+
+    weights = _normal_weights()
     if kind:
-        packed = functional.quantize_4bit(weights.cuda(), quant_type=kind)
-        back = functional.dequantize_4bit(*packed, quant_type=kind)
+        codes, state = functional.quantize_4bit(weights, quant_type=kind)
+        # Read here, as bitsandbytes 0.50 reads them differently on the CPU and on a GPU.
+        levels = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], dim=1).flatten()
     else:
-        back = functional.dequantize_blockwise(*functional.quantize_blockwise(weights.cuda()))
+        codes, state = functional.quantize_blockwise(weights)
+        levels = codes.flatten()
+    scales = state.absmax.repeat_interleave(state.blocksize)[: weights.numel()]
+    back = (state.code[levels.long()] * scales).view_as(weights)
+    # Its codes, one scale a block, and the table of its levels.
+    theirs = sum(tensor.nbytes for tensor in (codes, state.absmax, state.code))
     nearer = quantize_state({"w": weights}, widest)
-    size = len(encode_update(nearer, coded=True)) / theirs()
-    error = float((nearer.dequantize()["w"] - weights).norm() / (back.cpu() - weights).norm())
-    against = f"against NVFlare's {form}"
+    size = len(encode_update(nearer, coded=True)) / theirs
+    error = float((nearer.dequantize()["w"] - weights).norm() / (back - weights).norm())
     return [
-        ratio(f"{bits}-bit, packed, time, {against}", seconds["ours"], seconds["theirs"], _AHEAD),
-        Figure(f"{widest}-bit, coded, bytes, {against}", size, _AHEAD),
-        Figure(f"{widest}-bit, coded, error, {against}", error, _AHEAD),
+        Figure(f"{widest}-bit, coded, bytes, against NVFlare's {form}", size, _AHEAD),
+        Figure(f"{widest}-bit, coded, error, against NVFlare's {form}", error, _AHEAD),
     ]
 
 
-def _nvflare_quantizer(form: str) -> Callable[[torch.Tensor], tuple[dict, dict]]:
+def _normal_weights() -> Tensor:
+    return torch.randn(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(0))
+
+
+def _nvflare_quantizer(form: str) -> Callable[[Tensor], tuple[dict, dict]]:
     """Return what makes NVFlare's values, and what is needed to read them, of weights."""
     from nvflare.apis.fl_context import FLContext
     from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
@@ -190,7 +205,7 @@ def _nvflare_quantizer(form: str) -> Callable[[torch.Tensor], tuple[dict, dict]]
     quantizer = ModelQuantizer(quantization_type=form)
     quantizer.log_info = lambda *_: None
 
-    def quantize(weights: torch.Tensor) -> tuple[dict, dict]:
+    def quantize(weights: Tensor) -> tuple[dict, dict]:
         values, states, _ = quantizer.quantization({"w": weights.numpy()}, FLContext())
         return values, states
 
