@@ -96,7 +96,8 @@ def open_update(
     if not is_width(bits):
         raise UpdateError(f"payload has {bits} bits; allowed are {ALLOWED_WIDTHS}")
     layout = layout_of(spec, bits)
-    return OpenedUpdate(layout, content, _check_header(data, layout, content, stamp), data)
+    coding = _check_header(data, layout, content, stamp)
+    return OpenedUpdate(layout, content, coding, *parts_of(data, layout))
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,18 @@ class OpenedUpdate:
         What its values are.
     coding : int
         Form of its codes (`quant.wire`).
-    data : bytes
-        The payload.
+    scales, floats : ndarray
+        float32, as they lie in the payload.
+    codes : memoryview
+        Bytes of the codes there.
     """
 
     layout: Layout
     content: Content
     coding: int
-    data: bytes
+    scales: np.ndarray
+    floats: np.ndarray
+    codes: memoryview
 
     @property
     def is_folded(self) -> bool:
@@ -138,11 +143,10 @@ class OpenedUpdate:
         UpdateError
             If there are not so many codes as the model has.
         """
-        *_, codes = parts_of(self.data, self.layout)
         if not self.is_folded:
-            return np.frombuffer(codes, np.uint8)
+            return np.frombuffer(self.codes, np.uint8)
         try:
-            return unfold_codes(codes, self.layout.bits, self.layout.num_codes)
+            return unfold_codes(self.codes, self.layout.bits, self.layout.num_codes)
         except PackingError as error:
             raise UpdateError(str(error)) from None
 
@@ -162,16 +166,15 @@ class OpenedUpdate:
             If a value is none of a working model of this width.
         """
         bits = self.layout.bits
-        scales, floats, _ = parts_of(self.data, self.layout)
         if self.layout.quantized:
-            _check_scales(scales, _LARGEST_VALUE / largest_code(bits))
-        _check_floats(floats)
+            _check_scales(self.scales, _LARGEST_VALUE / largest_code(bits))
+        _check_floats(self.floats)
         codes = torch.from_numpy(self._codes(unfolded, start))
-        values = FlatFloats(self.layout, torch.from_numpy(floats.astype(np.float32)))
+        values = FlatFloats(self.layout, torch.from_numpy(self.floats.astype(np.float32)))
         for name in self.layout.variances if self.content == "weights" else ():
             if (values[name] < 0).any():
                 raise UpdateError(f"{name} is a variance and has a negative entry")
-        steps = torch.from_numpy(scales.astype(np.float32))
+        steps = torch.from_numpy(self.scales.astype(np.float32))
         return FlatUpdate(bits, self.content, FlatCodes(self.layout, codes, steps), values)
 
     def _codes(self, unfolded: np.ndarray, start: Update | None) -> np.ndarray:
