@@ -34,8 +34,13 @@ _UNWEIGHED = {"strategy": zstandard.STRATEGY_FAST}
 # Differences repeat runs of zeros. Which of them are worth a reference is weighed, as one that
 # saves little is also slow to read.
 _WEIGHED = {"strategy": zstandard.STRATEGY_BTOPT, "target_length": 32}
-# Kind of a block of one byte, repeated.
+# Of a frame's descriptor: a dictionary, a checksum, or a bit without a meaning.
+_MORE_THAN_CODES = 0b11111
+# Kind of a block: one byte, repeated.
 _REPEATED = 1
+# Who codes has some blocks a hundred thousand bytes; a frame may have no more than one for each of
+# these on average, so that nobody makes a receiver walk for long.
+_SMALL_BLOCK, _FEW_BLOCKS = 256, 4
 
 
 def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None) -> bytes:
@@ -82,41 +87,45 @@ def unfold_codes(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
     Returns
     -------
     ndarray
-        What `read_codes` reads, uint8.
+        What `read_codes` reads, uint8, in memory of its own.
 
     Raises
     ------
     PackingError
-        If the data is not the size of `count` codes, or does not end with them.
+        If the data is not one frame, of the size of `count` codes and with nothing beside them.
     """
-    unfolded = np.empty(_size(count, bits), np.uint8)
+    size = _size(count, bits)
     try:
         claimed = zstandard.get_frame_parameters(data, format=_FORMAT).content_size
-        if claimed != unfolded.size or not _is_one_frame(data):
+        if claimed != size or not _is_one_frame(data, size):
             raise PackingError(f"the coded codes are not those of {count} weights")
-        # Into memory of one's own, where codes can be left.
         stream = zstandard.ZstdDecompressor(format=_FORMAT).stream_reader(data)
-        filled = stream.readinto(unfolded)
+        # Not to bytes, which cannot be written to: codes of 8 bits stay where they are unfolded.
+        unfolded = np.empty(size, np.uint8)
+        if stream.readinto(unfolded) != size or stream.read(1):
+            raise PackingError(f"the coded codes do not unfold to those of {count} weights")
     except zstandard.ZstdError as error:
         raise PackingError(f"the coded codes cannot be read: {error}") from None
-    if filled != unfolded.size:
-        raise PackingError(f"the coded codes end after {filled} of {unfolded.size} bytes")
     return unfolded
 
 
-def _is_one_frame(data: bytes | memoryview) -> bool:
-    """Return whether this is a frame and nothing else, by its header and those of its blocks."""
+def _is_one_frame(data: bytes | memoryview, size: int) -> bool:
+    """Return whether this is a frame and nothing else, by its header and those of its blocks.
+
+    A stream, unlike `ZstdDecompressor.decompress`, would stop before what it need not read.
+    """
     descriptor = data[0]
-    if descriptor & 0b11111:  # Of an unknown format, with a checksum, or with a dictionary.
+    if descriptor & _MORE_THAN_CODES:
         return False
     has_window = not descriptor >> 5 & 1
     place = 1 + has_window + (not has_window, 2, 4, 8)[descriptor >> 6]
-    is_last = 0
-    while not is_last and place < len(data):
+    for _ in range(_FEW_BLOCKS + size // _SMALL_BLOCK):
         header = int.from_bytes(data[place : place + 3], "little")
-        is_last, kind, size = header & 1, header >> 1 & 3, header >> 3
-        place += 3 + (1 if kind == _REPEATED else size)
-    return bool(is_last) and place == len(data)
+        is_last, kind, length = header & 1, header >> 1 & 3, header >> 3
+        place += 3 + (1 if kind == _REPEATED else length)
+        if is_last or place >= len(data):
+            return bool(is_last) and place == len(data)
+    return False
 
 
 def read_codes(
@@ -127,7 +136,7 @@ def read_codes(
     Parameters
     ----------
     unfolded : ndarray
-        All of it, to be overwritten.
+        uint8, contiguous and writable. Codes of 8 bits are left in it.
     bits : int
         Bit-width, 2 to 16.
     count : int
@@ -138,8 +147,7 @@ def read_codes(
     Returns
     -------
     ndarray
-        Codes ``[count]``; int8 up to 8 bits, int16 above. Those of 8 bits, which are words as they
-        are, in the memory that they were unfolded to.
+        Codes ``[count]``; int8 up to 8 bits, int16 above.
 
     Raises
     ------
@@ -167,7 +175,7 @@ def read_codes(
 
 
 def _read_bytes(unfolded: np.ndarray, count: int, start: np.ndarray | None) -> np.ndarray:
-    """Read codes of 8 bits, which are words as they are, in a call or two where they lie."""
+    """Read codes of 8 bits where they lie, as they are their own words."""
     codes = unfolded.view(np.int8)
     if codes.size != count:
         raise PackingError(f"{count} codes of 8 bits take {count} bytes; got {codes.size}")

@@ -45,7 +45,7 @@ def pack_tensor(codes: Tensor, bits: int) -> memoryview:
 
 
 def pack_on_device(codes: Tensor, bits: int) -> Tensor:
-    """Return the bytes of `pack_tensor` as uint8, on the device."""
+    """Return the bytes of `pack_tensor` as uint8, on the device; those of int8 may be the codes."""
     flat, limit = codes.detach().flatten(), largest_code(bits)
     if flat.dtype not in _INTEGERS:
         raise ValueError(f"codes have dtype {flat.dtype}; allowed are integers up to int64, uint8")

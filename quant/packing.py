@@ -7,9 +7,9 @@ packing in NumPy nearly as fast as copying. Widths above 8 keep their low bytes 
 and pack the remaining ``k - 8`` bits the same way.
 
 Codes of 8 and 16 bits are stored as the integers that they are, others with an offset of
-``2**(k-1)``, as no processor extends the sign of so few bits. The pattern of ``-2**(k-1)``, a code
-below the symmetric grid, never occurs, and `unpack` refuses it, as it refuses padding that is not
-zero.
+``2**(k-1)``, which is taken away in one pass where extending a sign would take two. The pattern of
+``-2**(k-1)``, a code below the symmetric grid, never occurs, and `unpack` refuses it, as it refuses
+padding that is not zero.
 """
 
 from collections.abc import Iterable, Iterator
@@ -172,6 +172,15 @@ def unpack_words(
     data: bytes | memoryview | np.ndarray, bits: int, count: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Unpack what `pack_words` wrote.
+
+    Parameters
+    ----------
+    data : bytes, memoryview, or ndarray of uint8
+        Exactly ``words_size(count, bits)`` bytes.
+    bits : int
+        Bits of a word, 1 to 16.
+    count : int
+        Number of words.
 
     Yields
     ------

@@ -113,7 +113,7 @@ class OpenedUpdate:
     coding : int
         Form of its codes (`quant.wire`).
     scales, floats : ndarray
-        float32, as they lie in the payload.
+        Little-endian float32 ``[layout.num_scales]`` and ``[layout.num_floats]``, in the payload.
     codes : memoryview
         Bytes of the codes there.
     """
@@ -141,7 +141,7 @@ class OpenedUpdate:
         Raises
         ------
         UpdateError
-            If there are not so many codes as the model has.
+            If it does not unfold to as many codes as the model has, and nothing else.
         """
         if not self.is_folded:
             return np.frombuffer(self.codes, np.uint8)
@@ -156,7 +156,7 @@ class OpenedUpdate:
         Parameters
         ----------
         unfolded : ndarray
-            What `unfold` returned; may be overwritten.
+            What `unfold` returned, for this call alone: the update may keep it.
         start : Update, optional
             Model whose codes the receiver had sent to the sender.
 

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from measuring import peak_memory
 
 from quant import (
@@ -165,13 +167,77 @@ def test_a_frame_that_says_it_holds_more_than_codes_is_refused(flag):
         decompress_codes(bytes([good[0] | flag]) + good[1:], 8, 1000)
 
 
-def test_blocks_that_never_end_are_refused():
-    """Of no bytes each, and none of them the last."""
-    good = compress_codes(some_codes(8, 1000), 8)
-    header = good[: header_size(good)]
-    for blocks in (bytes(300), bytes(300) + good[len(header) :] + bytes(3)):
+def blocks(*contents, last=True):
+    """Blocks of a frame as anyone could write them: `bytes` as they are, else (byte, times)."""
+    parts = []
+    for i, content in enumerate(contents):
+        is_last = last and i == len(contents) - 1
+        repeated = isinstance(content, tuple)
+        length = content[1] if repeated else len(content)
+        parts.append((is_last | repeated << 1 | length << 3).to_bytes(3, "little"))
+        parts.append(content[0] if repeated else content)
+    return b"".join(parts)
+
+
+# Of a frame of several segments, with a window of a kibibyte, that says its size in four bytes.
+DESCRIPTOR = b"\x80\x00"
+
+
+def test_a_frame_that_anyone_wrote_is_read_to_its_end():
+    count, part = 60_000, (b"\1", 1000)
+    header = DESCRIPTOR + count.to_bytes(4, "little")
+    good = header + blocks(*[part] * 60)
+    assert decompress_codes(good, 8, count).tolist() == [1] * count
+    reserved = (1 | 3 << 1 | 9 << 3).to_bytes(3, "little") + b"anything."
+    for bad in (
+        header + blocks(*[part] * 59),
+        header + blocks(*[part] * 61),
+        header + blocks(*[part] * 60, last=False),
+        header + blocks(*[part] * 60, last=False) + reserved,
+        # All that is needed comes before what cannot be read.
+        header + blocks(*[part] * 160, last=False) + reserved,
+        good + blocks(part),
+        # Far more blocks than bytes to unfold.
+        header + blocks(*[b""] * 100_000, *[part] * 60),
+    ):
         with pytest.raises(PackingError):
-            decompress_codes(header + blocks, 8, 1000)
+            decompress_codes(bad, 8, count)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_what_is_unfolded_is_what_the_strict_call_of_the_library_unfolds(data):
+    count = data.draw(st.sampled_from([1, 300, 5000, 300_000]))
+    frame = bytearray(compress_codes(some_codes(8, count, seed=count, spread=0.02), 8))
+    for _ in range(data.draw(st.integers(1, 3))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    coder = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
+    try:
+        unfolded = unfold_codes(bytes(frame), 8, count)
+    except PackingError:
+        return
+    assert unfolded.tobytes() == coder.decompress(bytes(frame), allow_extra_data=False)
+
+
+def test_nothing_is_allocated_for_what_is_not_claimed():
+    data = compress_codes(some_codes(8, 1000), 8)
+
+    def unfold():
+        with pytest.raises(PackingError, match="not those of"):
+            unfold_codes(data, 8, 2**46)
+
+    assert peak_memory(unfold) < 1_000_000
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_payload_that_is_read_twice_gives_the_same_codes(bits):
+    """Where they are left in the memory that they were unfolded to, this is another one."""
+    codes, start = some_codes(bits, 1000), some_codes(bits, 1000, seed=1)
+    data, known = compress_codes(codes, bits, start), start.copy()
+    first = decompress_codes(data, bits, 1000, start)
+    assert np.array_equal(decompress_codes(data, bits, 1000, start), codes)
+    assert np.array_equal(first, codes)
+    assert np.array_equal(start, known)
 
 
 @pytest.mark.parametrize("claims", [True, False])
@@ -193,7 +259,7 @@ def test_a_bomb_that_claims_to_be_so_many_codes_is_refused():
     bomb = header[: header_size(header)] + blocks[header_size(blocks) :]
 
     def unfold():
-        with pytest.raises(PackingError, match="cannot be read"):
+        with pytest.raises(PackingError, match="not those of 100000 weights"):
             decompress_codes(bomb, 4, 100_000)
 
     assert peak_memory(unfold) < 1_000_000
@@ -239,7 +305,7 @@ def test_a_difference_that_leads_off_the_grid_is_refused(bits):
         decompress_codes(one_more, bits, 100, start)
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64, ">i2", ">i8"])
 def test_codes_may_come_in_wider_integers(dtype):
     codes, start = some_codes(4, 1000).astype(dtype), some_codes(4, 1000, seed=1).astype(dtype)
     back = decompress_codes(compress_codes(codes, 4, start), 4, 1000, start)
