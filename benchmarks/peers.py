@@ -1,7 +1,7 @@
 """Beside the peers, where they are installed: torchao, Brevitas, NVFlare, and Flower's FedAvg."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from unittest.mock import patch
 
@@ -28,9 +28,10 @@ from task.training import model_state
 
 _ROWS, _COLUMNS, _REPEATS, _AHEAD = 1000, 10_000, 9, 1.0
 _BATCH = 64
-# What NVFlare makes by bitsandbytes: that one's name for it, its width, and the widest of ours
-# that, coded, takes no more bytes.
-_NVFLARE_FORMS = (("blockwise8", "", 8, 8), ("float4", "fp4", 4, 5), ("normfloat4", "nf4", 4, 5))
+# NVFlare's forms, their widths, and the widest of ours that, coded, takes no more bytes.
+_NVFLARE_FORMS = (("blockwise8", 8, 8), ("float4", 4, 5), ("normfloat4", 4, 5))
+# Weights that share a scale in its 8-bit form, which does not say.
+_BLOCKSIZE = 4096
 
 
 def main() -> None:
@@ -147,9 +148,9 @@ def _nvflare_low_bits() -> list[Figure]:
     """Ten million weights by NVFlare's 8- and 4-bit forms: time here and on a GPU, bytes, error."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     figures = []
-    for form, kind, bits, widest in _NVFLARE_FORMS:
+    for form, bits, widest in _NVFLARE_FORMS:
         figures += [_time_beside_nvflare(form, bits, device) for device in devices]
-        figures += _size_and_error_beside_nvflare(form, kind, widest)
+        figures += _size_and_error_beside_nvflare(form, widest)
     return figures
 
 
@@ -161,36 +162,36 @@ def _time_beside_nvflare(form: str, bits: int, device: str) -> Figure:
         there = weights.to(device)
         return pack_tensor(quantize_nearest(there, fit_scale(there, bits), bits), bits)
 
-    # It would take everything to a GPU.
-    stays = patch.object(torch.Tensor, "cuda", lambda tensor: tensor)
-    with stays if device == "cpu" else nullcontext():
+    with _nvflare_computes_on(device):
         seconds = side_by_side({"ours": ours, "theirs": partial(quantize, weights)}, _REPEATS)
     label = f"{bits}-bit, packed, time on {device}, against NVFlare's {form}"
     return ratio(label, seconds["ours"], seconds["theirs"], _AHEAD)
 
 
-def _size_and_error_beside_nvflare(form: str, kind: str, widest: int) -> list[Figure]:
-    from bitsandbytes import functional
-
+def _size_and_error_beside_nvflare(form: str, widest: int) -> list[Figure]:
     weights = _normal_weights()
-    if kind:
-        codes, state = functional.quantize_4bit(weights, quant_type=kind)
-        # Read here, as bitsandbytes 0.50 reads them differently on the CPU and on a GPU.
-        levels = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], dim=1).flatten()
-    else:
-        codes, state = functional.quantize_blockwise(weights)
-        levels = codes.flatten()
-    scales = state.absmax.repeat_interleave(state.blocksize)[: weights.numel()]
-    back = (state.code[levels.long()] * scales).view_as(weights)
-    # Its codes, one scale a block, and the table of its levels.
-    theirs = sum(tensor.nbytes for tensor in (codes, state.absmax, state.code))
+    with _nvflare_computes_on("cpu"):
+        values, states = _nvflare_quantizer(form)(weights)
+    codes, state = values["w"], states["w"]
+    arrays = [codes, *(part for part in state.values() if isinstance(part, np.ndarray))]
+    # Read here, as bitsandbytes 0.50 reads 4 bits differently on the CPU and on a GPU.
+    if form != "blockwise8":
+        codes = np.stack([codes.ravel() >> 4, codes.ravel() & 15], axis=1)
+    levels = state["code" if form == "blockwise8" else "quant_map"][codes.ravel()]
+    scales = state["absmax"].repeat(state.get("blocksize", _BLOCKSIZE))[: levels.size]
+    back = torch.from_numpy(levels * scales).view_as(weights)
     nearer = quantize_state({"w": weights}, widest)
-    size = len(encode_update(nearer, coded=True)) / theirs
+    size = len(encode_update(nearer, coded=True)) / sum(array.nbytes for array in arrays)
     error = float((nearer.dequantize()["w"] - weights).norm() / (back - weights).norm())
     return [
         Figure(f"{widest}-bit, coded, bytes, against NVFlare's {form}", size, _AHEAD),
         Figure(f"{widest}-bit, coded, error, against NVFlare's {form}", error, _AHEAD),
     ]
+
+
+def _nvflare_computes_on(device: str) -> AbstractContextManager:
+    """Let NVFlare, which takes everything to a GPU first, compute where things are."""
+    return patch.object(Tensor, "cuda", lambda self: self) if device == "cpu" else nullcontext()
 
 
 def _normal_weights() -> Tensor:
