@@ -129,12 +129,12 @@ def _mse_scale(rows: Tensor, bits: int) -> Tensor:
 
 
 def _histogram(rows: Tensor, largest: Tensor) -> Tensor:
-    """Count each row's magnitudes in equal bins up to its largest, float64 ``[rows, bins]``."""
+    """Count each row's magnitudes in equal bins up to its largest, float32 ``[rows, bins]``."""
     # In place: more memory at a time is given back, and asked for anew, with every block.
     positions = rows.abs().mul_((_BINS / largest)[:, None])
     # Clamped: the largest itself, and what a diverged model holds.
     bins = positions.long().clamp_(0, _BINS - 1)
-    counts = torch.zeros(len(rows), _BINS, dtype=torch.float64, device=rows.device)
+    counts = torch.zeros(len(rows), _BINS, device=rows.device)
     return counts.scatter_add_(1, bins, counts.new_ones(()).expand_as(bins))
 
 
@@ -146,7 +146,7 @@ def _clips(bits: int) -> tuple[np.ndarray, np.ndarray]:
     limit = largest_code(bits)
     steps = clips / limit
     costs = (middles - np.rint(middles / steps).clip(max=limit) * steps) ** 2
-    return clips.astype(np.float32), costs
+    return clips.astype(np.float32), costs.astype(np.float32)
 
 
 def _refined(rows: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
