@@ -174,7 +174,7 @@ def _size_and_error_beside_nvflare(form: str, widest: int) -> list[Figure]:
         values, states = _nvflare_quantizer(form)(weights)
     codes, state = values["w"], states["w"]
     arrays = [codes, *(part for part in state.values() if isinstance(part, np.ndarray))]
-    # Read here, as bitsandbytes 0.50 reads 4 bits differently on the CPU and on a GPU.
+    # Read here, as bitsandbytes 0.50 on the CPU reads some rows wrongly, of no multiple of 64.
     if form != "blockwise8":
         codes = np.stack([codes.ravel() >> 4, codes.ravel() & 15], axis=1)
     levels = state["code" if form == "blockwise8" else "quant_map"][codes.ravel()]

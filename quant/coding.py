@@ -36,11 +36,11 @@ _UNWEIGHED = {"strategy": zstandard.STRATEGY_FAST}
 _WEIGHED = {"strategy": zstandard.STRATEGY_BTOPT, "target_length": 32}
 # Of a frame's descriptor: a dictionary, a checksum, or a bit without a meaning.
 _MORE_THAN_CODES = 0b11111
-# Kind of a block: one byte, repeated.
-_REPEATED = 1
-# Who codes has some blocks a hundred thousand bytes; a frame may have no more than one for each of
-# these on average, so that nobody makes a receiver walk for long.
-_SMALL_BLOCK, _FEW_BLOCKS = 256, 4
+# Kinds of a block: one byte, repeated, and one without a meaning.
+_REPEATED, _RESERVED = 1, 3
+# An honest frame has a few blocks, and at most one for two thousand bytes that unfold. One for 256
+# is allowed, so that nobody makes a receiver walk for long.
+_FEW_BLOCKS, _SMALL_BLOCK = 4, 256
 
 
 def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None) -> bytes:
@@ -122,6 +122,8 @@ def _is_one_frame(data: bytes | memoryview, size: int) -> bool:
     for _ in range(_FEW_BLOCKS + size // _SMALL_BLOCK):
         header = int.from_bytes(data[place : place + 3], "little")
         is_last, kind, length = header & 1, header >> 1 & 3, header >> 3
+        if kind == _RESERVED:
+            return False
         place += 3 + (1 if kind == _REPEATED else length)
         if is_last or place >= len(data):
             return bool(is_last) and place == len(data)

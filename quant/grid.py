@@ -130,7 +130,7 @@ def _mse_scale(rows: Tensor, bits: int) -> Tensor:
 
 def _histogram(rows: Tensor, largest: Tensor) -> Tensor:
     """Count each row's magnitudes in equal bins up to its largest, float32 ``[rows, bins]``."""
-    # In place: more memory at a time is given back, and asked for anew, with every block.
+    # In place: with more temporaries malloc gives memory back, and faults it in with every block.
     positions = rows.abs().mul_((_BINS / largest)[:, None])
     # Clamped: the largest itself, and what a diverged model holds.
     bins = positions.long().clamp_(0, _BINS - 1)
@@ -152,7 +152,8 @@ def _clips(bits: int) -> tuple[np.ndarray, np.ndarray]:
 def _refined(rows: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return the best scale for the codes at a scale, and what it takes from the squared error."""
     codes = _nearest(rows, scale, bits)
-    norm = torch.linalg.vector_norm(codes, dim=1).square()
+    # Rounded, as it is an integer.
+    norm = torch.linalg.vector_norm(codes, dim=1).square().round_()
     product = codes.mul_(rows).sum(dim=1)
     fitted = product / norm.clamp(min=1)
     return torch.where(norm > 0, fitted, scale), fitted * product
