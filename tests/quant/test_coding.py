@@ -167,7 +167,7 @@ def test_a_frame_that_says_it_holds_more_than_codes_is_refused(flag):
         decompress_codes(bytes([good[0] | flag]) + good[1:], 8, 1000)
 
 
-def blocks(*contents, last=True):
+def as_blocks(*contents, last=True):
     """Blocks of a frame as anyone could write them: `bytes` as they are, else (byte, times)."""
     parts = []
     for i, content in enumerate(contents):
@@ -186,20 +186,20 @@ DESCRIPTOR = b"\x80\x00"
 def test_a_frame_that_anyone_wrote_is_read_to_its_end():
     count, part = 60_000, (b"\1", 1000)
     header = DESCRIPTOR + count.to_bytes(4, "little")
-    good = header + blocks(*[part] * 60)
+    good = header + as_blocks(*[part] * 60)
     assert decompress_codes(good, 8, count).tolist() == [1] * count
     reserved = (1 | 3 << 1 | 9 << 3).to_bytes(3, "little") + b"anything."
     for number in (59, 61):
         with pytest.raises(PackingError, match="cannot be read"):
-            decompress_codes(header + blocks(*[part] * number), 8, count)
+            decompress_codes(header + as_blocks(*[part] * number), 8, count)
     for bad in (
-        header + blocks(*[part] * 60, last=False),
-        header + blocks(*[part] * 60, last=False) + reserved,
+        header + as_blocks(*[part] * 60, last=False),
+        header + as_blocks(*[part] * 60, last=False) + reserved,
         # All that is needed comes before what cannot be read.
-        header + blocks(*[part] * 160, last=False) + reserved,
-        good + blocks(part),
+        header + as_blocks(*[part] * 160, last=False) + reserved,
+        good + as_blocks(part),
         # Far more blocks than bytes to unfold.
-        header + blocks(*[b""] * 100_000, *[part] * 60),
+        header + as_blocks(*[b""] * 100_000, *[part] * 60),
     ):
         # Before anything unfolds.
         with pytest.raises(PackingError, match="not those of"):
