@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.grid import largest_code
+from quant.grid import check_finite, largest_code, nan_unless_finite
 
 # Keeps the inverse of a scale finite.
 _SMALLEST_RANGE = torch.finfo(torch.float32).tiny * 2**16
@@ -47,8 +47,14 @@ def fit_activation_grid(x: Tensor, bits: int) -> ActivationGrid:
         Float tensor of any shape.
     bits : int
         Width, 2 to 16.
+
+    Raises
+    ------
+    NonFiniteError
+        If a value is NaN or infinite.
     """
     x = x.detach()
+    check_finite(x, "the input")
     low, high = (float(end) for end in _range(x))
     limit = largest_code(bits) if low < 0 else 2**bits - 1
     largest = max(high, -low, _SMALLEST_RANGE)
@@ -63,7 +69,8 @@ def fit_activation_grid(x: Tensor, bits: int) -> ActivationGrid:
 def put_on_grid(x: Tensor, grid: ActivationGrid) -> Tensor:
     """Put a tensor on a fitted grid.
 
-    The gradient passes unchanged where nothing was clipped and is zero where it was.
+    The gradient passes unchanged where nothing was clipped and is zero where it was. If a value is
+    NaN or infinite, all of the result is NaN: clipping would make a number of an infinity.
     """
     return _PutOnGrid.apply(x, grid)
 
@@ -97,7 +104,8 @@ class _PutOnGrid(torch.autograd.Function):
         ctx.ends = [
             (code + half) * grid.scale for code, half in ((grid.low, -0.5), (grid.high, 0.5))
         ]
-        return x.mul(1 / grid.scale).round_().clamp_(grid.low, grid.high).mul_(grid.scale)
+        step = nan_unless_finite(x).add(grid.scale)
+        return x.mul(1 / grid.scale).round_().clamp_(grid.low, grid.high).mul_(step)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:

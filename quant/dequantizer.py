@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.grid import FLOAT_BITS, MAX_BITS, largest_code, per_channel
-from quant.update import QuantizedTensor, quantize_state
+from quant.update import QuantizedTensor, fit_scales, quantize_state
 
 _HIDDEN = 16
 _WEIGHTS_AT_ONCE = 500_000
@@ -72,7 +72,7 @@ class Rungs:
         ladder: Sequence[int],
         known: Mapping[int, Mapping[str, QuantizedTensor]] | None = None,
     ) -> "Rungs":
-        """Quantize float tensors of two and more dimensions to every rung.
+        """Quantize float tensors to every rung.
 
         Parameters
         ----------
@@ -88,7 +88,9 @@ class Rungs:
             raise ValueError(f"a ladder rises to {FLOAT_BITS}; got {ladder}")
         scales, values = {}, {FLOAT_BITS: dict(weights)}
         for bits in ladder[:-1]:
-            rung = (known or {}).get(bits) or quantize_state(weights, bits).quantized
+            rung = (known or {}).get(bits)
+            if rung is None:
+                rung = quantize_state(weights, bits, fit_scales(weights, weights, bits)).quantized
             scales[bits] = {name: rung[name].scale for name in weights}
             values[bits] = {name: rung[name].dequantize() for name in weights}
         return cls(ladder, scales, values)

@@ -129,21 +129,27 @@ class UpdateSum:
     """
 
     def __init__(self, spec: UpdateSpec) -> None:
-        # At 32 bits all tensors are floats, in the order of codes and floats at every other width.
-        self._floats = layout_of(spec, FLOAT_BITS)
-        self._total = torch.zeros(self._floats.num_floats)
+        self._sums = layout_of(spec, FLOAT_BITS)
+        self._total = torch.zeros(self._sums.num_floats)
+        # Which tensors are codes is the same at all widths below 32 bits.
         self._matrices: list[_Matrix] = []
+        self._runs: dict[bool, list[tuple[slice, slice]]] = {}
 
     def add(self, update: Update, weight: float) -> None:
         """Add ``weight`` times the values of an update, which are never in memory at once."""
         flat = FlatUpdate.of(update)
         if flat.quantized:
             self._add_codes(flat.quantized, weight)
-        self._total[flat.quantized.layout.num_codes :].add_(flat.floats.flat, alpha=weight)
+        has_codes = bool(flat.quantized)
+        if has_codes not in self._runs:
+            places = flat.floats.layout.float_places
+            self._runs[has_codes] = _runs([(p, self._sums.float_places[n]) for n, p in places.items()])
+        for source, target in self._runs[has_codes]:
+            self._total[target].add_(flat.floats.flat[source], alpha=weight)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the sum by tensor, in the memory that is added to."""
-        return FlatFloats(self._floats, self._total)
+        return FlatFloats(self._sums, self._total)
 
     def _add_codes(self, flat: FlatCodes, weight: float) -> None:
         self._matrices = self._matrices or list(self._cut(flat.layout))
@@ -160,15 +166,29 @@ class UpdateSum:
                 total.addcmul_(lifted.copy_(codes), steps)
 
     def _cut(self, layout: Layout) -> Iterator[_Matrix]:
-        lengths = [length for length, count in layout.channels for _ in range(count)]
-        scratch = torch.empty(max([_BLOCK, *lengths]))
-        code = scale = 0
-        for length, channels in groupby(lengths):
-            count = len(list(channels))
-            codes, scales = slice(code, code + length * count), slice(scale, scale + count)
-            code, scale = codes.stop, scales.stop
-            if length:
+        """Cut the codes into matrices whose sums lie one after the other as they do."""
+        scratch = torch.empty(max([_BLOCK, *(length for length, _ in layout.channels)]))
+        lengths = {n: c[0] for n, c in zip(layout.quantized, layout.channels, strict=True)}
+        for length, names in groupby(layout.quantized, key=lambda name: lengths[name]):
+            named = list(names)
+            places = [(layout.code_places[n][0], self._sums.float_places[n]) for n in named]
+            scale = layout.code_places[named[0]][1].start
+            for codes, target in _runs(places) if length else ():
+                count = (codes.stop - codes.start) // length
                 height = max(1, _BLOCK // length)
-                totals = self._total[codes].view(count, length).split(height)
+                totals = self._total[target].view(count, length).split(height)
                 lifted = tuple(scratch[: t.numel()].view(t.shape) for t in totals)
+                scales = slice(scale, scale + count)
+                scale = scales.stop
                 yield _Matrix(codes, scales, length, height, totals, lifted)
+
+
+def _runs(places: list[tuple[slice, slice]]) -> list[tuple[slice, slice]]:
+    """Join pairs of places that follow one another on both sides."""
+    runs: list[tuple[slice, slice]] = []
+    for source, target in places:
+        if runs and (runs[-1][0].stop, runs[-1][1].stop) == (source.start, target.start):
+            last = runs.pop()
+            source, target = slice(last[0].start, source.stop), slice(last[1].start, target.stop)
+        runs.append((source, target))
+    return runs

@@ -5,7 +5,9 @@ float32 scale per output channel (dimension 0). This file is the only place that
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from math import isfinite
 
 import numpy as np
 import torch
@@ -29,6 +31,40 @@ _SMALLEST_SCALE = 2.0**-100
 _BLOCK = 1 << 18
 # On a GPU, where calls cost more than memory does: only what bounds that.
 _BLOCK_ON_GPU = 1 << 25
+
+
+class NonFiniteError(ValueError):
+    """A NaN or an infinity where only numbers can be rounded; the message says where."""
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Refuse values that rounding would turn into ordinary codes.
+
+    Parameters
+    ----------
+    values : Tensor
+        Float tensor of any shape.
+    what : str
+        Its name, for the error.
+
+    Raises
+    ------
+    NonFiniteError
+        If a value is NaN or infinite.
+    """
+    # A sum is one pass without memory of its own; of finite values it may overflow.
+    if not isfinite(values.sum()) and not (good := values.isfinite()).all():
+        count, first = int((~good).sum()), float(values[~good][0])
+        raise NonFiniteError(f"{what} is not finite: {count} of {good.numel()} values, as {first}")
+
+
+@contextmanager
+def naming(tensor: str) -> Iterator[None]:
+    """Put a tensor's name before what is said of its values."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{tensor}: {error}") from None
 
 
 def is_width(bits: int) -> bool:
@@ -160,8 +196,17 @@ def _refined(rows: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def fit_scale(weight: Tensor, bits: int) -> Tensor:
-    """Scale that clients and server use: MSE-optimal up to 4 bits, absmax above."""
-    return mse_scale(weight, bits) if bits <= _CLIPPED_BITS else absmax_scale(weight, bits)
+    """Scale that clients and server use: MSE-optimal up to 4 bits, absmax above.
+
+    Raises
+    ------
+    NonFiniteError
+        If a weight is NaN or infinite.
+    """
+    scale = mse_scale(weight, bits) if bits <= _CLIPPED_BITS else absmax_scale(weight, bits)
+    if not isfinite(scale.sum()):
+        check_finite(weight.detach(), "the weight")
+    return scale
 
 
 def quantize_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -180,7 +225,13 @@ def quantize_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     -------
     Tensor
         Codes, int8 up to 8 bits and int16 above, shape of `weight`.
+
+    Raises
+    ------
+    NonFiniteError
+        If a weight or a scale is NaN or infinite.
     """
+    _check_operands(weight, scale)
     if weight.numel() <= _BLOCK or weight.device.type != "cpu":
         return _nearest(weight.detach(), scale, bits).to(code_type(bits))
     codes = torch.empty(weight.shape, dtype=code_type(bits))
@@ -208,7 +259,13 @@ def quantize_stochastic(
     -------
     Tensor
         Codes as of `quantize_nearest`.
+
+    Raises
+    ------
+    NonFiniteError
+        If a weight or a scale is NaN or infinite.
     """
+    _check_operands(weight, scale)
     limit = largest_code(bits)
     noise = torch.rand(weight.shape, generator=generator, device=weight.device)
     quotient = weight.detach() / per_channel(scale, weight.ndim)
@@ -243,11 +300,23 @@ def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Put weights on the grid but keep them float32, with a straight-through gradient.
 
     The result equals ``dequantize(quantize_nearest(weight, scale, bits), scale)`` bit for bit. The
-    gradient passes unchanged where the weight is not clipped and is zero where it is.
+    gradient passes unchanged where the weight is not clipped and is zero where it is. If a weight
+    is NaN or infinite, all of the result is NaN, where torch's kernel alone would give levels.
     """
     limit = largest_code(bits)
     zero_point = torch.zeros(scale.numel(), dtype=torch.int32, device=scale.device)
-    return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -limit, limit)
+    on_grid = torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -limit, limit)
+    return on_grid * nan_unless_finite(weight).add(1)
+
+
+def nan_unless_finite(values: Tensor) -> Tensor:
+    """Return 0 as a tensor, or NaN if a value is NaN or infinite; without waiting for a GPU."""
+    return values.detach().sum() * 0
+
+
+def _check_operands(weight: Tensor, scale: Tensor) -> None:
+    check_finite(weight.detach(), "the weight")
+    check_finite(scale, "the scale")
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ are quantized too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,15 @@ from quant.activations import (
     put_on_grid,
     quantize_error,
 )
-from quant.grid import FLOAT_BITS, check_bits, fake_quantize, fit_scale
+from quant.grid import (
+    FLOAT_BITS,
+    check_bits,
+    check_finite,
+    fake_quantize,
+    fit_scale,
+    naming,
+)
+from quant.update import UpdateSpec
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,24 @@ class QuantLayer(nn.Module):
     input_grid: ActivationGrid | None = None
 
     def attach(self, config: QuantConfig) -> None:
+        """Take the widths, also in place of others, and fit the scale; the input's grid is gone."""
+        _check_dtype(self.weight.dtype)
         self.config = config
+        self.input_grid = None
         # Not persistent: the state dict stays that of the ordinary layer.
         self.register_buffer("weight_scale", torch.empty(0), persistent=False)
         self.refit_scale()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What `half`, `to` and the like call: the grid is one of float32, and would become another.
+        _check_dtype(fn(self.weight.detach()[:0]).dtype)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if f"{prefix}weight" in state_dict:
+            with naming(f"{prefix}weight"):
+                self.refit_scale()
 
     @torch.no_grad()
     def refit_scale(self) -> None:
@@ -91,20 +115,82 @@ class QuantLayer(nn.Module):
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """`nn.Conv2d` that computes with fake-quantized weights and input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        y = self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
         return self.quantized_error(y)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
     """`nn.Linear` that computes with fake-quantized weights and input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
         return self.quantized_error(y)
 
 
 _QUANTIZED_CLASS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+
+
+def quantizable_weights(model: nn.Module) -> list[str]:
+    """Return the names of the weights that a low-bit client holds on a grid.
+
+    This is the one rule of what is quantized: the weights of `nn.Conv2d` and `nn.Linear` layers,
+    prepared or not. Subclasses of the two are left alone, as their forward pass may be another, and
+    so is every other layer; those compute, and travel, in float32.
+
+    Raises
+    ------
+    ValueError
+        If such a weight is also a tensor of another layer, which would compute with it in float32.
+
+    Examples
+    --------
+    >>> quantizable_weights(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2), nn.LayerNorm(2)))
+    ['1.weight']
+    """
+    names = [
+        f"{name}.weight".removeprefix(".")
+        for name, module in model.named_modules()
+        if type(module) in _QUANTIZED_CLASS or isinstance(module, QuantLayer)
+    ]
+    tensors: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tensors.setdefault(id(parameter), []).append(name)
+    shared = {name: named for named in tensors.values() for name in named if len(named) > 1}
+    if tied := [name for name in names if name in shared]:
+        other = next(name for name in shared[tied[0]] if name != tied[0])
+        raise ValueError(f"the weight {tied[0]} is {other} too; a tied weight cannot be quantized")
+    return names
+
+
+def spec_of(model: nn.Module) -> UpdateSpec:
+    """Return which tensors of a model are sent, and which of them low-bit clients quantize.
+
+    These are its floating-point parameters and buffers. A buffer that holds a NaN or an infinity
+    before any training, as a mask of attention does, is a constant of the model and is not sent.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As it was made, prepared or not.
+
+    Raises
+    ------
+    ValueError
+        As of `quantizable_weights`.
+
+    Examples
+    --------
+    >>> spec_of(nn.Linear(3, 2)).shapes
+    {'weight': (2, 3), 'bias': (2,)}
+    """
+    constant = {name for name, buffer in model.named_buffers() if not _is_finite(buffer)}
+    state = {n: t for n, t in model.state_dict().items() if n not in constant}
+    return UpdateSpec.of(state, quantizable_weights(model))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
@@ -113,23 +199,57 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     Parameters
     ----------
     model : nn.Module
-        Any model; its `nn.Conv2d` and `nn.Linear` modules change their class and keep their
-        parameters, hooks and names. Subclasses of the two are left alone.
+        Any model; its `nn.Conv2d` and `nn.Linear` modules (`quantizable_weights`) change their
+        class and keep their parameters, hooks and names. Layers that were prepared for other
+        widths take the new ones.
     config : QuantConfig
         Widths.
 
     Returns
     -------
     nn.Module
-        The same model. Scales are fitted to its present weights.
+        The same model. Scales are fitted to its present weights, and again whenever weights are
+        loaded into it; grids of activations are to be fitted anew.
+
+    Raises
+    ------
+    ValueError
+        If a weight that is to be quantized is not float32, not finite, or shared with another
+        layer; the message names it, and the model is as it was.
+
+    Examples
+    --------
+    >>> model = prepare(nn.Sequential(nn.Linear(3, 2)), QuantConfig(weight_bits=4))
+    >>> model(torch.ones(1, 3)).shape
+    torch.Size([1, 2])
     """
+    state = model.state_dict()
+    for name in quantizable_weights(model):
+        with naming(name):
+            check_finite(state[name], "the weight")
+        if state[name].dtype != torch.float32:
+            raise ValueError(f"{name}: {_wrong_dtype(state[name].dtype)}")
     for module in model.modules():
         quantized_class = _QUANTIZED_CLASS.get(type(module))
         if quantized_class is not None:
             module.__class__ = quantized_class
-            assert isinstance(module, QuantLayer)
+        if isinstance(module, QuantLayer):
             module.attach(config)
+        # Torch's fused kernel would compute with the weights as they are, not on their grid.
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
     return model
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype != torch.float32:
+        raise TypeError(_wrong_dtype(dtype))
+
+
+def _wrong_dtype(dtype: torch.dtype) -> str:
+    return f"a quantization-aware layer computes in torch.float32; its weight cannot be {dtype}"
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
@@ -184,22 +304,48 @@ def calibrate_activations(model: nn.Module, forward: Callable[[nn.Module], objec
         Prepared model.
     forward : callable
         ``forward(model)`` passes the images through the model once.
+
+    Raises
+    ------
+    NonFiniteError
+        If a NaN or an infinity reaches a layer; the message names it.
     """
-    layers = [
-        layer for _, layer in quantized_layers(model) if layer.config.activation_bits != FLOAT_BITS
-    ]
-    for layer in layers:
+    layers = {
+        name: layer
+        for name, layer in quantized_layers(model)
+        if layer.config.activation_bits != FLOAT_BITS
+    }
+    for layer in layers.values():
         layer.input_grid = None
 
-    def fit(layer: QuantLayer, inputs: tuple[Tensor]) -> None:
+    def fit(name: str, x: Tensor) -> None:
+        layer = layers[name]
         # A layer that is used twice has the grid of its first input.
         if layer.input_grid is None:
-            layer.input_grid = fit_activation_grid(inputs[0], layer.config.activation_bits)
+            with naming(name):
+                layer.input_grid = fit_activation_grid(x, layer.config.activation_bits)
 
-    hooks = [layer.register_forward_pre_hook(fit) for layer in layers]
-    try:
-        if layers:
+    if layers:
+        with watched_inputs(layers, fit):
             forward(model)
+
+
+@contextmanager
+def watched_inputs(
+    layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call ``see(name, input)`` for every input that reaches one of these layers."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        # It may have been given by its keyword.
+        return lambda layer, args, kwargs: see(name, args[0] if args else kwargs["input"])
+
+    hooks = [
+        layer.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()

@@ -11,7 +11,8 @@ import numpy as np
 from quant.packing import packed_size
 from quant.update import UpdateSpec, is_statistic, is_variance
 
-_FLOAT, _CODES = 0, 1
+# Encodings of a tensor in the table.
+FLOAT, CODES = 0, 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Layout:
     @cached_property
     def table(self) -> bytes:
         """The payload's table of tensors."""
-        return _entries(self.quantized, _CODES) + _entries(self.floats, _FLOAT)
+        return _entries(self.quantized, CODES) + _entries(self.floats, FLOAT)
 
 
 @lru_cache(maxsize=64)

@@ -16,7 +16,7 @@ import xxhash
 from quant.coding import read_codes, unfold_codes
 from quant.flat import FlatCodes, FlatFloats, FlatUpdate
 from quant.grid import ALLOWED_WIDTHS, is_width, largest_code
-from quant.layout import Layout, layout_of
+from quant.layout import CODES, Layout, layout_of
 from quant.packing import PackingError, unpack
 from quant.update import Content, Update, UpdateSpec
 from quant.wire import (
@@ -220,21 +220,26 @@ def read_spec(data: bytes) -> tuple[int, UpdateSpec]:
         raise UpdateError(f"payload has coding {coding}; who has no model reads packed codes only")
     table = data[HEADER.size : HEADER.size + table_size]
     shapes: dict[str, tuple[int, ...]] = {}
+    on_grid: set[str] = set()
     position = 0
     try:
         while position < len(table):
             (length,) = struct.unpack_from("<H", table, position)
             position += 2 + length
             name = table[position - length : position].decode()
-            dimensions = table[position + 1]
+            encoding, dimensions = table[position], table[position + 1]
+            if encoding == CODES:
+                on_grid.add(name)
             shapes[name] = struct.unpack_from(f"<{dimensions}I", table, position + 2)
             position += 2 + 4 * dimensions
             most = _MOST_CODES_A_BYTE * len(data)
+            if encoding == CODES and not dimensions:
+                raise UpdateError(f"{name!r} is one number, which has no codes")
             if dimensions > _MOST_DIMENSIONS or math.prod(max(1, n) for n in shapes[name]) > most:
                 raise UpdateError(f"{len(data)} bytes hold no tensor of the shape of {name!r}")
     except (struct.error, IndexError, UnicodeDecodeError):
         raise UpdateError("the table of tensors cannot be read") from None
-    return bits, UpdateSpec(shapes)
+    return bits, UpdateSpec(shapes, frozenset(on_grid))
 
 
 def _check_header(data: bytes, layout: Layout, content: Content, stamp: int) -> int:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant.grid import largest_code
-from quant.layers import QuantConv2d, QuantLinear, layers_by_weight
+from quant.grid import check_finite, largest_code, naming
+from quant.layers import QuantConv2d, QuantLinear, layers_by_weight, watched_inputs
 from quant.update import QuantizedTensor
 
 # Rows of a layer's input that its second moments are taken from.
@@ -43,29 +43,30 @@ def calibrated_rounding(
     -------
     dict of str to QuantizedTensor
         By weight name. Layers that the pass does not reach are left out.
+
+    Raises
+    ------
+    NonFiniteError
+        If a weight, or what reaches its layer, holds a NaN or an infinity; the message names it.
     """
     rounded: dict[str, QuantizedTensor] = {}
+    layers = dict(layers_by_weight(model))
 
-    def round_layer(name: str, layer: QuantConv2d | QuantLinear, x: Tensor) -> None:
+    def round_layer(name: str, x: Tensor) -> None:
         # A layer that is used twice is rounded for its first input.
-        if name not in rounded:
+        if name in rounded:
+            return
+        layer = layers[name]
+        bits, scale = layer.config.weight_bits, layer.weight_scale
+        with naming(name):
+            check_finite(x, "the input of its layer")
             moments = second_moments(layer, layer.quantized_input(x))
-            bits, scale = layer.config.weight_bits, layer.weight_scale
             codes = round_to_moments(layer.weight, scale, bits, moments)
-            rounded[name] = QuantizedTensor(codes, scale)
-            layer.weight.copy_(rounded[name].dequantize())
+        rounded[name] = QuantizedTensor(codes, scale)
+        layer.weight.copy_(rounded[name].dequantize())
 
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, inputs, name=name: round_layer(name, layer, inputs[0])
-        )
-        for name, layer in layers_by_weight(model)
-    ]
-    try:
+    with watched_inputs(layers, round_layer):
         forward(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return rounded
 
 
@@ -89,6 +90,7 @@ def round_to_moments(weight: Tensor, scale: Tensor, bits: int, moments: Tensor) 
     -----
     Algorithm 1 of GPTQ (arXiv:2210.17323), inputs of the largest moments first.
     """
+    check_finite(weight.detach(), "the weight")
     groups, fan_in = moments.shape[:2]
     limit = largest_code(bits)
     hessian = moments.to(torch.float64, copy=True)

@@ -1,6 +1,6 @@
 """The update: a model at a bit-width, or the difference of two, as codes, scales and floats."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,6 +13,7 @@ from quant.grid import (
     absmax_scale,
     dequantize,
     fit_scale,
+    naming,
     quantize_nearest,
     quantize_stochastic,
 )
@@ -43,7 +44,8 @@ class Update:
     content : {"weights", "difference"}
         What the values are.
     quantized : mapping of str to QuantizedTensor
-        Tensors of two and more dimensions; empty at 32 bits.
+        Weights of the layers that compute on a grid (`quant.quantizable_weights`); empty at 32
+        bits.
     floats : mapping of str to Tensor
         All other tensors, float32.
     """
@@ -60,9 +62,10 @@ class Update:
 
     @property
     def spec(self) -> "UpdateSpec":
-        """Names and shapes of all tensors."""
+        """Names and shapes of all tensors; at 32 bits it does not tell which have a grid below."""
         shapes = {name: tuple(tensor.codes.shape) for name, tensor in self.quantized.items()}
-        return UpdateSpec(shapes | {n: tuple(tensor.shape) for n, tensor in self.floats.items()})
+        shapes |= {name: tuple(tensor.shape) for name, tensor in self.floats.items()}
+        return UpdateSpec(shapes, frozenset(self.quantized))
 
     def dequantize(self) -> dict[str, Tensor]:
         """Return every tensor in float32, exactly as the sender holds it."""
@@ -72,47 +75,78 @@ class Update:
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """Names and shapes of the tensors that both sides know.
+    """Names and shapes of the tensors that both sides know, and which of them have a grid.
 
-    Tensors of two and more dimensions (the weights of convolutions and linear layers) are
-    quantized; biases and normalization parameters and statistics stay float32. They are sent in
-    this order, each kind sorted by name, whatever order the mapping had.
+    `quant.spec_of` makes it of a model: which weights are quantized is decided by layer.
+
+    Attributes
+    ----------
+    shapes : mapping of str to tuple of int
+        Tensors are sent in this order, which is their own, whatever order was given: those of two
+        and more dimensions first, each kind sorted by name.
+    on_grid : frozenset of str
+        Names of the tensors that an update below 32 bits holds as codes and scales. All others,
+        as biases, normalization and layers that compute in float32, are float32 at every width.
+
+    Raises
+    ------
+    ValueError
+        If a tensor on a grid is none of them.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    on_grid: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        ordered = sorted(self.shapes.items(), key=lambda item: (not is_quantized(item[1]), item[0]))
+        ordered = sorted(self.shapes.items(), key=lambda item: (len(item[1]) < 2, item[0]))
         object.__setattr__(self, "shapes", dict(ordered))
+        object.__setattr__(self, "on_grid", frozenset(self.on_grid))
+        if unknown := sorted(self.on_grid - self.shapes.keys()):
+            raise ValueError(f"{unknown[0]} is to be quantized, but there is no such tensor")
+        if numbers := sorted(name for name in self.on_grid if not self.shapes[name]):
+            raise ValueError(f"{numbers[0]} is to be quantized, but is one number")
 
     @cached_property
     def _hash(self) -> int:
-        return hash(tuple(self.shapes.items()))
+        return hash((tuple(self.shapes.items()), self.on_grid))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple:
         # Texts have other hashes in other processes.
-        return type(self), (self.shapes,)
+        return type(self), (self.shapes, self.on_grid)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> "UpdateSpec":
-        """Take the specification from a state dict, integer tensors (step counters) left out."""
-        return cls({n: tuple(t.shape) for n, t in state.items() if t.is_floating_point()})
+    def of(cls, state: Mapping[str, object], on_grid: Iterable[str] = ()) -> "UpdateSpec":
+        """Take the specification from a state dict; what holds no floats is left out.
+
+        Parameters
+        ----------
+        state : mapping of str to object
+            State dict; integer tensors, as step counters, and what is no tensor are not sent.
+        on_grid : iterable of str
+            As of the class.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in float_tensors(state).items()}
+        return cls(shapes, frozenset(on_grid))
 
     def quantized(self, bits: int) -> list[str]:
         """Names of the tensors that an update of width `bits` quantizes."""
-        return [n for n, s in self.shapes.items() if bits != FLOAT_BITS and is_quantized(s)]
+        return [n for n in self.shapes if bits != FLOAT_BITS and n in self.on_grid]
 
     def floats(self, bits: int) -> list[str]:
         """Names of the tensors that an update of width `bits` leaves float32."""
-        return [n for n, s in self.shapes.items() if bits == FLOAT_BITS or not is_quantized(s)]
+        return [n for n in self.shapes if bits == FLOAT_BITS or n not in self.on_grid]
 
 
-def is_quantized(shape: tuple[int, ...] | torch.Size) -> bool:
-    """Return whether a tensor of this shape is quantized at widths below 32 bits."""
-    return len(shape) >= 2
+def float_tensors(state: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return what of a state dict holds floating-point numbers: what can be sent and averaged."""
+    return {
+        name: value.detach()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
 
 
 def is_variance(name: str) -> bool:
@@ -125,9 +159,36 @@ def is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var"))
 
 
-def fixed_point(state: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
-    """Return the scales of a fixed-point model: one step for every weight of every layer."""
-    return {n: torch.full((t.shape[0],), step) for n, t in state.items() if is_quantized(t.shape)}
+def fixed_point(
+    state: Mapping[str, Tensor], names: Iterable[str], step: float
+) -> dict[str, Tensor]:
+    """Return the scales of a fixed-point model: one step for every weight of the named tensors.
+
+    Raises
+    ------
+    ValueError
+        If the step is not a positive number.
+    """
+    if not 0 < step < float("inf"):
+        raise ValueError(f"step is {step!r}; it must be a number above 0")
+    return {name: torch.full((state[name].shape[0],), step) for name in names}
+
+
+def fit_scales(
+    state: Mapping[str, Tensor], names: Iterable[str], bits: int
+) -> dict[str, Tensor]:
+    """Fit the scale of each named tensor to its values (`quant.fit_scale`).
+
+    Raises
+    ------
+    NonFiniteError
+        If one of them holds a NaN or an infinity; the message names it.
+    """
+    scales = {}
+    for name in names:
+        with naming(name):
+            scales[name] = fit_scale(state[name], bits)
+    return scales
 
 
 def quantize_state(
@@ -138,24 +199,48 @@ def quantize_state(
     Parameters
     ----------
     state : mapping of str to Tensor
-        Floating-point tensors; those of two and more dimensions are quantized.
+        State dict; what holds no floats is passed over.
     bits : int
         2 to 16, or 32 to leave everything as it is.
-    scales : mapping of str to Tensor, optional
-        Scale of each quantized tensor; fitted (`fit_scale`) where not given.
+    scales : mapping of str to Tensor
+        Scale of each tensor that is quantized, as `weight_scales` has them of a prepared model and
+        `fit_scales` fits them; what has no scale stays float32. Not needed at 32 bits.
+
+    Raises
+    ------
+    NonFiniteError
+        If a tensor that is quantized holds a NaN or an infinity; the message names it.
+    ValueError
+        If `scales` is missing below 32 bits, or names a tensor that there is not.
+
+    Examples
+    --------
+    >>> import torch
+    >>> state = {"w": torch.tensor([[0.9, -2.0]]), "b": torch.tensor([0.3])}
+    >>> update = quantize_state(state, 4, {"w": torch.tensor([0.5])})
+    >>> update.quantized["w"].codes, update.floats["b"]
+    (tensor([[ 2, -4]], dtype=torch.int8), tensor([0.3000]))
     """
-    spec = UpdateSpec.of(state)
+    if bits != FLOAT_BITS and scales is None:
+        raise ValueError(
+            f"scales is None; at {bits} bits it says what is quantized (weight_scales, fit_scales)"
+        )
+    tensors = float_tensors(state)
+    spec = UpdateSpec.of(tensors, () if bits == FLOAT_BITS else scales or ())
     quantized = {}
     for name in spec.quantized(bits):
-        scale = scales[name] if scales and name in scales else fit_scale(state[name], bits)
-        codes = quantize_nearest(state[name], scale, bits)
-        quantized[name] = QuantizedTensor(codes, scale.detach().clone())
-    floats = {name: state[name].detach().float() for name in spec.floats(bits)}
-    return Update(bits, "weights", quantized, floats)
+        assert scales is not None  # Or nothing would be quantized.
+        with naming(name):
+            codes = quantize_nearest(tensors[name], scales[name], bits)
+        quantized[name] = QuantizedTensor(codes, scales[name].detach().clone())
+    return Update(bits, "weights", quantized, {n: tensors[n].float() for n in spec.floats(bits)})
 
 
 def quantize_difference(
-    difference: Mapping[str, Tensor], bits: int, generator: torch.Generator
+    difference: Mapping[str, Tensor],
+    bits: int,
+    generator: torch.Generator,
+    names: Iterable[str],
 ) -> Update:
     """Quantize the difference between two models without bias.
 
@@ -166,17 +251,26 @@ def quantize_difference(
     Parameters
     ----------
     difference : mapping of str to Tensor
-        Floating-point tensors; those of two and more dimensions are quantized.
+        Floating-point tensors.
     bits : int
         2 to 16, or 32 to leave everything as it is.
     generator : torch.Generator
         Seeded source of the rounding noise.
+    names : iterable of str
+        Which of them are quantized (`quantizable_weights`); the others stay float32.
+
+    Raises
+    ------
+    NonFiniteError
+        If one of those holds a NaN or an infinity; the message names it.
     """
-    spec = UpdateSpec.of(difference)
+    tensors = float_tensors(difference)
+    spec = UpdateSpec.of(tensors, names)
     quantized = {}
     for name in spec.quantized(bits):
-        scale = absmax_scale(difference[name], bits)
-        codes = quantize_stochastic(difference[name], scale, bits, generator)
+        with naming(name):
+            scale = absmax_scale(tensors[name], bits)
+            codes = quantize_stochastic(tensors[name], scale, bits, generator)
         quantized[name] = QuantizedTensor(codes, scale)
-    floats = {name: difference[name].detach().float() for name in spec.floats(bits)}
+    floats = {name: tensors[name].float() for name in spec.floats(bits)}
     return Update(bits, "difference", quantized, floats)
