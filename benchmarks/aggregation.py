@@ -5,9 +5,10 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from torch import Tensor
 
-from benchmarks.grid import reporting_grid
+from benchmarks.grid import reporting_grid, weights_of
 from benchmarks.measure import Figure, ratio, report, side_by_side
 from strategies import FedAvg, RoundLog
+from strategies.base import Broadcast
 from strategies.states import to_arrays
 
 _CLIENTS, _REPEATS, _GOAL = 100, 7, 0.2
@@ -46,7 +47,8 @@ def _figure(bits: int, form: str) -> Figure:
         for _ in range(_CLIENTS)
     ]
     coded, from_start = _FORMS[form]
-    strategy = FedAvg(broadcast="nearest" if from_start else "float32")
+    broadcast: Broadcast = "nearest" if from_start else "float32"
+    strategy = FedAvg(broadcast=broadcast, quantized=weights_of(model))
     grid = reporting_grid(model, [bits] * _CLIENTS, coded, from_start)
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
     replies = list(grid.send_and_receive(messages))

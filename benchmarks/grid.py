@@ -13,7 +13,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from quant import encode_update, is_quantized, quantize_state
+from quant import FLOAT_BITS, Update, encode_update, fit_scales, quantize_state
 from strategies import MixedPrecisionStrategy
 from strategies.states import to_array
 from task.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report
@@ -114,9 +114,9 @@ def reporting_grid(
     moved = _moved(model)
     payloads = {
         bits: encode_update(
-            quantize_state(moved, bits),
+            _rounded(moved, bits),
             coded=coded,
-            start=quantize_state(model, bits) if from_start else None,
+            start=_rounded(model, bits) if from_start else None,
             stamp=1,
         )
         for bits in set(widths)
@@ -133,6 +133,16 @@ def reporting_grid(
     return AnsweringGrid(declarations, answer)
 
 
+def weights_of(model: Mapping[str, Tensor]) -> list[str]:
+    """Return which tensors of these models, all of Conv2d and Linear layers, are quantized."""
+    return [name for name, tensor in model.items() if tensor.ndim >= 2]
+
+
+def _rounded(model: Mapping[str, Tensor], bits: int) -> Update:
+    names = [] if bits == FLOAT_BITS else weights_of(model)
+    return quantize_state(model, bits, fit_scales(model, names, bits))
+
+
 def _moved(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Move every weight by some hundredths, so that eight bits take 3.5 from their start.
 
@@ -141,7 +151,7 @@ def _moved(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
         name: tensor + _MOVED * float(tensor.std()) * torch.randn(tensor.shape, generator=generator)
-        if is_quantized(tensor.shape)
+        if name in weights_of(model)
         else tensor
         for name, tensor in model.items()
     }

@@ -14,17 +14,19 @@ from quant import (
     QuantConfig,
     absmax_scale,
     encode_update,
+    federated_state,
     fit_scale,
+    fit_scales,
     pack,
     pack_tensor,
     prepare,
+    quantize_model,
     quantize_nearest,
     quantize_state,
     unpack,
 )
 from strategies.states import to_arrays
 from task.models import build_model
-from task.training import model_state
 
 _ROWS, _COLUMNS, _REPEATS, _AHEAD = 1000, 10_000, 9, 1.0
 _BATCH = 64
@@ -180,7 +182,7 @@ def _size_and_error_beside_nvflare(form: str, widest: int) -> list[Figure]:
     levels = state["code" if form == "blockwise8" else "quant_map"][codes.ravel()]
     scales = state["absmax"].repeat(state.get("blocksize", _BLOCKSIZE))[: levels.size]
     back = torch.from_numpy(levels * scales).view_as(weights)
-    nearer = quantize_state({"w": weights}, widest)
+    nearer = quantize_state({"w": weights}, widest, fit_scales({"w": weights}, ["w"], widest))
     size = len(encode_update(nearer, coded=True)) / sum(array.nbytes for array in arrays)
     error = float((nearer.dequantize()["w"] - weights).norm() / (back - weights).norm())
     return [
@@ -215,11 +217,11 @@ def _nvflare_quantizer(form: str) -> Callable[[Tensor], tuple[dict, dict]]:
 
 def _flower() -> list[Figure]:
     """Bytes of ten clients' resnet8, half of them on k bits, against Flower's float32 arrays."""
-    state = model_state(build_model("resnet8", 3, 32, 10, seed=0))
-    theirs = 10 * sum(len(array.data) for array in to_arrays(state).values())
+    model = build_model("resnet8", 3, 32, 10, seed=0)
+    theirs = 10 * sum(len(array.data) for array in to_arrays(federated_state(model)).values())
     figures = []
     for bits in (2, 3, 4, 8):
-        low, high = (encode_update(quantize_state(state, b), coded=True) for b in (bits, 32))
+        low, high = (encode_update(quantize_model(model, b), coded=True) for b in (bits, 32))
         ours = 5 * (len(low) + len(high))
         label = f"bytes up, half {bits}-bit and half float32, against Flower's FedAvg"
         figures.append(Figure(label, ours / theirs, _AHEAD))

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from flwr.app import ConfigRecord
 
-from benchmarks.grid import reporting_grid, run_round
+from benchmarks.grid import reporting_grid, run_round, weights_of
 from benchmarks.measure import Figure, ratio, report
+from quant import federated_state
 from strategies import STRATEGIES
 from strategies.states import to_arrays
 from task.models import build_model
-from task.training import model_state
 
 _COUNTS, _REPEATS, _FLAT = (10, 100, 1000), 5, 1.15
 # Models in float32 that a server may hold beside the packed replies, however many these are. In a
@@ -42,12 +42,12 @@ def main() -> None:
 def _rounds(name: str, count: int) -> tuple[list[float], float]:
     """Return the seconds a client took in each round, and how many models the server held."""
     torch.set_num_threads(1)
-    model = model_state(build_model("resnet20", 3, 16, 10, seed=0))
+    model = federated_state(build_model("resnet20", 3, 16, 10, seed=0))
     arrays, size = to_arrays(model), sum(4 * tensor.numel() for tensor in model.values())
     grid = reporting_grid(model, [4, 32] * (count // 2), coded=True)
     seconds, models = [], 0.0
     for turn in range(_REPEATS + 1):
-        strategy = STRATEGIES[name]()
+        strategy = STRATEGIES[name](quantized=weights_of(model))
         strategy.configure_train(1, arrays, ConfigRecord(), grid)  # the nodes are gathered
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

@@ -21,7 +21,7 @@ from benchmarks.plain_flower import network, seconds_of_rounds
 from experiments.plan import Setting
 from experiments.records import read_record
 from experiments.runs import PlannedRun, execute
-from quant import FLOAT_BITS
+from quant import FLOAT_BITS, federated_state, quantizable_weights
 from server_app.build import read_settings
 from server_app.run import Run, prepare
 from strategies import FedAvg
@@ -29,7 +29,7 @@ from strategies.states import to_arrays
 from task.data import Images
 from task.partition import client_images, server_pixels
 from task.settings import Settings
-from task.training import LocalTraining, model_state, ready_to_evaluate, train
+from task.training import LocalTraining, ready_to_evaluate, train
 
 _OVERHEAD, _AHEAD, _SHARE = 1.25, 1.0, 0.10
 _FINETUNE_EVERY = 5
@@ -123,7 +123,8 @@ def _shares(settings: Settings) -> list[Figure]:
     """What ProWD adds to a round, in shares of its training on as many images as CIFAR-10 has."""
     trained = _whole_round(settings.model_copy(update={"samples_per_client": _IMAGES // CLIENTS}))
     torch.set_num_threads(settings.server_threads)
-    plain = _server_seconds(FedAvg)
+    names = quantizable_weights(network())
+    plain = _server_seconds(lambda: FedAvg(quantized=names))
     added = _server_seconds(lambda: _prepared(_MASKS).strategy) - plain
     blocks = {**_MASKS, "prowd-finetune-every": _FINETUNE_EVERY}
     tuned = _server_seconds(lambda: _prepared(blocks).strategy) - plain
@@ -145,7 +146,7 @@ def _prepared(own: Mapping[str, Setting]) -> Run:
 
 def _server_seconds(make: Callable) -> float:
     """Seconds of the server's part of a first round, of a strategy made anew each time."""
-    model = model_state(network())
+    model = federated_state(network())
     grid = reporting_grid(model, [4, FLOAT_BITS] * (CLIENTS // 2), coded=True)
     seconds = []
     for _ in range(_REPEATS + 1):

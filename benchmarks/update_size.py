@@ -3,11 +3,19 @@
 import torch
 
 from benchmarks.measure import Figure, report
-from quant import Update, UpdateSpec, encode_update, payload_size, quantize_state
+from quant import (
+    Update,
+    encode_update,
+    federated_state,
+    load_state,
+    payload_size,
+    quantize_model,
+    spec_of,
+)
 from task.models import build_model
 from task.partition import client_images
 from task.settings import Settings
-from task.training import LocalTraining, load_state, model_state, train
+from task.training import LocalTraining, train
 
 _MODELS = (("resnet18", 3, 32), ("resnet20", 3, 32), ("resnet8", 1, 28), ("cnn", 1, 28))
 _WIDTHS = (2, 3, 4, 8, 16)
@@ -30,12 +38,12 @@ def _packed() -> list[Figure]:
     print("| model | values | " + " | ".join(f"{k}-bit" for k in _WIDTHS) + " |")
     print("| --- " * (2 + len(_WIDTHS)) + "|")
     for name, channels, size in _MODELS:
-        state = model_state(build_model(name, channels, size, 10, seed=0))
-        count = sum(t.numel() for t in state.values())
-        full = payload_size(UpdateSpec.of(state), 32)
+        model = build_model(name, channels, size, 10, seed=0)
+        count = sum(t.numel() for t in federated_state(model).values())
+        full = payload_size(spec_of(model), 32)
         cells = []
         for bits in _WIDTHS:
-            update = quantize_state(state, bits)
+            update = quantize_model(model, bits)
             packed = len(encode_update(update))
             ratio = packed / (full * bits / 32)
             cells.append(f"{ratio:.3f}")
@@ -76,7 +84,7 @@ def _trained(bits: int) -> tuple[Update, Update]:
     images = client_images(settings, 0, _CLIENTS)
     model = build_model("resnet8", 1, images.pixels.shape[2], 10, seed=0)
     for server_round in range(1, _TRAINED_ROUNDS + 1):
-        start = quantize_state(model_state(model), bits)
+        start = quantize_model(model, bits)
         load_state(model, start.dequantize())
         config = LocalTraining.of(settings, bits, server_round, 0.0)
         trained = train(model, images, config, server_round, scales=start.scales)

@@ -14,14 +14,14 @@ from client_app.memory import has_model, keep_model, own_model, recall, state_fo
 from client_app.messages import answer, answer_query, instruction_in, model_in
 from client_app.node import declare
 from client_app.tracking import TrackedRound, next_correction
-from quant import Update, UpdateSpec, quantize_difference, weight_scales
+from quant import Update, UpdateSpec, load_state, quantize_difference, spec_of, weight_scales
 from task.data import Images, load_dataset
 from task.devices import pick_device
 from task.errors import SettingsError
 from task.models import build_model
 from task.partition import client_images, evaluation_images
 from task.protocol import MOST_LOSS, Declaration, Instruction, Report
-from task.seeds import derive_seed
+from task.seeds import Stream, derive_seed
 from task.settings import Settings
 from task.simulation import in_simulation
 from task.training import (
@@ -29,8 +29,6 @@ from task.training import (
     Score,
     Trained,
     evaluate,
-    load_state,
-    model_state,
     ready_to_evaluate,
     train,
 )
@@ -52,7 +50,7 @@ def on_train(message: Message, context: Context) -> Message:
     """Train the received model, or the client's own, at the client's width and send the update."""
     started = time.perf_counter()
     job = _open(message, context)
-    received = {name: tensor.clone() for name, tensor in model_state(job.model).items()}
+    received = {name: tensor.clone() for name, tensor in job.state().items()}
     delta = {}
     if job.instruction.tracking_epoch:
         delta = next_correction(context.state, received, job.instruction, job.settings.momentum)
@@ -68,7 +66,7 @@ def on_train(message: Message, context: Context) -> Message:
     report = _report(job, trained.score, started, trained.steps, began_clean=not delta)
     if job.instruction.uplink == "nothing":
         kept = RecordDict()
-        keep_model(kept, model_state(job.model), weight_scales(job.model))
+        keep_model(kept, job.state(), weight_scales(job.model))
         _keep(kept, context, job.instruction)
         return answer(message, report)
     update = _update(job, trained)
@@ -111,6 +109,11 @@ class _Job:
     model: nn.Module
     scales: dict[str, Tensor]
     sent: Update | None
+    spec: UpdateSpec
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors of the model that are sent, as they are now."""
+        return {n: t.detach() for n, t in self.model.state_dict().items() if n in self.spec.shapes}
 
     @property
     def images(self) -> Images:
@@ -119,7 +122,7 @@ class _Job:
     @property
     def seed(self) -> int:
         path = (self.instruction.server_round, self.client.partition_id)
-        return derive_seed(self.settings.seed, 5, *path)
+        return derive_seed(self.settings.seed, Stream.CLIENT, *path)
 
     @property
     def training(self) -> LocalTraining:
@@ -143,7 +146,8 @@ def _open(message: Message, context: Context) -> _Job:
     recall(context.state, folder, instruction.server_round + trained)
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
-    sent = model_in(message, UpdateSpec.of(model.state_dict()))
+    spec = spec_of(model)
+    sent = model_in(message, spec)
     # A client that sends nothing goes on from its own model while it has one, whatever it was sent.
     if instruction.uplink == "nothing" and has_model(context.state):
         state, scales = own_model(context.state)
@@ -156,7 +160,7 @@ def _open(message: Message, context: Context) -> _Job:
     else:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
     load_state(model, state)
-    return _Job(settings, client, instruction, model, scales, sent)
+    return _Job(settings, client, instruction, model, scales, sent, spec)
 
 
 def _update(job: _Job, trained: Trained) -> Update:
@@ -164,8 +168,8 @@ def _update(job: _Job, trained: Trained) -> Update:
     if job.instruction.uplink == "weights":
         return trained.update
     bits = job.instruction.uplink_bits or job.client.bits
-    generator = torch.Generator().manual_seed(derive_seed(job.seed, 6))
-    return quantize_difference(trained.moved, bits, generator)
+    generator = torch.Generator().manual_seed(derive_seed(job.seed, Stream.DIFFERENCE))
+    return quantize_difference(trained.moved, bits, generator, job.spec.on_grid)
 
 
 def _tracked(

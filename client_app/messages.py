@@ -46,7 +46,7 @@ def model_in(message: Message, spec: UpdateSpec) -> Update | None:
     message : Message
         To train or to evaluate.
     spec : UpdateSpec
-        Tensors of the model, ``UpdateSpec.of(network.state_dict())``.
+        Tensors of the model, ``quant.spec_of(network)``.
 
     Raises
     ------

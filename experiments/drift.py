@@ -20,26 +20,28 @@ from quant import (
     QuantizedTensor,
     add_drift,
     cosine,
-    is_quantized,
+    federated_state,
     level_drift,
-    quantize_state,
+    load_state,
+    quantizable_weights,
+    quantize_model,
 )
 from quant.grid import per_channel
 from task.data import load_dataset
 from task.models import build_model
 from task.partition import client_images
 from task.settings import Settings
-from task.training import LocalTraining, load_state, model_state, train
+from task.training import LocalTraining, train
 
 Moves = list[dict[str, Tensor]]
 
 
 def movements(model: nn.Module, settings: Settings, bits: int, partitions: range, of: int) -> Moves:
     """Train one client a partition from a model, and return how far the weights moved."""
-    start = model_state(model)
+    start = federated_state(model)
     scales = None
     if bits != FLOAT_BITS:
-        rounded = quantize_state(start, bits)
+        rounded = quantize_model(model, bits)
         scales = rounded.scales
         start = rounded.dequantize()
     moves = []
@@ -50,7 +52,7 @@ def movements(model: nn.Module, settings: Settings, bits: int, partitions: range
         config = LocalTraining.of(settings, bits, settings.num_server_rounds // 2, 0.0)
         images = client_images(settings, partition, of)
         moved = train(client, images, config, partition, scales=scales).moved
-        moves.append({name: t for name, t in moved.items() if is_quantized(t.shape)})
+        moves.append({name: moved[name] for name in quantizable_weights(model)})
         print(
             f"\r{bits}-bit clients trained: {len(moves)} of {len(partitions)}", end="", flush=True
         )
@@ -109,7 +111,7 @@ def main() -> None:
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
     load_state(model, load_file(given.run / "model.safetensors"))
-    start = dict(quantize_state(model_state(model), given.bits).quantized)
+    start = dict(quantize_model(model, given.bits).quantized)
     count = given.clients
     high = movements(model, settings, FLOAT_BITS, range(count), 2 * count)
     low = movements(model, settings, given.bits, range(count, 2 * count), 2 * count)

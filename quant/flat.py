@@ -143,7 +143,9 @@ class UpdateSum:
         has_codes = bool(flat.quantized)
         if has_codes not in self._runs:
             places = flat.floats.layout.float_places
-            self._runs[has_codes] = _runs([(p, self._sums.float_places[n]) for n, p in places.items()])
+            self._runs[has_codes] = _runs(
+                [(p, self._sums.float_places[n]) for n, p in places.items()]
+            )
         for source, target in self._runs[has_codes]:
             self._total[target].add_(flat.floats.flat[source], alpha=weight)
 

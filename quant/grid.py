@@ -37,6 +37,12 @@ class NonFiniteError(ValueError):
     """A NaN or an infinity where only numbers can be rounded; the message says where."""
 
 
+def is_finite(values: Tensor) -> bool:
+    """Return whether no value is NaN or infinite."""
+    # A sum is one pass without memory of its own; of finite values it may overflow.
+    return isfinite(values.sum()) or bool(values.isfinite().all())
+
+
 def check_finite(values: Tensor, what: str) -> None:
     """Refuse values that rounding would turn into ordinary codes.
 
@@ -52,10 +58,10 @@ def check_finite(values: Tensor, what: str) -> None:
     NonFiniteError
         If a value is NaN or infinite.
     """
-    # A sum is one pass without memory of its own; of finite values it may overflow.
-    if not isfinite(values.sum()) and not (good := values.isfinite()).all():
-        count, first = int((~good).sum()), float(values[~good][0])
-        raise NonFiniteError(f"{what} is not finite: {count} of {good.numel()} values, as {first}")
+    if not is_finite(values):
+        bad = ~values.isfinite()
+        count, first = int(bad.sum()), float(values[bad][0])
+        raise NonFiniteError(f"{what} is not finite: {count} of {bad.numel()} values, as {first}")
 
 
 @contextmanager

@@ -28,9 +28,10 @@ from quant.grid import (
     check_finite,
     fake_quantize,
     fit_scale,
+    is_finite,
     naming,
 )
-from quant.update import UpdateSpec
+from quant.update import Update, UpdateSpec, fit_scales, float_tensors, quantize_state
 
 
 @dataclass(frozen=True)
@@ -136,61 +137,74 @@ def quantizable_weights(model: nn.Module) -> list[str]:
 
     This is the one rule of what is quantized: the weights of `nn.Conv2d` and `nn.Linear` layers,
     prepared or not. Subclasses of the two are left alone, as their forward pass may be another, and
-    so is every other layer; those compute, and travel, in float32.
-
-    Raises
-    ------
-    ValueError
-        If such a weight is also a tensor of another layer, which would compute with it in float32.
+    so is a weight that two layers share; all these, and every other layer, compute and travel in
+    float32.
 
     Examples
     --------
     >>> quantizable_weights(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2), nn.LayerNorm(2)))
     ['1.weight']
     """
-    names = [
-        f"{name}.weight".removeprefix(".")
+    return list(_quantizable(model))
+
+
+def _quantizable(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers by the names of their weights."""
+    parameters = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    return {
+        f"{name}.weight".removeprefix("."): module
         for name, module in model.named_modules()
-        if type(module) in _QUANTIZED_CLASS or isinstance(module, QuantLayer)
-    ]
-    tensors: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tensors.setdefault(id(parameter), []).append(name)
-    shared = {name: named for named in tensors.values() for name in named if len(named) > 1}
-    if tied := [name for name in names if name in shared]:
-        other = next(name for name in shared[tied[0]] if name != tied[0])
-        raise ValueError(f"the weight {tied[0]} is {other} too; a tied weight cannot be quantized")
-    return names
+        if (type(module) in _QUANTIZED_CLASS or isinstance(module, QuantLayer))
+        and parameters.count(id(module.weight)) == 1
+    }
+
+
+def federated_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a model that are sent and averaged.
+
+    These are its floating-point parameters and buffers. A buffer that holds a NaN or an infinity
+    before any training, as a mask of attention does, is a constant of the model and is not sent.
+    """
+    constant = {name for name, buffer in model.named_buffers() if not is_finite(buffer)}
+    return float_tensors({n: t for n, t in model.state_dict().items() if n not in constant})
 
 
 def spec_of(model: nn.Module) -> UpdateSpec:
     """Return which tensors of a model are sent, and which of them low-bit clients quantize.
 
-    These are its floating-point parameters and buffers. A buffer that holds a NaN or an infinity
-    before any training, as a mask of attention does, is a constant of the model and is not sent.
-
     Parameters
     ----------
     model : nn.Module
-        As it was made, prepared or not.
-
-    Raises
-    ------
-    ValueError
-        As of `quantizable_weights`.
+        As it was made, before any training; prepared or not.
 
     Examples
     --------
-    >>> spec_of(nn.Linear(3, 2)).shapes
-    {'weight': (2, 3), 'bias': (2,)}
+    >>> spec_of(nn.Linear(3, 2))
+    UpdateSpec(shapes={'weight': (2, 3), 'bias': (2,)}, on_grid=frozenset({'weight'}))
     """
-    constant = {name for name, buffer in model.named_buffers() if not _is_finite(buffer)}
-    state = {n: t for n, t in model.state_dict().items() if n not in constant}
-    return UpdateSpec.of(state, quantizable_weights(model))
+    return UpdateSpec.of(federated_state(model), quantizable_weights(model))
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+def quantize_model(model: nn.Module, bits: int) -> Update:
+    """Bring an ordinary model to a bit-width by rounding its weights to nearest.
+
+    Examples
+    --------
+    >>> quantize_model(nn.Linear(3, 2), 4).quantized["weight"].codes.dtype
+    torch.int8
+    """
+    state = federated_state(model)
+    if bits == FLOAT_BITS:
+        return quantize_state(state, bits)
+    return quantize_state(state, bits, fit_scales(state, quantizable_weights(model), bits))
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the tensors of a state; all else of the model, as step counters, stays as it is."""
+    # Changed in place: a state dict also holds the versions of its modules, which some read.
+    whole = model.state_dict()
+    whole.update(state)
+    model.load_state_dict(whole)
 
 
 def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
@@ -214,8 +228,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     Raises
     ------
     ValueError
-        If a weight that is to be quantized is not float32, not finite, or shared with another
-        layer; the message names it, and the model is as it was.
+        If a weight that is to be quantized is not finite or not float32; the message names it, and
+        the model is as it was.
 
     Examples
     --------
@@ -223,18 +237,18 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     >>> model(torch.ones(1, 3)).shape
     torch.Size([1, 2])
     """
-    state = model.state_dict()
-    for name in quantizable_weights(model):
+    layers = _quantizable(model)
+    for name, layer in layers.items():
+        weight = layer.get_parameter("weight").detach()
         with naming(name):
-            check_finite(state[name], "the weight")
-        if state[name].dtype != torch.float32:
-            raise ValueError(f"{name}: {_wrong_dtype(state[name].dtype)}")
+            check_finite(weight, "the weight")
+        if weight.dtype != torch.float32:
+            raise ValueError(f"{name}: {_wrong_dtype(weight.dtype)}")
+    for layer in layers.values():
+        layer.__class__ = _QUANTIZED_CLASS.get(type(layer), type(layer))
+        assert isinstance(layer, QuantLayer)
+        layer.attach(config)
     for module in model.modules():
-        quantized_class = _QUANTIZED_CLASS.get(type(module))
-        if quantized_class is not None:
-            module.__class__ = quantized_class
-        if isinstance(module, QuantLayer):
-            module.attach(config)
         # Torch's fused kernel would compute with the weights as they are, not on their grid.
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0

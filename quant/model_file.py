@@ -29,9 +29,17 @@ from torch import Tensor, nn
 
 from quant.activations import ActivationGrid
 from quant.grid import FLOAT_BITS, check_bits, largest_code
-from quant.layers import QuantConfig, prepare, quantized_layers, set_scales, weight_scales
+from quant.layers import (
+    QuantConfig,
+    load_state,
+    prepare,
+    quantized_layers,
+    set_scales,
+    spec_of,
+    weight_scales,
+)
 from quant.reading import UpdateError, decode_update, read_spec
-from quant.update import Update, UpdateSpec, quantize_state
+from quant.update import Update, quantize_state
 from quant.wire import encode_update
 
 _MAGIC = b"PRWM"
@@ -130,7 +138,8 @@ class PackedModel:
         if config is not None:
             bits, activation_bits = config.weight_bits, config.activation_bits
         # On the grid already, or rounded as the layer rounds it.
-        update = quantize_state(network.state_dict(), bits, weight_scales(network))
+        state = {n: t for n, t in network.state_dict().items() if n in spec_of(network).shapes}
+        update = quantize_state(state, bits, weight_scales(network))
         grids = {n: layer.input_grid for n, layer in layers.items() if layer.input_grid}
         return cls(update, **about, activation_bits=activation_bits, grids=grids)
 
@@ -152,7 +161,7 @@ class PackedModel:
         ModelFileError
             If it has other tensors.
         """
-        have, want = UpdateSpec.of(model.state_dict()).shapes, self.update.spec.shapes
+        have, want = spec_of(model).shapes, self.update.spec.shapes
         for name in sorted(have.keys() | want.keys()):
             if have.get(name) != want.get(name):
                 raise ModelFileError(
@@ -160,7 +169,7 @@ class PackedModel:
                     f"file, which holds {self.name!r}"
                 )
         network = copy.deepcopy(model)
-        network.load_state_dict({**network.state_dict(), **self.update.dequantize()})
+        load_state(network, self.update.dequantize())
         if self.bits != FLOAT_BITS:
             prepare(network, QuantConfig(self.bits, self.activation_bits))
             set_scales(network, self.update.scales)

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from quant.activations import fake_quantize_gradient
 from quant.eager import SGD
-from quant.grid import FLOAT_BITS, dequantize, quantize_nearest, quantize_stochastic
+from quant.grid import (
+    FLOAT_BITS,
+    check_finite,
+    dequantize,
+    naming,
+    quantize_nearest,
+    quantize_stochastic,
+)
 
 
 class StrictSGD(SGD):
@@ -50,27 +57,39 @@ class StrictSGD(SGD):
     ) -> None:
         named = dict(named_parameters)
         super().__init__(named.values(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self._on_grid = [(named[name], scale) for name, scale in scales.items()]
+        self._on_grid = {name: (named[name], scale) for name, scale in scales.items()}
         self._bits = bits
         self._gradient_bits = gradient_bits
         self._generator = generator
         with torch.no_grad():
-            for weight, scale in self._on_grid:
-                weight.copy_(dequantize(quantize_nearest(weight, scale, bits), scale))
+            for name, (weight, scale) in self._on_grid.items():
+                with naming(name):
+                    weight.copy_(dequantize(quantize_nearest(weight, scale, bits), scale))
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take one SGD step and round the weights back to their grid."""
+        """Take one SGD step and round the weights back to their grid.
+
+        Raises
+        ------
+        NonFiniteError
+            If a gradient, or a weight after the step, holds a NaN or an infinity; the message names
+            it. Rounding would make an ordinary code of it.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._gradient_bits != FLOAT_BITS:
-            for weight, _ in self._on_grid:
-                if weight.grad is not None:
-                    weight.grad = fake_quantize_gradient(weight.grad, self._gradient_bits)
+        for name, (weight, _) in self._on_grid.items():
+            if weight.grad is None:
+                continue
+            with naming(name):
+                check_finite(weight.grad, "the gradient")
+            if self._gradient_bits != FLOAT_BITS:
+                weight.grad = fake_quantize_gradient(weight.grad, self._gradient_bits)
         super().step()
-        for weight, scale in self._on_grid:
-            codes = quantize_stochastic(weight, scale, self._bits, self._generator)
+        for name, (weight, scale) in self._on_grid.items():
+            with naming(name):
+                codes = quantize_stochastic(weight, scale, self._bits, self._generator)
             weight.copy_(dequantize(codes, scale))
         return loss

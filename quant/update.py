@@ -174,9 +174,7 @@ def fixed_point(
     return {name: torch.full((state[name].shape[0],), step) for name in names}
 
 
-def fit_scales(
-    state: Mapping[str, Tensor], names: Iterable[str], bits: int
-) -> dict[str, Tensor]:
+def fit_scales(state: Mapping[str, Tensor], names: Iterable[str], bits: int) -> dict[str, Tensor]:
     """Fit the scale of each named tensor to its values (`quant.fit_scale`).
 
     Raises

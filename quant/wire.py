@@ -113,7 +113,7 @@ def _spec_of(update: Update) -> UpdateSpec:
     if not is_width(update.bits):
         raise ValueError(f"bits is {update.bits}; allowed are {ALLOWED_WIDTHS}")
     if update.bits == FLOAT_BITS and update.quantized:
-        raise ValueError(f"an update of 32 bits quantizes {sorted(update.quantized)}; it is float32")
+        raise ValueError(f"an update of 32 bits quantizes {sorted(update.quantized)}")
     return update.spec
 
 

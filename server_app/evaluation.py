@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from quant import Update, quantize_state, weight_scales
+from quant import Update, load_state, quantize_state, weight_scales
 from task.calibration import calibrate_activations, round_weights
 from task.data import Images
 from task.devices import pick_device
@@ -19,7 +19,6 @@ from task.training import (
     Score,
     at_width,
     evaluate,
-    load_state,
     ready_to_evaluate,
 )
 

@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import nn
 
-from quant import FLOAT_BITS, quantize_state
+from quant import FLOAT_BITS, federated_state, quantizable_weights, quantize_state
 from server_app.build import build_strategy, read_settings
 from server_app.checkpoint import Checkpoint, Checkpoints, Identity, read_checkpoint
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
@@ -28,7 +28,7 @@ from task.partition_file import fingerprint_of_file
 from task.reference import is_reference
 from task.settings import Settings
 from task.simulation import in_simulation
-from task.training import check_quantizable, model_state
+from task.training import check_quantizable
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Run:
 
     def identity(self, num_partitions: int) -> Identity:
         """What the run is in a federation of so many partitions."""
-        shapes = {name: list(tensor.shape) for name, tensor in model_state(self.model).items()}
+        shapes = {name: list(tensor.shape) for name, tensor in federated_state(self.model).items()}
         data = fingerprint(load_dataset(self.settings))
         if self.settings.partition_file:
             data += f", {fingerprint_of_file(self.settings.partition_file)}"
@@ -95,6 +95,7 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
         check_repeatable(model, again, settings.model)
     if min(settings.mix) < FLOAT_BITS:
         check_quantizable(model, settings.model)
+    strategy.quantized = frozenset(quantizable_weights(model))
     buffer = server_pixels(settings)
     strategy.predict = make_predict(model, buffer, device)
     strategy.round_calibrated = CalibratedRounding(settings, model, buffer)
@@ -161,7 +162,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
     log(INFO, "prowd: %s on %s, record in %s", name, run.settings.dataset, run.folder)
     if saved is None:
         strategy.nodes.gather(grid)
-        done, model = 0, model_state(run.model)
+        done, model = 0, federated_state(run.model)
         identity = run.identity(strategy.nodes.num_partitions)
     else:
         done, model = saved.server_round, saved.model
@@ -201,7 +202,8 @@ def _write_model(run: Run, record: RunRecord, done: int, model: State) -> None:
     if done and run.strategy.evaluates_on_server:
         model = run.strategy.state_for(max(run.strategy.nodes.widths()), model)
         network = run.evaluator.network(quantize_state(model, FLOAT_BITS))
-        record.write_model(model_state(network.cpu()))
+        whole = network.cpu().state_dict()
+        record.write_model({name: whole[name].detach() for name in model})
 
 
 def _refuse_completed(folder: Path, done: int, asked: int) -> None:

@@ -7,7 +7,7 @@ on in the order of their partitions, so that sums do not depend on who answered 
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
@@ -33,6 +33,7 @@ from quant import (
     Update,
     UpdateSpec,
     encode_update,
+    fit_scales,
     fixed_point,
     quantize_state,
 )
@@ -40,7 +41,7 @@ from strategies.asked import Asked
 from strategies.decoding import decode_in_turn
 from strategies.inbox import Batch
 from strategies.metrics import evaluation_metrics, training_metrics
-from strategies.nodes import Nodes, sample_nodes
+from strategies.nodes import FederationError, Nodes, sample_nodes
 from strategies.norms import all_small, norms_of, scale_of, too_large
 from strategies.replies import (
     BadReply,
@@ -93,6 +94,9 @@ class MixedPrecisionStrategy(Strategy):
         steps than that takes is set aside; None where it is not known.
     batch_size : int
         Images in each of these steps.
+    quantized : collection of str, optional
+        Names of the weights that low-bit clients hold on a grid (`quant.quantizable_weights` of
+        the model); needed as soon as such a client takes part.
 
     Attributes
     ----------
@@ -129,6 +133,7 @@ class MixedPrecisionStrategy(Strategy):
         coded: bool = True,
         local_epochs: int | None = None,
         batch_size: int = 1,
+        quantized: Collection[str] | None = None,
     ) -> None:
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
@@ -139,6 +144,7 @@ class MixedPrecisionStrategy(Strategy):
         self.coded = coded
         self.local_epochs = local_epochs
         self.batch_size = batch_size
+        self.quantized = None if quantized is None else frozenset(quantized)
         self.nodes = Nodes(min_nodes, node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
@@ -185,8 +191,27 @@ class MixedPrecisionStrategy(Strategy):
             if self.round_calibrated is None:
                 raise ValueError("broadcast: 'calibrated' needs round_calibrated, which is not set")
             return self.round_calibrated(state, bits)
-        scales = fixed_point(state, self.weight_step) if self.weight_step else None
-        return quantize_state(state, bits, scales)
+        if bits == FLOAT_BITS:
+            return quantize_state(state, bits)
+        names = self.on_grid(state)
+        if self.weight_step:
+            return quantize_state(state, bits, fixed_point(state, names, self.weight_step))
+        return quantize_state(state, bits, fit_scales(state, names, bits))
+
+    def on_grid(self, state: State) -> list[str]:
+        """Return the names of the weights that low-bit clients hold on a grid.
+
+        Raises
+        ------
+        FederationError
+            If the strategy was not told which these are.
+        """
+        if self.quantized is None:
+            raise FederationError(
+                f"quantized: {type(self).__name__} was not told which weights low-bit clients "
+                "quantize; give it quantized=quantizable_weights(model)"
+            )
+        return [name for name in state if name in self.quantized]
 
     def checkpoint(self) -> tuple[State, dict[str, object]]:
         """Return what later rounds depend on besides the global model: tensors, and JSON values.
@@ -292,13 +317,18 @@ class MixedPrecisionStrategy(Strategy):
         purpose = (server_round, int(kind == MessageType.EVALUATE))
         clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, *purpose)
         start = to_state(arrays)
-        self._asked = asked = Asked(start, UpdateSpec.of(start), clients)
+        self._asked = asked = Asked(start, self._spec(start, clients), clients)
         for client in clients.values():
             instruction = self._instruction_for(server_round, client)
             asked.instructions[client.partition_id] = instruction
             round_log.sampled.append(client.partition_id)
         widths = sorted({client.bits for client in clients.values()}, reverse=True)
         return [partial(self._messages_to, bits, kind, asked, round_log) for bits in widths]
+
+    def _spec(self, start: State, clients: Mapping[int, Declaration]) -> UpdateSpec:
+        low_bit = any(client.bits != FLOAT_BITS for client in clients.values())
+        asked_low = self.quantized is not None or low_bit
+        return UpdateSpec.of(start, self.on_grid(start) if asked_low else ())
 
     def _messages_to(
         self, bits: int, kind: str, asked: Asked, round_log: RoundLog

@@ -16,7 +16,7 @@ from strategies.queries import Queries
 from strategies.replies import last_line
 from task.errors import SettingsError
 from task.protocol import DECLARATION, Declaration, ProtocolError, plain
-from task.seeds import derive_seed
+from task.seeds import Stream, derive_seed
 
 _POLL = 0.1
 
@@ -311,6 +311,6 @@ def sample_nodes(
     by_partition = {d.partition_id: n for n, d in present.items()}
     partitions = sorted(by_partition)
     count = max(1, round(fraction * len(partitions)))
-    rng = np.random.default_rng(derive_seed(seed, 2, *purpose))
+    rng = np.random.default_rng(derive_seed(seed, Stream.SAMPLING, *purpose))
     chosen = sorted(rng.choice(partitions, count, replace=False).tolist())
     return {by_partition[p]: present[by_partition[p]] for p in chosen}

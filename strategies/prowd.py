@@ -33,7 +33,6 @@ from quant import (
     add_drift,
     cosine,
     fine_tune,
-    is_quantized,
     ladder_of,
     level_drift,
     relevancy_mask,
@@ -44,7 +43,7 @@ from strategies.distributions import WeightDistributions
 from strategies.prowd_options import ProWDOptions, parse_ladder
 from strategies.replies import ClientUpdate
 from strategies.states import State, is_finite, join_states, split_states
-from task.seeds import derive_seed
+from task.seeds import Stream, derive_seed
 
 
 class ProWD(MixedPrecisionStrategy):
@@ -117,7 +116,7 @@ class ProWD(MixedPrecisionStrategy):
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
     ) -> State | None:
         """Dequantize, mask and aggregate."""
-        weights = {name: t for name, t in start.items() if is_quantized(t.shape)}
+        weights = {name: start[name] for name in self._quantized(start)}
         # A group's mean needs one model's memory; weights lifted one by one need all the codes.
         kept = list(updates) if self.options.dequantize == "client" else None
         groups = self._average(updates if kept is None else kept)
@@ -150,6 +149,11 @@ class ProWD(MixedPrecisionStrategy):
         aggregated = self._aggregate(shared, means, groups, masks)
         return {**start, **aggregated, **self._step(weights, aggregated), **floats}
 
+    def _quantized(self, state: State) -> list[str]:
+        """Return which tensors low-bit clients quantize; none where only Float32 ones take part."""
+        only_float = self.quantized is None and self._widths <= {FLOAT_BITS}
+        return [] if only_float else self.on_grid(state)
+
     def _average(
         self,
         updates: Iterable[ClientUpdate],
@@ -171,7 +175,7 @@ class ProWD(MixedPrecisionStrategy):
 
     def _lift(self, values: State, bits: int, reference: Reference) -> State:
         """Dequantize what is quantized in a model of this width."""
-        quantized = {name: t for name, t in values.items() if is_quantized(t.shape)}
+        quantized = {name: values[name] for name in self._quantized(values)}
         assert self.dequantizer is not None, "it is grown before anything is lifted"
         with torch.no_grad():
             return self.dequantizer(quantized, bits, reference)
@@ -193,7 +197,7 @@ class ProWD(MixedPrecisionStrategy):
             )
             if self.options.mask == "random":
                 generator = torch.Generator().manual_seed(
-                    derive_seed(self.seed, 7, server_round, bits)
+                    derive_seed(self.seed, Stream.MASK, server_round, bits)
                 )
                 keep = keep[torch.randperm(keep.numel(), generator=generator)]
             masks[bits] = _unflat(keep.float(), weights)
@@ -273,7 +277,8 @@ class ProWD(MixedPrecisionStrategy):
     def _keep_own(self, means: Mapping[int, State]) -> State:
         """Keep what is not quantized for each width; return that of the widest."""
         for bits, mean in means.items():
-            own = {name: t for name, t in mean.items() if not is_quantized(t.shape)}
+            on_grid = self._quantized(mean)
+            own = {name: t for name, t in mean.items() if name not in on_grid}
             if is_finite(own):
                 self._own[bits] = own
         return self._own.get(max(self._widths), {})
@@ -305,7 +310,7 @@ class ProWD(MixedPrecisionStrategy):
         old, ladder = self.dequantizer, reference.start.ladder
         if old is not None and old.ladder == ladder:
             return
-        seed = derive_seed(self.seed, 3)
+        seed = derive_seed(self.seed, Stream.DEQUANTIZER)
         new = ProgressiveDequantizer(ladder, reference.num_features, list(weights), seed)
         if old is not None:
             same = set(pairwise(old.ladder)) & set(pairwise(ladder))
@@ -345,12 +350,12 @@ class ProWD(MixedPrecisionStrategy):
             predict = lambda weights: self.predict({**state, **weights})  # noqa: E731
         losses = fine_tune(
             self.dequantizer,
-            {n: t for n, t in state.items() if is_quantized(t.shape)},
+            {name: state[name] for name in self._quantized(state)},
             high,
             reference,
             config,
             predict,
-            torch.Generator().manual_seed(derive_seed(self.seed, 4, server_round)),
+            torch.Generator().manual_seed(derive_seed(self.seed, Stream.FINE_TUNING, server_round)),
         )
         if losses.undone:
             log(WARNING, "Round %d: fine-tuning is undone, it left the numbers", server_round)

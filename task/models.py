@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quant import federated_state, is_finite
 from task.errors import SettingsError
 from task.reference import in_one_line, is_reference, load_reference
 
@@ -133,7 +134,7 @@ def check_repeatable(model: nn.Module, again: nn.Module, name: str) -> None:
     SettingsError
         If `model` and `again`, built alike, share their memory or are not alike.
     """
-    first, second = model.state_dict(), again.state_dict()
+    first, second = federated_state(model), federated_state(again)
     if model is again or _memory(first) & _memory(second):
         raise SettingsError(
             f"model: {name!r} returns what it returned before; it must make a new module"
@@ -150,6 +151,17 @@ def check_repeatable(model: nn.Module, again: nn.Module, name: str) -> None:
 
 def _memory(state: dict[str, Tensor]) -> set[int]:
     return {tensor.data_ptr() for tensor in state.values() if tensor.numel()}
+
+
+def _check_weights(model: nn.Module, name: str) -> None:
+    """Refuse weights that are not float32, or not finite: they cannot be sent, nor averaged."""
+    for key, weight in model.named_parameters():
+        if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+            continue
+        if weight.dtype != torch.float32:
+            raise SettingsError(f"model: {name!r}: {key} is {weight.dtype}; allowed: torch.float32")
+        if not is_finite(weight.detach()):
+            raise SettingsError(f"model: {name!r}: {key} is not finite before any training")
 
 
 def _own_model(factory: object, name: str, channels: int, size: int, num_classes: int) -> nn.Module:
@@ -201,6 +213,7 @@ def _with_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
 
 
 def _try_model(model: nn.Module, name: str, channels: int, size: int, num_classes: int) -> None:
+    _check_weights(model, name)
     # Two images, as one alone would hide a mix-up of images and channels.
     images = torch.zeros(2, channels, size, size)
     try:
@@ -211,6 +224,7 @@ def _try_model(model: nn.Module, name: str, channels: int, size: int, num_classe
             f"model: {name!r} does not take {channels}x{size}x{size} images "
             f"({in_one_line(error)}); set image-size, or another model"
         ) from None
+    _check_weights(model, name)  # A lazy layer has its weights now.
     if not isinstance(logits, Tensor):
         raise SettingsError(f"model: {name!r} gives a {type(logits).__name__}, not logits")
     if logits.shape != (len(images), num_classes):

@@ -1,7 +1,7 @@
 """Local training and evaluation at a bit-width; knows nothing of a federation."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 
 from quant import (
     FLOAT_BITS,
     SGD,
     QuantConfig,
-    QuantConv2d,
-    QuantLinear,
     StrictSGD,
     Update,
+    federated_state,
     fixed_point,
-    is_quantized,
+    is_finite,
     prepare,
+    quantizable_weights,
     quantize_state,
     refit_scales,
     set_scales,
@@ -32,6 +33,7 @@ from task.data import Images
 from task.devices import device_of
 from task.errors import SettingsError
 from task.models import to_input
+from task.seeds import Stream, derive_seed
 from task.settings import Settings
 
 # Small enough for the cache: twice as fast as 500 on a CPU.
@@ -94,7 +96,7 @@ class LocalTraining:
 
 
 class DivergedError(RuntimeError):
-    """Training left the numbers."""
+    """A loss, a gradient or a weight is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,6 @@ class Score:
     loss: float
     accuracy: float
     num_examples: int
-
-
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the floating-point tensors of a model: what is sent and averaged."""
-    return {n: t.detach() for n, t in model.state_dict().items() if t.is_floating_point()}
-
-
-def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load what `model_state` returned; step counters of BatchNorm stay as they are."""
-    model.load_state_dict({**model.state_dict(), **state})
 
 
 @dataclass(frozen=True)
@@ -174,6 +166,7 @@ def train(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
+    names = federated_state(model).keys()
     if config.bits != FLOAT_BITS:
         widths = QuantConfig(config.bits, config.activation_bits, config.gradient_bits)
         _prepare(model, widths, config.weight_step)
@@ -185,7 +178,7 @@ def train(
     if config.proximal_mu:
         anchored = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(model, config, seed)
-    began = {name: tensor.clone().cpu() for name, tensor in model_state(model).items()}
+    began = {name: tensor.clone().cpu() for name, tensor in _tensors(model, names).items()}
     correction = {n: tensor.to(device) for n, tensor in (correction or {}).items()}
     corrected = [(p, correction[n]) for n, p in model.named_parameters() if n in correction]
     model.train()
@@ -208,15 +201,38 @@ def train(
             for parameter, offset in corrected:
                 if parameter.grad is not None:
                     parameter.grad.sub_(offset)
+            _check_gradients(model, steps + 1)
             optimizer.step()
             steps += 1
             loss_sum += value * len(index)
             correct += int((logits.detach().argmax(1) == labels).sum())
             seen += len(index)
     model.cpu()
-    moved = {name: tensor - began[name] for name, tensor in model_state(model).items()}
+    trained = _tensors(model, names)
+    for name, tensor in trained.items():
+        if not is_finite(tensor):
+            raise DivergedError(f"training diverged: {name} is not finite after {steps} steps")
+    moved = {name: tensor - began[name] for name, tensor in trained.items()}
     score = Score(loss_sum / seen, correct / seen, len(images))
-    return Trained(_trained_weights(model, config), moved, steps, score)
+    return Trained(_update(model, trained, config), moved, steps, score)
+
+
+def _check_gradients(model: nn.Module, step: int) -> None:
+    """Refuse a gradient that is not finite: on a grid it would become an ordinary step."""
+    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    # One call for all; the norm of finite gradients may overflow.
+    if isfinite(get_total_norm(named.values())):
+        return
+    for name, gradient in named.items():
+        if not is_finite(gradient):
+            raise DivergedError(
+                f"training diverged: the gradient of {name} in step {step} is not finite"
+            )
+
+
+def _tensors(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Return the named tensors of a model, in its order."""
+    return {name: t.detach() for name, t in model.state_dict().items() if name in names}
 
 
 @torch.no_grad()
@@ -281,33 +297,28 @@ def ready_to_evaluate(
 
 
 def check_quantizable(model: nn.Module, name: str) -> None:
-    """Refuse a model that cannot compute with all the weights that are sent at a low bit-width.
+    """Refuse a model of which nothing computes at a low bit-width.
 
     Raises
     ------
     SettingsError
-        If a tensor of two and more dimensions belongs to no convolution or linear layer, as the
-        projections inside attention, or to two; or there is none.
+        If it has no layer that is quantized (`quant.quantizable_weights`).
     """
-    layers = (nn.Conv2d, nn.Linear)
-    held = {n for n, m in model.named_modules() if type(m) in (*layers, QuantConv2d, QuantLinear)}
-    # A parameter of two layers is named once.
-    own = {n for n, _ in model.named_parameters() if n.rpartition(".")[0] in held}
-    quantized = [n for n, t in model_state(model).items() if is_quantized(t.shape)]
-    if not quantized:
-        raise SettingsError(f"model: {name!r} has no Conv2d or Linear layer to quantize")
-    if odd := [key for key in quantized if key not in own]:
-        raise SettingsError(
-            f"model: {name!r} has weights outside of Conv2d and Linear layers, or in two of them, "
-            f"as {odd[0]}; it can only be trained by Float32 clients"
-        )
+    if quantizable_weights(model):
+        return
+    kinds = {type(m).__name__ for m in model.modules() if not list(m.children())}
+    raise SettingsError(
+        f"model: {name!r} has no layer to quantize, only {', '.join(sorted(kinds)) or 'none'}; "
+        "nn.Conv2d and nn.Linear layers are, but no subclass of them and no tied weight"
+    )
 
 
 def _prepare(model: nn.Module, config: QuantConfig, weight_step: float) -> nn.Module:
     check_quantizable(model, type(model).__name__)
     prepare(model, config)
     if weight_step:
-        set_scales(model, fixed_point(model.state_dict(), weight_step))
+        names = quantizable_weights(model)
+        set_scales(model, fixed_point(model.state_dict(), names, weight_step))
     return model
 
 
@@ -324,15 +335,16 @@ def _optimizer(model: nn.Module, config: LocalTraining, seed: int) -> torch.opti
         weight_scales(model),
         config.bits,
         gradient_bits=config.gradient_bits,
-        generator=torch.Generator(device_of(model)).manual_seed(seed),
+        # Not the numbers that dropout draws.
+        generator=torch.Generator(device_of(model)).manual_seed(derive_seed(seed, Stream.ROUNDING)),
         **sgd,
     )
 
 
-def _trained_weights(model: nn.Module, config: LocalTraining) -> Update:
+def _update(model: nn.Module, trained: dict[str, Tensor], config: LocalTraining) -> Update:
     if config.low_bit_training == "qat":
         refit_scales(model)
-    return quantize_state(model_state(model), config.bits, weight_scales(model))
+    return quantize_state(trained, config.bits, weight_scales(model))
 
 
 def _batches(count: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
