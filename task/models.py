@@ -156,7 +156,7 @@ def _memory(state: dict[str, Tensor]) -> set[int]:
 def _check_weights(model: nn.Module, name: str) -> None:
     """Refuse weights that are not float32, or not finite: they cannot be sent, nor averaged."""
     for key, weight in model.named_parameters():
-        if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        if isinstance(weight, nn.parameter.UninitializedParameter):
             continue
         if weight.dtype != torch.float32:
             raise SettingsError(f"model: {name!r}: {key} is {weight.dtype}; allowed: torch.float32")

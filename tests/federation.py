@@ -9,8 +9,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from specs import spec_of_state, to_bits, weights_of
 
-from quant import STYPE, Update, UpdateSpec, decode_update, encode_update, quantize_state
+from quant import STYPE, Update, UpdateSpec, decode_update, encode_update
 from strategies.states import to_arrays
 from task.protocol import (
     DECLARATION,
@@ -156,7 +157,7 @@ class ScriptedClient:
         content = RecordDict()
         if instruction.uplink != "nothing":
             sent = self.train(received)
-            update = sent if isinstance(sent, Update) else quantize_state(sent, self.bits)
+            update = sent if isinstance(sent, Update) else to_bits(sent, self.bits)
             payload = encode_update(update, stamp=instruction.server_round)
             content[UPDATE] = payload_record(payload)
         reported = {"server_round": instruction.server_round} | self.reported
@@ -191,13 +192,15 @@ def report(examples: int, **changes) -> MetricRecord:
 def federation(clients: list[ScriptedClient], state: dict, **kwargs) -> InProcessGrid:
     """Number the clients 100, 101, ... and tell each the shape of the model."""
     for client in clients:
-        client.spec = UpdateSpec.of(state)
+        client.spec = spec_of_state(state)
     return InProcessGrid({100 + i: c for i, c in enumerate(clients)}, **kwargs)
 
 
 def run_round(strategy, grid, state, server_round=1):
     """One round of training through Flower's interface; returns the new state dict, or None."""
     arrays = to_arrays(state)
+    if strategy.quantized is None:  # As the server does.
+        strategy.quantized = frozenset(weights_of(state))
     messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
     replies = grid.send_and_receive(messages)
     new, _ = strategy.aggregate_train(server_round, replies)

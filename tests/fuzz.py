@@ -17,16 +17,14 @@ from itertools import product
 
 import numpy as np
 import torch
+from specs import difference_of, spec_of_state, to_bits
 from xxhash import xxh3_64_intdigest
 
 from quant import (
     UpdateError,
-    UpdateSpec,
     decode_update,
     encode_update,
     largest_code,
-    quantize_difference,
-    quantize_state,
 )
 
 # Where the layout in quant/wire.py puts the fields of the header.
@@ -64,12 +62,12 @@ class Target:
         state = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
         self.start = None
         if content == "weights":
-            self.start = quantize_state({n: t * 0.98 for n, t in state.items()}, bits)
-            update = quantize_state(state, bits)
+            self.start = to_bits({n: t * 0.98 for n, t in state.items()}, bits)
+            update = to_bits(state, bits)
         else:
-            update = quantize_difference(state, bits, generator)
+            update = difference_of(state, bits, generator)
         self.bits, self.content = bits, content
-        self.spec = UpdateSpec.of(state)
+        self.spec = spec_of_state(state)
         data = encode_update(update, coded=coded, start=self.start)
         self.coding = data[CODING]
         self.data = np.frombuffer(data, np.uint8)

@@ -9,7 +9,7 @@ from federation import InProcessGrid
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.cli.config_utils import load_and_validate
 
-from quant import UpdateSpec, payload_size
+from quant import payload_size, spec_of
 from strategies import ProWD
 
 
@@ -50,7 +50,7 @@ def test_it_trains_across_bit_widths(their_app, tmp_path):
     network.load_state_dict(torch.load(tmp_path / "their-model.pt"))
     assert accuracy() > 0.95
     # One query and three rounds; the Int8 nodes send codes, which are shorter.
-    spec = UpdateSpec.of(network.state_dict())
+    spec = spec_of(network)
     for number, node in enumerate(nodes.values()):
         query, *rounds = node.replies
         bits = 32 if number % 2 else 8

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from specs import difference_of, spec_of_state, to_bits
 
 from quant import (
     QuantizedTensor,
     Update,
     UpdateSpec,
     encode_update,
-    quantize_difference,
-    quantize_state,
     squares_at_most,
 )
 
@@ -46,9 +45,9 @@ def some_model():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16, 32])
 def test_no_update_is_larger_than_its_bounds(bits):
     model = some_model()
-    spec = UpdateSpec.of(model)
-    updates = [quantize_state(model, bits)]
-    updates.append(quantize_difference(model, bits, torch.Generator().manual_seed(2)))
+    spec = spec_of_state(model)
+    updates = [to_bits(model, bits)]
+    updates.append(difference_of(model, bits, torch.Generator().manual_seed(2)))
     for update in updates:
         parameters, statistics = squares_at_most(encode_update(update), spec, bits)
         exact = {name: float(v.double().square().sum()) for name, v in update.dequantize().items()}
@@ -63,14 +62,14 @@ def test_no_update_is_larger_than_its_bounds(bits):
 def test_what_has_no_statistics_or_no_floats_has_a_bound():
     for shapes in ({"w": (2, 2)}, {"b": (3,)}, {"n.running_var": (3,)}):
         spec = UpdateSpec(shapes)
-        ones = quantize_state({name: torch.ones(shape) for name, shape in shapes.items()}, 8)
+        ones = to_bits({name: torch.ones(shape) for name, shape in shapes.items()}, 8)
         count = torch.Size(*shapes.values()).numel()
         expected = (0.0, count) if "n.running_var" in shapes else (count, 0.0)
         assert squares_at_most(encode_update(ones), spec, 8) == pytest.approx(expected)
 
 
 def test_a_payload_that_is_cut_short_has_no_bounds():
-    spec = UpdateSpec.of(some_model())
-    payload = encode_update(quantize_state(some_model(), 4))
+    spec = spec_of_state(some_model())
+    payload = encode_update(to_bits(some_model(), 4))
     assert squares_at_most(payload[:100], spec, 4) == (0.0, 0.0)
     assert squares_at_most(b"", spec, 4) == (0.0, 0.0)

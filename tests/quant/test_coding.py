@@ -7,17 +7,16 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measuring import peak_memory
+from specs import spec_of_state, to_bits
 
 from quant import (
     PackingError,
     UpdateError,
-    UpdateSpec,
     decode_update,
     encode_update,
     largest_code,
     packed_size,
     payload_size,
-    quantize_state,
 )
 from quant.coding import compress_codes, read_codes, unfold_codes
 
@@ -328,12 +327,12 @@ def model(seed=0, moved=0.0):
     return {n: t + moved * torch.randn(t.shape, generator=step) for n, t in state.items()}
 
 
-SPEC = UpdateSpec.of(model())
+SPEC = spec_of_state(model())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 11, 16])
 def test_a_coded_payload_is_the_same_update_in_fewer_bytes(bits):
-    start, update = quantize_state(model(), bits), quantize_state(model(1, moved=0.05), bits)
+    start, update = to_bits(model(), bits), to_bits(model(1, moved=0.05), bits)
     plain = encode_update(update)
     coded = encode_update(update, coded=True)
     from_start = encode_update(update, coded=True, start=start)
@@ -349,24 +348,24 @@ def test_a_coded_payload_is_the_same_update_in_fewer_bytes(bits):
 def test_codes_that_do_not_get_shorter_are_packed():
     generator = torch.Generator().manual_seed(0)
     uniform = {"w": torch.rand(40, 60, generator=generator) * 2 - 1, "b": torch.zeros(40)}
-    update = quantize_state(uniform, 8)
+    update = to_bits(uniform, 8)
     assert encode_update(update, coded=True) == encode_update(update)
     # Nothing is quantized at all.
-    update = quantize_state(uniform, 32)
+    update = to_bits(uniform, 32)
     assert encode_update(update, coded=True) == encode_update(update)
 
 
 def test_a_payload_that_refers_to_codes_that_were_not_sent_is_refused():
-    start, update = quantize_state(model(), 4), quantize_state(model(1, moved=0.05), 4)
+    start, update = to_bits(model(), 4), to_bits(model(1, moved=0.05), 4)
     data = encode_update(update, coded=True, start=start)
-    for other in (None, quantize_state(model(), 8), quantize_state(model(), 32)):
+    for other in (None, to_bits(model(), 8), to_bits(model(), 32)):
         with pytest.raises(UpdateError, match="refers to codes that were not sent"):
             decode_update(data, SPEC, 4, start=other)
 
 
 def test_a_coded_payload_is_shorter_than_a_packed_one_or_it_is_refused():
     """What is longer can only be a bomb, or a client that pads."""
-    update = quantize_state(model(), 4)
+    update = to_bits(model(), 4)
     data = encode_update(update)
     codes = update.quantized["w"].codes.numpy().ravel()
     head = data[: len(data) - packed_size(codes.size, 4)]

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from specs import to_bits
 
-from quant import encode_update, mse_scale, pack, pack_tensor, quantize_state
+from quant import encode_update, mse_scale, pack, pack_tensor
 from quant.device_packing import pack_on_device
 
 WIDTHS = range(2, 17)
@@ -81,8 +82,8 @@ def test_an_update_on_the_gpu_is_the_same_payload(bits, coded):
         "b.weight": torch.randn(8, 3, 3, 3, generator=generator),
         "b.bias": torch.randn(8, generator=generator),
     }
-    here = quantize_state(state, bits)
-    there = quantize_state(
+    here = to_bits(state, bits)
+    there = to_bits(
         {name: tensor.cuda() for name, tensor in state.items()},
         bits,
         {name: scale.cuda() for name, scale in here.scales.items()},

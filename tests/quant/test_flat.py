@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from specs import spec_of_state, to_bits
 
 from quant import (
     FlatUpdate,
@@ -10,7 +11,6 @@ from quant import (
     UpdateSum,
     decode_update,
     encode_update,
-    quantize_state,
 )
 from quant.flat import FlatCodes, FlatFloats
 from quant.layout import layout_of
@@ -40,8 +40,8 @@ def filled(shapes):
 @pytest.mark.parametrize("bits", [2, 4, 8, 9, 16])
 def test_a_decoded_update_holds_the_tensors_that_were_sent(bits):
     state = model(shapes=filled(SHAPES))
-    sent = quantize_state(state, bits)
-    got = decode_update(encode_update(sent), UpdateSpec.of(state), bits)
+    sent = to_bits(state, bits)
+    got = decode_update(encode_update(sent), spec_of_state(state), bits)
     assert isinstance(got, FlatUpdate)
     assert set(got.quantized) == set(sent.quantized)
     assert len(got.quantized) == len(sent.quantized)
@@ -53,14 +53,14 @@ def test_a_decoded_update_holds_the_tensors_that_were_sent(bits):
 
 
 def test_the_form_is_taken_as_it_is_and_made_where_it_is_not_there():
-    sent = quantize_state(model(shapes=filled(SHAPES)), 4)
+    sent = to_bits(model(shapes=filled(SHAPES)), 4)
     made = FlatUpdate.of(sent)
     assert made.quantized.codes.numel() == sum(t.codes.numel() for t in sent.quantized.values())
     for name, tensor in sent.quantized.items():
         assert torch.equal(made.quantized[name].codes, tensor.codes)
     assert torch.equal(made.floats["bias"], sent.floats["bias"])
     assert FlatUpdate.of(made) is made
-    wide = FlatUpdate.of(quantize_state(model(), 32))
+    wide = FlatUpdate.of(to_bits(model(), 32))
     assert len(wide.quantized) == 0
     assert list(wide.floats) == list(UpdateSpec(SHAPES).shapes)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from measuring import peak_memory
+from specs import difference_of, spec_of_state, to_bits
 from xxhash import xxh3_64_intdigest
 
 from quant import (
@@ -18,8 +19,6 @@ from quant import (
     encode_update,
     largest_code,
     payload_size,
-    quantize_difference,
-    quantize_state,
 )
 
 WIDTHS = [*range(2, 17), 32]
@@ -41,7 +40,7 @@ def small_state(seed=0):
     return {**state, "bn.num_batches_tracked": torch.tensor(3)}
 
 
-SPEC = UpdateSpec.of(small_state())
+SPEC = spec_of_state(small_state())
 
 
 def with_checksum(data):
@@ -92,7 +91,7 @@ def test_payload_by_hand():
 
 def test_a_payload_is_good_for_its_own_round_only():
     """The same bytes but for the checksum, which starts from the round."""
-    update, stamps = quantize_state(small_state(), 4), (0, 1, 2, 255, 256, 65536, 2**32 - 1)
+    update, stamps = to_bits(small_state(), 4), (0, 1, 2, 255, 256, 65536, 2**32 - 1)
     sent = {stamp: encode_update(update, stamp=stamp) for stamp in stamps}
     assert sent[0] == encode_update(update)
     assert len({data[:CHECKSUM] + data[TABLE:] for data in sent.values()}) == 1
@@ -111,7 +110,7 @@ def test_a_payload_is_good_for_its_own_round_only():
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_the_server_gets_the_clients_own_weights_bit_for_bit(bits):
-    sent = quantize_state(small_state(), bits)
+    sent = to_bits(small_state(), bits)
     received = decode_update(encode_update(sent), SPEC, bits)
     same_bits(received.dequantize(), sent.dequantize())
     for name, tensor in sent.quantized.items():
@@ -123,12 +122,12 @@ def test_the_server_gets_the_clients_own_weights_bit_for_bit(bits):
 def test_full_width_sends_the_state_itself():
     state = small_state()
     del state["bn.num_batches_tracked"]
-    same_bits(decode_update(encode_update(quantize_state(state, 32)), SPEC, 32).dequantize(), state)
+    same_bits(decode_update(encode_update(to_bits(state, 32)), SPEC, 32).dequantize(), state)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_spec_size_is_exact(bits):
-    assert len(encode_update(quantize_state(small_state(), bits))) == payload_size(SPEC, bits)
+    assert len(encode_update(to_bits(small_state(), bits))) == payload_size(SPEC, bits)
     # By hand: 108 + 35 codes with 4 + 5 scales, 9 floats; the table has 5 names of 11, 8, 9, 15 and
     # 9 bytes, 4 bytes more each, and 4 + 2 + 1 + 1 + 0 sizes. Padding is at most `bits` bytes.
     table = 11 + 8 + 9 + 15 + 9 + 5 * 4 + 4 * 8
@@ -141,32 +140,30 @@ def test_spec_size_is_exact(bits):
 def test_the_order_of_the_mappings_does_not_matter(bits):
     state = small_state()
     backwards = dict(reversed(state.items()))
-    assert encode_update(quantize_state(state, bits)) == encode_update(
-        quantize_state(backwards, bits)
-    )
-    update = quantize_state(state, bits)
+    assert encode_update(to_bits(state, bits)) == encode_update(to_bits(backwards, bits))
+    update = to_bits(state, bits)
     turned = replace(
         update,
         quantized=dict(reversed(update.quantized.items())),
         floats=dict(reversed(update.floats.items())),
     )
     assert encode_update(turned) == encode_update(update)
-    decoded = decode_update(encode_update(update), UpdateSpec.of(backwards), bits)
+    decoded = decode_update(encode_update(update), spec_of_state(backwards), bits)
     same_bits(decoded.dequantize(), update.dequantize())
 
 
 def test_which_tensors_are_quantized():
     # Two and more dimensions; the integer counter is not sent at all.
-    update = quantize_state(small_state(), 4)
+    update = to_bits(small_state(), 4)
     assert sorted(update.quantized) == ["a.weight", "conv.weight"]
     assert sorted(update.floats) == ["bn.running_mean", "bn.scalar", "conv.bias"]
-    assert quantize_state(small_state(), 32).quantized == {}
+    assert to_bits(small_state(), 32).quantized == {}
 
 
 def test_given_scales_are_used():
     state = small_state()
     scale = absmax_scale(state["a.weight"], 3) * 2
-    update = quantize_state(state, 3, {"a.weight": scale})
+    update = to_bits(state, 3, {"a.weight": scale})
     assert torch.equal(update.quantized["a.weight"].scale, scale)
     # Twice the absmax scale leaves codes of at most 3 / 2, which round to 2 at most.
     assert update.quantized["a.weight"].codes.abs().max() == 2
@@ -174,13 +171,13 @@ def test_given_scales_are_used():
 
 @pytest.mark.parametrize("bits", [2, 8, 32])
 def test_difference_round_trip(bits):
-    update = replace(quantize_state(small_state(), bits), content="difference")
+    update = replace(to_bits(small_state(), bits), content="difference")
     data = encode_update(update)
     assert decode_update(data, SPEC, bits, "difference").content == "difference"
     with pytest.raises(UpdateError, match="content"):
         decode_update(data, SPEC, bits, "weights")
     with pytest.raises(UpdateError, match="content"):
-        decode_update(encode_update(quantize_state(small_state(), bits)), SPEC, bits, "difference")
+        decode_update(encode_update(to_bits(small_state(), bits)), SPEC, bits, "difference")
 
 
 def mutations(data, rng, count):
@@ -213,7 +210,7 @@ def mutations(data, rng, count):
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8, 11, 16, 32])
 def test_every_altered_payload_is_refused(bits):
-    data = encode_update(quantize_state(small_state(), bits))
+    data = encode_update(to_bits(small_state(), bits))
     decode_update(data, SPEC, bits)
     for altered in mutations(data, random.Random(bits), 1500):
         with pytest.raises(UpdateError):
@@ -231,7 +228,7 @@ def test_every_single_bit_matters():
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8, 11, 16, 32])
 def test_an_altered_payload_with_a_fitting_checksum_is_refused_or_sane(bits):
-    data = encode_update(quantize_state(small_state(), bits))
+    data = encode_update(to_bits(small_state(), bits))
     accepted = refused = 0
     for altered in mutations(data, random.Random(bits), 1000):
         if len(altered) < TABLE:
@@ -272,14 +269,14 @@ def test_an_altered_payload_with_a_fitting_checksum_is_refused_or_sane(bits):
     ],
 )
 def test_header_edits_are_refused_by_name(position, value, message):
-    data = encode_update(quantize_state(small_state(), 4))
+    data = encode_update(to_bits(small_state(), 4))
     with pytest.raises(UpdateError, match=message):
         decode_update(with_checksum(with_byte(data, position, value)), SPEC, 4)
 
 
 @pytest.mark.parametrize("declared", [b for b in WIDTHS if b != 4])
 def test_another_width_than_declared_is_refused(declared):
-    data = encode_update(quantize_state(small_state(), 4))
+    data = encode_update(to_bits(small_state(), 4))
     with pytest.raises(UpdateError, match=f"4 bits; the client declared {declared}"):
         decode_update(data, SPEC, declared)
 
@@ -287,7 +284,7 @@ def test_another_width_than_declared_is_refused(declared):
 @pytest.mark.parametrize("bits", [0, 1, 17, 31, 255])
 def test_a_width_that_does_not_exist_is_refused(bits):
     # A client that lies in its declaration and in the header alike.
-    data = encode_update(quantize_state(small_state(), 4))
+    data = encode_update(to_bits(small_state(), 4))
     with pytest.raises(UpdateError):
         decode_update(with_checksum(with_byte(data, BITS, bits)), SPEC, bits)
 
@@ -309,7 +306,7 @@ def test_another_model_is_refused(edit, bits):
     shapes = {n: s for n, s in {**SPEC.shapes, **edit}.items() if s is not None}
     state = {name: torch.ones(shape) for name, shape in shapes.items()}
     with pytest.raises(UpdateError):
-        decode_update(encode_update(quantize_state(state, bits)), SPEC, bits)
+        decode_update(encode_update(to_bits(state, bits)), SPEC, bits)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.0, -0.5, -1e-45, torch.inf, -torch.inf, torch.nan])
@@ -366,7 +363,7 @@ def test_quantized_differences_are_unbiased_and_within_their_variance_bound(bits
     generator = torch.Generator().manual_seed(bits)
     x = torch.randn(3, 50, generator=generator)
     draws = torch.stack(
-        [quantize_difference({"w": x}, bits, generator).dequantize()["w"] for _ in range(2000)]
+        [difference_of({"w": x}, bits, generator).dequantize()["w"] for _ in range(2000)]
     )
     step = x.abs().amax(1, keepdim=True) / largest_code(bits)
     # A draw is one of two neighbours: its standard deviation is at most half a step.
@@ -393,7 +390,7 @@ def peak_of_refusal(data, spec, bits):
 @pytest.mark.parametrize("bits", [4, 32])
 def test_a_claim_of_terabytes_is_refused_without_allocation(bits):
     big = 2**32 - 1
-    data = encode_update(quantize_state(small_state(), bits))
+    data = encode_update(to_bits(small_state(), bits))
     claims = [
         data[:TABLE_BYTES] + struct.pack("<I", big) + data[CHECKSUM:],
         # The sizes of a.weight, the table's first entry: 2 + 8 + 1 + 1 bytes in.
@@ -463,14 +460,14 @@ def test_a_large_model_takes_its_share_of_the_bytes():
     }
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    spec = UpdateSpec.of(state)
-    full = len(encode_update(quantize_state(state, 32)))
+    spec = spec_of_state(state)
+    full = len(encode_update(to_bits(state, 32)))
     assert full > 4 * 1_186_496
     assert full == payload_size(spec, 32)
     for bits in range(2, 17):
         assert abs(payload_size(spec, bits) / full / (bits / 32) - 1) < 0.05
     for bits in (2, 5, 13):
-        sent = quantize_state(state, bits)
+        sent = to_bits(state, bits)
         data = encode_update(sent)
         assert len(data) == payload_size(spec, bits)
         same_bits(decode_update(data, spec, bits).dequantize(), sent.dequantize())

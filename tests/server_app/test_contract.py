@@ -16,18 +16,25 @@ from safetensors.torch import load_file
 
 import client_app.app as client_app
 from client_app.memory import own_model
-from quant import UpdateSpec, payload_size, quantized_layers, set_scales
+from quant import (
+    federated_state,
+    load_state,
+    payload_size,
+    quantized_layers,
+    set_scales,
+    spec_of,
+)
 from server_app.app import main
 from task.models import build_model, to_input
 from task.partition import client_images
 from task.protocol import MODEL, UPDATE
 from task.seeds import derive_seed
 from task.settings import Settings
-from task.training import at_width, load_state, model_state
+from task.training import at_width
 
 FLOAT = "32:1.0"
 MIXED = "2:0.2,4:0.2,8:0.2,32:0.4"
-SPEC = UpdateSpec.of(build_model("cnn", 1, 8, 10, seed=0).state_dict())
+SPEC = spec_of(build_model("cnn", 1, 8, 10, seed=0))
 OWN = "own"
 # System: settings, bits up, bits down, as in the table ("OWN" is the client's; 0 is nothing sent).
 TABLE = {
@@ -233,7 +240,7 @@ def test_fedcomgate_of_the_real_app_is_algorithm_2(tmp_path):
     folder, grid = run(tmp_path, FLOAT, clients=3, strategy="fedcomgate", **config)
     run_config = next(iter(grid.nodes.values())).run_config
     clients = [TorchClient(i, run_config) for i in range(3)]
-    state = {n: t.clone() for n, t in model_state(build_model("cnn", 1, 8, 10, 0)).items()}
+    state = {n: t.clone() for n, t in federated_state(build_model("cnn", 1, 8, 10, 0)).items()}
     for server_round in range(1, 5):
         results = [c.train(state, server_round) for c in clients]
         average = {n: sum(moved[n] for moved, _, _ in results) / 3 for n in state}
@@ -276,15 +283,15 @@ def test_a_local_client_whose_reply_was_lost_goes_on_from_its_own_model(tmp_path
     first = next(m for m in grid.sent if m.metadata.message_type == "train")
     assert MODEL in first.content
     job = client_app._open(first, node.context)
-    assert all(torch.equal(model_state(job.model)[n], t) for n, t in kept.items())
+    assert all(torch.equal(federated_state(job.model)[n], t) for n, t in kept.items())
     node.lose_state()
     job = client_app._open(first, node.context)
-    assert not all(torch.equal(model_state(job.model)[n], t) for n, t in kept.items())
+    assert not all(torch.equal(federated_state(job.model)[n], t) for n, t in kept.items())
 
 
 def test_without_float32_clients_the_widest_groups_model_is_written(tmp_path):
     folder, _ = run(tmp_path, "4:0.4,8:0.6", strategy="grouped-avg")
-    start = model_state(build_model("cnn", 1, 8, 10, 0))
+    start = federated_state(build_model("cnn", 1, 8, 10, 0))
     written = load_file(folder / "model.safetensors")
     assert not torch.equal(written["hidden.weight"], start["hidden.weight"])
 

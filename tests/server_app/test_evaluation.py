@@ -8,18 +8,19 @@ import pytest
 import torch
 from federation import ClientAppNode, InProcessGrid, assert_same_update
 from flwr.app import Context, RecordDict
+from specs import to_bits
 from torch import nn
 
 import client_app.app as client_app
 from quant import (
     QuantizedTensor,
     Update,
-    UpdateSpec,
     decode_update,
+    federated_state,
     fit_scale,
-    quantize_state,
     quantized_layers,
     set_scales,
+    spec_of,
     weight_scales,
 )
 from server_app.app import main
@@ -32,7 +33,7 @@ from task.errors import SettingsError
 from task.models import build_model, to_input
 from task.protocol import INSTRUCTION, MODEL, Instruction
 from task.settings import Settings
-from task.training import at_width, evaluate, model_state
+from task.training import at_width, evaluate
 
 FLOAT_STATISTICS = Settings(calibrate_normalization=False)
 
@@ -54,7 +55,7 @@ def small(seed=0):
 
 
 def state_of(model):
-    return {n: t.clone() for n, t in model_state(model).items()}
+    return {n: t.clone() for n, t in federated_state(model).items()}
 
 
 def shifted(update, seed=0):
@@ -74,7 +75,7 @@ def shifted(update, seed=0):
 
 @pytest.mark.parametrize("bits", [2, 3, 8, 16])
 def test_a_network_computes_with_the_codes_and_scales_it_is_given(bits):
-    update = shifted(quantize_state(state_of(small()), bits))
+    update = shifted(to_bits(state_of(small()), bits))
     evaluator = Evaluator(FLOAT_STATISTICS, small(1), images(), images().pixels)
     network = evaluator.network(update)
     layers = dict(quantized_layers(network))
@@ -90,7 +91,7 @@ def test_a_network_computes_with_the_codes_and_scales_it_is_given(bits):
 
 
 def test_a_float32_model_is_not_quantized():
-    update = quantize_state(state_of(small()), 32)
+    update = to_bits(state_of(small()), 32)
     network = Evaluator(FLOAT_STATISTICS, small(1), images(), images().pixels).network(update)
     assert not list(quantized_layers(network))
     assert all(torch.equal(t, network.state_dict()[n]) for n, t in update.floats.items())
@@ -99,7 +100,7 @@ def test_a_float32_model_is_not_quantized():
 def test_activations_are_at_the_width_of_the_settings():
     settings = Settings(calibrate_normalization=False, activation_bits=6)
     network = Evaluator(settings, small(), images(), images().pixels).network(
-        quantize_state(state_of(small()), 3)
+        to_bits(state_of(small()), 3)
     )
     assert {layer.config.activation_bits for _, layer in quantized_layers(network)} == {6}
 
@@ -108,7 +109,7 @@ def test_activations_are_at_the_width_of_the_settings():
 def test_statistics_are_those_of_the_buffer_if_asked_for(bits):
     model, buffer = small(), images(30, seed=5).pixels
     model[1].running_mean.fill_(9)
-    update = quantize_state(state_of(model), bits)
+    update = to_bits(state_of(model), bits)
     kept = Evaluator(FLOAT_STATISTICS, model, images(), buffer).network(update)
     assert kept[1].running_mean.tolist() == [9] * 4
     found = Evaluator(Settings(), model, images(), buffer).network(update)
@@ -120,7 +121,7 @@ def test_statistics_are_those_of_the_buffer_if_asked_for(bits):
 
 
 def test_grids_of_activations_are_fitted_to_the_buffer():
-    buffer, update = images(30, seed=5).pixels, quantize_state(state_of(small()), 3)
+    buffer, update = images(30, seed=5).pixels, to_bits(state_of(small()), 3)
     network = Evaluator(Settings(), small(), images(), buffer).network(update)
     fitted = [layer.input_grid for _, layer in quantized_layers(network)]
     calibrate_activations(network, buffer)
@@ -134,7 +135,7 @@ def test_a_score_is_that_of_the_network_and_leaves_no_trace():
     model, held_out = small(), images(60, seed=1)
     before = state_of(model)
     evaluator = Evaluator(Settings(), model, held_out, images().pixels)
-    update = quantize_state(state_of(small(2)), 4)
+    update = to_bits(state_of(small(2)), 4)
     first = evaluator.score(update)
     assert first == evaluate(evaluator.network(update), held_out)
     assert first.num_examples == 60
@@ -156,7 +157,7 @@ def test_codes_are_those_of_rounding_the_network_for_the_buffer(bits):
     network = at_width(plain, Settings(), bits)
     calibrate_activations(network, buffer)
     expected = round_weights(network, buffer)
-    nearest = quantize_state(state, bits)
+    nearest = to_bits(state, bits)
     assert (update.bits, update.content) == (bits, "weights")
     assert update.quantized.keys() == expected.keys() == nearest.quantized.keys()
     for name, tensor in update.quantized.items():
@@ -184,7 +185,7 @@ def test_a_layer_that_no_image_reaches_is_rounded_to_nearest(step):
     settings = Settings(low_bit_training="strict", weight_step=step)
     update = CalibratedRounding(settings, model, images().pixels)(state_of(model), 4)
     scales = {"used.weight": torch.full((10,), step), "spare.weight": torch.full((4,), step)}
-    nearest = quantize_state(state_of(model), 4, scales if step else None).quantized
+    nearest = to_bits(state_of(model), 4, scales if step else None).quantized
     # In fixed point all layers have the one step.
     for name, tensor in update.quantized.items():
         assert torch.equal(tensor.scale, nearest[name].scale)
@@ -238,11 +239,11 @@ def test_outputs_on_the_buffer_stay_nearer_than_with_nearest_rounding():
         with torch.no_grad():
             return evaluator.network(update).eval()(to_input(buffer))
 
-    truth = logits(quantize_state(state, 32))
+    truth = logits(to_bits(state, 32))
     for bits in (2, 4):
         errors = [
             float((logits(update) - truth).square().mean())
-            for update in (rounding(state, bits), quantize_state(state, bits))
+            for update in (rounding(state, bits), to_bits(state, bits))
         ]
         assert errors[0] < 0.8 * errors[1]
 
@@ -301,7 +302,7 @@ def test_an_unknown_broadcast_is_refused_in_one_line():
 
 # --- the real app --------------------------------------------------------------------------------
 
-SPEC = UpdateSpec.of(build_model("resnet8", 1, 8, 10, seed=0).state_dict())
+SPEC = spec_of(build_model("resnet8", 1, 8, 10, seed=0))
 
 
 def run(tmp_path, monkeypatch, **settings):
@@ -352,7 +353,7 @@ def test_clients_start_on_exactly_the_codes_that_were_evaluated(
     trained = [m for m in grid.sent if m.metadata.message_type == "train"]
     assert len(trained) == 6
     # The first model is the seed's.
-    first = quantize_state(model_state(build_model("resnet8", 1, 8, 10, 0)), 2).quantized
+    first = to_bits(federated_state(build_model("resnet8", 1, 8, 10, 0)), 2).quantized
     sent = decode_update(trained[2].content[MODEL][MODEL].data, SPEC, 2).quantized
     for name, tensor in sent.items():
         assert torch.equal(tensor.scale, first[name].scale)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import client_app.app
 from client_app.memory import own_model
-from quant import UpdateSpec, decode_update
+from quant import decode_update, spec_of
 from server_app.app import main
 from server_app.rounds import format_bytes, format_round
 from task.clock import clock
@@ -305,7 +305,7 @@ def test_fixed_point_clients_stay_on_one_grid(tmp_path, strategy):
     nodes = {50 + i: Listening(i, 2, config) for i in range(2)}
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
     main(InProcessGrid(nodes), context)
-    spec = UpdateSpec.of(build_model("cnn", 1, 8, 10, seed=0).state_dict())
+    spec = spec_of(build_model("cnn", 1, 8, 10, seed=0))
     if strategy == "local":
         state, scales = own_model(nodes[50].context.state)
         for name, scale in scales.items():

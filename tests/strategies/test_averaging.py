@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from specs import to_bits
 
-from quant import Update, quantize_state
+from quant import Update
 from strategies.averaging import WeightedMean, mean_of
 from strategies.replies import ClientUpdate
 from task.protocol import Declaration, Report
@@ -14,7 +15,7 @@ def updates(bits):
         generator = torch.Generator().manual_seed(seed)
         shapes = {"small": (3, 4), "large": (40, 50, 3, 3), "b": (3,)}
         model = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        yield quantize_state(model, bits)
+        yield to_bits(model, bits)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16, 32])

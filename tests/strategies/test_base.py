@@ -12,8 +12,9 @@ from federation import (
     run_round,
 )
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from specs import to_bits
 
-from quant import encode_update, quantize_state
+from quant import encode_update
 from strategies import FedAvg, FederationError
 from strategies.nodes import sample_nodes
 from strategies.states import to_arrays
@@ -54,7 +55,7 @@ def content(payload=None, metrics=None):
 
 def encoded(bits, state=None):
     state = state or {n: t + 9 for n, t in STATE.items()}
-    return encode_update(quantize_state(state, bits), stamp=1)
+    return encode_update(to_bits(state, bits), stamp=1)
 
 
 NAN = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
@@ -145,7 +146,7 @@ def test_the_model_of_a_width_is_made_when_the_wider_clients_have_been_asked():
 
     def round_calibrated(state, bits):
         rounded.append(bits)
-        return quantize_state(state, bits)
+        return to_bits(state, bits)
 
     strategy.round_calibrated = round_calibrated
     grid = federation(

@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 from federation import assert_same_update, report
+from specs import to_bits
 from xxhash import xxh3_64_intdigest
 
-from quant import FlatUpdate, OpenedUpdate, UpdateSpec, decode_update, encode_update, quantize_state
+from quant import FlatUpdate, OpenedUpdate, UpdateSpec, decode_update, encode_update
 from strategies.asked import Asked
 from strategies.decoding import decode_in_turn
 from strategies.replies import Packed
@@ -36,10 +37,10 @@ def replies_of(widths, coded=True, uplink="weights"):
         client = Declaration(partition, len(widths), bits, 10, "")
         asked.clients[100 + partition] = client
         asked.instructions[partition] = Instruction(1, downlink_bits=bits, uplink=uplink)
-        sent = asked.models[partition] = FlatUpdate.of(quantize_state(start, bits))
+        sent = asked.models[partition] = FlatUpdate.of(to_bits(start, bits))
         noise = state_of(1 + partition)
         trained = {name: tensor + 0.05 * noise[name] for name, tensor in start.items()}
-        update = quantize_state(trained, bits, sent.scales)
+        update = to_bits(trained, bits, sent.scales)
         payload = encode_update(update, coded=coded, start=sent, stamp=1)
         numbers = Report.from_record(report(10))
         packed.append(Packed(client, payload if uplink != "nothing" else b"", numbers))

@@ -5,9 +5,10 @@ import pytest
 import torch
 from federation import ScriptedClient, federation, run_round
 from flwr.app import RecordDict
+from specs import difference_of
 
 from client_app.tracking import TrackedRound, effective_steps, next_correction
-from quant import Update, quantize_difference
+from quant import Update
 from strategies import FedCOM, FedCOMGATE, FedPAQ
 from strategies.differences import DifferenceOptions, ServerStepOptions
 from task.errors import SettingsError
@@ -39,7 +40,7 @@ class Descending(ScriptedClient):
         self.reported = {"steps": self.steps, "began_clean": int(not self.delta)}
         seed = self.declaration.partition_id + 10 * asked.server_round
         generator = torch.Generator().manual_seed(seed)
-        update = quantize_difference({"w": w - received["w"]}, self.sent_bits, generator)
+        update = difference_of({"w": w - received["w"]}, self.sent_bits, generator)
         sent = update.dequantize()
         self.sent.append(sent["w"].numpy().copy())
         epoch, number = asked.tracking_epoch, asked.server_round

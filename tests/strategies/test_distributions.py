@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from federation import ScriptedClient, federation
+from specs import to_bits
 
-from quant import quantize_state
 from strategies import ProWD
 from strategies.distributions import BINS, REACH, WeightDistributions
 from strategies.states import to_arrays, to_state
@@ -70,7 +70,7 @@ def a_round(detailed):
     move = {n: 0.2 * torch.randn(t.shape, generator=generator) for n, t in start.items()}
     moved = {name: tensor + move[name] for name, tensor in start.items()}
     clients = [
-        ScriptedClient(0, 2, 2, lambda _: quantize_state(moved, 2)),
+        ScriptedClient(0, 2, 2, lambda _: to_bits(moved, 2)),
         ScriptedClient(1, 2, 32, lambda _: moved),
     ]
     grid = federation(clients, start)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from federation import ScriptedClient, federation, run_round
+from specs import to_bits
 
-from quant import quantize_state
 from strategies import FederationError, FlowerStrategy
 from strategies.flower import FlowerOptions, flower_names
 from task.errors import SettingsError
@@ -25,7 +25,7 @@ WIDTHS = (4, 4, 8, 32, 32)
 def sent(i, received):
     """What client `i` holds at its width after moving by its fixed step."""
     moved = {n: received[n] + MOVES[i][n] for n in received}
-    return quantize_state(moved, WIDTHS[i])
+    return to_bits(moved, WIDTHS[i])
 
 
 def clients():

@@ -9,10 +9,11 @@ import torch
 from federation import ScriptedClient, federation, payload_record, report, run_round
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from measuring import peak_memory
+from specs import to_bits
 from xxhash import xxh3_64_intdigest
 
 from client_app.tracking import effective_steps
-from quant import encode_update, quantize_state
+from quant import encode_update
 from strategies import STRATEGIES, FedAvg, FedCOMGATE
 from task.protocol import REPORT, UPDATE
 
@@ -24,7 +25,7 @@ STATE = {
 }
 # Of the layout in quant/wire.py: the checksum stands 12 bytes in, the table begins after it.
 CHECKSUM, TABLE, BITS = 12, 20, 5
-TABLE_SIZE = struct.unpack_from("<I", encode_update(quantize_state(STATE, 4)), 8)[0]
+TABLE_SIZE = struct.unpack_from("<I", encode_update(to_bits(STATE, 4)), 8)[0]
 SCALES = TABLE + TABLE_SIZE
 # Behind one scale for each of four channels: `b`, means and variances, four of each.
 FLOATS = SCALES + 4 * 4
@@ -59,7 +60,7 @@ def sends(factor, difference):
 
     def train(state):
         values = {n: t * 0 + 0.01 for n, t in state.items()} if difference else moved(state)
-        update = quantize_state({n: t * factor for n, t in values.items()}, 8)
+        update = to_bits({n: t * factor for n, t in values.items()}, 8)
         return replace(update, content="difference") if difference else update
 
     return train
@@ -99,7 +100,7 @@ ALTERATIONS = {
     "negative variance": (last_variance(-1.0), "is a variance"),
     "another width in the header": (at(BITS, bytes([8])), "8 bits; the client declared 4"),
     "another width throughout": (
-        lambda d: encode_update(quantize_state(STATE, 8)),
+        lambda d: encode_update(to_bits(STATE, 8)),
         "bytes; this model takes",
     ),
     "other shape": (at(TABLE + 5, struct.pack("<II", 6, 4)), "the table of tensors"),
@@ -182,10 +183,10 @@ def test_a_difference_that_ends_below_a_variance_of_zero_is_set_aside(broadcast)
 
     def moves_variance(by, bits=8):
         moved = {n: t * 0 + (by if n.endswith("var") else 0.01) for n, t in STATE.items()}
-        return replace(quantize_state(moved, bits), content="difference")
+        return replace(to_bits(moved, bits), content="difference")
 
     def rounded(state, bits):
-        return quantize_state(state | {"bn.running_var": torch.full((4,), 0.5)}, bits)
+        return to_bits(state | {"bn.running_var": torch.full((4,), 0.5)}, bits)
 
     lowest = -1.0 if broadcast == "float32" else -0.5
     clients = [honest(0), honest(1), honest(2, bits=32)]
@@ -300,7 +301,7 @@ def test_memory_stays_bounded_however_much_comes(size):
             content[UPDATE] = payload_record(bytes(size or 8_000_000))
             if size:
                 # A payload that is right, beside much that nobody asked for.
-                content[UPDATE] = payload_record(encode_update(quantize_state(STATE, 8), stamp=1))
+                content[UPDATE] = payload_record(encode_update(to_bits(STATE, 8), stamp=1))
                 content["more"] = ArrayRecord({"x": Array("uint8", (size,), "own", bytes(size))})
             yield Message(content, reply_to=message)
 

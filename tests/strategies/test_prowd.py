@@ -3,8 +3,9 @@
 import pytest
 import torch
 from federation import ScriptedClient, federation, run_round
+from specs import spec_of_state, to_bits
 
-from quant import QuantizedTensor, Update, UpdateSpec, fit_scale, quantize_nearest, quantize_state
+from quant import QuantizedTensor, Update, fit_scale, quantize_nearest
 from strategies import FedAvg, ProWD, ProWDOptions
 from task.errors import SettingsError
 
@@ -132,7 +133,7 @@ def test_a_trained_dequantizer_brings_qat_weights_nearer_to_the_truth():
         )
         strategy = ProWD(options, low_bit_training="qat")
         clients = [
-            ScriptedClient(0, 2, 4, lambda _: quantize_state(truth, 4)),
+            ScriptedClient(0, 2, 4, lambda _: to_bits(truth, 4)),
             ScriptedClient(1, 2, 32, lambda _: truth),
         ]
         new = run_round(strategy, federation(clients, start), start)
@@ -214,7 +215,7 @@ def test_a_ladder_that_grows_keeps_the_blocks_it_has():
     trained = {n: t.clone() for n, t in strategy.dequantizer.blocks["4"].state_dict().items()}
     assert trained["4.weight"].any(), "the last layer starts at zero and was trained"
     late = ScriptedClient(2, 3, 2, shrink)
-    late.spec = UpdateSpec.of(start)
+    late.spec = spec_of_state(start)
     grid.nodes[102] = late
     strategy.options = ProWDOptions(finetune_every=0)
     run_round(strategy, grid, start, 2)
@@ -244,7 +245,7 @@ def test_fine_tuning_comes_before_lifting(dequantize):
 
     def model(every):
         clients = [
-            ScriptedClient(0, 2, 4, lambda _: quantize_state(truth, 4)),
+            ScriptedClient(0, 2, 4, lambda _: to_bits(truth, 4)),
             ScriptedClient(1, 2, 32, lambda _: truth),
         ]
         strategy = ProWD(ProWDOptions(**{**options, "finetune_every": every}))

@@ -5,17 +5,15 @@ import pytest
 import torch
 from federation import ScriptedClient, assert_same_update, federation, run_round
 from flwr.app import Array, ArrayRecord, ConfigRecord
+from specs import difference_of, spec_of_state, to_bits
 
 from quant import (
     QuantizedTensor,
     Update,
-    UpdateSpec,
     decode_update,
     fit_scale,
     largest_code,
-    quantize_difference,
     quantize_nearest,
-    quantize_state,
 )
 from strategies import (
     STRATEGIES,
@@ -206,7 +204,7 @@ def test_the_drift_is_remembered_by_width():
     codes, scale = on_grid(start["w"], 4)
     moved = moves() * (codes.abs() < 7) * scale[:, None]
     aligned = aligned_in_numpy(
-        -(quantize_state(start, 2).dequantize()["w"].double().numpy()),
+        -(to_bits(start, 2).dequantize()["w"].double().numpy()),
         moved.double().numpy(),
         start["w"],
         2,
@@ -267,7 +265,7 @@ def test_with_float32_clients_alone_it_is_fedavg(own_normalization, broadcast):
 def test_a_channel_of_zeros_does_not_ruin_the_model():
     start = {"w": torch.tensor([[3.5, 0.1, -1.0, 0.5], [0.0, 0.0, 0.0, 0.0]]), "b": torch.zeros(2)}
     clients = [
-        ScriptedClient(0, 2, 4, lambda s: quantize_state(s, 4)),
+        ScriptedClient(0, 2, 4, lambda s: to_bits(s, 4)),
         ScriptedClient(1, 2, 32, lambda s: {n: t + 0.01 for n, t in s.items()}),
     ]
     new = run_round(ProWD(ProWDOptions(**ALONE)), federation(clients, start), start)
@@ -293,7 +291,7 @@ def adding(value):
 
 def received_by(grid, kind="train"):
     """What each partition got in the last messages of a kind, decoded: update by partition."""
-    spec = UpdateSpec.of(NORMALIZED)
+    spec = spec_of_state(NORMALIZED)
     found = {}
     for message in grid.sent:
         if message.metadata.message_type != kind or MODEL not in message.content:
@@ -339,7 +337,7 @@ def test_each_width_gets_its_own_normalization_and_the_common_weights(broadcast)
             torch.testing.assert_close(update.floats[name], NORMALIZED[name] + added[bits])
         narrow = broadcast == "nearest" and bits < 32
         assert update.bits == (bits if narrow else 32)
-        expected = quantize_state(new, update.bits).dequantize()["w"]
+        expected = to_bits(new, update.bits).dequantize()["w"]
         assert torch.equal(update.dequantize()["w"], expected)
     # And goes on from there: twice what was added.
     for name in ONE_DIMENSIONAL:
@@ -423,7 +421,7 @@ def test_without_float32_clients_the_widest_group_gives_the_global_normalization
 
 def ceiling(state, bits):
     """A rounding that is not to nearest, in place of the server's calibrated one."""
-    nearest = quantize_state(state, bits)
+    nearest = to_bits(state, bits)
     quantized = {}
     for name, tensor in nearest.quantized.items():
         limit = largest_code(bits)
@@ -433,7 +431,7 @@ def ceiling(state, bits):
 
 
 def rounded(state, bits, broadcast):
-    return ceiling(state, bits) if broadcast == "calibrated" else quantize_state(state, bits)
+    return ceiling(state, bits) if broadcast == "calibrated" else to_bits(state, bits)
 
 
 class Obedient(ScriptedClient):
@@ -450,8 +448,8 @@ class Obedient(ScriptedClient):
         if asked.uplink == "difference":
             bits = asked.uplink_bits or self.bits
             moved = {n: torch.full_like(t, self.step) for n, t in received.items()}
-            return quantize_difference(moved, bits, torch.Generator().manual_seed(0))
-        return quantize_state({n: t + self.step for n, t in received.items()}, self.bits)
+            return difference_of(moved, bits, torch.Generator().manual_seed(0))
+        return to_bits({n: t + self.step for n, t in received.items()}, self.bits)
 
 
 BROADCASTING = [*(name for name in STRATEGIES if name != "flwr"), "flwr:FedAdam"]
@@ -479,7 +477,7 @@ def sent_codes(grid):
             asked = Instruction.from_record(message.content[INSTRUCTION])
             client = grid.nodes[message.metadata.dst_node_id]
             data = message.content[MODEL][MODEL].data
-            update = decode_update(data, UpdateSpec.of(PLAIN), asked.downlink_bits)
+            update = decode_update(data, spec_of_state(PLAIN), asked.downlink_bits)
             found[client.declaration.partition_id] = (asked.server_round, update)
     return found
 
@@ -493,7 +491,7 @@ def test_low_bit_clients_get_codes_of_their_own_width(name, broadcast):
     new = run_round(strategy, grid, PLAIN, 1)
     for partition, (_, update) in sent_codes(grid).items():
         bits = clients[partition].bits
-        expected = quantize_state(PLAIN, 32) if bits == 32 else rounded(PLAIN, bits, broadcast)
+        expected = to_bits(PLAIN, 32) if bits == 32 else rounded(PLAIN, bits, broadcast)
         assert_same_update(update, expected)
     assert len(sent_codes(grid)) == 5
     if name == "local":
@@ -510,7 +508,7 @@ def test_low_bit_clients_get_codes_of_their_own_width(name, broadcast):
         bits = clients[partition].bits
         assert sent_in == 2
         assert_same_update(update, evaluated[bits])
-        as_it_is = quantize_state(own[bits], 32)
+        as_it_is = to_bits(own[bits], 32)
         assert_same_update(update, as_it_is if bits == 32 else rounded(own[bits], bits, broadcast))
         received = clients[partition].got[-1]
         assert all(torch.equal(t, received[n]) for n, t in update.dequantize().items())
@@ -526,7 +524,7 @@ def test_in_float32_all_get_the_same_model_but_for_what_is_a_widths_own(name):
     got = sent_codes(grid)
     assert len(got) == 5
     for _, update in got.values():
-        assert_same_update(update, quantize_state(PLAIN, 32))
+        assert_same_update(update, to_bits(PLAIN, 32))
     assert all(i.downlink_bits == 32 for client in clients for i in client.instructions)
 
 
@@ -559,8 +557,8 @@ def test_clients_that_evaluate_get_codes_of_their_own_width(broadcast):
         bits = grid.nodes[message.metadata.dst_node_id].bits
         instruction = Instruction.from_record(message.content[INSTRUCTION])
         assert instruction.downlink_bits == bits
-        update = decode_update(message.content[MODEL][MODEL].data, UpdateSpec.of(PLAIN), bits)
-        expected = quantize_state(PLAIN, 32) if bits == 32 else rounded(PLAIN, bits, broadcast)
+        update = decode_update(message.content[MODEL][MODEL].data, spec_of_state(PLAIN), bits)
+        expected = to_bits(PLAIN, 32) if bits == 32 else rounded(PLAIN, bits, broadcast)
         assert_same_update(update, expected)
 
 
@@ -591,5 +589,5 @@ def test_model_for_takes_the_state_of_the_width():
     )
     assert [bits for _, bits in seen] == [4]
     shifted = {n: t + 32 for n, t in PLAIN.items()}
-    assert_same_update(strategy.model_for(32, PLAIN), quantize_state(shifted, 32))
+    assert_same_update(strategy.model_for(32, PLAIN), to_bits(shifted, 32))
     assert len(seen) == 1

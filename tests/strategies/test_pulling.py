@@ -18,9 +18,9 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
 )
 from flwr.supercore.task_identity import TaskIdentity
+from specs import spec_of_state
 from superlink import SuperLink
 
-from quant import UpdateSpec
 from strategies import FedAvg, pulling, receive
 from strategies.states import to_arrays
 from task.protocol import UPDATE
@@ -46,7 +46,7 @@ class Federation:
         self.strategy = FedAvg(node_wait=5.0)
         self.clients = [ScriptedClient(i, 3, 32, lambda s: s) for i in range(3)]
         for client in self.clients:
-            client.spec = UpdateSpec.of(state)
+            client.spec = spec_of_state(state)
         self.ids = [link.add(client) for client in self.clients]
 
     @property

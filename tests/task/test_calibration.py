@@ -5,17 +5,18 @@ import copy
 import numpy as np
 import pytest
 import torch
+from specs import to_bits
 from torch import nn
 from torch.nn import functional as F
 
 import task.calibration
-from quant import QuantConfig, fit_scale, prepare, quantize_state, quantized_layers, weight_scales
+from quant import QuantConfig, federated_state, fit_scale, prepare, quantized_layers, weight_scales
 from quant.activations import fit_activation_grid
 from quant.rounding import round_to_moments
 from task.calibration import calibrate_activations, calibrate_normalization, round_weights
 from task.models import build_model, to_input
 from task.settings import Settings
-from task.training import at_width, model_state
+from task.training import at_width
 
 
 def pixels_of(count, size=6, channels=1, seed=0):
@@ -130,7 +131,7 @@ def test_real_networks_keep_their_outputs_better_than_rounded_to_nearest(name, b
     settings = Settings(activation_bits=32)
     calibrated, nearest = (at_width(model, settings, bits) for _ in range(2))
     rounded = round_weights(calibrated, pixels)
-    assert rounded.keys() == quantize_state(model_state(model), bits).quantized.keys()
+    assert rounded.keys() == to_bits(federated_state(model), bits).quantized.keys()
     for network in (model, nearest):
         calibrate_normalization(network, pixels)
     with torch.no_grad():
@@ -142,7 +143,7 @@ def test_real_networks_keep_their_outputs_better_than_rounded_to_nearest(name, b
 def test_activations_are_fitted_to_normalized_images_and_the_statistics_stay():
     model, pixels = network(), pixels_of(64)
     model[0].config = model[4].config = QuantConfig(4, 4)
-    before = copy.deepcopy(model_state(model))
+    before = copy.deepcopy(federated_state(model))
     momentum = model[1].momentum
     calibrate_activations(model, pixels)
     assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())

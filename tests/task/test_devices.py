@@ -7,9 +7,10 @@ import pytest
 import torch
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, RecordDict
+from specs import to_bits
 
 from experiments.export import export
-from quant import quantize_state
+from quant import federated_state
 from server_app.app import main
 from server_app.build import read_settings
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
@@ -18,7 +19,7 @@ from task.devices import device_of, pick_device
 from task.errors import SettingsError
 from task.models import build_model
 from task.settings import Settings
-from task.training import LocalTraining, model_state, train
+from task.training import LocalTraining, train
 
 STRICT = LocalTraining(4, "strict", activation_bits=4, gradient_bits=8, proximal_mu=0.1)
 
@@ -96,13 +97,13 @@ def test_float_training_on_the_gpu_is_that_on_the_cpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 32])
 def test_evaluation_on_the_gpu_is_that_on_the_cpu(bits):
-    images, state = some_images(), model_state(network())
+    images, state = some_images(), federated_state(network())
     scores = []
     for name in ("cuda", "cpu"):
         settings = Settings.read({"server-device": name})
         evaluator = Evaluator(settings, network(), images, images.pixels)
         rounding = CalibratedRounding(settings, network(), images.pixels)
-        model = rounding(state, bits) if bits < 32 else quantize_state(state, 32)
+        model = rounding(state, bits) if bits < 32 else to_bits(state, 32)
         assert all(t.codes.device.type == "cpu" for t in model.quantized.values())
         scores.append(evaluator.score(model))
     assert scores[0].loss == pytest.approx(scores[1].loss, rel=0.02)
@@ -110,7 +111,7 @@ def test_evaluation_on_the_gpu_is_that_on_the_cpu(bits):
 
 @pytest.mark.gpu
 def test_distillation_on_the_gpu_gives_gradients_on_the_cpu():
-    weights = {name: t.clone().requires_grad_() for name, t in model_state(network()).items()}
+    weights = {name: t.clone().requires_grad_() for name, t in federated_state(network()).items()}
     predict = make_predict(network(), some_images().pixels, pick_device("auto"))
     logits = predict(weights)
     logits.square().sum().backward()

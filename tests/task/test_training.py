@@ -12,7 +12,9 @@ from quant import (
     StrictSGD,
     encode_update,
     fake_quantize,
+    federated_state,
     fit_scale,
+    load_state,
     prepare,
     quantized_layers,
     weight_scales,
@@ -28,8 +30,6 @@ from task.training import (
     at_width,
     check_quantizable,
     evaluate,
-    load_state,
-    model_state,
     train,
 )
 
@@ -119,7 +119,7 @@ def test_float32_training_equals_a_plain_loop_bit_for_bit(settings):
     loss, accuracy = by_hand(expected, images, config, 7)
     update, score = update_and_score(start, images, config, 7)
     assert (update.bits, update.content, dict(update.quantized)) == (32, "weights", {})
-    assert_same(dict(update.floats), model_state(expected))
+    assert_same(dict(update.floats), federated_state(expected))
     assert score.loss == pytest.approx(loss, rel=1e-12)
     assert (score.accuracy, score.num_examples) == (accuracy, 20)
 
@@ -170,7 +170,7 @@ def test_a_correction_is_subtracted_from_the_gradients_it_names():
 def test_what_moved_is_the_end_less_the_start_as_the_client_holds_them():
     start = small_model()
     config = LocalTraining(4, "strict", activation_bits=4, gradient_bits=8, batch_size=8)
-    received = {n: t.clone() for n, t in model_state(start).items()}
+    received = {n: t.clone() for n, t in federated_state(start).items()}
     result = train(start, some_images(24), config, 1)
     for name, tensor in result.update.quantized.items():
         began = fake_quantize(received[name], fit_scale(received[name], 4), 4)
@@ -227,19 +227,19 @@ def test_qat_update_is_the_fake_quantized_model_bit_for_bit(bits):
         # The weights trained on are float32 and off the grid; the scale is fitted to them.
         assert not torch.equal(sent[f"{name}.weight"], layer.weight)
         assert torch.equal(update.quantized[f"{name}.weight"].scale, fit_scale(layer.weight, bits))
-    state = model_state(model)
+    state = federated_state(model)
     assert all(torch.equal(update.floats[name], state[name]) for name in update.floats)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
 def test_strict_update_lies_on_the_grid_of_the_received_weights(bits):
     model = small_model()
-    received = {name: tensor.clone() for name, tensor in model_state(model).items()}
+    received = {name: tensor.clone() for name, tensor in federated_state(model).items()}
     config = LocalTraining(
         bits, "strict", activation_bits=bits, gradient_bits=8, epochs=2, batch_size=8
     )
     update, _ = update_and_score(model, some_images(24), config, 1)
-    trained = model_state(model)
+    trained = federated_state(model)
     moved = 0
     for name in ("0.weight", "4.weight"):
         codes, scale = update.quantized[name].codes, update.quantized[name].scale
@@ -294,7 +294,7 @@ def test_strict_step_has_the_widths_of_its_configuration(gradient_bits):
     optimizer.step()
     config = LocalTraining(4, "strict", 6, gradient_bits, 1, 24, 0.1, momentum=0.0)
     update, _ = update_and_score(small_model(), images, config, seed)
-    assert_same(update.dequantize(), model_state(expected))
+    assert_same(update.dequantize(), federated_state(expected))
 
 
 def test_strict_rounding_noise_follows_the_seed():
@@ -352,7 +352,7 @@ def test_proximal_training_equals_the_term_in_a_plain_loop():
     expected = copy.deepcopy(start)
     by_hand(expected, images, config, 2)
     update, _ = update_and_score(start, images, config, 2)
-    for name, tensor in model_state(expected).items():
+    for name, tensor in federated_state(expected).items():
         torch.testing.assert_close(update.floats[name], tensor, rtol=1e-5, atol=1e-6)
 
 
@@ -501,12 +501,12 @@ def test_state_holds_the_floating_point_tensors_and_loads_back():
     model, other = build_model("resnet8", 1, 8, 10, 0), build_model("resnet8", 1, 8, 10, 1)
     model.bn.running_mean.fill_(3)
     other.bn.num_batches_tracked.fill_(5)
-    state = model_state(model)
+    state = federated_state(model)
     assert "bn.running_mean" in state
     assert not any(name.endswith("num_batches_tracked") for name in state)
     assert len(state) == len(model.state_dict()) - 9  # Nine BatchNorm layers.
     load_state(other, state)
-    assert_same(model_state(other), state)
+    assert_same(federated_state(other), state)
     assert int(other.bn.num_batches_tracked) == 5
 
 
