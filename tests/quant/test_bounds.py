@@ -28,7 +28,8 @@ def test_the_bound_by_hand():
         },
     )
     spec = UpdateSpec(
-        {"w": (2, 3), "b": (2,), "n.running_mean": (1,), "n.running_var": (1,), "n.weight": (1,)}
+        {"w": (2, 3), "b": (2,), "n.running_mean": (1,), "n.running_var": (1,), "n.weight": (1,)},
+        {"w"},
     )
     expected = (3 * 1.5**2 + 3 * 6.0**2 + 5.0 + 16.0, 9.0 + 4.0)
     for coded in (False, True):
@@ -61,8 +62,8 @@ def test_no_update_is_larger_than_its_bounds(bits):
 
 def test_what_has_no_statistics_or_no_floats_has_a_bound():
     for shapes in ({"w": (2, 2)}, {"b": (3,)}, {"n.running_var": (3,)}):
-        spec = UpdateSpec(shapes)
-        ones = to_bits({name: torch.ones(shape) for name, shape in shapes.items()}, 8)
+        model = {name: torch.ones(shape) for name, shape in shapes.items()}
+        spec, ones = spec_of_state(model), to_bits(model, 8)
         count = torch.Size(*shapes.values()).numel()
         expected = (0.0, count) if "n.running_var" in shapes else (count, 0.0)
         assert squares_at_most(encode_update(ones), spec, 8) == pytest.approx(expected)

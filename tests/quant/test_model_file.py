@@ -228,7 +228,7 @@ def table(*shapes):
 
 
 def update_of(bits, coding, table, rest):
-    return struct.pack("<4sBBBBIQ", b"PRWD", 7, bits, 0, coding, len(table), 0) + table + rest
+    return struct.pack("<4sBBBBIQ", b"PRWD", 8, bits, 0, coding, len(table), 0) + table + rest
 
 
 BOMBS = {

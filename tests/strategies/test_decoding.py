@@ -18,7 +18,7 @@ from task.protocol import Declaration, Instruction, Report
 
 # Where the layout in quant/wire.py says how the codes were coded.
 CODING = 7
-SPEC = UpdateSpec({"w": (16, 400), "b": (16,)})
+SPEC = UpdateSpec({"w": (16, 400), "b": (16,)}, {"w"})
 
 
 def state_of(seed):
