@@ -1,0 +1,231 @@
+"""What may not be lost without a word: non-finite values, and which weights have a grid."""
+
+import io
+
+import pytest
+import torch
+from specs import to_bits
+from torch import nn
+from torch.nn import functional as F
+
+from quant import (
+    NonFiniteError,
+    QuantConfig,
+    StrictSGD,
+    UpdateSpec,
+    calibrate_activations,
+    calibrated_rounding,
+    decode_update,
+    encode_update,
+    fake_quantize,
+    fit_scale,
+    load_state,
+    prepare,
+    quantizable_weights,
+    quantize_difference,
+    quantize_model,
+    quantize_nearest,
+    quantize_state,
+    quantize_stochastic,
+    quantized_layers,
+    spec_of,
+    weight_scales,
+)
+from quant.activations import fit_activation_grid, put_on_grid
+
+NON_FINITE = pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+ONE = torch.ones(1)
+
+
+@NON_FINITE
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_whoever_rounds_refuses_what_is_not_finite(bad, bits):
+    w, generator = torch.tensor([[bad, 1.0]]), torch.Generator().manual_seed(0)
+    with pytest.raises(NonFiniteError, match="w: the weight is not finite: 1 of 2 values, as"):
+        quantize_state({"w": w}, bits, {"w": ONE})
+    with pytest.raises(NonFiniteError, match="w: the weight is not finite"):
+        quantize_difference({"w": w}, bits, generator, ["w"])
+    for refused in (
+        lambda: quantize_nearest(w, ONE, bits),
+        lambda: quantize_stochastic(w, ONE, bits, generator),
+        lambda: quantize_nearest(torch.ones(1, 2), torch.tensor([bad]), bits),
+        lambda: fit_scale(w, bits),
+        lambda: fit_activation_grid(w, bits),
+    ):
+        with pytest.raises(NonFiniteError):
+            refused()
+    # Within a network they come out as what they are, and end up in the loss.
+    assert fake_quantize(w, ONE, bits).isnan().all()
+    grid = fit_activation_grid(torch.ones(3), bits)
+    assert put_on_grid(w, grid).isnan().all()
+
+
+def test_large_finite_values_are_rounded_though_their_sum_overflows():
+    w = torch.full((1, 4), 3e38)
+    assert quantize_nearest(w, torch.tensor([3e38]), 4).tolist() == [[1, 1, 1, 1]]
+
+
+@NON_FINITE
+def test_a_strict_step_refuses_a_gradient_by_name(bad):
+    model = prepare(nn.Sequential(nn.Linear(2, 1)), QuantConfig(4))
+    generator = torch.Generator().manual_seed(0)
+    named, scales = model.named_parameters(), weight_scales(model)
+    optimizer = StrictSGD(named, scales, 4, generator=generator, lr=0.1)
+    before = model[0].weight.detach().clone()
+    model[0].weight.grad = torch.tensor([[bad, 1.0]])
+    with pytest.raises(NonFiniteError, match=r"0\.weight: the gradient is not finite"):
+        optimizer.step()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_calibration_names_the_layer_that_is_reached_by_nan():
+    model = prepare(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), QuantConfig(4, 4))
+    x = torch.tensor([[float("nan"), 1.0]])
+    with pytest.raises(NonFiniteError, match=r"^0: the input is not finite"):
+        calibrate_activations(model, lambda m: m(x))
+    with pytest.raises(NonFiniteError, match=r"^0\.weight: the input of its layer"):
+        calibrated_rounding(model, lambda m: m(x))
+
+
+class Everything(nn.Module):
+    """One of each: what has a grid, what has none, and what is no weight at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+        self.conv1d = nn.Conv1d(4, 4, 1)
+        self.up = nn.ConvTranspose2d(4, 4, 1)
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 2)
+        self.register_buffer("table", torch.full((3, 4), 0.3))
+        self.register_buffer("mask", torch.tensor([[0.0, float("-inf")]]))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def get_extra_state(self):
+        return {"not": "a tensor"}
+
+    def set_extra_state(self, state):
+        pass
+
+    def forward(self, x):
+        x, _ = self.lstm(self.embed(x) + self.table[0])
+        x = self.conv1d(x.mT)[..., None]
+        return self.head(self.conv(self.up(x)).mean(dim=(2, 3)))
+
+
+def test_only_layers_that_are_prepared_have_codes_and_all_else_arrives_as_it_is():
+    torch.manual_seed(0)
+    model, tokens = Everything(), torch.arange(8).reshape(2, 4)
+    spec = spec_of(model)
+    assert spec.on_grid == {"conv.weight", "head.weight"}
+    assert {"mask", "seen", "_extra_state"}.isdisjoint(spec.shapes)
+    prepare(model, QuantConfig(3))
+    update = quantize_state(
+        {n: t for n, t in model.state_dict().items() if n in spec.shapes}, 3, weight_scales(model)
+    )
+    assert update.quantized.keys() == spec.on_grid
+    # The scale of a transposed convolution would lie along its other dimension.
+    assert torch.equal(update.floats["up.weight"], model.up.weight)
+    received = prepare(Everything(), QuantConfig(3))
+    load_state(received, decode_update(encode_update(update), spec, 3).dequantize())
+    for name, layer in quantized_layers(received):
+        layer.weight_scale = update.quantized[f"{name}.weight"].scale
+    assert torch.equal(received.eval()(tokens), model.eval()(tokens))
+
+
+def test_a_subclass_and_a_weight_of_two_layers_stay_float32():
+    class Own(nn.Conv2d):
+        pass
+
+    tied = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3), nn.Linear(3, 3), Own(1, 1, 1))
+    tied[1].weight = tied[0].weight
+    assert quantizable_weights(tied) == ["2.weight"]
+    prepare(tied, QuantConfig(4))
+    assert [name for name, _ in quantized_layers(tied)] == ["2"]
+    assert quantize_model(tied, 4).quantized.keys() == {"2.weight"}
+
+
+def test_what_is_to_be_quantized_must_be_there_and_scales_must_be_given():
+    with pytest.raises(ValueError, match="x is to be quantized, but there is no such tensor"):
+        quantize_state({"w": torch.ones(2, 2)}, 4, {"x": torch.ones(2)})
+    with pytest.raises(ValueError, match="x is to be quantized, but is one number"):
+        UpdateSpec({"x": ()}, {"x"})
+    with pytest.raises(ValueError, match="scales is None; at 4 bits"):
+        quantize_state({"w": torch.ones(2, 2)}, 4)
+    assert quantize_state({"w": torch.ones(2, 2)}, 4, {}).floats.keys() == {"w"}
+
+
+def test_a_transformer_computes_with_its_quantized_weights_in_evaluation_too():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 1
+    )
+    x = torch.randn(2, 3, 8)
+    prepare(encoder, QuantConfig(2))
+    layer = encoder.layers[0]
+    with torch.no_grad():
+        y = layer.norm1(x + layer.self_attn(x, x, x, need_weights=False)[0])
+        weights = [
+            fake_quantize(m.weight, m.weight_scale, 2) for m in (layer.linear1, layer.linear2)
+        ]
+        hidden = F.relu(F.linear(y, weights[0], layer.linear1.bias))
+        expected = layer.norm2(y + F.linear(hidden, weights[1], layer.linear2.bias))
+        assert torch.allclose(encoder.eval()(x), expected, atol=1e-5)
+        padding = torch.tensor([[False, False, True], [False, False, False]])
+        padded = encoder(x, src_key_padding_mask=padding)
+        assert torch.allclose(padded[1], expected[1], atol=1e-5)
+
+
+def test_a_second_prepare_takes_effect():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    x = torch.rand(5, 4)
+    prepare(model, QuantConfig(8, 8))
+    calibrate_activations(model, lambda m: m(x))
+    again = prepare(nn.Sequential(nn.Linear(4, 3)), QuantConfig(2, 4))
+    prepare(model, QuantConfig(2, 4))
+    load_state(again, model.state_dict())
+    assert torch.equal(model(x), again(x))
+    assert model[0].input_grid is None
+
+
+@pytest.mark.parametrize(
+    "convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.half)]
+)
+def test_another_type_is_refused_before_and_after_prepare(convert):
+    with pytest.raises(TypeError, match=r"computes in torch\.float32"):
+        convert(prepare(nn.Linear(2, 2), QuantConfig(4)))
+    with pytest.raises(ValueError, match=r"0\.weight: .* cannot be torch\."):
+        prepare(convert(nn.Sequential(nn.Linear(2, 2))), QuantConfig(4))
+    prepare(nn.Linear(2, 2), QuantConfig(4)).to("cpu").float()
+
+
+def test_weights_that_are_loaded_have_a_scale_that_fits_them():
+    model = prepare(nn.Linear(4, 3), QuantConfig(8))
+    larger = {"weight": torch.randn(3, 4) * 100, "bias": torch.zeros(3)}
+    model.load_state_dict(larger)
+    assert torch.equal(model.weight_scale, fit_scale(larger["weight"], 8))
+    kept = io.BytesIO()
+    torch.save(model.state_dict(), kept)
+
+
+def test_layers_take_their_input_by_keyword():
+    class ByKeyword(nn.Sequential):
+        def forward(self, x):
+            return self[1](input=self[0](input=x))
+
+    model = ByKeyword(nn.Conv2d(1, 2, 1), nn.Linear(3, 2))
+    x, expected = torch.rand(2, 1, 3, 3), None
+    expected = nn.Sequential(*model)(x)
+    assert torch.equal(model(x), expected)
+    prepare(model, QuantConfig(8, 8))
+    calibrate_activations(model, lambda m: m(x))
+    assert all(layer.input_grid for layer in model)
+    assert calibrated_rounding(model, lambda m: m(x)).keys() == {"0.weight", "1.weight"}
+
+
+def test_toy_states_of_tests_are_those_of_layers():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    one, other = to_bits(model.state_dict(), 4), quantize_model(model, 4)
+    assert encode_update(one) == encode_update(other)
