@@ -42,6 +42,7 @@ from quant.layers import (
     QuantLinear,
     calibrate_activations,
     federated_state,
+    layers_by_weight,
     load_state,
     prepare,
     quantizable_weights,
@@ -50,6 +51,7 @@ from quant.layers import (
     refit_scales,
     set_scales,
     spec_of,
+    watched_inputs,
     weight_scales,
 )
 from quant.model_file import ModelFileError, PackedModel, load_model
@@ -124,6 +126,7 @@ __all__ = [
     "is_width",
     "ladder_of",
     "largest_code",
+    "layers_by_weight",
     "level_drift",
     "load_model",
     "load_state",
@@ -147,5 +150,6 @@ __all__ = [
     "spec_of",
     "squares_at_most",
     "unpack",
+    "watched_inputs",
     "weight_scales",
 ]

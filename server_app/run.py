@@ -28,7 +28,7 @@ from task.partition_file import fingerprint_of_file
 from task.reference import is_reference
 from task.settings import Settings
 from task.simulation import in_simulation
-from task.training import check_quantizable
+from task.training import check_at_width, check_quantizable
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,31 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     if is_reference(settings.model):
         again = build_model(settings.model, *shape, settings.seed)
         check_repeatable(model, again, settings.model)
+    buffer = server_pixels(settings)
     if min(settings.mix) < FLOAT_BITS:
         check_quantizable(model, settings.model)
+        check_at_width(model, settings, min(settings.mix), buffer)
+        _log_what_stays_float32(model)
     strategy.quantized = frozenset(quantizable_weights(model))
-    buffer = server_pixels(settings)
     strategy.predict = make_predict(model, buffer, device)
     strategy.round_calibrated = CalibratedRounding(settings, model, buffer)
     evaluator = Evaluator(settings, model, evaluation_images(settings), buffer)
     return Run(folder, settings, options, strategy, model, evaluator)
+
+
+def _log_what_stays_float32(model: nn.Module) -> None:
+    """Say which weights low-bit clients compute and send in float32; biases always are."""
+    on_grid, state = quantizable_weights(model), federated_state(model)
+    weights = {n: t.numel() for n, t in state.items() if t.ndim > 1 and n not in on_grid}
+    if weights:
+        share = sum(weights.values()) / sum(tensor.numel() for tensor in state.values())
+        named = ", ".join([*list(weights)[:3], *(["..."] if len(weights) > 3 else [])])
+        log(
+            INFO,
+            "prowd: low-bit clients keep %s in float32, %.1f %% of the model",
+            named,
+            100 * share,
+        )
 
 
 def _examples_of(settings: Settings, partition_id: int, num_partitions: int) -> int:

@@ -21,11 +21,14 @@ from quant import (
     federated_state,
     fixed_point,
     is_finite,
+    layers_by_weight,
+    load_state,
     prepare,
     quantizable_weights,
     quantize_state,
     refit_scales,
     set_scales,
+    watched_inputs,
     weight_scales,
 )
 from task.calibration import calibrate_activations, calibrate_normalization
@@ -33,6 +36,7 @@ from task.data import Images
 from task.devices import device_of
 from task.errors import SettingsError
 from task.models import to_input
+from task.reference import in_one_line
 from task.seeds import Stream, derive_seed
 from task.settings import Settings
 
@@ -311,6 +315,47 @@ def check_quantizable(model: nn.Module, name: str) -> None:
         f"model: {name!r} has no layer to quantize, only {', '.join(sorted(kinds)) or 'none'}; "
         "nn.Conv2d and nn.Linear layers are, but no subclass of them and no tied weight"
     )
+
+
+def check_at_width(model: nn.Module, settings: Settings, bits: int, pixels: np.ndarray) -> None:
+    """Try what is done with a model at a low bit-width: load, calibrate, and take a step.
+
+    Raises
+    ------
+    SettingsError
+        If the model does not allow it; the message says at what.
+    """
+    images = pixels[:2] if len(pixels) > 1 else np.zeros((2, *pixels.shape[1:]), np.uint8)
+    what = "be loaded"
+    try:
+        network = at_width(model, settings, bits)
+        load_state(network, federated_state(model))
+        what = "be calibrated"
+        calibrate_activations(network, images)
+        what = "be trained"
+        around = _computed_around(network, images)
+    except Exception as error:  # Whatever the user's code raises.
+        raise SettingsError(
+            f"model: {settings.model!r} cannot {what} at {bits} bits: {in_one_line(error)}"
+        ) from None
+    if around:
+        raise SettingsError(
+            f"model: {settings.model!r} computes with {around[0]} outside of its layer's forward "
+            "pass, where the weight is not quantized"
+        )
+
+
+def _computed_around(network: nn.Module, images: np.ndarray) -> list[str]:
+    """Return the weights on a grid that have a gradient though their layers were not called."""
+    layers, called = dict(layers_by_weight(network)), set()
+    with (
+        torch.random.fork_rng(devices=[]),
+        watched_inputs(layers, lambda name, _: called.add(name)),
+        torch.enable_grad(),
+    ):
+        logits = network.train()(to_input(images, device_of(network)))
+        logits.sum().backward()
+    return [n for n, layer in layers.items() if n not in called and layer.weight.grad is not None]
 
 
 def _prepare(model: nn.Module, config: QuantConfig, weight_step: float) -> nn.Module:

@@ -1,10 +1,15 @@
 import sys
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from quant import federated_state, load_state
 from task.errors import SettingsError
 from task.models import MODELS, build_model, check_repeatable
+from task.settings import Settings
+from task.training import check_at_width
 
 
 def num_parameters(model):
@@ -230,3 +235,80 @@ def test_what_a_factory_gets_wrong_is_named(own, factory, reason):
     assert message.startswith("model: ")
     assert own("")[:-1] in message
     assert reason in message
+
+
+class Masked(nn.Sequential):
+    """A constant that is not finite, and a state that is no tensor."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+        self.register_buffer("mask", torch.tensor([[0.0, float("-inf")]]))
+
+    def get_extra_state(self):
+        return {"any": "thing"}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_that_is_not_all_finite_weights_is_repeatable_and_can_be_loaded():
+    model, again = Masked(), Masked()
+    again.load_state_dict(model.state_dict())
+    check_repeatable(model, again, "x")
+    load_state(again, {n: t + 1 for n, t in federated_state(model).items()})
+    assert torch.equal(again[1].bias, model[1].bias + 1)
+    assert torch.equal(again.mask, model.mask)
+
+
+def test_a_state_dict_keeps_the_versions_that_torchvision_reads():
+    model = build_model("mnasnet0_5", 3, 32, 10, 0)
+    load_state(model, federated_state(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.half(), r"0\.weight is torch\.float16; allowed: torch\.float32"),
+        (lambda m: m.double(), r"0\.weight is torch\.float64; allowed: torch\.float32"),
+        (lambda m: m[0].bias.data.fill_(float("nan")), "0.bias is not finite before any training"),
+    ],
+)
+def test_weights_that_cannot_be_averaged_are_refused_by_name(change, said, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))
+    change(model)
+    monkeypatch.setitem(MODELS, "changed", lambda channels, classes: model)
+    with pytest.raises(SettingsError, match=f"model: 'changed': {said}"):
+        build_model("changed", 1, 8, 10, 0)
+
+
+class Around(nn.Module):
+    """Uses a layer's weight without the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.around = nn.Linear(64, 10), nn.Linear(10, 10)
+
+    def forward(self, x):
+        return nn.functional.linear(self.used(x.flatten(1)), self.around.weight)
+
+
+class Evaluated(nn.Sequential):
+    """Cannot be trained."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, x):
+        if self.training:
+            raise RuntimeError("evaluation only")
+        return super().forward(x)
+
+
+def test_a_model_is_tried_at_its_width():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), np.uint8)
+    check_at_width(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), Settings(), 4, pixels)
+    with pytest.raises(SettingsError, match=r"computes with around\.weight outside of its layer"):
+        check_at_width(Around(), Settings(), 4, pixels)
+    said = "cannot be trained at 4 bits: RuntimeError: evaluation only"
+    with pytest.raises(SettingsError, match=said):
+        check_at_width(Evaluated(), Settings(), 4, pixels[:1])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import quant.optimizer
 from quant import (
     QuantConfig,
     StrictSGD,
@@ -539,3 +540,42 @@ def test_training_learns_at_every_width(bits, training):
     )
     assert score.accuracy > 0.6
     assert evaluate(model, Images(dim, images.labels)).accuracy > 0.9
+
+
+class GradientOfRoot(nn.Module):
+    """The gradient of a root at zero is infinite, and NaN behind it; the loss is finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4 * 9, 3)
+
+    def forward(self, x):
+        x = F.dropout2d(self.conv(x), 0.5, self.training)
+        return self.head(F.avg_pool2d(x**2, 2).sqrt().flatten(1))
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("training", ["qat", "strict"])
+def test_a_gradient_that_is_not_finite_ends_training_by_name(bits, training):
+    rng = np.random.default_rng(0)
+    images = Images(rng.integers(0, 256, (16, 1, 8, 8), np.uint8), np.arange(16) % 3)
+    config = LocalTraining(bits, low_bit_training=training, gradient_bits=8, batch_size=8)
+    with pytest.raises(DivergedError, match=r"the gradient of conv\.\w+ in step 1 is not finite"):
+        train(GradientOfRoot(), images, config, seed=0)
+
+
+def test_rounding_draws_other_numbers_than_dropout():
+    """One seed gives torch's generator, which dropout draws from, and another one its own."""
+    model, images = small_model(), some_images(8)
+    seen = []
+    kept = quant.optimizer.quantize_stochastic
+
+    def noting(weight, scale, bits, generator):
+        seen.append(torch.rand(5, generator=torch.Generator().set_state(generator.get_state())))
+        return kept(weight, scale, bits, generator)
+
+    config = LocalTraining(4, low_bit_training="strict", batch_size=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant.optimizer, "quantize_stochastic", noting)
+        train(model, images, config, seed=3)
+    assert not torch.equal(seen[0], torch.rand(5, generator=torch.Generator().manual_seed(3)))
