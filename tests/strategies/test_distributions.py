@@ -74,7 +74,7 @@ def a_round(detailed):
         ScriptedClient(1, 2, 32, lambda _: moved),
     ]
     grid = federation(clients, start)
-    strategy = ProWD()
+    strategy = ProWD(quantized=["w"])
     messages = strategy.configure_train(1, to_arrays(start), None, grid)
     strategy.round_log.detailed = detailed
     arrays, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))

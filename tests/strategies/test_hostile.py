@@ -112,7 +112,7 @@ ALTERATIONS = {
 @pytest.mark.parametrize("kind", ALTERATIONS)
 def test_a_hostile_payload_is_set_aside_by_name_and_the_round_goes_on(kind):
     alter, reason = ALTERATIONS[kind]
-    strategy, without = FedAvg(), FedAvg(node_wait=0)
+    strategy, without = FedAvg(quantized=["w"]), FedAvg(quantized=["w"], node_wait=0)
     grid = federation([honest(0), Hostile(1, 3, alter), honest(2)], STATE)
     new = run_round(strategy, grid, STATE)
     assert list(strategy.round_log.rejected) == [1]
@@ -125,7 +125,7 @@ def test_the_log_names_the_node(caplog):
     logging.getLogger("flwr").addHandler(caplog.handler)
     try:
         clients = [honest(0, 2), Hostile(1, 2, scale(float("nan")))]
-        run_round(FedAvg(), federation(clients, STATE), STATE)
+        run_round(FedAvg(quantized=["w"]), federation(clients, STATE), STATE)
     finally:
         logging.getLogger("flwr").removeHandler(caplog.handler)
     line = "Round 1 goes on without node 101 (partition 1): a scale is not finite"
@@ -133,7 +133,7 @@ def test_the_log_names_the_node(caplog):
 
 
 def test_the_unaltered_payload_of_that_client_is_used():
-    strategy = FedAvg()
+    strategy = FedAvg(quantized=["w"])
     run_round(strategy, federation([honest(0, 2), Hostile(1, 2, lambda d: d)], STATE), STATE)
     assert strategy.round_log.aggregated == [0, 1]
 
@@ -152,7 +152,7 @@ def test_the_unaltered_payload_of_that_client_is_used():
     ],
 )
 def test_a_report_that_cannot_be_true_is_set_aside(reported):
-    strategy = FedAvg()
+    strategy = FedAvg(quantized=["w"])
     client = honest(1, 2)
     client.reported = reported
     run_round(strategy, federation([honest(0, 2), client], STATE), STATE)
@@ -222,7 +222,7 @@ def test_an_honest_client_that_comes_alone_is_used_from_the_first_round(name, st
 
 
 def test_a_reply_that_comes_twice_counts_once():
-    strategy = FedAvg()
+    strategy = FedAvg(quantized=["w"])
     grid = federation([honest(0, 2), honest(1, 2)], STATE)
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
@@ -236,7 +236,7 @@ def test_a_reply_that_comes_twice_counts_once():
 def test_what_was_sent_in_one_round_is_refused_in_the_next(kept):
     """A client that answers with the content of its first reply, or with its payload alone."""
     grid = federation([honest(0, 2), honest(1, 2)], STATE)
-    strategy, client, first = FedAvg(), grid.nodes[101], []
+    strategy, client, first = FedAvg(quantized=["w"]), grid.nodes[101], []
 
     def replaying(message):
         reply = client(message)
@@ -261,7 +261,7 @@ def test_what_was_sent_in_one_round_is_refused_in_the_next(kept):
 
 
 def test_an_evaluation_of_another_round_is_refused():
-    strategy = FedAvg(fraction_evaluate=1.0)
+    strategy = FedAvg(quantized=["w"], fraction_evaluate=1.0)
     clients = [honest(0, 2), honest(1, 2)]
     clients[1].reported = {"server_round": 1}
     grid = federation(clients, STATE)
@@ -274,7 +274,7 @@ def test_an_evaluation_of_another_round_is_refused():
 
 def test_a_reply_to_another_clients_message_leaves_its_own_unanswered():
     """Node 101 sends again what answers node 100's message; Flower's SuperLink refuses that too."""
-    strategy = FedAvg()
+    strategy = FedAvg(quantized=["w"])
     grid = federation([honest(0, 2), honest(1, 2)], STATE)
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
@@ -289,7 +289,7 @@ def test_a_reply_to_another_clients_message_leaves_its_own_unanswered():
 def test_memory_stays_bounded_however_much_comes(size):
     """200 replies of up to 8 MB, made as they are read: what is unusable is not kept."""
     clients = [honest(i, 200) for i in range(200)]
-    strategy = FedAvg()
+    strategy = FedAvg(quantized=["w"])
     grid = federation(clients, STATE)
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
@@ -315,10 +315,10 @@ def test_an_array_that_claims_terabytes_is_never_made():
     """The shape that Flower carries beside the bytes is not read."""
 
     def claim(message):
-        record = ArrayRecord({UPDATE: Array("float64", (2**20, 2**30), "prowd.update/7", b"PRWD")})
+        record = ArrayRecord({UPDATE: Array("float64", (2**20, 2**30), "prowd.update/8", b"PRWD")})
         return Message(RecordDict({UPDATE: record, REPORT: report(10)}), reply_to=message)
 
-    strategy = FedAvg()
+    strategy = FedAvg(quantized=["w"])
     grid = federation([honest(0, 2), honest(1, 2)], STATE)
     client = grid.nodes[101]
     grid.nodes[101] = lambda m: claim(m) if m.metadata.message_type == "train" else client(m)

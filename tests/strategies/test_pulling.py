@@ -43,7 +43,7 @@ class Federation:
 
     def __init__(self, link, state=SMALL):
         self.link, self.state = link, state
-        self.strategy = FedAvg(node_wait=5.0)
+        self.strategy = FedAvg(quantized=["w"], node_wait=5.0)
         self.clients = [ScriptedClient(i, 3, 32, lambda s: s) for i in range(3)]
         for client in self.clients:
             client.spec = spec_of_state(state)
