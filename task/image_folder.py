@@ -120,10 +120,8 @@ def list_images(folder: Path) -> Listing:
     classes = tuple(entry.name for entry in entries if _is_folder(entry))
     passed_over = [entry.path for entry in entries if not _is_folder(entry)]
     if not classes:
-        images = [path for path in passed_over if _is_image(path)]
-        found = f"holds {len(images)} images but no class folders" if images else "is empty"
-        if passed_over and not images:
-            found = "holds no folders"
+        images = sum(map(_is_image, passed_over))
+        found = f"holds {images} images but no class folders" if images else "holds no folders"
         raise SettingsError(
             f"data-dir: {printable(folder)} {found}; allowed: one folder of images for each "
             "class; data-dir may be one level too low"

@@ -4,6 +4,7 @@ Pillow's own conversions clip what is deeper than 8 bits, drop transparency and 
 the camera lay. Here a mode is scaled by its range or refused, never clipped.
 """
 
+import os
 import warnings
 from typing import Any
 
@@ -54,14 +55,17 @@ def decode(name: str, image_size: int) -> tuple[np.ndarray, bool]:
 
     try:
         # Pillow's warnings would be printed between the lines of the log.
-        with warnings.catch_warnings(), Image.open(name, formats=_FORMATS) as file:
-            warnings.simplefilter("ignore")
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(name, formats=_FORMATS) as file,
+        ):
             is_grey = file.mode in _GREY
             image = _eight_bits(file, name)
     except SettingsError:
         raise
     except Image.UnidentifiedImageError:
-        raise _error(name, "cannot be decoded: it is no image that is known here") from None
+        known = "no image that is known here" if os.path.getsize(name) else "empty"
+        raise _error(name, f"cannot be decoded: it is {known}") from None
     except Exception as error:  # On bad files Pillow raises a dozen kinds.
         raise SettingsError(
             f"data-dir: {printable(name)} cannot be decoded: {reason(error)}"
@@ -95,7 +99,7 @@ def _full_scale(file: Any, name: str) -> float:
     """Return the value that is white in a file of more than 8 bits; 0: it has 8 or fewer."""
     tags = getattr(file, "tag_v2", {})  # Of a TIFF file.
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
-        raise _error(name, f"(mode {file.mode}) has signed pixels, whose range it does not tell")
+        raise _error(name, f"(mode {file.mode}) has signed pixels, whose range is not known")
     if file.mode in _EIGHT_BITS:
         return 0
     if file.mode in _SIXTEEN_BITS and file.format == "TIFF":
@@ -106,7 +110,7 @@ def _full_scale(file: Any, name: str) -> float:
         return 65535
     if file.mode == "F" and file.format == "TIFF":
         return 1.0
-    raise _error(name, f"has mode {file.mode}, whose range {file.format} files do not tell")
+    raise _error(name, f"has mode {file.mode} of {file.format}, whose scale is not known")
 
 
 def _scaled(image: Any, full_scale: float, file: Any, name: str) -> Any:
