@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiments.records import read_config
 from experiments.runs import PlannedRun, unique
+from task.data import data_folder
 from task.errors import SettingsError
 
 # How long a run is, in which rounds it is looked at, and which deal it is of, tell runs apart here.
@@ -30,16 +31,12 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
         try:
             settings, own = read_settings(run.settings)
             build_strategy(settings, own)
-            _check_folder(settings.data_dir)
+            if settings.data_dir:
+                data_folder(settings.data_dir)
         except SettingsError as error:
             raise SettingsError(f"{run.folder.name}: {error}") from None
         if run.completed:
             _refuse_others(run.folder, {**settings.to_settings(), **own})
-
-
-def _check_folder(data_dir: str) -> None:
-    if data_dir and not Path(data_dir).expanduser().is_dir():
-        raise SettingsError(f"data-dir: there is no folder {data_dir}")
 
 
 def may_differ() -> frozenset[str]:

@@ -19,7 +19,7 @@ from server_app.record import RunRecord, read_json
 from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
 from strategies.states import State
-from task.data import fingerprint, load_dataset
+from task.data import describe, fingerprint, load_dataset
 from task.devices import pick_device
 from task.errors import SettingsError
 from task.models import build_model, check_repeatable
@@ -83,6 +83,9 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     # Before the data, which may have to be downloaded.
     strategy = build_strategy(settings, options)
     data = load_dataset(settings)
+    evaluation = evaluation_images(settings)
+    for level, line in describe(data, evaluation):
+        log(level, "prowd: %s", line)
     strategy.nodes.most_examples = len(data.train)
     if not in_simulation():
         # Simulated clients run this code as well; the deal need not be made for them, which costs
@@ -101,7 +104,7 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     strategy.quantized = frozenset(quantizable_weights(model))
     strategy.predict = make_predict(model, buffer, device)
     strategy.round_calibrated = CalibratedRounding(settings, model, buffer)
-    evaluator = Evaluator(settings, model, evaluation_images(settings), buffer)
+    evaluator = Evaluator(settings, model, evaluation, buffer)
     return Run(folder, settings, options, strategy, model, evaluator)
 
 

@@ -1,19 +1,25 @@
-"""Datasets as arrays in memory: loaded once per process, checked at the door."""
+"""Datasets as arrays in memory: loaded once per process, and validated."""
 
-import gzip
+import os
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from logging import INFO, WARNING
 from pathlib import Path
 
 import numpy as np
 
+from task.builtin import BUILT_IN
 from task.errors import SettingsError
-from task.images import check_memory, load_image_folder
+from task.files import printable, reason, user_path
+from task.image_folder import Listing, Parts, find_parts, in_short, list_images, refuse_one_class
+from task.images import check_memory, load_images, warn_once
 from task.settings import Settings
 
 CACHE = Path("~/.cache/prowd")
-_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+# A brightest pixel below this is told: a quarter of the levels is used.
+_DARK = 64
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,25 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test images of one task."""
+    """Training and test images of one task.
+
+    Attributes
+    ----------
+    train, test : Images
+        Images.
+    num_classes : int
+        Classes.
+    classes : tuple of str
+        Their names, where the user gave them.
+    notes : tuple of str
+        What a user should know of how they were read.
+    """
 
     train: Images
     test: Images
     num_classes: int
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -78,112 +98,178 @@ def fingerprint(dataset: Dataset) -> str:
     return f"{len(dataset.train)} + {len(dataset.test)} images, CRC {crc:08x}"
 
 
+def describe(dataset: Dataset, evaluation: Images) -> Iterator[tuple[int, str]]:
+    """Say in lines, with their log levels, what was read: for the server's log.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The data.
+    evaluation : Images
+        What models are evaluated on.
+
+    Yields
+    ------
+    tuple
+        Log level and line.
+    """
+    names = dataset.classes or tuple(map(str, range(dataset.num_classes)))
+    parts = {"training": dataset.train, "evaluation": evaluation}
+    counts = {
+        part: np.bincount(images.labels, minlength=len(names)) for part, images in parts.items()
+    }
+    if dataset.classes:
+        pairs = zip(names, counts["training"], counts["evaluation"], strict=True)
+        listed = in_short([f"{printable(name)[:40]} {n} + {m}" for name, n, m in pairs])
+        yield INFO, f"{len(names)} classes, training + evaluation images: {listed}"
+        brightest = max(int(images.pixels.max()) for images in (dataset.train, dataset.test))
+        if brightest < _DARK:
+            yield WARNING, f"data-dir: the brightest pixel of all images is {brightest} of 255"
+    for note in dataset.notes:
+        yield WARNING, f"data-dir: {note}"
+    for part, count in counts.items():
+        if absent := [name for name, n in zip(names, count, strict=True) if not n]:
+            yield WARNING, f"the {part} images hold none of the classes {in_short(absent)}"
+
+
+def data_folder(data_dir: str) -> Path:
+    """Return the folder that ``data-dir`` names.
+
+    Raises
+    ------
+    SettingsError
+        If it is not there, is a file, or cannot be read.
+    """
+    folder = user_path("data-dir", data_dir)
+    try:
+        with os.scandir(folder):
+            return folder
+    except FileNotFoundError:
+        raise SettingsError(f"data-dir: there is no folder {printable(folder)}") from None
+    except NotADirectoryError:
+        raise SettingsError(f"data-dir: {printable(folder)} is no folder") from None
+    except OSError as error:
+        raise SettingsError(
+            f"data-dir: {printable(folder)} cannot be read: {reason(error)}"
+        ) from None
+
+
 @lru_cache(maxsize=2)
 def _load(name: str, data_dir: str, image_size: int) -> Dataset:
-    folder = Path(data_dir).expanduser() if data_dir else None
-    if folder and not folder.is_dir():
-        raise SettingsError(f"data-dir: there is no folder {folder}")
+    folder = data_folder(data_dir) if data_dir else None
     if name == "image-folder":
         if folder is None:
             raise SettingsError("data-dir: image-folder needs the folder that holds the images")
         return _from_image_folder(folder, image_size)
-    dataset = {
-        "digits": lambda: _digits(),
-        "fashion-mnist": lambda: _fashion_mnist(folder),
-        "cifar10": lambda: _torchvision("CIFAR10", folder, 10),
-        "cifar100": lambda: _torchvision("CIFAR100", folder, 100),
-    }[name]()
+    num_classes, read = BUILT_IN[name]
+    train, test = (Images(*arrays) for arrays in read(folder, CACHE / "data"))
+    dataset = Dataset(train, test, num_classes)
+    for images in (dataset.train, dataset.test):
+        _check_labels(images, dataset.num_classes, folder)
     return _resized(dataset, image_size)
 
 
-def _digits() -> Dataset:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
-    labels = digits.target.astype(np.int64)
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=360, random_state=0, stratify=labels
-    )
-    images = Images(pixels, labels)
-    return Dataset(images[train], images[test], 10)
-
-
-def _fashion_mnist(folder: Path | None) -> Dataset:
-    if folder is None and not _DEBIAN_FASHION_MNIST.is_dir():
-        return _torchvision("FashionMNIST", None, 10)
-    source = folder or _DEBIAN_FASHION_MNIST
-    if (source / "FashionMNIST").is_dir():
-        return _torchvision("FashionMNIST", source, 10)
-    parts = []
-    for part, count in (("train", 60_000), ("t10k", 10_000)):
-        pixels = _read_idx(source / f"{part}-images-idx3-ubyte.gz", (count, 28, 28))
-        labels = _read_idx(source / f"{part}-labels-idx1-ubyte.gz", (count,))
-        parts.append(Images(pixels[:, None], labels.astype(np.int64)))
-    train, test = parts
-    return Dataset(train, test, 10)
-
-
-def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
-    try:
-        data = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise SettingsError(f"data-dir: {path} cannot be read: {error}") from None
-    if not data.startswith(header) or len(data) != len(header) + int(np.prod(shape)):
-        raise SettingsError(f"data-dir: {path} is not an idx file of shape {shape}")
-    return np.frombuffer(bytearray(data), np.uint8, offset=len(header)).reshape(shape)
-
-
-def _torchvision(name: str, folder: Path | None, num_classes: int) -> Dataset:
-    import torchvision
-
-    root = folder or (CACHE / "data").expanduser()
-    dataset_class = getattr(torchvision.datasets, name)
-    try:
-        parts = [
-            dataset_class(root, train=train, download=folder is None) for train in (True, False)
-        ]
-    except Exception as error:  # urllib, tarfile and torchvision raise a dozen kinds.
-        tried = "downloaded to" if folder is None else "found in"
-        raise SettingsError(f"data-dir: {name} could not be {tried} {root}: {error}") from None
-    images = []
-    for part in parts:
-        pixels = np.asarray(part.data)
-        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-        images.append(Images(np.ascontiguousarray(pixels), np.asarray(part.targets, np.int64)))
-    train, test = images
-    return Dataset(train, test, num_classes)
+def _check_labels(images: Images, num_classes: int, folder: Path | None) -> None:
+    where = f"data-dir: {printable(folder)} holds" if folder else "dataset: there are"
+    labels = images.labels
+    if labels.shape != images.pixels.shape[:1]:
+        raise SettingsError(f"{where} {len(images.pixels)} images but {labels.size} labels")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise SettingsError(
+            f"{where} labels from {labels.min()} to {labels.max()}; allowed: 0 to {num_classes - 1}"
+        )
 
 
 def _from_image_folder(folder: Path, image_size: int) -> Dataset:
-    cache = (CACHE / "image-folder").expanduser()
-    split = (folder / "train").is_dir()
-    pixels, labels, classes = load_image_folder(
-        folder / "train" if split else folder, image_size, cache
-    )
-    images = Images(pixels, labels)
-    if not split:
-        # One fifth of a folder without a test part is held out, the same fifth every time.
-        order = np.random.default_rng(0).permutation(len(images))
-        cut = len(images) // 5
-        if not cut:
-            raise SettingsError(
-                f"data-dir: {folder} holds {len(images)} images; it takes 5 or more, or folders "
-                "train and test"
-            )
-        return Dataset(images[order[cut:]], images[order[:cut]], len(classes))
-    if not (folder / "test").is_dir():
-        raise SettingsError(f"data-dir: {folder} has a train folder but no test folder beside it")
-    test_pixels, test_labels, test_classes = load_image_folder(folder / "test", image_size, cache)
-    if test_classes != classes:
-        odd = sorted(set(classes) ^ set(test_classes))[:5]
-        raise SettingsError(f"data-dir: train and test in {folder} differ in classes: {odd}")
-    if test_pixels.shape[1:] != pixels.shape[1:]:
-        shapes = f"{pixels.shape[1:]} and {test_pixels.shape[1:]}"
-        raise SettingsError(f"data-dir: images in train and test of {folder} are {shapes}")
-    return Dataset(images, Images(test_pixels, test_labels), len(classes))
+    parts = find_parts(folder)
+    listing = list_images(parts.train)
+    refuse_one_class(parts.train, listing)
+    if parts.test is None:
+        return _held_out_of(folder, listing, image_size)
+    test_listing = list_images(parts.test)
+    if test_listing.classes != listing.classes:
+        odd = in_short(sorted(set(listing.classes) ^ set(test_listing.classes)))
+        raise SettingsError(
+            f"data-dir: train and test in {printable(folder)} differ in classes: {odd}"
+        )
+    train, test = (_images(part, image_size) for part in (listing, test_listing))
+    if test.pixels.shape[1:] != train.pixels.shape[1:]:
+        shapes = f"{train.pixels.shape[1:]} and {test.pixels.shape[1:]}"
+        raise SettingsError(
+            f"data-dir: images in train and test of {printable(folder)} are {shapes}"
+        )
+    notes = _notes(parts, listing.passed_over + test_listing.passed_over)
+    return Dataset(train, test, len(listing.classes), listing.classes, notes)
+
+
+def _images(listing: Listing, image_size: int) -> Images:
+    labels = np.array([file.label for file in listing.files], np.int64)
+    return Images(load_images(listing.files, image_size, _cache_folder()), labels)
+
+
+def _held_out_of(folder: Path, listing: Listing, image_size: int) -> Dataset:
+    """Hold out a fifth of the images of a folder without a test part."""
+    labels = np.array([file.label for file in listing.files])
+    counts = np.bincount(labels)
+    if len(labels) < 5 or counts.max() < 2:
+        raise SettingsError(
+            f"data-dir: {printable(folder)} holds {len(labels)} images, of one class "
+            f"{counts.max()} at most; it takes 5 or more, and 2 of one class, or folders train "
+            "and test"
+        )
+    images = _images(listing, image_size)
+    train, test = held_out(labels)
+    notes = _notes(Parts(folder), listing.passed_over)
+    return Dataset(images[train], images[test], len(listing.classes), listing.classes, notes)
+
+
+def held_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split images by class, the same way every time: four fifths to train on, one to test on.
+
+    Parameters
+    ----------
+    labels : ndarray
+        Labels of the images, from 0.
+
+    Returns
+    -------
+    tuple of ndarray
+        Indices of the two parts. A class of two or more images has at least one in each.
+    """
+    counts = np.bincount(labels)
+    held = np.where(counts >= 2, np.maximum(counts // 5, 1), 0)
+    # What the whole numbers left of one fifth goes to the classes that they rounded down most.
+    lost = np.where(counts >= 5, counts % 5, 0)
+    spare = max(len(labels) // 5 - held.sum(), 0)
+    most = np.argsort(-lost, kind="stable")[:spare]
+    held[most] += lost[most] > 0
+    order = np.random.default_rng(0).permutation(len(labels))
+    # The place of each image among those of its class, in that order.
+    by_class = np.argsort(labels[order], kind="stable")
+    place = np.empty(len(labels), np.int64)
+    place[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    in_test = place < held[labels[order]]
+    return order[~in_test], order[in_test]
+
+
+def _notes(parts: Parts, passed_over: tuple[str, ...]) -> tuple[str, ...]:
+    notes = []
+    if parts.unused:
+        notes.append(f"of its folders only train and test are used, not {in_short(parts.unused)}")
+    if passed_over:
+        notes.append(
+            f"{len(passed_over)} files are no images by their suffix or lie in no class folder, "
+            f"as {printable(passed_over[0])}; they are not used"
+        )
+    return tuple(notes)
+
+
+def _cache_folder() -> Path | None:
+    try:
+        return (CACHE / "image-folder").expanduser()
+    except RuntimeError:
+        warn_once("decoded images are not cached, as no home folder is known; HOME is unset")
+        return None
 
 
 def _resized(dataset: Dataset, image_size: int) -> Dataset:
@@ -198,4 +284,4 @@ def _resized(dataset: Dataset, image_size: int) -> Dataset:
         pixels = resize(torch.from_numpy(images.pixels), [image_size, image_size], antialias=True)
         return Images(pixels.numpy(), images.labels)
 
-    return Dataset(resized(dataset.train), resized(dataset.test), dataset.num_classes)
+    return replace(dataset, train=resized(dataset.train), test=resized(dataset.test))

@@ -1,4 +1,7 @@
-"""Files that are replaced whole: a crash leaves the old content or the new, never a part."""
+"""Paths that a user names, and files that are replaced whole.
+
+A crash leaves a file's old content or the new one, never a part.
+"""
 
 import hashlib
 import os
@@ -7,6 +10,42 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+
+from task.errors import SettingsError
+
+
+def user_path(setting: str, value: str | os.PathLike[str]) -> Path:
+    """Return the path that a setting holds, with ``~`` expanded.
+
+    Raises
+    ------
+    SettingsError
+        If nobody knows the home folder that it begins with, or no path can be so.
+    """
+    if "\0" in str(value):
+        raise SettingsError(f"{setting}: {printable(value)} holds a NUL, which no path can")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise SettingsError(
+            f"{setting}: {printable(value)}: no home folder is known for {Path(value).parts[0]}; "
+            "allowed: a path, absolute or from a ~ that is known"
+        ) from None
+
+
+def printable(text: object) -> str:
+    """Return a path or message as one line that any terminal and log can take.
+
+    A file's name is bytes: it may hold line ends, and need not be UTF-8.
+    """
+    characters = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in characters)
+
+
+def reason(error: BaseException) -> str:
+    """Return why something failed, in one line and without the path."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return printable(str(words).strip().splitlines()[0])
 
 
 def write_atomic(path: Path, data: bytes) -> None:

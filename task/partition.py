@@ -4,6 +4,7 @@ The server takes its share of the shuffled images first, and the clients are dea
 file deals to the clients, the server takes its share of what that leaves.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -144,10 +145,12 @@ def _deal(labels: np.ndarray, settings: Settings, num_partitions: int) -> list[n
     dealer = DirichletPartitioner(num_partitions, "label", alpha, seed=settings.seed)
     dealer.dataset = Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
     try:
-        return [
-            np.array(dealer.load_partition(i).with_format("numpy")["index"])
-            for i in range(num_partitions)
-        ]
+        # It warns of every attempt that it repeats, with a page of figures.
+        with warnings.catch_warnings(action="ignore"):
+            return [
+                np.array(dealer.load_partition(i).with_format("numpy")["index"])
+                for i in range(num_partitions)
+            ]
     except ValueError as error:
         raise SettingsError(
             f"dirichlet-alpha: {alpha} leaves a client with fewer than 10 images among "

@@ -1,5 +1,8 @@
 """A deal of the training images that the user wrote: which client holds which."""
 
+import codecs
+import os
+import stat
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +12,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from task.errors import SettingsError
+from task.files import printable, reason, user_path
 from task.options import Options
 
 # Of JSON a training image, indented or not.
@@ -44,11 +48,16 @@ def read_partition_file(file: str, num_images: int) -> tuple[np.ndarray, ...]:
         If the file cannot be read or is too large, something in it is missing, unknown or of the
         wrong type, an index is out of range or there twice, or a client has none.
     """
-    path = Path(file).expanduser()
+    path = user_path("partition-file", file)
     most = 1024 + _MOST_BYTES_AN_IMAGE * num_images
     data = _read(path, most)
     if len(data) > most:
         raise _error(path, f"has more than {most} bytes, all that {num_images} images take")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        raise _error(path, f"is not in UTF-8, as byte {error.start} shows") from None
     try:
         dealt = _Deal.model_validate_json(data).clients
     except ValidationError as error:
@@ -74,18 +83,20 @@ def read_partition_file(file: str, num_images: int) -> tuple[np.ndarray, ...]:
 
 def fingerprint_of_file(file: str) -> str:
     """Return a short text that differs where the file does."""
-    return f"partition-file of CRC {zlib.crc32(_read(Path(file).expanduser())):08x}"
+    data = _read(user_path("partition-file", file))
+    return f"partition-file of CRC {zlib.crc32(data):08x}"
 
 
 def _read(path: Path, most: int = -2) -> bytes:
     """Read a file, but of one that is longer than `most` bytes no more than shows it."""
-    if path.exists() and not path.is_file():
-        raise _error(path, "is no regular file")
     try:
+        # Opening a pipe would wait for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise _error(path, "is no regular file")
         with open(path, "rb") as file:
             return file.read(most + 1)
     except OSError as error:
-        raise SettingsError(f"partition-file: {path} cannot be read: {error.strerror}") from None
+        raise _error(path, f"cannot be read: {reason(error)}") from None
 
 
 def _first(error: ValidationError) -> str:
@@ -95,5 +106,5 @@ def _first(error: ValidationError) -> str:
     return f'holds no deal as in {{"clients": [[0, 5], [2]]}}: {where}: {message}'
 
 
-def _error(path: Path, reason: str) -> SettingsError:
-    return SettingsError(f"partition-file: {path} {reason}")
+def _error(path: Path, what: str) -> SettingsError:
+    return SettingsError(f"partition-file: {printable(path)} {what}")

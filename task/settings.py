@@ -198,7 +198,15 @@ class Settings(Options):
     @classmethod
     def _path_is_absolute(cls, value: str) -> str:
         # The app runs from a copy, in the SuperLink's working directory, not in the user's.
+        if "\0" in value:
+            raise ValueError("a path cannot hold a NUL")
         if value and not os.path.isabs(os.path.expanduser(value)):
+            if value.startswith("~"):
+                user = value.split(os.sep)[0]
+                raise ValueError(
+                    f"no home folder is known for {user}; the path must be absolute or begin with "
+                    "~ and a home that is known"
+                )
             raise ValueError("the path must be absolute or begin with ~")
         return value
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import re
 import tomllib
 from dataclasses import replace
@@ -12,10 +13,12 @@ import pytest
 import torch
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, Error, Message, RecordDict
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import client_app.app
+import task.data
 from client_app.memory import own_model
 from quant import decode_update, spec_of
 from server_app.app import main
@@ -191,6 +194,33 @@ def test_a_bad_setting_is_one_line_before_any_training(tmp_path, changes, reason
     assert reason in summary["reason"]
     assert "\n" not in summary["reason"]
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_the_classes_of_a_folder_are_logged_once_by_the_server(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    monkeypatch.setattr(task.data, "CACHE", tmp_path / "cache")
+    for name, count in (("ant", 10), ("bee", 10), ("cat", 1)):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = torch.full((8, 8), 200 + index, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / "in" / name / f"{index}.png")
+    (tmp_path / "in" / "ant" / "0.gif").write_bytes(b"none")
+    run(
+        tmp_path,
+        dataset="image-folder",
+        data_dir=str(tmp_path / "in"),
+        samples_per_client=0,
+        server_buffer=4,
+        num_server_rounds=1,
+    )
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("classes, training" in line for line in said) == 1
+    assert said[:3] == [
+        "prowd: 3 classes, training + evaluation images: ant 8 + 2, bee 8 + 2, cat 1 + 0",
+        "prowd: data-dir: 1 files are no images by their suffix or lie in no class folder, as "
+        f"{tmp_path}/in/ant/0.gif; they are not used",
+        "prowd: the evaluation images hold none of the classes cat",
+    ]
 
 
 def test_a_bad_output_dir_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import pickle
+import pwd
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import task.data
-from task.data import Images, load_dataset
+from task.data import Images, describe, held_out, load_dataset
 from task.errors import SettingsError
 from task.settings import DATASETS, Settings
 
@@ -84,6 +85,49 @@ def test_digits_are_split_alike_every_time():
     assert np.array_equal(again.train.labels, first.train.labels)
 
 
+def test_classes_absent_from_the_validation_part_are_named():
+    dataset = load_dataset(Settings())
+    few = dataset.train[np.flatnonzero(dataset.train.labels != 7)]
+    assert [line for _, line in describe(dataset, few)] == [
+        "the evaluation images hold none of the classes 7"
+    ]
+    assert list(describe(dataset, dataset.test)) == []
+
+
+# Images of each class, and how many of each are held out: at least one of two or more, about a
+# fifth in all, what is left over to those of which the most was cut off.
+HELD_OUT = [
+    ([5] * 12, [1] * 12),
+    ([11, 11], [2, 2]),
+    ([50], [10]),
+    ([2, 2, 2], [1, 1, 1]),
+    ([1, 4], [0, 1]),
+    ([1, 2, 3, 50], [0, 1, 1, 10]),
+    ([9, 9, 7, 5], [2, 2, 1, 1]),  # 30 // 5 = 6, of which 1 + 1 + 1 + 1; cut off: 4, 4, 2, 0.
+    ([7, 9, 6, 8], [1, 2, 1, 2]),  # Likewise: 2, 4, 1, 3.
+    ([1] * 20 + [6], [0] * 20 + [2]),
+    ([1] * 40 + [6, 5], [0] * 40 + [2, 1]),  # 51 // 5 = 10, but no class gives up more.
+    ([0, 5, 5], [0, 1, 1]),
+]
+
+
+@pytest.mark.parametrize(("counts", "held"), HELD_OUT)
+def test_held_out_part_has_of_every_class(counts, held):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    train, test = held_out(labels)
+    assert sorted([*train, *test]) == list(range(len(labels)))
+    assert np.bincount(labels[test], minlength=len(counts)).tolist() == held
+    assert all(np.bincount(labels[train], minlength=len(counts))[np.array(counts) > 0])
+    assert all(np.array_equal(a, b) for a, b in zip(held_out(labels), (train, test), strict=True))
+
+
+def test_held_out_images_are_not_the_first_of_their_class():
+    labels = np.arange(200) % 2
+    _, test = held_out(labels)
+    assert test.max() > 150
+    assert not np.array_equal(np.sort(test), test)
+
+
 def test_second_call_is_free():
     assert load_dataset(Settings()) is load_dataset(Settings(seed=1, batch_size=7))
 
@@ -116,6 +160,31 @@ def test_missing_folder_is_refused(tmp_path, dataset):
 
 def test_image_folder_needs_a_folder():
     assert message_of(dataset="image-folder").startswith("data-dir: image-folder needs the folder")
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_folder_that_is_a_file_is_refused(tmp_path, dataset):
+    (tmp_path / "file").write_text("none")
+    message = message_of(dataset=dataset, data_dir=str(tmp_path / "file"))
+    assert message == f"data-dir: {tmp_path / 'file'} is no folder"
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_download_without_a_home_is_one_line(monkeypatch, dataset):
+    monkeypatch.setattr(task.data, "CACHE", Path("~/.cache/prowd"))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert message_of(dataset=dataset).startswith(
+        "data-dir: ~/.cache/prowd/data: no home folder is known for ~; allowed: a path, absolute"
+    )
+
+
+def test_download_into_a_folder_that_cannot_be_made_is_one_line():
+    task.data.CACHE.write_text("none")
+    message = message_of(dataset="cifar10")
+    assert message.startswith(
+        f"data-dir: CIFAR10 could not be downloaded to {task.data.CACHE}/data"
+    )
 
 
 @pytest.mark.parametrize("dataset", ["fashion-mnist", "cifar10", "cifar100"])
@@ -173,6 +242,27 @@ def test_fashion_mnist_in_torchvisions_layout(tmp_path):
     assert np.array_equal(dataset.test.pixels[:, 0], arrays["t10k"])
     assert dataset.train.labels.tolist() == labels["train"]
     assert dataset.test.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "why"),
+    [
+        (noise(1, 6, 28, 28), [3, 1, 4, 1, 5], "holds 6 images but 5 labels"),
+        (noise(1, 6, 28, 28), [3, 1, 4, 1, 5, 10], "holds labels from 1 to 10; allowed: 0 to 9"),
+        (noise(1, 0, 28, 28), [], "FashionMNIST could not be found in"),
+        (noise(1, 6, 28, 14), [3, 1, 4, 1, 5, 9], "images are uint8 of shape (6, 1, 28, 14)"),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_are_refused(tmp_path, pixels, labels, why):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(pixels))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.array(labels, np.uint8)))
+    message = message_of(dataset="fashion-mnist", data_dir=str(tmp_path))
+    assert message.startswith("data-dir: ")
+    assert str(tmp_path) in message
+    assert why in message
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed")

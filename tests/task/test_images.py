@@ -1,15 +1,23 @@
+import errno
 import io
+import logging
 import os
+import pickle
+import pwd
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import task.data
+import task.images
 from task.data import load_dataset
 from task.errors import SettingsError
-from task.images import load_image_folder
+from task.image_folder import list_images
+from task.images import load_images
 from task.settings import Settings
 
 
@@ -31,6 +39,12 @@ def grey_folder(folder, classes=("a", "b"), count=3, size=4):
             save(folder / name / f"{number}.png", array)
             arrays.append(array)
     return np.stack(arrays)[:, None]
+
+
+def load_image_folder(folder, image_size, cache):
+    listing = list_images(folder)
+    labels = [file.label for file in listing.files]
+    return load_images(listing.files, image_size, cache), labels, list(listing.classes)
 
 
 def message_of(function, *arguments):
@@ -56,8 +70,7 @@ def test_grey_pixels_are_exact_and_classes_in_the_order_of_their_names(tmp_path)
     assert classes == ["ant", "zebra"]
     assert pixels.dtype == np.uint8
     assert pixels.shape == (3, 1, 5, 5)
-    assert labels.dtype == np.int64
-    assert labels.tolist() == [0, 0, 1]
+    assert labels == [0, 0, 1]
     assert np.array_equal(pixels[1, 0], second)
     assert np.array_equal(pixels[2, 0], third)
 
@@ -108,7 +121,7 @@ def test_unchanged_files_are_read_from_the_cache(tmp_path):
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     pixels, labels, classes = load_image_folder(tmp_path / "in", 0, cache)
     assert np.array_equal(pixels, expected)
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert labels == [0, 0, 0, 1, 1, 1]
     assert classes == ["a", "b"]
     # Without the cache they cannot be decoded.
     message_of(load_image_folder, tmp_path / "in", 0, tmp_path / "other")
@@ -138,7 +151,7 @@ def test_added_and_moved_files_are_noticed(tmp_path):
     assert len(load_image_folder(tmp_path / "in", 0, tmp_path / "cache")[0]) == 7
     (tmp_path / "in" / "a" / "9.png").rename(tmp_path / "in" / "b" / "9.png")
     _, labels, _ = load_image_folder(tmp_path / "in", 0, tmp_path / "cache")
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert labels == [0, 0, 0, 1, 1, 1, 1]
 
 
 def test_image_size_is_part_of_the_cache_key(tmp_path):
@@ -146,6 +159,126 @@ def test_image_size_is_part_of_the_cache_key(tmp_path):
     for image_size, size in ((0, 4), (2, 2), (8, 8)):
         pixels, _, _ = load_image_folder(tmp_path / "in", image_size, tmp_path / "cache")
         assert pixels.shape == (6, 1, size, size)
+
+
+def caches(folder):
+    return list(folder.glob("*"))
+
+
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    """What is logged, as in a new process."""
+    task.images.warn_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def other_array(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: b"",
+        lambda data: data[:100],
+        lambda data: data[:-1],
+        lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:],
+        lambda data: b"something else",
+        lambda data: b"\x93NUMPY\x01\x00 and no more",
+        lambda data: pickle.dumps({"pixels": 1}),
+        lambda data: other_array(labels=np.zeros(6)),
+        lambda data: other_array(pixels=np.zeros((5, 1, 4, 4), np.uint8)),
+        lambda data: other_array(pixels=np.zeros((6, 1, 4, 4), np.float32)),
+        lambda data: other_array(pixels=np.zeros((6, 2, 4, 4), np.uint8)),
+        lambda data: other_array(pixels=np.zeros((6, 1, 4, 5), np.uint8)),
+        lambda data: other_array(pixels=np.zeros((6, 1, 5, 5), np.uint8)),
+        lambda data: other_array(pixels=np.array([None] * 6)),
+    ],
+)
+def test_spoilt_cache_is_made_anew(tmp_path, logged, spoil):
+    grey_folder(tmp_path / "in")
+    cache = tmp_path / "cache"
+    expected, *_ = load_image_folder(tmp_path / "in", 4, cache)
+    [path] = caches(cache)
+    good = path.read_bytes()
+    path.write_bytes(spoil(good))
+    pixels, *_ = load_image_folder(tmp_path / "in", 4, cache)
+    assert np.array_equal(pixels, expected)
+    [line] = logged()
+    assert line.startswith(f"prowd: the cached images {path} are made anew: ")
+    assert len(line.splitlines()) == 1
+    assert caches(cache) == [path]
+    # Zip files hold the time, so that only the arrays are alike.
+    load_image_folder(tmp_path / "in", 4, cache)
+    assert len(logged()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "value"), [("task.images.RULES", 3), ("PIL.__version__", "99.0")]
+)
+def test_cache_of_other_rules_of_decoding_is_not_used(tmp_path, monkeypatch, changed, value):
+    grey_folder(tmp_path / "in")
+    load_image_folder(tmp_path / "in", 0, tmp_path / "cache")
+    before = set(caches(tmp_path / "cache"))
+    monkeypatch.setattr(changed, value)
+    load_image_folder(tmp_path / "in", 0, tmp_path / "cache")
+    assert before < set(caches(tmp_path / "cache"))
+
+
+def full_disk(file, **arrays):
+    file.write(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("fault", ["file", "below a file", "full", "closed", "folder of its name"])
+def test_cache_that_cannot_be_written_is_done_without(tmp_path, logged, monkeypatch, fault):
+    expected = grey_folder(tmp_path / "in")
+    cache = tmp_path / "cache"
+    if fault == "folder of its name":
+        load_image_folder(tmp_path / "in", 0, cache)
+        [path] = caches(cache)
+        path.unlink()
+        path.mkdir()
+    elif fault == "full":
+        monkeypatch.setattr(np, "savez", full_disk)
+    elif fault == "closed":
+        # Root may write anywhere but here.
+        cache = Path("/proc/cache")
+    else:
+        cache.write_text("none")
+        cache = cache if fault == "file" else cache / "more"
+    for _ in range(2):
+        pixels, *_ = load_image_folder(tmp_path / "in", 0, cache)
+        assert np.array_equal(pixels, expected)
+    lines = [line for line in logged() if "are not cached" in line]
+    [line] = lines
+    assert line.startswith(f"prowd: decoded images are not cached, as {cache} cannot be written (")
+    assert line.endswith("): every process decodes them anew")
+    if cache.is_dir():
+        assert not [path for path in caches(cache) if path.suffix == ".part"]
+
+
+def test_unknown_home_is_done_without(tmp_path, logged, monkeypatch):
+    monkeypatch.setattr(task.data, "CACHE", Path("~/.cache/prowd"))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    for part in ("train", "test"):
+        grey_folder(tmp_path / "in" / part)
+    assert len(load(tmp_path / "in").train) == 6
+    assert logged() == [
+        "prowd: decoded images are not cached, as no home folder is known; HOME is unset"
+    ]
+
+
+def test_train_and_test_part_are_told_but_once_that_nothing_is_cached(tmp_path, logged):
+    task.data.CACHE.write_text("none")
+    for part in ("train", "test"):
+        grey_folder(tmp_path / "in" / part)
+    load(tmp_path / "in")
+    assert len(logged()) == 1
 
 
 def test_resizing_averages_and_makes_square(tmp_path):
@@ -271,12 +404,13 @@ def test_classes_of_train_and_test_must_agree(tmp_path):
     grey_folder(tmp_path / "in" / "test", ("a", "c"))
     message = message_of(load, tmp_path / "in")
     assert message.startswith("data-dir: ")
-    assert "differ in classes: ['b', 'c']" in message
+    assert "differ in classes: b, c" in message
 
 
 def test_channels_of_train_and_test_must_agree(tmp_path):
-    grey_folder(tmp_path / "in" / "train", ("a",))
-    save(tmp_path / "in" / "test" / "a" / "1.png", noise(0, 4, 4, 3))
+    grey_folder(tmp_path / "in" / "train", ("a", "b"))
+    for name in ("a", "b"):
+        save(tmp_path / "in" / "test" / name / "1.png", noise(0, 4, 4, 3))
     message = message_of(load, tmp_path / "in")
     assert message.startswith("data-dir: ")
     assert "(1, 4, 4) and (3, 4, 4)" in message

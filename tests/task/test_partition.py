@@ -130,7 +130,7 @@ def test_one_image_each_is_enough():
     assert [len(part) for part in deal.clients] == [1] * 7
 
 
-@pytest.mark.filterwarnings("ignore:The specified min_partition_size")
+@pytest.mark.filterwarnings("error")  # Ten pages of figures were printed, in every process.
 def test_dirichlet_deal_that_leaves_a_client_without_images_is_refused():
     settings = Settings(partitioner="dirichlet", dirichlet_alpha=1e-3)
     message = message_of(partition, settings, 60)

@@ -1,6 +1,9 @@
 """A deal that the user wrote: taken as it is, or refused with the reason in one line."""
 
 import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -131,6 +134,63 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     )
     settings = Settings(partitioner="file", partition_file=str(tmp_path))
     assert "is no regular file" in message_of(partition, settings, 2)
+
+
+@pytest.mark.parametrize(
+    "function", [fingerprint_of_file, lambda file: read_partition_file(file, 9)]
+)
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("{base}/file/more.json", "{file} cannot be read: Not a directory"),
+        ("{base}/" + "x" * 256, "{file} cannot be read: File name too long"),
+        ("{base}/pipe", "{file} is no regular file"),
+        ("{base}/loop", "{file} cannot be read: Too many levels of symbolic links"),
+        ("~no-such-user-here/a.json", "{file}: no home folder is known for ~no-such-user-here; "),
+        ("{base}/a\0b", "{base}/a\\x00b holds a NUL, which no path can"),
+        ("{base}/a\nb", "{base}/a\\nb cannot be read: No such file or directory"),
+    ],
+)
+def test_a_path_that_leads_to_no_file_is_one_line(tmp_path, function, file, reason):
+    (tmp_path / "file").write_text("{}")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    file = file.format(base=tmp_path)
+    message = message_of(function, file)
+    assert message.startswith("partition-file: " + reason.format(base=tmp_path, file=file))
+
+
+@pytest.mark.parametrize(
+    "function", [fingerprint_of_file, lambda file: read_partition_file(file, 9)]
+)
+def test_the_file_of_another_user_is_one_line(function):
+    # Not under tmp_path, which is closed to nobody altogether.
+    with TemporaryDirectory() as base:
+        os.chmod(base, 0o755)
+        path = Path(base) / "deal.json"
+        path.write_text("{}")
+        path.chmod(0)
+        was_root = os.geteuid() == 0
+        if was_root:
+            os.seteuid(65534)
+        try:
+            message = message_of(function, str(path))
+        finally:
+            if was_root:
+                os.seteuid(0)
+    assert message == f"partition-file: {path} cannot be read: Permission denied"
+
+
+def test_a_file_in_utf_8_with_a_mark_is_read_and_one_in_another_encoding_named(tmp_path):
+    text = json.dumps({"clients": [[1]]})
+    path = tmp_path / "deal.json"
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_partition_file(str(path), 9)[0].tolist() == [1]
+    other = tmp_path / "other.json"
+    other.write_text(text, encoding="utf-16")
+    assert message_of(read_partition_file, str(other), 9) == (
+        f"partition-file: {other} is not in UTF-8, as byte 0 shows"
+    )
 
 
 def test_every_training_image_indented_is_no_file_too_large(write):

@@ -1,4 +1,5 @@
 import os
+import pwd
 import tomllib
 from pathlib import Path
 
@@ -100,11 +101,28 @@ def test_wrong_value_is_one_line_with_key_value_and_what_is_allowed(key, value, 
     assert allowed in message
 
 
-@pytest.mark.parametrize("key", ["output-dir", "data-dir"])
+PATHS = ["output-dir", "data-dir", "resume", "partition-file"]
+
+
+@pytest.mark.parametrize("key", PATHS)
 def test_home_of_an_unknown_user_is_refused(key):
     message = message_of({key: "~no-such-user-here/runs"})
-    assert message.startswith(f"{key}: ")
-    assert "~no-such-user-here/runs" in message
+    assert message.startswith(f"{key}: '~no-such-user-here/runs' is not allowed: ")
+    assert "no home folder is known for ~no-such-user-here; the path must be absolute" in message
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_unknown_home_is_told(monkeypatch, key):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert "no home folder is known for ~; the path must be absolute" in message_of({key: "~/x"})
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_path_with_a_nul_is_refused(key):
+    message = message_of({key: "/tmp/a\0b"})
+    assert message.startswith(f"{key}: '/tmp/a\\x00b' is not allowed: ")
+    assert "a path cannot hold a NUL" in message
 
 
 @pytest.mark.parametrize("bits", [-8, 0, 1, 17, 31, 33, 64])
