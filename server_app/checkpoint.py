@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from server_app.record import versions, writing
-from strategies.states import State, is_finite
+from strategies.states import State, not_finite
 from task.errors import SettingsError
 from task.files import checksum, write_atomic
 
 # Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
-FORMAT = 4
+FORMAT = 5
 # Packages of which another version may compute other numbers.
 _DECIDING = ("prowd", "torch", "torchvision", "numpy", "flwr", "flwr-datasets")
 # Settings that may change on resume: they decide where, how long and with how much patience a run
@@ -224,8 +224,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         # In the order of the run: safetensors keeps its own.
         model = {name: kept[f"model/{name}"] for name in head["model"]}
         tensors = {name: kept[f"strategy/{name}"] for name in head["strategy"]}
-        if not is_finite(model):
-            raise SettingsError(f"resume: the model in {path} is not finite")
+        if (name := not_finite(model)) is not None:
+            raise SettingsError(f"resume: the model in {path} is not finite ({name})")
         identity = Identity(**head["identity"])
         return Checkpoint(identity, head["round"], head["seconds"], model, tensors, head["values"])
     except (FileNotFoundError, NotADirectoryError):
