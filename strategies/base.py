@@ -43,7 +43,6 @@ from strategies.inbox import Batch
 from strategies.instructions import completed, with_config
 from strategies.metrics import evaluation_metrics, training_metrics
 from strategies.nodes import Nodes, sample_nodes
-from strategies.norms import all_small, norms_of, scale_of, too_large
 from strategies.replies import (
     BadReply,
     ClientUpdate,
@@ -54,13 +53,8 @@ from strategies.replies import (
     payload_of,
 )
 from strategies.rollback import RoundDropped, Snapshot, why_unusable
-from strategies.states import (
-    State,
-    to_array,
-    to_arrays,
-    to_state,
-    without_negative_variances,
-)
+from strategies.screening import usable
+from strategies.states import State, to_array, to_arrays, to_state, without_negative_variances
 from task.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report, plain
 
 
@@ -256,8 +250,8 @@ class MixedPrecisionStrategy(Strategy):
                 packed.append(item)
         packed.sort(key=lambda item: item.client.partition_id)
         reports: list[Report] = []
-        usable = self._usable(packed)
-        state = self._combine_or_drop(server_round, self._unpack(usable, reports))
+        good = usable(asked, packed, self.norm_bound, self.round_log.rejected)
+        state = self._combine_or_drop(server_round, self._unpack(good, reports))
         self.round_log.warn(server_round, asked.clients)
         if self.round_log.dropped:
             log(WARNING, "Round %d is left out: %s", server_round, self.round_log.dropped)
@@ -405,21 +399,6 @@ class MixedPrecisionStrategy(Strategy):
         if self.local_epochs is None:
             return None
         return self.local_epochs * ceil(client.num_examples / self.batch_size)
-
-    def _usable(self, packed: list[Packed]) -> list[Packed]:
-        """Set aside what is far too large, and on the way to it what is malformed."""
-        sent = scale_of(self._asked.start)
-        largest = (self._asked.norms_at_most(item) for item in packed)
-        if not self.norm_bound or all_small(largest, sent, self.norm_bound):
-            return packed
-        # Seldom: the norms themselves are needed, for which everything is unpacked once more.
-        norms = {
-            item.client.partition_id: norms_of(update.dequantize())
-            for item, update in decode_in_turn(self._asked, packed, self.round_log.rejected)
-        }
-        large = too_large(norms, sent, self.norm_bound)
-        self.round_log.rejected |= large
-        return [i for i in packed if i.client.partition_id in norms.keys() - large.keys()]
 
     def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
         for item, update in decode_in_turn(self._asked, packed, self.round_log.rejected):

@@ -136,6 +136,10 @@ class Nodes:
         # Nodes that are refused need not agree.
         return 0 if self._declared and len(leading) > 1 else max(leading, default=0)
 
+    def partitions(self) -> set[int]:
+        """Return the partitions of the present nodes."""
+        return {declaration.partition_id for declaration in self._present.values()}
+
     def widths(self) -> dict[int, int]:
         """Return the number of present nodes of each bit-width."""
         widths = sorted(declaration.bits for declaration in self._present.values())
