@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quant.arguments import check_number
 from quant.grid import (
     FLOAT_BITS,
     absmax_scale,
@@ -127,6 +128,7 @@ def is_statistic(name: str) -> bool:
 
 def fixed_point(state: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
     """Return the scales of a fixed-point model: one step for every weight of every layer."""
+    check_number("step", step, above=0)
     return {n: torch.full((t.shape[0],), step) for n, t in state.items() if is_quantized(t.shape)}
 
 

@@ -29,7 +29,7 @@ def idle_settings(run_config: Mapping[str, object]) -> list[str]:
         That is valid (`server_app.build.read_settings`).
     """
     defaults = Settings().to_settings()
-    owners = {}
+    owners: dict[str, str] = {}
     for name, kind in STRATEGIES.items():
         own = getattr(kind, "Options", Options)().to_settings(f"{name}-")
         defaults |= own

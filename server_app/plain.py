@@ -35,9 +35,9 @@ def to_json(value: object, *path: str, as_null: bool = True) -> object:
     SettingsError
         If JSON cannot hold it; one line that says where it stands.
     """
-    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
-        value = value.tolist()
-    elif isinstance(value, np.ndarray):
+    if (
+        isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    ) or isinstance(value, np.ndarray):
         value = value.tolist()
     elif isinstance(value, np.generic):
         value = value.item()
@@ -60,4 +60,6 @@ def to_json(value: object, *path: str, as_null: bool = True) -> object:
 
 
 def _line(path: tuple[str, ...], what: str) -> str:
-    return plain(f"{'/'.join(path)} {what}"[:200]) + f", which JSON cannot hold; allowed: {_ALLOWED}"
+    return (
+        plain(f"{'/'.join(path)} {what}"[:200]) + f", which JSON cannot hold; allowed: {_ALLOWED}"
+    )

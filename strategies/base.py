@@ -334,9 +334,7 @@ class MixedPrecisionStrategy(Strategy):
         asked.messages += messages
         return messages
 
-    def _combine_or_drop(
-        self, server_round: int, updates: Iterator[ClientUpdate]
-    ) -> State | None:
+    def _combine_or_drop(self, server_round: int, updates: Iterator[ClientUpdate]) -> State | None:
         """Return the next model, or None and all that is kept as it was before."""
         before = Snapshot.of(*self.checkpoint())
         try:

@@ -27,11 +27,10 @@ from strategies.rollback import RoundDropped
 from strategies.states import State, to_arrays, to_state
 from task.errors import SettingsError
 from task.options import Options, parse_assignments
-from task.protocol import Declaration, Instruction
-from task.reference import in_one_line
+from task.protocol import Declaration, Instruction, plain
 
 PREFIX = "flwr:"
-# What an attribute of Flower's classes may be besides arrays: settings, flags, counters, nothing yet.
+# What an attribute of Flower's classes may be besides arrays: a setting, a counter, nothing yet.
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -94,17 +93,17 @@ class FlowerStrategy(MixedPrecisionStrategy):
     def checkpoint(self) -> tuple[State, dict[str, object]]:
         """Return all that Flower's class keeps: momentum, moments, its present model, numbers."""
         tensors: State = {}
-        kinds, plain = {}, {}
+        kinds, numbers = {}, {}
         for key, kept in vars(self.inner).items():
             if callable(kept):
                 continue  # How it aggregates metrics or selects: given once.
             if isinstance(kept, _PLAIN):
-                plain[key] = kept
+                numbers[key] = kept
                 continue
             named = _named(kept, f"{PREFIX}{type(self.inner).__name__}", key)
             kinds[key] = type(kept).__name__
             tensors |= {f"{key}/{name}": _as_tensor(array) for name, array in named.items()}
-        return tensors, {"kinds": kinds, "plain": plain}
+        return tensors, {"kinds": kinds, "plain": numbers}
 
     def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
         """Put them back; what was not there is not there any more."""
@@ -150,7 +149,7 @@ class FlowerStrategy(MixedPrecisionStrategy):
             arrays, _ = self.inner.aggregate_train(server_round, replies)
         except Exception as error:
             # A rule that needs more clients than there are, for example.
-            return None, f"{name} cannot aggregate: {in_one_line(error)}"
+            return None, f"{name} cannot aggregate: {type(error).__name__}: {plain(str(error))}"
         return arrays, f"{name} made no model of {len(replies)} updates; it may need more clients"
 
 

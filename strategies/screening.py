@@ -1,4 +1,4 @@
-"""Updates set aside before they are combined: those far too large, and malformed ones among them."""
+"""Updates set aside before they are combined: those far too large, and malformed ones."""
 
 from collections.abc import MutableMapping
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
-from quant.grid import FLOAT_BITS
-
 # Keys of the records in a message.
 MODEL = "model"
 UPDATE = "update"
