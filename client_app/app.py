@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 
 from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
-from client_app.messages import answer, answer_query, instruction_in, model_in
+from client_app.messages import answer, answer_query, config_in, instruction_in, model_in
 from client_app.node import declare
 from client_app.tracking import TrackedRound, next_correction
 from quant import Update, UpdateSpec, load_state, quantize_difference, spec_of, weight_scales
@@ -139,6 +139,11 @@ def _open(message: Message, context: Context) -> _Job:
     client = declare(context.node_config, context.run_config, in_simulation())
     if client.refused:
         raise SettingsError(client.refused)
+    if config := config_in(message):
+        # The settings and the instruction say what is done here; nothing else has an effect.
+        raise SettingsError(
+            f"config: this client knows no {', '.join(sorted(config))}; allowed: none"
+        )
     instruction = instruction_in(message)
     folder = state_folder(context.node_config, instruction.keep_in)
     # What a round's training kept is from before its evaluation, but not from before itself.

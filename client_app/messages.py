@@ -4,12 +4,13 @@ All that a ClientApp needs to take part under any strategy of this project; it m
 likes. `client_app.app` is one.
 """
 
-from typing import cast
+from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from quant import STYPE, Update, UpdateSpec, decode_update, encode_update
 from task.protocol import (
+    CONFIG,
     DECLARATION,
     INSTRUCTION,
     MODEL,
@@ -36,6 +37,11 @@ def instruction_in(message: Message) -> Instruction:
         If it is none of this project's strategies'.
     """
     return Instruction.from_record(cast(ConfigRecord, message.content[INSTRUCTION]))
+
+
+def config_in(message: Message) -> dict[str, Any]:
+    """Return what Flower's `start` was given for the clients; empty if that was nothing."""
+    return dict(cast(ConfigRecord, message.content[CONFIG])) if CONFIG in message.content else {}
 
 
 def model_in(message: Message, spec: UpdateSpec) -> Update | None:

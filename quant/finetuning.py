@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quant.arguments import check_number
 from quant.dequantizer import (
     ProgressiveDequantizer,
     Reference,
@@ -51,6 +52,12 @@ class FineTuning:
     distill_weight: float = 0.1
     stochastic: bool = False
     group_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_number("steps", self.steps, least=1, whole=True)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("distill_weight", self.distill_weight, least=0)
+        check_number("group_size", self.group_size, least=1, whole=True)
 
 
 @dataclass(frozen=True)

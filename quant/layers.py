@@ -22,9 +22,9 @@ from quant.activations import (
     put_on_grid,
     quantize_error,
 )
+from quant.arguments import check_width
 from quant.grid import (
     FLOAT_BITS,
-    check_bits,
     check_finite,
     fake_quantize,
     fit_scale,
@@ -54,10 +54,9 @@ class QuantConfig:
     gradient_bits: int = FLOAT_BITS
 
     def __post_init__(self) -> None:
-        check_bits(self.weight_bits)
-        for bits in (self.activation_bits, self.gradient_bits):
-            if bits != FLOAT_BITS:
-                check_bits(bits)
+        check_width("weight_bits", self.weight_bits, or_float=False)
+        check_width("activation_bits", self.activation_bits)
+        check_width("gradient_bits", self.gradient_bits)
 
 
 class QuantLayer(nn.Module):

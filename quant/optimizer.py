@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.activations import fake_quantize_gradient
+from quant.arguments import check_number, check_width
 from quant.eager import SGD
 from quant.grid import (
     FLOAT_BITS,
@@ -55,7 +56,14 @@ class StrictSGD(SGD):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
     ) -> None:
+        check_width("bits", bits, or_float=False)
+        check_width("gradient_bits", gradient_bits)
+        check_number("lr", lr, above=0)
+        check_number("momentum", momentum, least=0, below=1)
+        check_number("weight_decay", weight_decay, least=0)
         named = dict(named_parameters)
+        if odd := scales.keys() - named.keys():
+            raise ValueError(f"scales: there is no parameter {min(odd)!r}")
         super().__init__(named.values(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         self._on_grid = {name: (named[name], scale) for name, scale in scales.items()}
         self._bits = bits

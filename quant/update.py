@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quant.arguments import check_number
 from quant.grid import (
     FLOAT_BITS,
     absmax_scale,
@@ -169,8 +170,7 @@ def fixed_point(
     ValueError
         If the step is not a positive number.
     """
-    if not 0 < step < float("inf"):
-        raise ValueError(f"step is {step!r}; it must be a number above 0")
+    check_number("step", step, above=0)
     return {name: torch.full((state[name].shape[0],), step) for name in names}
 
 

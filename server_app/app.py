@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from logging import ERROR
+from logging import ERROR, WARNING
 from pathlib import Path
 
 from flwr.app import Context
@@ -10,6 +10,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from server_app.build import read_settings
+from server_app.idle import idle_settings
 from server_app.record import RunRecord, locked, open_record
 from server_app.run import finish, prepare, restore
 from strategies import FederationError
@@ -39,6 +40,8 @@ def _begin(grid: Grid, config: Mapping[str, object]) -> None:
     record = _open_record(config)
     with _closing(record), locked(record.folder):
         settings, options = read_settings(config)
+        for line in idle_settings(config):
+            log(WARNING, "prowd: %s", line)
         record.write_config({**settings.to_settings(), **options})
         run = prepare(record.folder, settings, options)
         finish(grid, run, record)

@@ -5,6 +5,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+# TensorBoard keeps a scalar as a float32.
+_MOST = 3.4e38
+
 
 class Board:
     """TensorBoard's file of one run.
@@ -36,7 +39,8 @@ class Board:
             self._writer = SummaryWriter(str(self._folder), purge_step=self._again)
         step = entry["round"]
         for tag, value in (*_leaves(entry), *totals.items()):
-            if tag != "round" and isinstance(value, (int, float)):
+            # An integer may be larger than any float.
+            if tag != "round" and isinstance(value, (int, float)) and abs(value) <= _MOST:
                 self._writer.add_scalar(tag, value, step)
         for tag, counts in _leaves(weights.get("counts", {}), "weights/"):
             histogram = _as_histogram(counts, weights["reach"])

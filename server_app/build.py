@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from strategies import STRATEGIES, MixedPrecisionStrategy, ProWD
-from strategies.base import Broadcast
+from strategies.arguments import Broadcast
 from task.devices import pick_device
 from task.errors import SettingsError
 from task.options import Options, format_assignments, parse_assignments

@@ -19,16 +19,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from torch import Tensor
 
+from server_app.plain import to_json
 from server_app.record import versions, writing
-from strategies.states import State, is_finite
+from strategies.states import State, not_finite
 from task.errors import SettingsError
 from task.files import checksum, write_atomic
+from task.reference import in_one_line
 
 # Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
-FORMAT = 4
+FORMAT = 5
 # Packages of which another version may compute other numbers.
 _DECIDING = ("prowd", "torch", "torchvision", "numpy", "flwr", "flwr-datasets")
 # Settings that may change on resume: they decide where, how long and with how much patience a run
@@ -224,7 +228,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         # In the order of the run: safetensors keeps its own.
         model = {name: kept[f"model/{name}"] for name in head["model"]}
         tensors = {name: kept[f"strategy/{name}"] for name in head["strategy"]}
-        if not is_finite(model):
+        if not_finite(model) is not None:
             raise SettingsError(f"resume: the model in {path} is not finite")
         identity = Identity(**head["identity"])
         return Checkpoint(identity, head["round"], head["seconds"], model, tensors, head["values"])
@@ -254,7 +258,17 @@ def _refuse_unlike(of: str, was: Mapping[str, object], now: Mapping[str, object]
         raise SettingsError(f"resume: the checkpoint is of {of}: {'; '.join(odd)}")
 
 
+def _array(tensor: Tensor, strategy: str, name: str) -> np.ndarray:
+    try:
+        return tensor.detach().cpu().numpy()
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise SettingsError(
+            f"{strategy}: its checkpoint has {name}, which cannot be written: {in_one_line(error)}"
+        ) from None
+
+
 def _to_bytes(checkpoint: Checkpoint) -> bytes:
+    strategy = str(checkpoint.identity.settings.get("strategy", "strategy"))
     head = {
         "format": FORMAT,
         "identity": asdict(checkpoint.identity),
@@ -262,10 +276,10 @@ def _to_bytes(checkpoint: Checkpoint) -> bytes:
         "seconds": checkpoint.seconds,
         "model": list(checkpoint.model),
         "strategy": list(checkpoint.tensors),
-        "values": checkpoint.values,
+        "values": to_json(checkpoint.values, strategy, "checkpoint", as_null=False),
     }
     arrays = {f"model/{name}": t.numpy() for name, t in checkpoint.model.items()}
-    arrays |= {f"strategy/{name}": t.numpy() for name, t in checkpoint.tensors.items()}
+    arrays |= {f"strategy/{n}": _array(t, strategy, n) for n, t in checkpoint.tensors.items()}
     text = json.dumps(head)
     return save(arrays, {"prowd": text, "sha256": checksum(text, arrays)})
 

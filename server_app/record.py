@@ -8,14 +8,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from math import isfinite
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
+from flwr.common.logger import log
 from safetensors.torch import save
 from torch import Tensor
 
 from server_app.board import Board
+from server_app.plain import to_json
+from server_app.unused import UnusedRounds
 from task.errors import SettingsError
 from task.files import write_atomic
 
@@ -67,8 +70,13 @@ def _lock(descriptor: int, folder: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SettingsError(f"resume: another process is writing {folder}") from None
-    except OSError:
-        pass  # A file system without locks.
+    except OSError as error:  # A file system without locks.
+        log(
+            WARNING,
+            "prowd: %s cannot be locked (%s): two processes could write this record at once",
+            folder,
+            error.strerror or error,
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -104,6 +112,10 @@ class RunRecord:
     ----------
     short_rounds : int
         Rounds so far that went on without a client that was asked.
+    dropped_rounds : int
+        Rounds so far whose result was dropped.
+    unused : UnusedRounds
+        The rounds since the last one whose result was used.
 
     Raises
     ------
@@ -122,7 +134,8 @@ class RunRecord:
         self._best: dict[str, float] = {}
         self._last: dict[str, Any] = {}
         self._uplink = self._downlink = 0
-        self.short_rounds = 0
+        self.short_rounds = self.dropped_rounds = 0
+        self.unused = UnusedRounds()
         self._started = datetime.now().astimezone()
         self._seconds_before = seconds
         self._board = Board(folder / "tensorboard", resumed_after)
@@ -172,12 +185,14 @@ class RunRecord:
         totals : mapping, optional
             What TensorBoard shows besides, by its tag.
         """
+        # Before anything is written: what a strategy reports may be what no file can hold.
+        written = {key: to_json(value, key) for key, value in entry.items()}
         if weights:
             self._append("weights.jsonl", {"round": entry["round"], **weights})
-        self._append("rounds.jsonl", entry)
-        self._count(entry)
+        self._append("rounds.jsonl", written)
+        self._count(written)
         with writing(self.folder / "tensorboard"):
-            self._board.add_round(entry, weights or {}, totals or {})
+            self._board.add_round(written, weights or {}, totals or {})
 
     def write_model(self, state: Mapping[str, Tensor]) -> None:
         """Write the float32 global model."""
@@ -227,6 +242,8 @@ class RunRecord:
         self._uplink += sum(entry["uplink_bytes"].values())
         self._downlink += sum(entry["downlink_bytes"].values())
         self.short_rounds += bool(entry.get("left_out"))
+        self.dropped_rounds += bool(entry.get("dropped"))
+        self.unused.add(entry)
         self._last = dict(entry)
         for width, value in (entry.get("accuracy") or {}).items():
             self._best[width] = max(value, self._best.get(width, 0.0))
@@ -234,12 +251,12 @@ class RunRecord:
     def _append(self, name: str, entry: Mapping[str, object]) -> None:
         path = self.folder / name
         with writing(path), open(path, "a") as file:
-            file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
+            file.write(json.dumps(to_json(entry, name), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def _write_json(self, name: str, content: Mapping[str, object]) -> None:
-        text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(to_json(content, name), indent=2, allow_nan=False) + "\n"
         self._write(name, text.encode())
 
     def _write(self, name: str, data: bytes) -> None:
@@ -270,15 +287,6 @@ def _make(folder: Path) -> None:
         ) from None
     except OSError as error:
         raise SettingsError(f"output-dir: {folder} cannot be made: {error}") from None
-
-
-def _finite(value: object) -> object:
-    """Replace numbers that JSON does not have by null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, float) and not isfinite(value):
-        return None
-    return value
 
 
 def versions() -> dict[str, str]:

@@ -49,6 +49,12 @@ def run_rounds(
         Called with the number of rounds done and their model, after every one.
     done : int
         Rounds that need not be run again.
+
+    Raises
+    ------
+    FederationError
+        If no client could be used in the first round, or no result in three rounds in a row or in
+        the last ones, in which every node was asked.
     """
     arrays = to_arrays(state)
     began = time.monotonic()
@@ -62,6 +68,16 @@ def run_rounds(
             raise FederationError(f"no client could be used in the first round: {reason}")
         keep(server_round, to_state(arrays))
         log(INFO, "%s", format_round(entry, settings.num_server_rounds, left))
+        _end_if_nothing_is_used(strategy, record, is_last=False)
+    # Also where no round was left to go on with.
+    _end_if_nothing_is_used(strategy, record, is_last=True)
+
+
+def _end_if_nothing_is_used(
+    strategy: MixedPrecisionStrategy, record: RunRecord, is_last: bool
+) -> None:
+    if reason := record.unused.fatal(strategy.nodes.partitions(), is_last):
+        raise FederationError(reason)
 
 
 def _run_round(
@@ -104,6 +120,9 @@ def _run_round(
         "left_out_of_evaluation": _left_out(evaluated),
         settings.strategy: trained.own,
     }
+    if trained.dropped:
+        # Whom it was asked of, to count again when the run goes on.
+        entry |= {"dropped": trained.dropped, "asked": sorted(trained.sampled)}
     if scores.by_clients:
         entry["evaluated_by_clients"] = scores.by_clients
     return entry, arrays
@@ -180,6 +199,7 @@ def totals(entry: Mapping[str, Any], left: float) -> dict[str, float]:
         "uplink_bytes/all": sum(entry["uplink_bytes"].values()),
         "downlink_bytes/all": sum(entry["downlink_bytes"].values()),
         "clients/not_in_the_evaluation": len(entry["left_out_of_evaluation"]),
+        "dropped": float("dropped" in entry),
         "seconds/left": left,
     }
 
@@ -193,10 +213,11 @@ def format_round(entry: Mapping[str, Any], num_rounds: int, left: float) -> str:
     clients, seconds = entry["clients"], entry["seconds"]
     up, down = also["uplink_bytes/all"], also["downlink_bytes/all"]
     missing = _missing(clients, also["clients/not_in_the_evaluation"])
+    dropped = f" | dropped: {entry['dropped']}" if "dropped" in entry else ""
     return (
         f"round {entry['round']}/{num_rounds} | {accuracy or 'not evaluated'} | "
         f"up {format_bytes(up)}, down {format_bytes(down)} | "
-        f"clients {clients['aggregated']} of {clients['sampled']}{missing} | "
+        f"clients {clients['aggregated']} of {clients['sampled']}{missing}{dropped} | "
         f"{seconds['round']:.1f} s, {clock(also['seconds/left'])} left"
     )
 

@@ -211,10 +211,11 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
         raise
     _write_model(run, record, done, model)
     record.write_summary("completed")
-    short = record.short_rounds
     # The lines that said so have scrolled away.
-    left_out = f"clients were left out of {short} of its rounds (rounds.jsonl); " if short else ""
-    log(INFO, "prowd: completed; %srecord in %s", left_out, run.folder)
+    short, dropped = record.short_rounds, record.dropped_rounds
+    also = f"clients were left out of {short} of its rounds (rounds.jsonl); " if short else ""
+    also += f"the result of {dropped} of its rounds was dropped (rounds.jsonl); " if dropped else ""
+    log(INFO, "prowd: completed; %srecord in %s", also, run.folder)
 
 
 def _write_model(run: Run, record: RunRecord, done: int, model: State) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
 from math import ceil
-from typing import Any, Literal
+from typing import Any
 
 from flwr.app import (
     ArrayRecord,
@@ -37,12 +37,13 @@ from quant import (
     fixed_point,
     quantize_state,
 )
+from strategies.arguments import Broadcast, checked
 from strategies.asked import Asked
 from strategies.decoding import decode_in_turn
 from strategies.inbox import Batch
+from strategies.instructions import completed, with_config
 from strategies.metrics import evaluation_metrics, training_metrics
 from strategies.nodes import FederationError, Nodes, sample_nodes
-from strategies.norms import all_small, norms_of, scale_of, too_large
 from strategies.replies import (
     BadReply,
     ClientUpdate,
@@ -52,18 +53,10 @@ from strategies.replies import (
     open_report,
     payload_of,
 )
-from strategies.states import (
-    State,
-    is_finite,
-    to_array,
-    to_arrays,
-    to_state,
-    without_negative_variances,
-)
-from task.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report
-
-# What low-bit clients are sent: float32, or codes that the server rounded.
-Broadcast = Literal["float32", "nearest", "calibrated"]
+from strategies.rollback import RoundDropped, Snapshot, why_unusable
+from strategies.screening import usable
+from strategies.states import State, to_array, to_arrays, to_state, without_negative_variances
+from task.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report, plain
 
 
 class MixedPrecisionStrategy(Strategy):
@@ -97,6 +90,11 @@ class MixedPrecisionStrategy(Strategy):
     quantized : collection of str, optional
         Names of the weights that low-bit clients hold on a grid (`quant.quantizable_weights` of
         the model); needed as soon as such a client takes part.
+
+    Raises
+    ------
+    SettingsError
+        If an argument is not what the setting of its name allows; NumPy's numbers are taken.
 
     Attributes
     ----------
@@ -135,17 +133,28 @@ class MixedPrecisionStrategy(Strategy):
         batch_size: int = 1,
         quantized: Collection[str] | None = None,
     ) -> None:
-        self.fraction_train = fraction_train
-        self.fraction_evaluate = fraction_evaluate
-        self.seed = seed
+        own = checked(
+            fraction_train=fraction_train,
+            fraction_evaluate=fraction_evaluate,
+            seed=seed,
+            min_nodes=min_nodes,
+            node_wait=node_wait,
+            broadcast=broadcast,
+            weight_step=weight_step,
+            norm_bound=norm_bound,
+            coded=coded,
+            local_epochs=local_epochs,
+            batch_size=batch_size,
+        )
+        self.fraction_train, self.fraction_evaluate = own.fraction_train, own.fraction_evaluate
+        self.seed = own.seed
         self.broadcast = broadcast
-        self.weight_step = weight_step
-        self.norm_bound = norm_bound
-        self.coded = coded
-        self.local_epochs = local_epochs
-        self.batch_size = batch_size
+        self.weight_step, self.norm_bound = own.weight_step, own.norm_bound
+        self.coded = own.lossless_coding
+        self.local_epochs = None if local_epochs is None else own.local_epochs
+        self.batch_size = own.batch_size
         self.quantized = None if quantized is None else frozenset(quantized)
-        self.nodes = Nodes(min_nodes, node_wait)
+        self.nodes = Nodes(own.min_nodes, own.node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
         # Where simulated clients keep what they need again after a crash (`Instruction.keep_in`).
@@ -186,17 +195,7 @@ class MixedPrecisionStrategy(Strategy):
 
     def model_for(self, bits: int, state: State) -> Update:
         """Return the model as clients of a width compute with it."""
-        state = self.state_for(bits, state)
-        if bits != FLOAT_BITS and self.broadcast == "calibrated":
-            if self.round_calibrated is None:
-                raise ValueError("broadcast: 'calibrated' needs round_calibrated, which is not set")
-            return self.round_calibrated(state, bits)
-        if bits == FLOAT_BITS:
-            return quantize_state(state, bits)
-        names = self.on_grid(state)
-        if self.weight_step:
-            return quantize_state(state, bits, fixed_point(state, names, self.weight_step))
-        return quantize_state(state, bits, fit_scales(state, names, bits))
+        return self._at_width(bits, self.state_for(bits, state), self.weight_step)
 
     def on_grid(self, state: State) -> list[str]:
         """Return the names of the weights that low-bit clients hold on a grid.
@@ -222,15 +221,26 @@ class MixedPrecisionStrategy(Strategy):
         return {}, {}
 
     def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
-        """Take back what `checkpoint` returned, tensors in the same order."""
+        """Take back what `checkpoint` returned, tensors in the same order, in place of all else."""
+
+    def roll_back(self, before: Snapshot) -> None:
+        """Be as before a round whose result is dropped.
+
+        Clients are not told: a strategy whose clients keep something too does here what that takes.
+        """
+        self.restore(before.tensors, before.values)
 
     # --- Flower's interface --------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Return `training_messages`, which the server itself asks for, all at once."""
-        return [m for batch in self.training_messages(server_round, arrays, grid) for m in batch()]
+        """Return `training_messages`, which the server itself asks for, all at once.
+
+        A `config` that is not empty goes to the clients with them, under the key "config".
+        """
+        batches = self.training_messages(server_round, arrays, grid)
+        return with_config((message for batch in batches for message in batch()), config)
 
     def training_messages(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> list[Batch]:
         """Sample the nodes of this round, whose messages are made when they are asked for.
@@ -261,12 +271,11 @@ class MixedPrecisionStrategy(Strategy):
                 packed.append(item)
         packed.sort(key=lambda item: item.client.partition_id)
         reports: list[Report] = []
-        usable = self._usable(packed)
-        state = self.combine(server_round, self._asked.start, self._unpack(usable, reports))
+        good = usable(asked, packed, self.norm_bound, self.round_log.rejected)
+        state = self._combine_or_drop(server_round, self._unpack(good, reports))
         self.round_log.warn(server_round, asked.clients)
-        if state is not None and not is_finite(state):
-            log(WARNING, "Round %d is left out: its model is not finite", server_round)
-            state = None
+        if self.round_log.dropped:
+            log(WARNING, "Round %d is left out: %s", server_round, self.round_log.dropped)
         arrays = None if state is None else to_arrays(without_negative_variances(state))
         return arrays, training_metrics(reports) if reports else None
 
@@ -280,7 +289,7 @@ class MixedPrecisionStrategy(Strategy):
             return self._asked.messages
         kind, fraction = MessageType.EVALUATE, self.fraction_evaluate
         batches = self._ask(kind, fraction, server_round, arrays, grid, self.evaluate_log)
-        return [message for batch in batches for message in batch()]
+        return with_config((message for batch in batches for message in batch()), config)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -351,33 +360,61 @@ class MixedPrecisionStrategy(Strategy):
         asked.messages += messages
         return messages
 
+    def _combine_or_drop(self, server_round: int, updates: Iterator[ClientUpdate]) -> State | None:
+        """Return the next model, or None and all that is kept as it was before."""
+        before = Snapshot.of(*self.checkpoint())
+        try:
+            state = self.combine(server_round, self._asked.start, updates)
+            reason = why_unusable(state, self.checkpoint()[0], before.tensors)
+        except RoundDropped as error:
+            state, reason = None, str(error)
+        except BaseException:
+            self.roll_back(before)
+            raise
+        if reason:
+            self.roll_back(before)
+            self.round_log.dropped = plain(reason)
+        return None if reason else state
+
     @property
     def largest_payload(self) -> int:
         """Bytes of the largest update that a client was asked for in the last messages."""
         return self._asked.largest_payload
 
     def _instruction_for(self, server_round: int, client: Declaration) -> Instruction:
-        instruction = self.instruct(server_round, client)
-        downlink_bits = instruction.downlink_bits
-        if downlink_bits and self.broadcast != "float32":
-            downlink_bits = client.bits
-        return replace(
-            instruction,
-            downlink_bits=downlink_bits,
-            coded=int(self.coded),
-            keep_in=self.clients_keep_in,
-        )
+        by_broadcast = FLOAT_BITS if self.broadcast == "float32" else client.bits
+        asked = completed(self.instruct(server_round, client), by_broadcast, type(self).__name__)
+        return replace(asked, coded=int(self.coded), keep_in=self.clients_keep_in)
 
     def _pack_model(
         self, start: State, bits: int, downlink_bits: int
     ) -> tuple[ArrayRecord, Update]:
         if downlink_bits == FLOAT_BITS:
             model = quantize_state(self.state_for(bits, start), FLOAT_BITS)
-        else:
+        elif downlink_bits == bits:
             model = self.model_for(bits, start)
+        else:
+            # Fixed-point weights have the client's own width.
+            model = self._at_width(downlink_bits, self.state_for(bits, start), weight_step=0.0)
+        if model.bits != downlink_bits:
+            raise ValueError(f"model_for: the model has {model.bits} bits, not {downlink_bits}")
+        if downlink_bits != FLOAT_BITS:
             # In the form that every reply is read beside.
             model = FlatUpdate.of(model)
         return ArrayRecord({MODEL: to_array(encode_update(model, coded=self.coded))}), model
+
+    def _at_width(self, bits: int, state: State, weight_step: float) -> Update:
+        """Return a model at a width, rounded as `broadcast` says."""
+        if bits != FLOAT_BITS and self.broadcast == "calibrated":
+            if self.round_calibrated is None:
+                raise ValueError("broadcast: 'calibrated' needs round_calibrated, which is not set")
+            return self.round_calibrated(state, bits)
+        if bits == FLOAT_BITS:
+            return quantize_state(state, bits)
+        names = self.on_grid(state)
+        if weight_step:
+            return quantize_state(state, bits, fixed_point(state, names, weight_step))
+        return quantize_state(state, bits, fit_scales(state, names, bits))
 
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:
         self.round_log.uplink_bytes[client.bits] += len(payload_of(reply) or b"")
@@ -391,21 +428,6 @@ class MixedPrecisionStrategy(Strategy):
         if self.local_epochs is None:
             return None
         return self.local_epochs * ceil(client.num_examples / self.batch_size)
-
-    def _usable(self, packed: list[Packed]) -> list[Packed]:
-        """Set aside what is far too large, and on the way to it what is malformed."""
-        sent = scale_of(self._asked.start)
-        largest = (self._asked.norms_at_most(item) for item in packed)
-        if not self.norm_bound or all_small(largest, sent, self.norm_bound):
-            return packed
-        # Seldom: the norms themselves are needed, for which everything is unpacked once more.
-        norms = {
-            item.client.partition_id: norms_of(update.dequantize())
-            for item, update in decode_in_turn(self._asked, packed, self.round_log.rejected)
-        }
-        large = too_large(norms, sent, self.norm_bound)
-        self.round_log.rejected |= large
-        return [i for i in packed if i.client.partition_id in norms.keys() - large.keys()]
 
     def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
         for item, update in decode_in_turn(self._asked, packed, self.round_log.rejected):

@@ -7,10 +7,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from quant import is_statistic
+from strategies.arguments import own_options
 from strategies.averaging import mean_of
 from strategies.base import MixedPrecisionStrategy
 from strategies.replies import ClientUpdate
-from strategies.states import State, is_finite
+from strategies.rollback import Snapshot
+from strategies.states import State
+from task.errors import SettingsError
 from task.options import Options, WidthOrNone
 from task.protocol import Declaration, Instruction, Report
 
@@ -43,7 +46,7 @@ class FedPAQ(MixedPrecisionStrategy):
 
     def __init__(self, options: DifferenceOptions | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.options = options or self.Options()
+        self.options = own_options(options, self.Options, self)
 
     @property
     def server_learning_rate(self) -> float:
@@ -93,18 +96,25 @@ class FedCOMGATE(FedCOM):
     every round; when one fails, is set aside, joins, or lost what it kept, a new epoch begins and
     all start clean. All clients must train in every round, as in the paper.
 
+    A client takes the average from the model that it is sent next, so that needs to be exact.
+
     Raises
     ------
-    ValueError
-        If `fraction_train` is below 1.
+    SettingsError
+        If `fraction_train` is below 1, or `broadcast` sends codes.
     """
 
     def __init__(self, options: ServerStepOptions | None = None, **kwargs) -> None:
         super().__init__(options, **kwargs)
         if self.fraction_train < 1:
-            raise ValueError(
+            raise SettingsError(
                 f"fraction-train: {self.fraction_train:g}, but fedcomgate's corrections need every "
                 "client in every round; allowed: 1"
+            )
+        if self.broadcast != "float32":
+            raise SettingsError(
+                f"broadcast: {self.broadcast!r} with fedcomgate; its corrections need the exact "
+                "model; allowed: float32"
             )
         self._epoch = 1
         self._members: set[int] = set()
@@ -123,6 +133,11 @@ class FedCOMGATE(FedCOM):
         self._epoch, self._steps = values["epoch"], values["steps"]
         self._members = set(values["members"])
 
+    def roll_back(self, before: Snapshot) -> None:
+        """Begin a new epoch as well: the clients have kept what they sent in that round."""
+        super().roll_back(before)
+        self._begin_epoch()
+
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Ask for a difference, and for tracking."""
         return replace(
@@ -138,17 +153,19 @@ class FedCOMGATE(FedCOM):
         """Move the model, and begin a new epoch if not all members contributed as they should."""
         reports: dict[int, Report] = {}
         state = super().combine(server_round, start, _noting(updates, reports))
-        applied = state is not None and is_finite(state)
         begins = not self._members
         kept = begins or not any(report.began_clean for report in reports.values())
         complete = begins or set(reports) == self._members
-        if applied and kept and complete and not self.round_log.left_out:
+        if state is not None and kept and complete and not self.round_log.left_out:
             self._members = set(reports)
             self._steps = max(report.steps for report in reports.values())
         else:
-            self._epoch += 1
-            self._members = set()
+            self._begin_epoch()
         return state
+
+    def _begin_epoch(self) -> None:
+        self._epoch += 1
+        self._members = set()
 
 
 def _noting(updates: Iterator[ClientUpdate], reports: dict[int, Report]) -> Iterator[ClientUpdate]:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from strategies.arguments import own_options
 from strategies.fedavg import FedAvg
 from task.options import Options
 from task.protocol import Declaration, Instruction
@@ -24,7 +25,7 @@ class FedProx(FedAvg):
 
     def __init__(self, options: FedProxOptions | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.options = options or FedProxOptions()
+        self.options = own_options(options, self.Options, self)
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Add the proximal term."""

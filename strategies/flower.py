@@ -6,7 +6,6 @@ needs no change. It aggregates; who takes part and what is sent stays with the b
 
 import inspect
 from collections.abc import Iterator, Mapping
-from logging import WARNING
 from math import isfinite
 from typing import Any
 
@@ -14,22 +13,25 @@ import flwr.serverapp.strategy as flower_strategies
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from pydantic import Field, field_validator
+from torch import Tensor
 
+from strategies.arguments import own_options
 from strategies.base import MixedPrecisionStrategy
 from strategies.inbox import Batch
 from strategies.nodes import FederationError
 from strategies.replies import ClientUpdate
+from strategies.rollback import RoundDropped
 from strategies.states import State, to_arrays, to_state
 from task.errors import SettingsError
 from task.options import Options, parse_assignments
-from task.protocol import Declaration, Instruction
+from task.protocol import Declaration, Instruction, plain
 
 PREFIX = "flwr:"
-_KEPT = (dict, list, ArrayRecord)
+# What an attribute of Flower's classes may be besides arrays: a setting, a counter, nothing yet.
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class FlowerOptions(Options):
@@ -72,9 +74,9 @@ class FlowerStrategy(MixedPrecisionStrategy):
 
     def __init__(self, name: str, options: FlowerOptions | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.inner = _make(name, parse_assignments((options or FlowerOptions()).arguments))
+        own = own_options(options, self.Options, self)
+        self.inner = _make(name, parse_assignments(own.arguments))
         self._config = ConfigRecord()
-        self._has_worked = False
 
     def training_messages(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> list[Batch]:
         """Let Flower's class see the round's model and write its settings, then do as always."""
@@ -89,20 +91,27 @@ class FlowerStrategy(MixedPrecisionStrategy):
         return Instruction(server_round, proximal_mu=float(mu))
 
     def checkpoint(self) -> tuple[State, dict[str, object]]:
-        """Return the arrays that Flower's class keeps: momentum, moments, its present model."""
+        """Return all that Flower's class keeps: momentum, moments, its present model, numbers."""
         tensors: State = {}
-        kinds = {}
+        kinds, numbers = {}, {}
         for key, kept in vars(self.inner).items():
-            if isinstance(kept, _KEPT) and (named := _named(kept)):
-                kinds[key] = type(kept).__name__
-                tensors |= {
-                    f"{key}/{name}": torch.from_numpy(a.copy()) for name, a in named.items()
-                }
-        return tensors, {"kinds": kinds, "has-worked": self._has_worked}
+            if callable(kept):
+                continue  # How it aggregates metrics or selects: given once.
+            if isinstance(kept, _PLAIN):
+                numbers[key] = kept
+                continue
+            named = _named(kept, f"{PREFIX}{type(self.inner).__name__}", key)
+            kinds[key] = type(kept).__name__
+            tensors |= {f"{key}/{name}": _as_tensor(array) for name, array in named.items()}
+        return tensors, {"kinds": kinds, "plain": numbers}
 
     def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
-        """Put them back."""
-        self._has_worked = values["has-worked"]
+        """Put them back; what was not there is not there any more."""
+        known = {**values["kinds"], **values["plain"]}
+        for key in [k for k, v in vars(self.inner).items() if k not in known and not callable(v)]:
+            delattr(self.inner, key)
+        for key, value in values["plain"].items():
+            setattr(self.inner, key, value)
         for key, kind in values["kinds"].items():
             prefix = f"{key}/"
             mine = {p.removeprefix(prefix): t for p, t in tensors.items() if p.startswith(prefix)}
@@ -111,19 +120,25 @@ class FlowerStrategy(MixedPrecisionStrategy):
     def combine(
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
     ) -> State | None:
-        """Hand the decoded updates to Flower's class; a round that it cannot use is left out."""
+        """Hand the decoded updates to Flower's class.
+
+        Raises
+        ------
+        RoundDropped
+            If it makes no model of them, and clients were missing.
+        FederationError
+            If it makes none of the updates of all clients: then it will hardly do so later.
+        """
         replies = [_as_reply(item, list(start)) for item in updates]
         if not replies:
             return None
         arrays, reason = self._aggregate(server_round, replies)
         if arrays is not None:
-            self._has_worked = True
             return to_state(arrays)
-        if not self._has_worked and not self.round_log.left_out:
-            # What does not work with all that were asked will hardly do so later.
+        connected = sum(self.nodes.widths().values())
+        if not self.round_log.left_out and connected >= self.nodes.num_partitions:
             raise FederationError(f"strategy: {reason}")
-        log(WARNING, "Round %d is left out: %s", server_round, reason)
-        return None
+        raise RoundDropped(reason)
 
     def _aggregate(
         self, server_round: int, replies: list[Message]
@@ -134,14 +149,14 @@ class FlowerStrategy(MixedPrecisionStrategy):
             arrays, _ = self.inner.aggregate_train(server_round, replies)
         except Exception as error:
             # A rule that needs more clients than there are, for example.
-            return None, f"{name} cannot aggregate: {error}"
+            return None, f"{name} cannot aggregate: {type(error).__name__}: {plain(str(error))}"
         return arrays, f"{name} made no model of {len(replies)} updates; it may need more clients"
 
 
 def _make(name: str, arguments: dict[str, Any]) -> FedAvg:
     if name not in flower_names():
         allowed = ", ".join(PREFIX + n for n in flower_names())
-        raise SettingsError(f"strategy: {PREFIX + name!r} is none of {allowed}")
+        raise SettingsError(f"strategy: {f'{PREFIX}{name}'!r} is none of {allowed}")
     kind = getattr(flower_strategies, name)
     settable = _settable(kind)
     for key, value in arguments.items():
@@ -168,16 +183,30 @@ def _make(name: str, arguments: dict[str, Any]) -> FedAvg:
     return inner
 
 
-def _named(kept: dict | list | ArrayRecord) -> dict[str, np.ndarray]:
-    """Arrays of one attribute by name or position; empty if it holds anything else."""
+def _named(kept: object, owner: str, key: str) -> dict[str, np.ndarray]:
+    """Return the arrays of one attribute by name or position.
+
+    Raises
+    ------
+    SettingsError
+        If it holds anything else: a run with it could not go on after a crash.
+    """
     if isinstance(kept, ArrayRecord):
         return {name: array.numpy() for name, array in kept.items()}
-    pairs = kept.items() if isinstance(kept, dict) else enumerate(kept)
-    named = {str(name): value for name, value in pairs}
+    pairs = dict(enumerate(kept)) if isinstance(kept, list) else kept
     # NumPy makes a number, not an array, of what it computes from arrays of no dimension.
-    if not all(isinstance(v, np.ndarray | np.generic) for v in named.values()):
-        return {}
-    return {name: np.asarray(value) for name, value in named.items()}
+    if not isinstance(pairs, dict) or not all(
+        isinstance(value, np.ndarray | np.generic) for value in pairs.values()
+    ):
+        raise SettingsError(
+            f"strategy: {owner} keeps {key}, a {type(kept).__name__}; allowed: numbers and arrays"
+        )
+    return {str(name): np.asarray(value) for name, value in pairs.items()}
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    """Wrap an array; torch warns of one that may not be written."""
+    return torch.from_numpy(np.require(array, requirements=["W", "C"]))
 
 
 def _rebuilt(kind: str, tensors: State) -> dict | list | ArrayRecord:

@@ -11,6 +11,7 @@ from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from quant.arguments import check_number
 from strategies.pulling import NotYetComplete, only_the_reply
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
@@ -48,6 +49,8 @@ def receive(
     most_bytes : int
         The arrays of one reply take no more than this.
     """
+    if timeout is not None:
+        check_number("timeout", timeout, least=0)
     waiting, deadline = [], None
     for place, batch in enumerate(batches):
         messages = batch()

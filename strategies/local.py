@@ -1,13 +1,15 @@
 """Local training: no client ever hears of another; the baseline that a federation must beat."""
 
 from collections.abc import Iterator, Mapping
+from logging import WARNING
 from typing import Any
 
-from quant import FLOAT_BITS
+from flwr.common.logger import log
+
 from strategies.base import MixedPrecisionStrategy
 from strategies.replies import ClientUpdate
 from strategies.states import State
-from task.protocol import Declaration, Instruction
+from task.protocol import BY_BROADCAST, Declaration, Instruction
 
 
 class Local(MixedPrecisionStrategy):
@@ -21,12 +23,15 @@ class Local(MixedPrecisionStrategy):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
+        if 0 < self.fraction_evaluate < 1:
+            share = self.fraction_evaluate
+            log(WARNING, "fraction-evaluate: %g, but in local training all clients evaluate", share)
         self.fraction_evaluate = 1.0
         self._started: set[int] = set()
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Send the model to those that have none yet."""
-        downlink_bits = 0 if client.partition_id in self._started else FLOAT_BITS
+        downlink_bits = 0 if client.partition_id in self._started else BY_BROADCAST
         return Instruction(server_round, uplink="nothing", downlink_bits=downlink_bits)
 
     def checkpoint(self) -> tuple[State, dict[str, object]]:

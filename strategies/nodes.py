@@ -11,6 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from quant import ALLOWED_WIDTHS, is_width
+from quant.arguments import check_number
 from strategies.inbox import patiently
 from strategies.queries import Queries
 from strategies.replies import last_line
@@ -61,7 +62,7 @@ class Nodes:
     def __init__(self, min_nodes: int = 1, wait: float = 60.0) -> None:
         self._min_nodes = min_nodes
         self._wait = wait
-        self.most_examples = 10**9
+        self._most_examples = 10**9
         self.examples_of: Callable[[int, int], int] | None = None
         self._present: dict[int, Declaration] = {}
         # Nodes that were connected at the last look, and when each was activated; what is known of
@@ -74,6 +75,16 @@ class Nodes:
         self._before = 0
         self._parts = 0
         self._gathered = False
+
+    @property
+    def most_examples(self) -> int:
+        """Most examples that a node can have."""
+        return self._most_examples
+
+    @most_examples.setter
+    def most_examples(self, most: int) -> None:
+        check_number("most_examples", most, least=1, whole=True)
+        self._most_examples = int(most)
 
     def expect(self, num_partitions: int) -> None:
         """Believe the nodes that declare so many partitions, as the run did before its resume."""
@@ -135,6 +146,10 @@ class Nodes:
         leading = _leading(votes)
         # Nodes that are refused need not agree.
         return 0 if self._declared and len(leading) > 1 else max(leading, default=0)
+
+    def partitions(self) -> set[int]:
+        """Return the partitions of the present nodes."""
+        return {declaration.partition_id for declaration in self._present.values()}
 
     def widths(self) -> dict[int, int]:
         """Return the number of present nodes of each bit-width."""

@@ -37,12 +37,13 @@ from quant import (
     level_drift,
     relevancy_mask,
 )
+from strategies.arguments import checked, own_options
 from strategies.averaging import WeightedMean
 from strategies.base import MixedPrecisionStrategy
 from strategies.distributions import WeightDistributions
 from strategies.prowd_options import ProWDOptions, parse_ladder
 from strategies.replies import ClientUpdate
-from strategies.states import State, is_finite, join_states, split_states
+from strategies.states import State, join_states, split_states
 from task.seeds import Stream, derive_seed
 
 
@@ -73,7 +74,8 @@ class ProWD(MixedPrecisionStrategy):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        self.options = options or ProWDOptions()
+        self.options = own_options(options, self.Options, self)
+        checked(low_bit_training=low_bit_training, weight_step=self.weight_step)
         self.low_bit_training = low_bit_training
         self.predict = predict or self.predict
         self.dequantizer: ProgressiveDequantizer | None = None
@@ -102,6 +104,7 @@ class ProWD(MixedPrecisionStrategy):
     def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
         """Take them back."""
         self._widths, self._tuned_in = set(values["widths"]), values["tuned-in"]
+        self.dequantizer, self._drift, self._own = None, {}, {}
         parts = split_states(tensors)
         if "dequantizer" in values:
             self.dequantizer = ProgressiveDequantizer(**values["dequantizer"], seed=0)
@@ -246,8 +249,7 @@ class ProWD(MixedPrecisionStrategy):
         if momentum:
             for name, velocity in self._velocity.items():
                 moved[name].add_(velocity, alpha=momentum)
-            if is_finite(moved):
-                self._velocity = moved
+            self._velocity = moved
         return {name: tensor.add(moved[name], alpha=rate) for name, tensor in weights.items()}
 
     def _align(
@@ -278,9 +280,7 @@ class ProWD(MixedPrecisionStrategy):
         """Keep what is not quantized for each width; return that of the widest."""
         for bits, mean in means.items():
             on_grid = self._quantized(mean)
-            own = {name: t for name, t in mean.items() if name not in on_grid}
-            if is_finite(own):
-                self._own[bits] = own
+            self._own[bits] = {name: t for name, t in mean.items() if name not in on_grid}
         return self._own.get(max(self._widths), {})
 
     def _shares(self, groups: Mapping[int, WeightedMean]) -> dict[int, float]:

@@ -149,8 +149,10 @@ class RoundLog:
         reason.
     uplink_bytes, downlink_bytes : Counter of int
         Payload bytes by width, summed over clients.
+    dropped : str
+        Why the result of the round was dropped; empty if it was not.
     own : dict
-        What the strategy itself reports.
+        What the strategy itself reports: numbers, texts, lists, and mappings under text keys.
     detailed : bool
         Whether this round is to be recorded in full.
     weights : dict
@@ -163,6 +165,7 @@ class RoundLog:
     failed: dict[int, str] = field(default_factory=dict)
     uplink_bytes: Counter[int] = field(default_factory=Counter)
     downlink_bytes: Counter[int] = field(default_factory=Counter)
+    dropped: str = ""
     own: dict[str, object] = field(default_factory=dict)
     detailed: bool = False
     weights: dict[str, object] = field(default_factory=dict)

@@ -12,10 +12,16 @@ from quant import STYPE, is_variance
 State = dict[str, Tensor]
 
 
-def is_finite(state: Mapping[str, Tensor]) -> bool:
-    """Return whether a model holds numbers only; one that does not is never sent."""
-    # What is not finite stays so in a sum, which is faster than a look at every value.
-    return all(isfinite(tensor.sum()) for tensor in state.values())
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a tensor that holds NaN or an infinity, None if there is none.
+
+    A model that has one is never sent.
+    """
+    for name, tensor in state.items():
+        # What is not finite stays so in a sum, which is faster than a look at every value.
+        if tensor.is_floating_point() and not isfinite(tensor.sum()):
+            return name
+    return None
 
 
 def without_negative_variances(state: Mapping[str, Tensor]) -> State:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
@@ -36,7 +37,10 @@ WidthOrNone = Annotated[int, AfterValidator(_check_width_or_none), Allowed(_WIDT
 
 
 class Options(BaseModel):
-    """Base of everything that is set from outside: strict types, kebab-case keys, frozen."""
+    """Base of everything that is set from outside: strict types, kebab-case keys, frozen.
+
+    NumPy's numbers count as what they hold. What is not allowed is a `SettingsError`, one line.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -47,6 +51,17 @@ class Options(BaseModel):
         validate_by_alias=True,
         allow_inf_nan=False,
     )
+
+    def __init__(self, **values: Any) -> None:
+        self._fill(values, "")
+
+    def _fill(self, values: Mapping[str, Any], prefix: str) -> None:
+        """Validate values into this new object; what is wrong is one line."""
+        held = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+        try:
+            super().__init__(**held)
+        except ValidationError as error:
+            raise SettingsError("; ".join(_line(e, prefix) for e in error.errors())) from None
 
     @classmethod
     def read(cls, values: Mapping[str, object], prefix: str = "") -> Self:
@@ -64,10 +79,9 @@ class Options(BaseModel):
         SettingsError
             One line that names every wrong key, its value, and what is allowed.
         """
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise SettingsError("; ".join(_line(e, prefix) for e in error.errors())) from None
+        made = cls.__new__(cls)
+        made._fill(values, prefix)
+        return made
 
     def to_settings(self, prefix: str = "") -> dict[str, object]:
         """Return the values by kebab-case key."""
@@ -105,7 +119,10 @@ def _toml(value: object) -> str:
 
 
 def _line(error: Mapping[str, Any], prefix: str) -> str:
-    key = prefix + ".".join(str(part) for part in error["loc"])
+    path = [str(part) for part in error["loc"]]
+    if error["type"] != "extra_forbidden":
+        path[:1] = map(_kebab, path[:1])  # In Python an option is given by its name.
+    key = prefix + ".".join(path)
     message = str(error["msg"])
     if isinstance(cause := error.get("ctx", {}).get("error"), SettingsError):
         return str(cause)

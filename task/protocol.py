@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
-from quant.grid import FLOAT_BITS
-
 # Keys of the records in a message.
 MODEL = "model"
 UPDATE = "update"
 INSTRUCTION = "instruction"
 DECLARATION = "declaration"
 REPORT = "report"
+# What Flower's `start` is given for the clients, under the name that Flower's strategies use.
+CONFIG = "config"
+
+# An instruction's `downlink_bits` that leaves it to the strategy's `broadcast`; never sent.
+BY_BROADCAST = -1
 
 # Mean cross-entropy of a network that gives the true class ten thousand logits less than another:
 # who gets there has diverged. Means of losses, and q-FedAvg's weights, are bounded by it.
@@ -102,8 +105,9 @@ class Instruction(_Record):
     uplink_bits : int
         Width of a difference; 0 is the client's own.
     downlink_bits : int
-        Width of the payload that carries the model, 32 for float32; 0 if no model is sent and
-        the client goes on from its own.
+        Width of the payload that carries the model, whatever the client's own is: 2 to 16, or 32
+        for float32; 0 if no model is sent and the client goes on from its own. By default the one
+        that `broadcast` leads to, which the strategy puts in before it sends the instruction.
     proximal_mu : float
         Factor of the proximal term against the received model; 0 leaves it out.
     tracking_epoch : int
@@ -125,7 +129,7 @@ class Instruction(_Record):
     server_round: int
     uplink: Uplink = "weights"
     uplink_bits: int = 0
-    downlink_bits: int = FLOAT_BITS
+    downlink_bits: int = BY_BROADCAST
     proximal_mu: float = 0.0
     tracking_epoch: int = 0
     tracking_steps: int = 0

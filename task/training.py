@@ -4,6 +4,7 @@ import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isfinite
+from sys import float_info
 from typing import Any, Literal
 
 import numpy as np
@@ -31,10 +32,12 @@ from quant import (
     watched_inputs,
     weight_scales,
 )
+from quant.arguments import check_number, check_width
 from task.calibration import calibrate_activations, calibrate_normalization
 from task.data import Images
 from task.devices import device_of
 from task.errors import SettingsError
+from task.mix import check_client_bits
 from task.models import to_input
 from task.reference import in_one_line
 from task.seeds import Stream, derive_seed
@@ -80,6 +83,22 @@ class LocalTraining:
     proximal_mu: float = 0.0
     weight_step: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_client_bits(self.bits, "bits")
+        check_width("activation-bits", self.activation_bits)
+        check_width("gradient-bits", self.gradient_bits)
+        check_number("proximal-mu", self.proximal_mu, least=0)
+        # The others have the bounds of the settings that they come from.
+        Settings(
+            low_bit_training=self.low_bit_training,
+            local_epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            weight_step=self.weight_step,
+        )
+
     @classmethod
     def of(cls, settings: Settings, bits: int, server_round: int, mu: float) -> "LocalTraining":
         """Take from the settings what a client of this width does in this round."""
@@ -90,8 +109,11 @@ class LocalTraining:
             gradient_bits=settings.gradient_bits_of_low_bit(),
             epochs=settings.local_epochs,
             batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate
-            * settings.learning_rate_decay ** (server_round - 1),
+            # Above zero, however many rounds it decays.
+            learning_rate=max(
+                settings.learning_rate * settings.learning_rate_decay ** (server_round - 1),
+                float_info.min,
+            ),
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             proximal_mu=mu,

@@ -24,7 +24,13 @@ MAY_IMPORT = {
     "experiments": {"experiments", "quant", "server_app", "strategies", "task"},
 }
 # Of `task`, strategies read only what both sides share.
-STRATEGIES_OF_TASK = {"task.errors", "task.options", "task.protocol", "task.seeds"}
+STRATEGIES_OF_TASK = {
+    "task.errors",
+    "task.options",
+    "task.protocol",
+    "task.seeds",
+    "task.settings",  # The bounds of their arguments.
+}
 
 
 def name_of(requirement):

@@ -112,7 +112,7 @@ ALTERATIONS = {
 @pytest.mark.parametrize("kind", ALTERATIONS)
 def test_a_hostile_payload_is_set_aside_by_name_and_the_round_goes_on(kind):
     alter, reason = ALTERATIONS[kind]
-    strategy, without = FedAvg(quantized=["w"]), FedAvg(quantized=["w"], node_wait=0)
+    strategy, without = FedAvg(quantized=["w"]), FedAvg(quantized=["w"], node_wait=0.01)
     grid = federation([honest(0), Hostile(1, 3, alter), honest(2)], STATE)
     new = run_round(strategy, grid, STATE)
     assert list(strategy.round_log.rejected) == [1]

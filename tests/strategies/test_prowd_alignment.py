@@ -494,7 +494,8 @@ def sent_codes(grid):
 
 
 @pytest.mark.parametrize("broadcast", ["nearest", "calibrated"])
-@pytest.mark.parametrize("name", BROADCASTING)
+# FedCOMGATE's corrections need the exact model.
+@pytest.mark.parametrize("name", [name for name in BROADCASTING if name != "fedcomgate"])
 def test_low_bit_clients_get_codes_of_their_own_width(name, broadcast):
     clients, grid = plain_grid()
     strategy = make(name, broadcast)

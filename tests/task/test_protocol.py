@@ -39,12 +39,12 @@ def test_record_is_flat_and_plain():
     }
 
 
-def test_instruction_defaults_ask_for_weights_at_the_clients_width_and_send_float32():
+def test_instruction_defaults_ask_for_weights_at_the_clients_width_and_leave_the_downlink_open():
     assert Instruction(1).to_record() == {
         "server_round": 1,
         "uplink": "weights",
         "uplink_bits": 0,
-        "downlink_bits": 32,
+        "downlink_bits": -1,  # as `broadcast` says
         "proximal_mu": 0.0,
         "tracking_epoch": 0,
         "tracking_steps": 0,

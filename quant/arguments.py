@@ -1,0 +1,58 @@
+"""Arguments of constructors, refused in one line: name, value, and what is allowed."""
+
+from math import isfinite, nan
+from numbers import Integral, Real
+
+from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> None:
+    """Refuse what is no finite number within bounds; NumPy's numbers are numbers.
+
+    >>> check_number("learning_rate", 0.0, above=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: learning_rate: 0.0 is not allowed: it should be a number > 0
+
+    Raises
+    ------
+    ValueError
+        One line.
+    """
+    bounds = [(">=", least), (">", above), ("<", below)]
+    words = ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+    allowed = f"{'a whole number' if whole else 'a number'} {words}".strip()
+    number = nan
+    if not isinstance(value, bool) and isinstance(value, Integral if whole else Real):
+        number = float(value)
+    if not (
+        isfinite(number)
+        and (least is None or number >= least)
+        and (above is None or number > above)
+        and (below is None or number < below)
+    ):
+        raise ValueError(f"{name}: {value!r} is not allowed: it should be {allowed}")
+
+
+def check_width(name: str, bits: object, *, or_float: bool = True) -> None:
+    """Refuse what is no bit-width of a grid or, where that is allowed too, of float32.
+
+    Raises
+    ------
+    ValueError
+        One line.
+    """
+    fits = isinstance(bits, int) and not isinstance(bits, bool) and is_width(bits)
+    if not fits or (bits == FLOAT_BITS and not or_float):
+        also = f", or {FLOAT_BITS}" if or_float else ""
+        raise ValueError(
+            f"{name}: {bits!r} is not allowed: it should be {MIN_BITS} to {MAX_BITS}{also}"
+        )

@@ -1,0 +1,57 @@
+"""A round whose result is dropped: what the strategy keeps is put back, as if it had never been."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from strategies.states import State, not_finite
+
+
+class RoundDropped(Exception):
+    """Raised in `combine` where no model can be made of a round; the message says why."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a strategy kept before a round, by value: nothing that it does later changes it.
+
+    Attributes
+    ----------
+    tensors, values : dict
+        As `MixedPrecisionStrategy.checkpoint` returned them.
+    """
+
+    tensors: State
+    values: dict[str, Any]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> "Snapshot":
+        """Copy what `checkpoint` returned, which may be changed in place."""
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return cls(copies, copy.deepcopy(dict(values)))
+
+
+def why_unusable(
+    model: Mapping[str, Tensor] | None, kept: Mapping[str, Tensor], before: Mapping[str, Tensor]
+) -> str:
+    """Say why a round's result cannot be used; empty if it can.
+
+    Parameters
+    ----------
+    model : mapping of str to Tensor or None
+        The next model, if one was made.
+    kept : mapping of str to Tensor
+        What the strategy keeps for later rounds.
+    before : mapping of str to Tensor
+        What it kept before; a tensor that was not finite then is not this round's fault.
+    """
+    if model is not None and (name := not_finite(model)) is not None:
+        return f"its model is not finite ({name})"
+    while (name := not_finite(kept)) is not None:
+        if name not in before or not_finite({name: before[name]}) is None:
+            return f"what the strategy keeps is not finite ({name})"
+        kept = {n: tensor for n, tensor in kept.items() if n != name}
+    return ""
