@@ -137,10 +137,9 @@ def _open(message: Message, context: Context) -> _Job:
     if client.refused:
         raise SettingsError(client.refused)
     if config := config_in(message):
-        # What is done here, the run's settings and the instruction say; nothing else would be heeded.
-        raise SettingsError(
-            f"config: this client knows no {', '.join(sorted(config))}; allowed: none"
-        )
+        # The run's settings and the instruction say what is done here; this would not be heeded.
+        odd = ", ".join(sorted(config))
+        raise SettingsError(f"config: this client knows no {odd}; allowed: none")
     instruction = instruction_in(message)
     folder = state_folder(context.node_config, instruction.keep_in)
     # What a round's training kept is from before its evaluation, but not from before itself.

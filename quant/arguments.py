@@ -2,6 +2,7 @@
 
 from math import isfinite, nan
 from numbers import Integral, Real
+from sys import float_info
 
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
 
@@ -31,8 +32,8 @@ def check_number(
     words = ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
     allowed = f"{'a whole number' if whole else 'a number'} {words}".strip()
     number = nan
-    if isinstance(value, Integral if whole else Real) and type(value) is not bool:
-        number = float(value)
+    if not isinstance(value, bool) and isinstance(value, Integral if whole else Real):
+        number = float(value) if abs(value) < float_info.max else nan
     if not (
         isfinite(number)
         and (least is None or number >= least)
