@@ -2,6 +2,7 @@
 
 from math import isfinite, nan
 from numbers import Integral, Real
+from sys import float_info
 
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
 
@@ -32,7 +33,7 @@ def check_number(
     allowed = f"{'a whole number' if whole else 'a number'} {words}".strip()
     number = nan
     if not isinstance(value, bool) and isinstance(value, Integral if whole else Real):
-        number = float(value)
+        number = float(value) if abs(value) < float_info.max else nan
     if not (
         isfinite(number)
         and (least is None or number >= least)

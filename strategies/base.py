@@ -103,6 +103,9 @@ class MixedPrecisionStrategy(Strategy):
     """
 
     evaluates_on_server = True
+    # Whether the tensors that `checkpoint` returns are only ever replaced, and never changed in
+    # place: they need not be copied then. Whoever keeps something else says so again.
+    replaces_kept = False
     # What takes the network and the server's buffer, set by the server where it has them:
     # ``f(u; w)``, differentiable logits for a float32 state dict,
     predict: Callable[[Mapping[str, Tensor]], Tensor] | None = None
@@ -116,6 +119,8 @@ class MixedPrecisionStrategy(Strategy):
                 f"{cls.__name__} has a configure_train of its own, which the server does not call; "
                 "override training_messages"
             )
+        if {"combine", "checkpoint"} & vars(cls).keys() and "replaces_kept" not in vars(cls):
+            cls.replaces_kept = False
 
     def __init__(
         self,
@@ -362,7 +367,7 @@ class MixedPrecisionStrategy(Strategy):
 
     def _combine_or_drop(self, server_round: int, updates: Iterator[ClientUpdate]) -> State | None:
         """Return the next model, or None and all that is kept as it was before."""
-        before = Snapshot.of(*self.checkpoint())
+        before = Snapshot.of(*self.checkpoint(), self.replaces_kept)
         try:
             state = self.combine(server_round, self._asked.start, updates)
             reason = why_unusable(state, self.checkpoint()[0], before.tensors)

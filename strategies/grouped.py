@@ -15,6 +15,8 @@ class GroupedAvg(MixedPrecisionStrategy):
     The model that the run passes from round to round is that of the highest width.
     """
 
+    replaces_kept = True
+
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
         self._models: dict[int, State] = {}

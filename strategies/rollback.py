@@ -28,10 +28,12 @@ class Snapshot:
     values: dict[str, Any]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> "Snapshot":
-        """Copy what `checkpoint` returned, which may be changed in place."""
-        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        return cls(copies, copy.deepcopy(dict(values)))
+    def of(
+        cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any], replaced: bool
+    ) -> "Snapshot":
+        """Copy what `checkpoint` returned, but for tensors that are only ever replaced by others."""
+        kept = {n: t if replaced else t.detach().clone() for n, t in tensors.items()}
+        return cls(kept, copy.deepcopy(dict(values)))
 
 
 def why_unusable(
@@ -50,6 +52,8 @@ def why_unusable(
     """
     if model is not None and (name := not_finite(model)) is not None:
         return f"its model is not finite ({name})"
+    known = {id(tensor) for tensor in (model or {}).values()}
+    kept = {n: tensor for n, tensor in kept.items() if id(tensor) not in known}
     while (name := not_finite(kept)) is not None:
         if name not in before or not_finite({name: before[name]}) is None:
             return f"what the strategy keeps is not finite ({name})"
