@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -24,6 +25,10 @@ _PACKAGES = ("prowd", "flwr", "torch", "torchvision", "numpy", "pydantic", "ray"
 
 class RunExistsError(SettingsError):
     """There is a run of this name already."""
+
+
+class RunEnded(Exception):
+    """How the run ended has been written already, in another thread."""
 
 
 @contextmanager
@@ -104,6 +109,8 @@ class RunRecord:
     ----------
     short_rounds : int
         Rounds so far that went on without a client that was asked.
+    round_begun : int
+        The last round that was begun; 0 before the first.
 
     Raises
     ------
@@ -123,6 +130,9 @@ class RunRecord:
         self._last: dict[str, Any] = {}
         self._uplink = self._downlink = 0
         self.short_rounds = 0
+        self.round_begun = 0
+        self._ended = False
+        self._lock = threading.RLock()
         self._started = datetime.now().astimezone()
         self._seconds_before = seconds
         self._board = Board(folder / "tensorboard", resumed_after)
@@ -171,7 +181,13 @@ class RunRecord:
             Its `strategies.distributions.WeightDistributions`, for weights.jsonl and TensorBoard.
         totals : mapping, optional
             What TensorBoard shows besides, by its tag.
+
+        Raises
+        ------
+        RunEnded
+            If it has been written how the run ended.
         """
+        self._refuse_if_ended()
         if weights:
             self._append("weights.jsonl", {"round": entry["round"], **weights})
         self._append("rounds.jsonl", entry)
@@ -185,8 +201,24 @@ class RunRecord:
         self._write("model.safetensors", save(tensors))
 
     def write_summary(self, status: str, reason: str = "") -> None:
-        """Write how the run stands: running, completed or failed, and why."""
-        summary = {
+        """Write how the run stands: running, completed or failed, and why.
+
+        Raises
+        ------
+        RunEnded
+            If it has ended: what ended it first is what is written.
+        """
+        with self._lock:
+            self._refuse_if_ended()
+            self._write_json("summary.json", self._summary(status, reason))
+            self._ended = status != "running"
+
+    def _refuse_if_ended(self) -> None:
+        if self._ended:
+            raise RunEnded
+
+    def _summary(self, status: str, reason: str) -> dict[str, Any]:
+        return {
             "status": status,
             "reason": reason,
             "rounds": self._last.get("round", 0),
@@ -196,7 +228,6 @@ class RunRecord:
             "downlink_bytes": self._downlink,
             "seconds": self.seconds,
         }
-        self._write_json("summary.json", summary)
 
     def close(self) -> None:
         """Let go of TensorBoard's file."""
