@@ -1,12 +1,16 @@
 """What a client does with each message. Everything it learns with comes from `task` and `quant`."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from logging import ERROR
+from functools import wraps
+from logging import DEBUG, ERROR
+from traceback import walk_tb
 
 import torch
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from torch import Tensor, nn
 
@@ -18,9 +22,10 @@ from quant import Update, UpdateSpec, load_state, quantize_difference, spec_of, 
 from task.data import Images, load_dataset
 from task.devices import pick_device
 from task.errors import SettingsError
+from task.failures import explain
 from task.models import build_model
 from task.partition import client_images, evaluation_images
-from task.protocol import MOST_LOSS, Declaration, Instruction, Report
+from task.protocol import MOST_LOSS, Declaration, Instruction, Report, plain
 from task.seeds import Stream, derive_seed
 from task.settings import Settings
 from task.simulation import in_simulation
@@ -34,9 +39,45 @@ from task.training import (
 )
 
 app = ClientApp()
+Handler = Callable[[Message, Context], Message]
+_DOING = {
+    MessageType.QUERY: "declaring this node",
+    MessageType.TRAIN: "training",
+    MessageType.EVALUATE: "the evaluation",
+}
+
+
+def _failing_in_one_line(handler: Handler) -> Handler:
+    """Answer with an error of one line in place of raising, and say it on the device too.
+
+    What is raised would reach the server as a traceback, and what is no `Exception` would end the
+    process, or Ray's worker, without an answer: ``sys.exit()`` in a model is the client's failure.
+    """
+
+    @wraps(handler)
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and _ends_the_process(error):
+                raise
+            doing = _DOING[message.metadata.message_type.partition(".")[0]]
+            reason = plain(explain(error, context.run_config, when=f"in {doing}"))
+            log(ERROR, "prowd: %s", reason)
+            log(DEBUG, "where that was raised", exc_info=error)
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+    return handle
+
+
+def _ends_the_process(error: SystemExit) -> bool:
+    """Whether Flower raised it, to end the process on a signal."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("flwr.")
 
 
 @app.query()
+@_failing_in_one_line
 def on_query(message: Message, context: Context) -> Message:
     """Declare the node: its partition, bit-width and examples, or why it cannot take part."""
     declaration = declare(context.node_config, context.run_config, in_simulation())
@@ -46,6 +87,7 @@ def on_query(message: Message, context: Context) -> Message:
 
 
 @app.train()
+@_failing_in_one_line
 def on_train(message: Message, context: Context) -> Message:
     """Train the received model, or the client's own, at the client's width and send the update."""
     started = time.perf_counter()
@@ -86,6 +128,7 @@ def _keep(kept: RecordDict, context: Context, instruction: Instruction) -> None:
 
 
 @app.evaluate()
+@_failing_in_one_line
 def on_evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received model, or the client's own, at the client's width."""
     started = time.perf_counter()

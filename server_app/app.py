@@ -1,8 +1,7 @@
 """The ServerApp: from settings to a finished run."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from logging import ERROR, WARNING
+from collections.abc import Mapping
+from logging import WARNING
 from pathlib import Path
 
 from flwr.app import Context
@@ -10,11 +9,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from server_app.build import read_settings
+from server_app.ending import Ending
 from server_app.idle import idle_settings
-from server_app.record import RunRecord, locked, open_record
+from server_app.record import RunRecord, open_record
 from server_app.run import finish, prepare, restore
-from strategies import FederationError
-from task.errors import SettingsError
 from task.settings import Settings
 
 app = ServerApp()
@@ -24,55 +22,36 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Validate the settings, run the rounds, leave the run record."""
     config = context.run_config
-    try:
+    with Ending(config) as ending:
         if config.get("resume"):
-            _resume(grid, config)
+            _resume(grid, config, ending)
         else:
-            _begin(grid, config)
-    except (SettingsError, FederationError) as error:
-        # One line that says what is wrong. Flower marks the run failed only if it is raised on, and
-        # prints a traceback, which is kept short.
-        log(ERROR, "prowd: %s", error)
-        raise type(error)(str(error)) from None
+            _begin(grid, config, ending)
 
 
-def _begin(grid: Grid, config: Mapping[str, object]) -> None:
+def _begin(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
     record = _open_record(config)
-    with _closing(record), locked(record.folder):
-        settings, options = read_settings(config)
-        for line in idle_settings(config):
-            log(WARNING, "prowd: %s", line)
-        record.write_config({**settings.to_settings(), **options})
-        run = prepare(record.folder, settings, options)
-        finish(grid, run, record)
+    ending.watch(record)
+    ending.lock(record.folder)
+    settings, options = read_settings(config)
+    for line in idle_settings(config):
+        log(WARNING, "prowd: %s", line)
+    record.write_config({**settings.to_settings(), **options})
+    run = prepare(record.folder, settings, options)
+    finish(grid, run, record)
 
 
-def _resume(grid: Grid, config: Mapping[str, object]) -> None:
+def _resume(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
     settings, options = read_settings(config)
     folder = Path(settings.resume).expanduser()
     # Before the checkpoint is read: another process that went on with it would leave it stale.
-    with locked(folder):
-        run, saved = restore(grid, folder, settings, options)
-        # Not before all has been found in order: a refused run leaves the record as it was.
-        record = RunRecord(folder, saved.server_round, saved.seconds)
-        with _closing(record):
-            record.write_config(run.all_settings)
-            finish(grid, run, record, saved)
-
-
-@contextmanager
-def _closing(record: RunRecord) -> Iterator[None]:
-    """Note in the record why the run failed, if it does."""
-    try:
-        yield
-    except (SettingsError, FederationError) as error:
-        _write_failed(record, str(error))
-        raise
-    except BaseException as error:
-        _write_failed(record, f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        record.close()
+    ending.lock(folder)
+    run, saved = restore(grid, folder, settings, options)
+    # Not before all has been found in order: a refused run leaves the record as it was.
+    record = RunRecord(folder, saved.server_round, saved.seconds)
+    ending.watch(record)
+    record.write_config(run.all_settings)
+    finish(grid, run, record, saved)
 
 
 def _open_record(run_config: Mapping[str, object]) -> RunRecord:
@@ -88,10 +67,3 @@ def _open_record(run_config: Mapping[str, object]) -> RunRecord:
 
 def _slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in text)[:40]
-
-
-def _write_failed(record: RunRecord, reason: str) -> None:
-    try:
-        record.write_summary("failed", reason)
-    except SettingsError as error:  # On a full disk; what failed first is what is reported.
-        log(ERROR, "prowd: %s", error)

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -27,6 +28,10 @@ _PACKAGES = ("prowd", "flwr", "torch", "torchvision", "numpy", "pydantic", "ray"
 
 class RunExistsError(SettingsError):
     """There is a run of this name already."""
+
+
+class RunEnded(Exception):
+    """How the run ended has been written already, in another thread."""
 
 
 @contextmanager
@@ -116,6 +121,8 @@ class RunRecord:
         Rounds so far whose result was dropped.
     unused : UnusedRounds
         The rounds since the last one whose result was used.
+    round_begun : int
+        The last round that was begun; 0 before the first.
 
     Raises
     ------
@@ -136,6 +143,9 @@ class RunRecord:
         self._uplink = self._downlink = 0
         self.short_rounds = self.dropped_rounds = 0
         self.unused = UnusedRounds()
+        self.round_begun = 0
+        self._ended = False
+        self._lock = threading.RLock()
         self._started = datetime.now().astimezone()
         self._seconds_before = seconds
         self._board = Board(folder / "tensorboard", resumed_after)
@@ -184,7 +194,13 @@ class RunRecord:
             Its `strategies.distributions.WeightDistributions`, for weights.jsonl and TensorBoard.
         totals : mapping, optional
             What TensorBoard shows besides, by its tag.
+
+        Raises
+        ------
+        RunEnded
+            If it has been written how the run ended.
         """
+        self._refuse_if_ended()
         # Before anything is written: what a strategy reports may be what no file can hold.
         written = {key: to_json(value, key) for key, value in entry.items()}
         if weights:
@@ -200,8 +216,24 @@ class RunRecord:
         self._write("model.safetensors", save(tensors))
 
     def write_summary(self, status: str, reason: str = "") -> None:
-        """Write how the run stands: running, completed or failed, and why."""
-        summary = {
+        """Write how the run stands: running, completed or failed, and why.
+
+        Raises
+        ------
+        RunEnded
+            If it has ended: what ended it first is what is written.
+        """
+        with self._lock:
+            self._refuse_if_ended()
+            self._write_json("summary.json", self._summary(status, reason))
+            self._ended = status != "running"
+
+    def _refuse_if_ended(self) -> None:
+        if self._ended:
+            raise RunEnded
+
+    def _summary(self, status: str, reason: str) -> dict[str, Any]:
+        return {
             "status": status,
             "reason": reason,
             "rounds": self._last.get("round", 0),
@@ -211,7 +243,6 @@ class RunRecord:
             "downlink_bytes": self._downlink,
             "seconds": self.seconds,
         }
-        self._write_json("summary.json", summary)
 
     def close(self) -> None:
         """Let go of TensorBoard's file."""

@@ -59,6 +59,7 @@ def run_rounds(
     arrays = to_arrays(state)
     began = time.monotonic()
     for server_round in range(done + 1, settings.num_server_rounds + 1):
+        record.round_begun = server_round
         entry, arrays = _run_round(grid, strategy, settings, server_round, arrays, evaluator)
         seconds_a_round = (time.monotonic() - began) / (server_round - done)
         left = seconds_a_round * (settings.num_server_rounds - server_round)
