@@ -257,9 +257,10 @@ def _notes(parts: Parts, passed_over: tuple[str, ...]) -> tuple[str, ...]:
     if parts.unused:
         notes.append(f"of its folders only train and test are used, not {in_short(parts.unused)}")
     if passed_over:
+        more = f" and {len(passed_over) - 1} more" if len(passed_over) > 1 else ""
         notes.append(
-            f"{len(passed_over)} files are no images by their suffix or lie in no class folder, "
-            f"as {printable(passed_over[0])}; they are not used"
+            "not used, as no image by its suffix or in no class folder: "
+            f"{printable(passed_over[0])}{more}"
         )
     return tuple(notes)
 

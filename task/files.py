@@ -44,8 +44,8 @@ def printable(text: object) -> str:
 
 def reason(error: BaseException) -> str:
     """Return why something failed, in one line and without the path."""
-    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return printable(str(words).strip().splitlines()[0])
+    words = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    return printable(words.splitlines()[0])
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -217,8 +217,8 @@ def test_the_classes_of_a_folder_are_logged_once_by_the_server(tmp_path, caplog,
     assert sum("classes, training" in line for line in said) == 1
     assert said[:3] == [
         "prowd: 3 classes, training + evaluation images: ant 8 + 2, bee 8 + 2, cat 1 + 0",
-        "prowd: data-dir: 1 files are no images by their suffix or lie in no class folder, as "
-        f"{tmp_path}/in/ant/0.gif; they are not used",
+        "prowd: data-dir: not used, as no image by its suffix or in no class folder: "
+        f"{tmp_path}/in/ant/0.gif",
         "prowd: the evaluation images hold none of the classes cat",
     ]
 

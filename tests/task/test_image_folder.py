@@ -100,8 +100,8 @@ def test_other_files_are_counted_and_one_is_named(tmp_path):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"none")
     assert lines(tmp_path)[1:] == [
-        "data-dir: 3 files are no images by their suffix or lie in no class folder, as "
-        f"{tmp_path}/README.md; they are not used"
+        "data-dir: not used, as no image by its suffix or in no class folder: "
+        f"{tmp_path}/README.md and 2 more"
     ]
 
 
