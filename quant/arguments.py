@@ -33,7 +33,7 @@ def check_number(
     allowed = f"{'a whole number' if whole else 'a number'} {words}".strip()
     number = nan
     if not isinstance(value, bool) and isinstance(value, Integral if whole else Real):
-        number = float(value) if abs(value) < float_info.max else nan
+        number = float(value) if abs(value) < float_info.max else nan  # type: ignore[operator]
     if not (
         isfinite(number)
         and (least is None or number >= least)

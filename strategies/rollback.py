@@ -31,7 +31,7 @@ class Snapshot:
     def of(
         cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any], replaced: bool
     ) -> "Snapshot":
-        """Copy what `checkpoint` returned, but for tensors that are only ever replaced by others."""
+        """Copy what `checkpoint` returned, but for tensors that are only ever replaced."""
         kept = {n: t if replaced else t.detach().clone() for n, t in tensors.items()}
         return cls(kept, copy.deepcopy(dict(values)))
 
