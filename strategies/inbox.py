@@ -12,6 +12,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from quant.arguments import check_number
+from strategies.errors import FederationError
 from strategies.pulling import NotYetComplete, only_the_reply
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
@@ -113,15 +114,16 @@ def pull(grid: Grid, message: Message, most_bytes: int = 0) -> Message | None:
     """
     message_id = message.metadata.message_id
     try:
-        with only_the_reply(grid, message, most_bytes):
+        with only_the_reply(grid, message, most_bytes) as check:
             replies = list(grid.pull_messages([message_id]))
-        mine = [r for r in replies if r.metadata.reply_to_message_id == message_id]
+            mine = [r for r in replies if r.metadata.reply_to_message_id == message_id]
+            check(bool(mine))
         return _checked(mine[0]) if mine else None
     except NotYetComplete:
         return None
     except httpx.HTTPStatusError as error:
         raise _passing(error) from error
-    except (httpx.HTTPError, OSError, MemoryError):
+    except (FederationError, httpx.HTTPError, OSError, MemoryError):
         # The connection to the SuperLink or this machine, not the reply.
         raise
     except Exception as error:  # Decoding raises whatever the bytes of a stranger lead to.

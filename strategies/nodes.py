@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from quant import ALLOWED_WIDTHS, is_width
 from quant.arguments import check_number
+from strategies.errors import FederationError
 from strategies.inbox import patiently
 from strategies.queries import Queries
 from strategies.replies import last_line
@@ -20,10 +21,6 @@ from task.protocol import DECLARATION, Declaration, ProtocolError, plain
 from task.seeds import Stream, derive_seed
 
 _POLL = 0.1
-
-
-class FederationError(RuntimeError):
-    """The federation cannot go on; the message says why."""
 
 
 class Nodes:

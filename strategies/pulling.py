@@ -8,9 +8,10 @@ makes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from threading import Lock
 from weakref import WeakKeyDictionary
@@ -35,6 +36,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
+
+from strategies.errors import FederationError
 
 # What may come besides the chunks that arrays are made of: records, the report, an error. It is
 # bounded apart, because reading it takes many times its bytes.
@@ -118,6 +121,20 @@ class _ClientForOneReply:
         self._message_id = message_id
         self._arrival = arrival
         self._most_bytes = most_bytes
+        self._was_asked = False
+
+    def check(self, came: bool) -> None:
+        """Find out whether Flower's grid made the calls in which a reply is bounded.
+
+        Raises
+        ------
+        FederationError
+            If it did not: then nothing is bounded any more.
+        """
+        if not self._was_asked:
+            raise _unknown_flower("does not ask for messages by PullMessages")
+        if came and not self._arrival.is_read:
+            raise _unknown_flower("does not confirm messages by ConfirmMessageReceived")
 
     def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
         """Ask for the reply; the SuperLink names it only once, so that this is remembered.
@@ -127,6 +144,7 @@ class _ClientForOneReply:
         ValueError
             If it was read before and not taken for the reply, or has too many objects.
         """
+        self._was_asked = True
         if self._arrival.is_read:
             # To whom a reply belongs the SuperLink knows; what it says of itself, its node wrote.
             raise ValueError("it says that it answers another message")
@@ -186,19 +204,35 @@ class _ClientForOneReply:
             )
 
 
+def _unknown_flower(what: str) -> FederationError:
+    return FederationError(
+        f"flwr {version('flwr')} {what}, so that what nodes send would not be bounded; prowd works "
+        "with flwr 1.41 and 1.42"
+    )
+
+
 def _refuse_many_objects(tree: ObjectTree) -> None:
     if any(True for _ in islice(iterate_object_tree(tree), _MOST_OBJECTS, None)):
         raise ValueError(f"it consists of more than {_MOST_OBJECTS} objects")
 
 
 @contextmanager
-def only_the_reply(grid: Grid, message: Message, most_bytes: int) -> Iterator[None]:
+def only_the_reply(
+    grid: Grid, message: Message, most_bytes: int
+) -> Iterator[Callable[[bool], None]]:
     """Let a grid pull the reply to one message only, and no more than so many bytes of arrays.
 
     A grid in memory, as the simulation's, has nothing to download and is left as it is.
 
+    Yields
+    ------
+    callable
+        ``check(came)``, to be called once the grid has pulled, with whether the reply came.
+
     Raises
     ------
+    FederationError
+        From `check` or from here, if Flower does not go the way that is guarded.
     NotYetComplete
         From within, if part of the reply has still to be uploaded; it can be asked for again.
     ValueError
@@ -206,15 +240,17 @@ def only_the_reply(grid: Grid, message: Message, most_bytes: int) -> Iterator[No
         the proxy before it decides: it is here before its bytes can be counted.
     """
     if not isinstance(grid, HttpGrid):
-        yield
+        yield lambda came: None
         return
+    if not all(hasattr(grid, name) for name in ("_client", "_runtime_client")):
+        raise _unknown_flower("has a grid without the client that is guarded")
     client = grid._runtime_client
     arrival = _ARRIVALS.setdefault(message, _Arrival())
     between = _ClientForOneReply(client, message.metadata.message_id, arrival, most_bytes)
     grid._client = between  # type: ignore[assignment]  # In its place, for one reply.
     try:
-        yield
-    except (NotYetComplete, httpx.HTTPError, OSError):
+        yield between.check
+    except (FederationError, NotYetComplete, httpx.HTTPError, OSError):
         raise
     except Exception:
         # Decoding raises whatever the bytes of a stranger lead to.

@@ -3,6 +3,7 @@
 import json
 import time
 import tracemalloc
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -18,10 +19,13 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
 )
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
 from specs import spec_of_state
 from superlink import SuperLink
 
 from strategies import FedAvg, pulling, receive
+from strategies.errors import FederationError
+from strategies.inbox import pull
 from strategies.states import to_arrays
 from task.protocol import UPDATE
 
@@ -444,3 +448,32 @@ def test_an_object_that_two_threads_bring_counts_once():
     # And what comes after the reply was read is not kept.
     arrival.add("late", PullObjectResponse(object_content=content), most_bytes=1000)
     assert not arrival.objects
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("PullMessages", "does not ask for messages by PullMessages"),
+        ("ConfirmMessageReceived", "does not confirm messages by ConfirmMessageReceived"),
+    ],
+)
+def test_a_flower_that_goes_another_way_ends_the_run_by_name(link, monkeypatch, name, said):
+    """As a later version might: the calls go to the SuperLink past what stands between."""
+
+    def past(self, request):
+        return getattr(self._client, name)(request)
+
+    federation = Federation(link)
+    federation.ask()  # The nodes have been asked what they are.
+    monkeypatch.setattr(pulling._ClientForOneReply, name, past)
+    with pytest.raises(FederationError, match=rf"flwr {version('flwr')} {said}, so that"):
+        federation.train()
+
+
+def test_a_grid_without_the_client_that_is_guarded_ends_the_run_by_name(link):
+    federation = Federation(link)
+    federation.ask()
+    message = Message(RecordDict(), federation.second, "query")
+    grid = object.__new__(HttpGrid)
+    with pytest.raises(FederationError, match="without the client that is guarded"):
+        pull(grid, message)
