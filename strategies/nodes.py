@@ -91,8 +91,9 @@ class Nodes:
         """Return the declarations of the nodes that are connected now and may take part.
 
         New nodes are asked. The first time, this waits until there are as many as the nodes'
-        declarations speak of (`num_partitions`), or the time is up; later it waits only for the
-        declarations of nodes that are connected, or if fewer than `min_nodes` are there.
+        declarations speak of (`num_partitions`), or the time since one took another partition is
+        up; later it waits only for the declarations of nodes that are connected, or if fewer than
+        `min_nodes` are there.
 
         Raises
         ------
@@ -100,9 +101,13 @@ class Nodes:
             If fewer than `min_nodes` can take part when the time is up, all were refused, or no
             number of partitions has the most declarations.
         """
-        deadline = time.monotonic() + self._wait
+        deadline, most = time.monotonic() + self._wait, 0
         while True:
             self._look(grid)
+            seated = len(self._seated())
+            if seated > most and not self._gathered:
+                # As long as they come, more may; there are only so many partitions.
+                deadline, most = time.monotonic() + self._wait, seated
             late = time.monotonic() >= deadline
             present = self._taking_part(late)
             complete = self._is_complete(present)
@@ -121,9 +126,9 @@ class Nodes:
             self._parts = self.num_partitions
         self._refuse_unseated(present)
         if not enough:
-            reason = next(iter(self._refused.values()), f"no more came in {self._wait:g} s")
             raise FederationError(
-                f"{len(present)} nodes can take part, min-nodes is {self._min_nodes}: {reason}"
+                f"{len(present)} nodes can take part, min-nodes is {self._min_nodes}: "
+                f"{self._why_few()}"
             )
         if not self._gathered and not complete:
             log(WARNING, "Going on with %d of %d nodes", len(present), self.num_partitions)
@@ -131,6 +136,18 @@ class Nodes:
         self._gathered = True
         self._present = present
         return present
+
+    def _why_few(self) -> str:
+        """Return why no more nodes take part, with how many there are."""
+        connected = len(self._connected)
+        if not connected:
+            return f"no node is connected after {self._wait:g} s"
+        heard = len(self._declared.keys() | self._refused.keys())
+        if self._refused:
+            reason = next(iter(self._refused.values()))
+            return f"{reason} ({len(self._refused)} of {connected} connected nodes are refused)"
+        silent = f"the last {self._wait:g} s (node-wait) brought no other"
+        return f"{heard} of {connected} connected nodes have answered; {silent}"
 
     @property
     def num_partitions(self) -> int:

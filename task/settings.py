@@ -59,8 +59,8 @@ class Settings(Options):
     min_nodes: AtLeastOne = Field(1, description="Nodes that must be there before the first round.")
     node_wait: Positive = Field(
         60.0,
-        description="Seconds that the server waits for nodes; in all rounds together, for those "
-        "that come later and then do not answer.",
+        description="Seconds that the server waits for nodes, from the last one that answered; in "
+        "all rounds together, for those that come later and then do not answer.",
     )
 
     lossless_coding: bool = Field(

@@ -223,3 +223,44 @@ def test_a_resumed_run_waits_for_the_nodes_that_it_had():
     nodes = Nodes(wait=600)
     nodes.expect(4)
     assert gathered(nodes, grid) == {101: 0, 102: 1, 103: 2, 104: 3}
+
+
+class ClockOfLooks:
+    """Time that passes only while the server sleeps between two looks: a second each."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += 1.0
+
+
+class OneAnswersALook(LateGrid):
+    def has_answered(self, node_id):
+        return node_id < 100 + min(self.looks, self.most)
+
+
+@pytest.mark.parametrize("most", [0, 3, 8])
+def test_nodes_are_waited_for_as_long_as_they_answer(most, monkeypatch):
+    """Eight answer within a wait of two seconds, one a second; a ninth never does."""
+    clock = ClockOfLooks()
+    monkeypatch.setattr("strategies.nodes.time", clock)
+    grid = OneAnswersALook(federation([client(i, 9) for i in range(9)], STATE).nodes)
+    grid.most = most
+    nodes = Nodes(min_nodes=9, wait=2.0)
+    said = f"{most} nodes can take part, min-nodes is 9: {most} of 9 connected nodes have answered;"
+    with pytest.raises(FederationError, match=said):
+        nodes.gather(grid)
+    assert most <= clock.now <= most + 3
+
+
+def test_a_federation_of_nobody_is_said_to_be_one():
+    with pytest.raises(FederationError, match="no node is connected after 0.01 s"):
+        Nodes(wait=0.01).gather(federation([], STATE))
+    one = client(0, 1)
+    one.declaration = replace(one.declaration, bits=0, refused="no bits")
+    with pytest.raises(FederationError, match="no bits .1 of 1 connected nodes are refused"):
+        Nodes(wait=0.01).gather(federation([one], STATE))
