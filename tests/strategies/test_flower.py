@@ -204,16 +204,6 @@ def test_a_rule_that_cannot_aggregate_ends_with_its_reason(monkeypatch):
         run_round(strategy, federation(clients(), STATE), STATE)
 
 
-def test_a_later_round_that_a_rule_cannot_use_is_left_out(monkeypatch, caplog):
-    """Also by what goes on from the checkpoint of rounds that it could use."""
-    worked, strategy = make("FedAvg"), make("FedAvg")
-    assert run_round(worked, federation(clients(), STATE), STATE) is not None
-    strategy.restore(*worked.checkpoint())
-    monkeypatch.setattr(strategy.inner, "weighted_by_key", "absent")
-    assert run_round(strategy, federation(clients(), STATE), STATE, server_round=3) is None
-    assert "Round 3 is left out: flwr:FedAvg cannot aggregate" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
