@@ -88,7 +88,6 @@ class Cell:
             "low-bit-training": self.training,
             "bit-mix": ",".join(f"{bits}:{share:.9f}" for bits, share in shares.items()),
             "model": "matrix.tiny:network",
-            "image-size": 4,
             "partitioner": "file",
             "batch-size": 6,
             "learning-rate": 0.02,

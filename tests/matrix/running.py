@@ -131,7 +131,8 @@ class Watch:
             if instruction.server_round not in self.starts:
                 self.starts[instruction.server_round] = read_checkpoint(self.folder).model
             if (partition, instruction.server_round) == self.fails:
-                reply = Message(Error(code=2, reason="RuntimeError: out of power"), message)
+                error = Error(code=2, reason="RuntimeError: out of power")
+                reply = Message(error, reply_to=message)
             else:
                 reply = node(message)
             kind = message.metadata.message_type
