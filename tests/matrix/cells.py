@@ -10,6 +10,7 @@ MIXED, LOW, FLOAT32 = (2, 4, 4, 8, 32), (2, 8, 8), (32, 32, 32)
 WIDTH_NAMES = {MIXED: "mixed", LOW: "low", FLOAT32: "float32"}
 BROADCASTS = ("float32", "nearest", "calibrated")
 TRAININGS = ("qat", "strict")
+LEARNING_RATE, SERVER_STEP = 0.02, 0.9
 # Every strategy with whatever makes it keep something from round to round.
 OWN_SETTINGS: dict[str, dict[str, object]] = {
     "prowd": {
@@ -20,8 +21,8 @@ OWN_SETTINGS: dict[str, dict[str, object]] = {
     "fedavg": {},
     "fedprox": {"fedprox-mu": 0.1},
     "fedpaq": {},
-    "fedcom": {"fedcom-server-learning-rate": 0.9},
-    "fedcomgate": {"fedcomgate-server-learning-rate": 0.9},
+    "fedcom": {"fedcom-server-learning-rate": SERVER_STEP},
+    "fedcomgate": {"fedcomgate-server-learning-rate": SERVER_STEP},
     "grouped-avg": {},
     "local": {},
     "flwr:FedAvg": {},
@@ -62,7 +63,7 @@ class Cell:
     def refused(self) -> str:
         """What the error begins with that refuses this cell before training; empty if it runs."""
         coded = self.broadcast != "float32" and min(self.widths) < 32
-        # The corrections are differences of models that no client was sent: they drift.
+        # The corrections are taken from differences of codes, whose rounding does not sum to zero.
         return "broadcast:" if self.strategy == "fedcomgate" and coded else ""
 
     @property
@@ -90,7 +91,7 @@ class Cell:
             "model": "matrix.tiny:network",
             "partitioner": "file",
             "batch-size": 6,
-            "learning-rate": 0.02,
+            "learning-rate": LEARNING_RATE,
             "server-buffer": 16,
             "validation-samples": 24,
             "evaluate-every": 2,

@@ -7,6 +7,7 @@ from math import isfinite
 import numpy as np
 import torch
 from flwr.app import RecordDict
+from matrix.cells import LEARNING_RATE, SERVER_STEP
 from matrix.payloads import float64, returned_by, sent_to
 from matrix.rules import next_models
 from matrix.running import Exchange, Trace
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 
 # Largest relative distance of a number from the next one.
 EPS = float(np.finfo(np.float32).eps)
+# By how many steps of plain SGD three steps under momentum 0.9 move: 1 + 1.9 + 2.71.
+THREE_STEPS = 5.61
 
 
 def completes_with_everybody(trace: Trace) -> None:
@@ -79,26 +82,31 @@ def sends_the_widths_asked_for(trace: Trace) -> None:
 def rounds_the_model_that_it_has(trace: Trace) -> None:
     """What is sent in float32 is the round's model; what is rounded to nearest lies nearest to it.
 
-    Under strategies that have one model for all widths. Calibrated rounding trades errors of one
-    weight for those of others: it is held to its grid alone.
+    Under strategies that have one model for all widths. Calibrated rounding trades the errors of
+    some weights for those of others: it stays on its grid, and not all codes are the nearest.
     """
+    if trace.cell.strategy in ("prowd", "grouped-avg"):
+        return
+    farthest = 0.0
     for exchange in trace.exchanges:
         update = sent_to(trace, exchange)
-        if update is None or trace.cell.strategy in ("prowd", "grouped-avg"):
+        if update is None:
             continue
-        model = float64(trace.starts[exchange.instruction.server_round + _is_evaluation(exchange)])
+        later = exchange.kind == "evaluate"
+        model = float64(trace.starts[exchange.instruction.server_round + later])
         for name, tensor in update.floats.items():
             assert np.array_equal(tensor.numpy(), model[name]), name
         for name, tensor in update.quantized.items():
             largest = 2 ** (update.bits - 1) - 1
-            codes = tensor.codes.numpy()
-            assert np.abs(codes.astype(np.int64)).max() <= largest, name
-            if trace.cell.broadcast == "nearest":
-                scale = tensor.scale.to(torch.float64).numpy()
-                steps = model[name] / scale.reshape(-1, *[1] * (codes.ndim - 1))
-                # A tie may fall to either side.
-                distance = np.abs(np.clip(steps, -largest, largest) - codes)
-                assert distance.max() <= 0.5 * (1 + 4 * EPS * largest), name
+            codes = tensor.codes.numpy().astype(np.int64)
+            assert np.abs(codes).max() <= largest, name
+            scale = tensor.scale.to(torch.float64).numpy()
+            steps = model[name] / scale.reshape(-1, *[1] * (codes.ndim - 1))
+            distances = np.abs(np.clip(steps, -largest, largest) - codes)
+            farthest = max(farthest, distances.max())
+    # A tie may fall to either side.
+    by_nearest = farthest <= 0.5 + 1e-4
+    assert by_nearest == (trace.cell.broadcast != "calibrated" or min(trace.cell.widths) == 32)
 
 
 def aggregates_by_its_rule(trace: Trace) -> None:
@@ -120,13 +128,39 @@ def corrections_sum_to_zero(trace: Trace, rounds: Sequence[int] | None = None) -
     for server_round in rounds or trace.rounds[1:]:
         exchanges = trace.trained(server_round)
         assert all(exchange.correction for exchange in exchanges)
-        total = sum(e.num_examples for e in exchanges)
         for name in exchanges[0].correction:
-            parts = [e.correction[name].astype(np.float64) * e.num_examples for e in exchanges]
-            largest = max(np.abs(part).max() for part in parts)
-            assert largest > 1e-4 * total, name
-            # The mean difference comes as that of two models: some ulp of a weight in a step.
-            assert np.abs(sum(parts)).max() <= 1e-4 * largest, f"{name} in round {server_round}"
+            parts = [_share(trace, e) * e.correction[name].astype(np.float64) for e in exchanges]
+            assert max(np.abs(part).max() for part in parts) > 1e-3, name
+            lost = _lost_in_corrections(trace, server_round, name)
+            assert np.abs(sum(parts)).max() <= lost, f"{name} in round {server_round}"
+
+
+def corrections_are_the_deviations(trace: Trace) -> None:
+    """FedCOMGATE: each grows by how the client's update deviated from the mean, a step of SGD."""
+    if trace.cell.strategy != "fedcomgate":
+        return
+    for before in trace.rounds[:-1]:
+        rate = LEARNING_RATE * 0.97 ** (before - 1) * THREE_STEPS
+        asked, corrected = trace.trained(before), trace.trained(before + 1)
+        updates = [float64(returned_by(trace, e).dequantize()) for e in asked]
+        for name in corrected[0].correction:
+            shares = [_share(trace, e) for e in asked]
+            mean = sum(share * u[name] for share, u in zip(shares, updates, strict=True))
+            for was, now, update in zip(asked, corrected, updates, strict=True):
+                expected = was.correction.get(name, 0.0) + (mean - update[name]) / rate
+                lost = 2 * _lost_in_corrections(trace, before + 1, name)
+                assert np.abs(now.correction[name] - expected).max() <= lost, name
+
+
+def _share(trace: Trace, exchange: Exchange) -> float:
+    """A client's share of all examples."""
+    return exchange.num_examples / sum(trace.cell.examples)
+
+
+def _lost_in_corrections(trace: Trace, server_round: int, name: str) -> float:
+    """Bound what the mean difference loses on its way, as that of two float32 models."""
+    size = float(trace.starts[server_round][name].abs().max())
+    return 4 * EPS * size / (LEARNING_RATE * THREE_STEPS * SERVER_STEP) * (server_round - 1)
 
 
 def is_the_same_run(one: Trace, other: Trace) -> None:
@@ -153,6 +187,7 @@ OF_EVERY_RUN = (
     rounds_the_model_that_it_has,
     aggregates_by_its_rule,
     corrections_sum_to_zero,
+    corrections_are_the_deviations,
 )
 
 
@@ -165,10 +200,6 @@ def _assert_models(trace: Trace, strategy: str) -> None:
             size = np.abs(start[name]).max() + np.abs(values).max()
             deviation = np.abs(got[name] - values).max()
             assert deviation <= 8 * EPS * size, f"{name} after round {server_round}"
-
-
-def _is_evaluation(exchange: Exchange) -> bool:
-    return exchange.kind == "evaluate"
 
 
 def _leaves(entry: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:

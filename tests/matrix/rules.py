@@ -4,12 +4,12 @@ import numpy as np
 from federation import InProcessGrid
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
-from matrix.cells import OWN_SETTINGS
+from matrix.cells import OWN_SETTINGS, SERVER_STEP
 from matrix.payloads import Values, float64, returned_by
 from matrix.running import Trace
 
 # Server's step sizes on a mean difference; other rules take the mean of weights.
-STEPS = {"fedpaq": 1.0, "fedcom": 0.9, "fedcomgate": 0.9}
+STEPS = {"fedpaq": 1.0, "fedcom": SERVER_STEP, "fedcomgate": SERVER_STEP}
 MEANS = ("fedavg", "fedprox", "grouped-avg")
 
 
@@ -56,7 +56,8 @@ def _by_flower(trace: Trace, strategy: str) -> list[Values]:
         record = ArrayRecord({n: Array(t.numpy()) for n, t in start.items()})
         list(rule.configure_train(server_round, record, ConfigRecord(), nodes))
         made, _ = rule.aggregate_train(
-            server_round, [_as_reply(u, n, list(start)) for _, n, u in _updates(trace, server_round)]
+            server_round,
+            [_as_reply(u, n, list(start)) for _, n, u in _updates(trace, server_round)],
         )
         values = {name: array.numpy().astype(np.float64) for name, array in made.items()}
         models.append(

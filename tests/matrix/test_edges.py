@@ -1,4 +1,4 @@
-"""The matrix beside its middle: clients of one kind, clients that fail, replies in another order."""
+"""Clients of one kind, clients that fail or are away, replies in another order; refusals."""
 
 import pytest
 from matrix.cells import CELLS, FLOAT32, LOW, OWN_SETTINGS, REFUSED, Cell
@@ -45,6 +45,19 @@ def test_float32_clients_alone_are_flowers_fedavg(strategy, tmp_path):
 def test_the_order_of_the_replies_changes_no_bit(cell, tmp_path):
     usual = run(cell, tmp_path / "usual", rounds=2)
     is_the_same_run(usual, run(cell, tmp_path / "reversed", rounds=2, reverse=True))
+
+
+@pytest.mark.parametrize("strategy", ["prowd", "grouped-avg", "local", "flwr:FedAvgM"])
+def test_a_resumed_run_samples_the_same_clients(strategy, tmp_path):
+    """Widths that are away for a round are not forgotten."""
+    cell = Cell(strategy, "calibrated", "strict")
+    # Under this seed the last round is one of 2 and 8 bits; with wider ones, 8 bits trained in the
+    # first round only.
+    sampled = {"fraction_train": 0.4, "seed": 19}
+    straight = run(cell, tmp_path / "straight", killed=tmp_path / "killed", **sampled)
+    widths = [[cell.widths[e.partition] for e in straight.trained(r)] for r in straight.rounds]
+    assert widths == [[8, 32], [4, 32], [2, 8]]
+    is_the_same_run(straight, run(cell, tmp_path / "killed", resume=True, **sampled))
 
 
 @pytest.mark.parametrize("strategy", OWN_SETTINGS)

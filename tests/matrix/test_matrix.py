@@ -1,4 +1,4 @@
-"""Strategy x broadcast x low-bit training, on clients of 2, 4, 8 and 32 bits; killed and resumed."""
+"""Strategy x broadcast x low-bit training, on clients of 2, 4, 8 and 32 bits; with a resume."""
 
 import pytest
 from matrix.cells import CELLS, MIXED
