@@ -108,7 +108,8 @@ class ProWD(MixedPrecisionStrategy):
         parts = split_states(tensors)
         if "dequantizer" in values:
             self.dequantizer = ProgressiveDequantizer(**values["dequantizer"], seed=0)
-            self.dequantizer.load_state_dict(parts["dequantizer"])
+            # Where all clients are Float32 it has no block, and so no tensor.
+            self.dequantizer.load_state_dict(parts.get("dequantizer", {}))
         self._velocity = parts.get("velocity", {})
         for path, part in parts.items():
             kind, _, bits = path.partition("/")

@@ -1,0 +1,114 @@
+"""The cells of the matrix: a strategy, a broadcast, a low-bit training and the clients' widths."""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import product
+
+from strategies import STRATEGIES
+
+MIXED, LOW, FLOAT32 = (2, 4, 4, 8, 32), (2, 8, 8), (32, 32, 32)
+WIDTH_NAMES = {MIXED: "mixed", LOW: "low", FLOAT32: "float32"}
+BROADCASTS = ("float32", "nearest", "calibrated")
+TRAININGS = ("qat", "strict")
+LEARNING_RATE, SERVER_STEP = 0.02, 0.9
+# Every strategy with whatever makes it keep something from round to round.
+OWN_SETTINGS: dict[str, dict[str, object]] = {
+    "prowd": {
+        "prowd-finetune-every": 1,
+        "prowd-finetune-steps": 1,
+        "prowd-server-momentum": 0.5,
+    },
+    "fedavg": {},
+    "fedprox": {"fedprox-mu": 0.1},
+    "fedpaq": {},
+    "fedcom": {"fedcom-server-learning-rate": SERVER_STEP},
+    "fedcomgate": {"fedcomgate-server-learning-rate": SERVER_STEP},
+    "grouped-avg": {},
+    "local": {},
+    "flwr:FedAvg": {},
+    "flwr:FedAdam": {"flwr-arguments": "eta = 0.01"},
+    "flwr:FedAvgM": {"flwr-arguments": "server_momentum = 0.5, server_learning_rate = 0.9"},
+}
+assert {name.partition(":")[0] for name in OWN_SETTINGS} == set(STRATEGIES)
+# Images of each client: of different numbers, so that a mean without weights is another one, and
+# so that some take three steps and others two.
+EXAMPLES = (9, 14, 8, 12, 10)
+ROUNDS = 3
+# It is killed in the round after this one.
+KEPT_ROUND = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A federation that is run, killed, resumed and looked at.
+
+    Attributes
+    ----------
+    strategy, broadcast, training : str
+        As the settings ``strategy``, ``broadcast`` and ``low-bit-training``.
+    widths : tuple of int
+        Bit-width of each client.
+    """
+
+    strategy: str
+    broadcast: str = "float32"
+    training: str = "qat"
+    widths: tuple[int, ...] = MIXED
+
+    def __str__(self) -> str:
+        name = f"{self.strategy.replace(':', '.')}-{self.broadcast}-{self.training}"
+        return name if self.widths == MIXED else f"{name}-{WIDTH_NAMES[self.widths]}"
+
+    @property
+    def refused(self) -> str:
+        """What the error begins with that refuses this cell before training; empty if it runs."""
+        coded = self.broadcast != "float32" and min(self.widths) < 32
+        # The corrections are taken from differences of codes, whose rounding does not sum to zero.
+        return "broadcast:" if self.strategy == "fedcomgate" and coded else ""
+
+    @property
+    def examples(self) -> tuple[int, ...]:
+        """Number of images of each client."""
+        return EXAMPLES[: len(self.widths)]
+
+    @property
+    def evaluates_on_server(self) -> bool:
+        """Whether there is a global model."""
+        return self.strategy != "local"
+
+    def downlink_bits(self, partition: int) -> int:
+        """Width of the payload in which a client gets the model."""
+        return 32 if self.broadcast == "float32" else self.widths[partition]
+
+    def settings(self) -> dict[str, object]:
+        """Return the run configuration but for paths."""
+        shares = {b: n / len(self.widths) for b, n in Counter(self.widths).items()}
+        return {
+            "strategy": self.strategy,
+            "broadcast": self.broadcast,
+            "low-bit-training": self.training,
+            "bit-mix": ",".join(f"{bits}:{share:.9f}" for bits, share in shares.items()),
+            "model": "matrix.tiny:network",
+            "partitioner": "file",
+            "batch-size": 6,
+            "learning-rate": LEARNING_RATE,
+            "server-buffer": 16,
+            "validation-samples": 24,
+            "evaluate-every": 2,
+            "node-wait": 1.0,
+            **OWN_SETTINGS[self.strategy],
+        }
+
+
+def all_cells() -> list[Cell]:
+    """Every strategy with every broadcast and training, on mixed widths and on low-bit ones."""
+    crossed = product(OWN_SETTINGS, BROADCASTS, TRAININGS)
+    cells = [Cell(*axes, MIXED) for axes in crossed]
+    # Without a Float32 client, the way of the codes differs and that of training does not.
+    cells += [Cell(s, b, "strict", LOW) for s, b in product(OWN_SETTINGS, BROADCASTS)]
+    cells += [Cell(strategy, widths=FLOAT32) for strategy in OWN_SETTINGS]
+    return cells
+
+
+CELLS = [cell for cell in all_cells() if not cell.refused]
+REFUSED = [cell for cell in all_cells() if cell.refused]
