@@ -258,9 +258,9 @@ def test_nodes_are_waited_for_as_long_as_they_answer(most, monkeypatch):
 
 
 def test_a_federation_of_nobody_is_said_to_be_one():
-    with pytest.raises(FederationError, match="no node is connected after 0.01 s"):
+    with pytest.raises(FederationError, match=r"no node is connected after 0\.01 s"):
         Nodes(wait=0.01).gather(federation([], STATE))
     one = client(0, 1)
     one.declaration = replace(one.declaration, bits=0, refused="no bits")
-    with pytest.raises(FederationError, match="no bits .1 of 1 connected nodes are refused"):
+    with pytest.raises(FederationError, match=r"no bits .1 of 1 connected nodes are refused"):
         Nodes(wait=0.01).gather(federation([one], STATE))
