@@ -18,8 +18,6 @@ Own = TypeVar("Own", bound=Options)
 def checked(**arguments: object) -> Settings:
     """Return arguments as settings, which has the same bounds and the same words.
 
-    None stands for what was not given.
-
     >>> checked(fraction_train=1.5)
     Traceback (most recent call last):
         ...
@@ -32,9 +30,7 @@ equal to 1
         If a value is not allowed; one line.
     """
     values = {
-        _SETTING.get(name, name).replace("_", "-"): value
-        for name, value in arguments.items()
-        if value is not None
+        _SETTING.get(name, name).replace("_", "-"): value for name, value in arguments.items()
     }
     # A run of the app may leave it to the strategy, as "auto".
     if (broadcast := values.pop("broadcast", "float32")) not in get_args(Broadcast):

@@ -148,7 +148,7 @@ class MixedPrecisionStrategy(Strategy):
             weight_step=weight_step,
             norm_bound=norm_bound,
             coded=coded,
-            local_epochs=local_epochs,
+            local_epochs=1 if local_epochs is None else local_epochs,
             batch_size=batch_size,
         )
         self.fraction_train, self.fraction_evaluate = own.fraction_train, own.fraction_evaluate

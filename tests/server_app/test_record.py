@@ -1,13 +1,15 @@
 """The run record: what a run leaves behind, whatever happens to it."""
 
+import errno
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from server_app.record import RunRecord, open_record
+from server_app.record import RunRecord, locked, open_record
 from task.errors import SettingsError
 
 
@@ -137,3 +139,81 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match=r"output-dir: .*file"):
         open_record(str(tmp_path / "file"), "run", "prowd", "digits")
+
+
+HELD = [
+    ([1.0, float("nan")], [1.0, None]),
+    ((float("-inf"), {"a": (np.float32("inf"),)}), [None, {"a": [None]}]),
+    (np.int64(3), 3),
+    (np.bool_(True), True),
+    (np.float16(0.5), 0.5),
+    (np.array([[1.0, np.nan]]), [[1.0, None]]),
+    (torch.tensor(2), 2),
+    (torch.tensor(float("nan")), None),
+    (torch.tensor([0.5, 1.0], dtype=torch.bfloat16, requires_grad=True), [0.5, 1.0]),
+    ("text\nof two lines", "text\nof two lines"),
+    (None, None),
+    ({}, {}),
+    (10**300, 10**300),
+    (1e300, 1e300),
+]
+
+
+@pytest.mark.parametrize(("own", "written"), HELD)
+def test_what_a_strategy_reports_is_written_whatever_number_it_is(tmp_path, own, written):
+    record = RunRecord(tmp_path / "run")
+    record.append_round({**entry(1, 0.5), "prowd": {"x": own, "deep": {"y": [own]}}})
+    record.close()
+    [line] = (record.folder / "rounds.jsonl").read_text().splitlines()
+    assert json.loads(line)["prowd"] == {"x": written, "deep": {"y": [written]}}
+    board = EventAccumulator(str(record.folder / "tensorboard")).Reload()
+    assert "accuracy/average" in board.Tags()["scalars"]
+
+
+ITSELF: dict = {}
+ITSELF["x"] = ITSELF
+
+
+@pytest.mark.parametrize(
+    ("own", "where"),
+    [
+        ({"x": {1, 2}}, "my.module:Own/x is {1, 2}, a set"),
+        ({"x": [0, {"y": b"z"}]}, "my.module:Own/x/1/y is b'z', a bytes"),
+        ({"x": 1j}, "my.module:Own/x is 1j, a complex"),
+        ({"x": object}, "my.module:Own/x is <class 'object'>, a type"),
+        ({"x": 10**5000}, "my.module:Own/x is too large, a int"),
+        ({4: 0.5}, "my.module:Own has the key 4"),
+        ({"x": {("a", 1): 0.5}}, "my.module:Own/x has the key ('a', 1)"),
+        (ITSELF, "my.module:Own/x holds itself"),
+    ],
+)
+def test_what_no_file_can_hold_is_one_line_and_leaves_no_half_a_round(tmp_path, own, where):
+    record = RunRecord(tmp_path / "run")
+    with pytest.raises(SettingsError) as error:
+        record.append_round({**entry(1, 0.5), "my.module:Own": own}, weights(1))
+    record.close()
+    assert str(error.value).startswith(where)
+    assert "which JSON cannot" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in record.folder.iterdir()] == ["summary.json"]
+
+
+def test_a_folder_that_cannot_be_locked_is_warned_of(tmp_path, monkeypatch, caplog):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path):
+        pass
+    assert f"prowd: {tmp_path} cannot be locked (No locks available): two processes" in caplog.text
+
+
+def test_dropped_results_are_counted_also_those_before_a_resume(tmp_path):
+    record = RunRecord(tmp_path / "run")
+    record.write_config({})
+    record.append_round({**entry(1, 0.5), "dropped": "its model is not finite", "asked": [0]})
+    record.close()
+    record = RunRecord(record.folder, resumed_after=1)
+    record.append_round(entry(2, 0.5))
+    record.close()
+    assert record.dropped_rounds == 1

@@ -22,6 +22,12 @@ MOVES = [{n: torch.randn(t.shape, generator=GENERATOR) for n, t in STATE.items()
 WIDTHS = (4, 4, 8, 32, 32)
 
 
+@pytest.fixture(autouse=True)
+def garbage_waits(monkeypatch):
+    """Flower collects it after every array that it takes out of a record, which takes a second."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
 def sent(i, received):
     """What client `i` holds at its width after moving by its fixed step."""
     moved = {n: received[n] + MOVES[i][n] for n in received}

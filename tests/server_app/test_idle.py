@@ -1,0 +1,56 @@
+"""Settings that were given and have no effect are told of."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from server_app.idle import idle_settings
+
+PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+DEFAULTS = PYPROJECT["tool"]["flwr"]["app"]["config"]
+
+
+def test_the_defaults_are_no_news():
+    assert idle_settings(DEFAULTS) == []
+    assert idle_settings({}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"fedprox-mu": 0.5}, "fedprox-mu: 0.5 has no effect with strategy=prowd"),
+        (
+            {"strategy": "flwr:FedProx", "fedprox-mu": 0.5},
+            "fedprox-mu: 0.5 has no effect with strategy=flwr:FedProx",
+        ),
+        ({"dirichlet-alpha": 1.0}, "dirichlet-alpha: 1.0 has no effect with partitioner=iid"),
+        ({"data-dir": "/x"}, "data-dir: '/x' has no effect with dataset=digits"),
+        (
+            {"prowd-finetune-steps": 5},
+            "prowd-finetune-steps: 5 has no effect with prowd-finetune-every=0",
+        ),
+        (
+            {"prowd-mask": "random"},
+            "prowd-mask: 'random' has no effect with prowd-mask-at-least=1.0",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_named(changes, line):
+    assert idle_settings({**DEFAULTS, **changes}) == [line]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "fedprox", "fedprox-mu": 0.5},
+        {"strategy": "flwr:FedAdam", "flwr-arguments": "eta = 0.1"},
+        {"partitioner": "dirichlet", "dirichlet-alpha": 1.0},
+        {"dataset": "cifar10", "data-dir": "/x"},
+        {"prowd-finetune-every": 2, "prowd-finetune-steps": 5},
+        {"prowd-mask": "random", "prowd-mask-at-least": 0.5},
+        {"strategy": "package.module:Class", "strategy-options": "a = 1"},
+    ],
+)
+def test_what_has_an_effect_is_not(changes):
+    assert idle_settings({**DEFAULTS, **changes}) == []
