@@ -1,4 +1,4 @@
-"""A run in which nothing is used any more has failed; one bad client in a sample has not failed it."""
+"""A run in which nothing is used any more has failed; one bad client in a sample fails none."""
 
 import json
 import sys
@@ -7,7 +7,6 @@ import pytest
 import torch
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, Error, Message, RecordDict
-from safetensors.torch import load_file
 
 from server_app.app import main
 from server_app.unused import UnusedRounds
@@ -63,7 +62,12 @@ VAIN = [entry(n, left_out=(0, 1)) for n in (2, 3, 4)]
         # A used round makes a new beginning.
         ([*VAIN, entry(5, 1, left_out=(0,)), entry(6, left_out=(0, 1))], (0, 1), False, ""),
         # What clients sent was good, and no model could be made of it.
-        ([entry(n, 2, dropped="inf", asked=(0, 1)) for n in (2, 3, 4)], (0, 1), False, "asked: inf"),
+        (
+            [entry(n, 2, dropped="inf", asked=(0, 1)) for n in (2, 3, 4)],
+            (0, 1),
+            False,
+            "asked: inf",
+        ),
         ([entry(n, 1, (1,), "inf", (0, 1)) for n in (2, 3, 4)], (0, 1), False, "asked: inf"),
         ([*VAIN[:2], entry(4, 2, dropped="inf", asked=(0, 1))], (0, 1), False, "asked: inf"),
     ],
@@ -79,7 +83,7 @@ class Failing(ClientAppNode):
     rounds: tuple = ()
 
     def __call__(self, message):
-        asked = message.content["instruction"] if "instruction" in message.content else {}
+        asked = message.content.get("instruction", {})
         if message.metadata.message_type == "train" and asked["server_round"] in self.rounds:
             return Message(Error(code=2, reason="no power"), reply_to=message)
         return super().__call__(message)

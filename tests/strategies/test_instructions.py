@@ -106,7 +106,7 @@ def test_an_instruction_that_is_none_is_refused():
         def instruct(self, server_round, client):
             return None
 
-    with pytest.raises(SettingsError, match="Silent.instruct returns no Instruction: None"):
+    with pytest.raises(SettingsError, match=r"Silent\.instruct returns no Instruction: None"):
         run_round(Silent(), nodes()[1], STATE)
 
 

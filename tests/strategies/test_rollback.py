@@ -73,7 +73,7 @@ def assert_same(one, other):
 
 
 def of_base():
-    """Without local training, which makes no model, and FedCOMGATE, whose clients keep the round."""
+    """Not local training, which makes no model, and FedCOMGATE, whose clients keep the round."""
     return [name for name in STRATEGIES if name not in ("local", "fedcomgate", "flwr")]
 
 
