@@ -2,6 +2,9 @@
 
 from torch import nn
 
+# What low-bit clients quantize: the weights of its convolutions and of its linear layer.
+ON_GRID = ("0.weight", "4.weight", "7.weight")
+
 
 def network(channels: int, size: int, num_classes: int) -> nn.Module:
     """Make the model."""
