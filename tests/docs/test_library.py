@@ -9,7 +9,7 @@ from federation import InProcessGrid
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.cli.config_utils import load_and_validate
 
-from quant import payload_size, spec_of
+from quant import payload_size, quantizable_weights, spec_of
 from strategies import ProWD
 
 
@@ -71,7 +71,8 @@ def test_it_is_an_app_for_flower(their_app, tmp_path):
 def test_codes_that_were_sent_are_taken_up(their_app):
     """The page says so of broadcast="nearest"."""
     nodes = {10 + i: Node(their_app("client_app").app, i, 2) for i in range(2)}
-    strategy = ProWD(min_nodes=2, broadcast="nearest")
+    weights = quantizable_weights(their_app("model").new_network())
+    strategy = ProWD(min_nodes=2, broadcast="nearest", quantized=weights)
     grid = InProcessGrid(nodes)
     initial = ArrayRecord(their_app("model").new_network().state_dict())
     strategy.start(grid, initial, num_rounds=2)

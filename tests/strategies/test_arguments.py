@@ -99,7 +99,7 @@ def test_numpys_numbers_are_numbers():
         (lambda: LocalTraining(4, weight_step=0.5), "weight-step: 0.5 with low-bit-training qat"),
         (lambda: list(receive(None, [], NAN, 0)), "timeout: nan is not allowed"),
         (lambda: list(receive(None, [], "1", 0)), "timeout: '1' is not allowed"),
-        (lambda: fixed_point({"w": torch.ones(2, 2)}, 0.0), "step: 0.0 is not allowed"),
+        (lambda: fixed_point({"w": torch.ones(2, 2)}, ["w"], 0.0), "step: 0.0 is not allowed"),
     ],
 )
 def test_a_constructor_refuses_in_one_line(make, words):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from federation import ScriptedClient, federation, run_round
 from flwr.app import ConfigRecord
+from specs import spec_of_state, to_bits
 
-from quant import UpdateSpec, decode_update, quantize_state
+from quant import decode_update, quantize_state
 from strategies import FedAvg, FedCOMGATE, FlowerStrategy, Local
 from strategies.states import to_arrays
 from task.errors import SettingsError
@@ -20,8 +21,8 @@ WIDTHS = (4, 8, 32)
 
 def half(state, bits):
     """Rounded on half the scale: what calibration gives differs from rounding to nearest."""
-    scales = {"w": quantize_state(state, bits).quantized["w"].scale / 2}
-    return quantize_state(state, bits, scales)
+    scales = {"w": to_bits(state, bits).quantized["w"].scale / 2}
+    return to_bits(state, bits, scales)
 
 
 def asking(base=FedAvg, **asked):
@@ -62,7 +63,7 @@ def test_a_model_has_the_width_that_was_asked_for(asked, broadcast):
     expected = rounded(STATE, asked).dequantize()
     for data, labelled in sent(grid):
         assert labelled == asked == data[5]
-        model = decode_update(data, UpdateSpec.of(STATE), asked).dequantize()
+        model = decode_update(data, spec_of_state(STATE), asked).dequantize()
         assert all(torch.equal(model[name], expected[name]) for name in STATE)
 
 
@@ -78,8 +79,8 @@ def test_a_fixed_point_step_is_for_a_clients_own_width():
     """At another, the step would not span the weights."""
     _, grid = nodes()
     run_round(asking(downlink_bits=8)(broadcast="nearest", weight_step=0.125), grid, STATE)
-    updates = [decode_update(data, UpdateSpec.of(STATE), 8) for data, _ in sent(grid)]
-    fitted = quantize_state(STATE, 8).quantized["w"].scale
+    updates = [decode_update(data, spec_of_state(STATE), 8) for data, _ in sent(grid)]
+    fitted = to_bits(STATE, 8).quantized["w"].scale
     assert torch.equal(updates[0].quantized["w"].scale, fitted)
     assert torch.equal(updates[1].quantized["w"].scale, torch.full((3,), 0.125))
 
@@ -107,7 +108,7 @@ def test_an_instruction_that_is_none_is_refused():
             return None
 
     with pytest.raises(SettingsError, match=r"Silent\.instruct returns no Instruction: None"):
-        run_round(Silent(), nodes()[1], STATE)
+        run_round(Silent(quantized=["w"]), nodes()[1], STATE)
 
 
 def test_tracking_needs_the_exact_model():
@@ -120,7 +121,7 @@ def test_tracking_needs_the_exact_model():
 def test_a_model_for_of_another_width_is_not_sent_under_a_wrong_one():
     class Wrong(FedAvg):
         def model_for(self, bits, state):
-            return quantize_state(state, 4)
+            return to_bits(state, 4)
 
     with pytest.raises(ValueError, match="model_for: the model has 4 bits, not 8"):
         run_round(Wrong(broadcast="nearest"), nodes()[1], STATE)
@@ -132,7 +133,7 @@ def test_a_model_for_of_another_width_is_not_sent_under_a_wrong_one():
 def test_what_start_is_given_reaches_the_clients(make, monkeypatch):
     monkeypatch.setattr("gc.collect", lambda *_: 0)
     _, grid = nodes()
-    strategy = make(fraction_evaluate=1.0)
+    strategy = make(fraction_evaluate=1.0, quantized=["w"])
     given = {"train": ConfigRecord({"lr": 0.1}), "evaluate": ConfigRecord({"k": 5, "name": "x"})}
     strategy.start(
         grid,
@@ -150,5 +151,5 @@ def test_what_start_is_given_reaches_the_clients(make, monkeypatch):
 
 def test_nothing_that_start_was_not_given_is_sent():
     _, grid = nodes()
-    FedAvg(fraction_evaluate=1.0).start(grid, to_arrays(STATE), num_rounds=1)
+    FedAvg(fraction_evaluate=1.0, quantized=["w"]).start(grid, to_arrays(STATE), num_rounds=1)
     assert not any("config" in m.content for m in grid.sent)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from federation import ScriptedClient, federation, run_round
+from specs import difference_of, to_bits
 
-from quant import quantize_difference, quantize_state
 from strategies import STRATEGIES, FedAvg, FederationError, FlowerStrategy, ProWD, ProWDOptions
 from strategies.flower import FlowerOptions, flower_names
 from strategies.grouped import GroupedAvg
@@ -42,9 +42,9 @@ class Client(ScriptedClient):
         if server_round == 2 and self.overflows:
             moved["b"] = torch.full((4,), LARGEST)
         if not self.difference:
-            return quantize_state(moved, self.bits)
+            return to_bits(moved, self.bits)
         steps = {n: t - received[n] for n, t in moved.items()}
-        return quantize_difference(steps, self.bits, generator)
+        return difference_of(steps, self.bits, generator)
 
 
 def make(name):
