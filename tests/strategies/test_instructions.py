@@ -8,7 +8,7 @@ from federation import ScriptedClient, federation, run_round
 from flwr.app import ConfigRecord
 from specs import spec_of_state, to_bits
 
-from quant import decode_update, quantize_state
+from quant import decode_update
 from strategies import FedAvg, FedCOMGATE, FlowerStrategy, Local
 from strategies.states import to_arrays
 from task.errors import SettingsError
@@ -59,7 +59,7 @@ def test_a_model_has_the_width_that_was_asked_for(asked, broadcast):
     new = run_round(strategy, grid, STATE)
     assert strategy.round_log.aggregated == [0, 1, 2]
     assert new is not None
-    rounded = half if broadcast == "calibrated" and asked != 32 else quantize_state
+    rounded = half if broadcast == "calibrated" and asked != 32 else to_bits
     expected = rounded(STATE, asked).dequantize()
     for data, labelled in sent(grid):
         assert labelled == asked == data[5]
