@@ -260,7 +260,7 @@ def _refuse_unlike(of: str, was: Mapping[str, object], now: Mapping[str, object]
 
 def _array(tensor: Tensor, strategy: str, name: str) -> np.ndarray:
     try:
-        return tensor.detach().cpu().numpy()
+        return tensor.detach().cpu().contiguous().numpy()
     except (AttributeError, RuntimeError, TypeError) as error:
         raise SettingsError(
             f"{strategy}: its checkpoint has {name}, which cannot be written: {in_one_line(error)}"
