@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from task.errors import SettingsError
 from task.files import printable, reason, user_path
-from task.options import Options
 
 # Of JSON a training image, indented or not.
 _MOST_BYTES_AN_IMAGE = 64
 
 
-class _Deal(Options):
+class _Deal(BaseModel):
     """What stands in the file."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     clients: list[list[Annotated[int, Field(ge=0)]]]
 
