@@ -278,7 +278,8 @@ def _to_bytes(checkpoint: Checkpoint) -> bytes:
         "strategy": list(checkpoint.tensors),
         "values": to_json(checkpoint.values, strategy, "checkpoint", as_null=False),
     }
-    arrays = {f"model/{name}": t.numpy() for name, t in checkpoint.model.items()}
+    # safetensors writes the memory of an array, whatever its strides say.
+    arrays = {f"model/{n}": t.contiguous().numpy() for n, t in checkpoint.model.items()}
     arrays |= {f"strategy/{n}": _array(t, strategy, n) for n, t in checkpoint.tensors.items()}
     text = json.dumps(head)
     return save(arrays, {"prowd": text, "sha256": checksum(text, arrays)})

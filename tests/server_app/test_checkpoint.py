@@ -17,6 +17,13 @@ def write(folder, tensors, values):
     return read_checkpoint(folder)
 
 
+def test_a_model_comes_back_whatever_the_order_of_its_memory(tmp_path):
+    """A model of the user's own may begin with weights that lie channels last."""
+    weight = torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    Checkpoints(tmp_path, IDENTITY).write(0, 0.0, {"w": weight}, {}, {})
+    assert torch.equal(read_checkpoint(tmp_path).model["w"], weight)
+
+
 def test_numbers_of_numpy_and_what_is_not_finite_come_back(tmp_path):
     values = {"best": float("inf"), "seen": np.int64(3), "by": {"4": (1, float("nan"))}}
     tensors = {"m": torch.ones(2, requires_grad=True), "n": torch.arange(6.0).reshape(2, 3).T}
