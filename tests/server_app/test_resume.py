@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from closed import closed_to_us
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.run import RunNotRunningException
@@ -404,21 +405,6 @@ def test_a_folder_without_a_checkpoint_is_refused(two_rounds):
     shutil.rmtree(two_rounds / "checkpoint")
     with pytest.raises(SettingsError, match=r"there is no checkpoint .*last\.safetensors$"):
         resume(two_rounds, 3)
-
-
-@contextmanager
-def closed_to_us(folder):
-    """What another user's folder is; root, who may read all, becomes nobody meanwhile."""
-    folder.chmod(0)
-    was_root = os.geteuid() == 0
-    if was_root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if was_root:
-            os.seteuid(0)
-        folder.chmod(0o755)
 
 
 @pytest.mark.parametrize("place", [".", "checkpoint"])

@@ -3,12 +3,12 @@
 import logging
 import os
 import re
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from closed import closed_to_us
 from PIL import Image
 
 import task.data
@@ -44,21 +44,6 @@ def refusal(folder):
 def lines(folder):
     dataset = load(folder)
     return [line for _, line in describe(dataset, dataset.test)]
-
-
-@contextmanager
-def closed_to_us(path):
-    """What another user's file is; root, who may read all, becomes nobody meanwhile."""
-    path.chmod(0)
-    was_root = os.geteuid() == 0
-    if was_root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if was_root:
-            os.seteuid(0)
-        path.chmod(0o755)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from closed import closed_to_us
 
 from task.data import load_dataset
 from task.errors import SettingsError
@@ -169,15 +170,8 @@ def test_the_file_of_another_user_is_one_line(function):
         os.chmod(base, 0o755)
         path = Path(base) / "deal.json"
         path.write_text("{}")
-        path.chmod(0)
-        was_root = os.geteuid() == 0
-        if was_root:
-            os.seteuid(65534)
-        try:
+        with closed_to_us(path):
             message = message_of(function, str(path))
-        finally:
-            if was_root:
-                os.seteuid(0)
     assert message == f"partition-file: {path} cannot be read: Permission denied"
 
 
