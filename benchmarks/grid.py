@@ -13,7 +13,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from quant import FLOAT_BITS, Update, encode_update, fit_scales, quantize_state
+from quant import encode_update, quantize_fitted
 from strategies import MixedPrecisionStrategy
 from strategies.states import to_array
 from task.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report
@@ -114,9 +114,9 @@ def reporting_grid(
     moved = _moved(model)
     payloads = {
         bits: encode_update(
-            _rounded(moved, bits),
+            quantize_fitted(moved, bits, weights_of(moved)),
             coded=coded,
-            start=_rounded(model, bits) if from_start else None,
+            start=quantize_fitted(model, bits, weights_of(model)) if from_start else None,
             stamp=1,
         )
         for bits in set(widths)
@@ -136,11 +136,6 @@ def reporting_grid(
 def weights_of(model: Mapping[str, Tensor]) -> list[str]:
     """Return which tensors of these models, all of Conv2d and Linear layers, are quantized."""
     return [name for name, tensor in model.items() if tensor.ndim >= 2]
-
-
-def _rounded(model: Mapping[str, Tensor], bits: int) -> Update:
-    names = [] if bits == FLOAT_BITS else weights_of(model)
-    return quantize_state(model, bits, fit_scales(model, names, bits))
 
 
 def _moved(model: Mapping[str, Tensor]) -> dict[str, Tensor]:

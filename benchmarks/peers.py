@@ -16,13 +16,12 @@ from quant import (
     encode_update,
     federated_state,
     fit_scale,
-    fit_scales,
     pack,
     pack_tensor,
     prepare,
+    quantize_fitted,
     quantize_model,
     quantize_nearest,
-    quantize_state,
     unpack,
 )
 from strategies.states import to_arrays
@@ -182,7 +181,7 @@ def _size_and_error_beside_nvflare(form: str, widest: int) -> list[Figure]:
     levels = state["code" if form == "blockwise8" else "quant_map"][codes.ravel()]
     scales = state["absmax"].repeat(state.get("blocksize", _BLOCKSIZE))[: levels.size]
     back = torch.from_numpy(levels * scales).view_as(weights)
-    nearer = quantize_state({"w": weights}, widest, fit_scales({"w": weights}, ["w"], widest))
+    nearer = quantize_fitted({"w": weights}, widest, ["w"])
     size = len(encode_update(nearer, coded=True)) / sum(array.nbytes for array in arrays)
     error = float((nearer.dequantize()["w"] - weights).norm() / (back - weights).norm())
     return [

@@ -18,7 +18,15 @@ from client_app.memory import has_model, keep_model, own_model, recall, state_fo
 from client_app.messages import answer, answer_query, config_in, instruction_in, model_in
 from client_app.node import declare
 from client_app.tracking import TrackedRound, next_correction
-from quant import Update, UpdateSpec, load_state, quantize_difference, spec_of, weight_scales
+from quant import (
+    Update,
+    UpdateSpec,
+    load_state,
+    quantize_difference,
+    spec_of,
+    tensors_of,
+    weight_scales,
+)
 from task.data import Images, load_dataset
 from task.devices import pick_device
 from task.errors import SettingsError
@@ -156,7 +164,7 @@ class _Job:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of the model that are sent, as they are now."""
-        return {n: t.detach() for n, t in self.model.state_dict().items() if n in self.spec.shapes}
+        return tensors_of(self.model, self.spec.shapes)
 
     @property
     def images(self) -> Images:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.grid import FLOAT_BITS, MAX_BITS, largest_code, per_channel
-from quant.update import QuantizedTensor, fit_scales, quantize_state
+from quant.update import QuantizedTensor, quantize_fitted
 
 _HIDDEN = 16
 _WEIGHTS_AT_ONCE = 500_000
@@ -90,7 +90,7 @@ class Rungs:
         for bits in ladder[:-1]:
             rung = (known or {}).get(bits)
             if rung is None:
-                rung = quantize_state(weights, bits, fit_scales(weights, weights, bits)).quantized
+                rung = quantize_fitted(weights, bits, weights).quantized
             scales[bits] = {name: rung[name].scale for name in weights}
             values[bits] = {name: rung[name].dequantize() for name in weights}
         return cls(ladder, scales, values)

@@ -6,7 +6,8 @@ fits both models. With `QuantConfig(gradient_bits=8)` the errors that flow back 
 are quantized too.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -31,7 +32,7 @@ from quant.grid import (
     is_finite,
     naming,
 )
-from quant.update import Update, UpdateSpec, fit_scales, float_tensors, quantize_state
+from quant.update import Update, UpdateSpec, float_tensors, quantize_fitted
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,6 @@ class QuantLayer(nn.Module):
 
     def attach(self, config: QuantConfig) -> None:
         """Take the widths, also in place of others, and fit the scale; the input's grid is gone."""
-        _check_dtype(self.weight.dtype)
         self.config = config
         self.input_grid = None
         # Not persistent: the state dict stays that of the ordinary layer.
@@ -79,7 +79,9 @@ class QuantLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # What `half`, `to` and the like call: the grid is one of float32, and would become another.
-        _check_dtype(fn(self.weight.detach()[:0]).dtype)
+        dtype = fn(self.weight.detach()[:0]).dtype
+        if dtype != torch.float32:
+            raise TypeError(_wrong_dtype(dtype))
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -149,12 +151,12 @@ def quantizable_weights(model: nn.Module) -> list[str]:
 
 def _quantizable(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers by the names of their weights."""
-    parameters = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {
         f"{name}.weight".removeprefix("."): module
         for name, module in model.named_modules()
         if (type(module) in _QUANTIZED_CLASS or isinstance(module, QuantLayer))
-        and parameters.count(id(module.weight)) == 1
+        and uses[id(module.weight)] == 1
     }
 
 
@@ -166,6 +168,11 @@ def federated_state(model: nn.Module) -> dict[str, Tensor]:
     """
     constant = {name for name, buffer in model.named_buffers() if not is_finite(buffer)}
     return float_tensors({n: t for n, t in model.state_dict().items() if n not in constant})
+
+
+def tensors_of(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Return the named tensors of a model as they are now, in its order."""
+    return {name: t.detach() for name, t in model.state_dict().items() if name in names}
 
 
 def spec_of(model: nn.Module) -> UpdateSpec:
@@ -192,10 +199,7 @@ def quantize_model(model: nn.Module, bits: int) -> Update:
     >>> quantize_model(nn.Linear(3, 2), 4).quantized["weight"].codes.dtype
     torch.int8
     """
-    state = federated_state(model)
-    if bits == FLOAT_BITS:
-        return quantize_state(state, bits)
-    return quantize_state(state, bits, fit_scales(state, quantizable_weights(model), bits))
+    return quantize_fitted(federated_state(model), bits, quantizable_weights(model))
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -254,11 +258,6 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
     return model
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype != torch.float32:
-        raise TypeError(_wrong_dtype(dtype))
 
 
 def _wrong_dtype(dtype: torch.dtype) -> str:

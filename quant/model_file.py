@@ -31,6 +31,7 @@ from quant.activations import ActivationGrid
 from quant.grid import FLOAT_BITS, check_bits, largest_code
 from quant.layers import (
     QuantConfig,
+    federated_state,
     load_state,
     prepare,
     quantized_layers,
@@ -138,8 +139,7 @@ class PackedModel:
         if config is not None:
             bits, activation_bits = config.weight_bits, config.activation_bits
         # On the grid already, or rounded as the layer rounds it.
-        state = {n: t for n, t in network.state_dict().items() if n in spec_of(network).shapes}
-        update = quantize_state(state, bits, weight_scales(network))
+        update = quantize_state(federated_state(network), bits, weight_scales(network))
         grids = {n: layer.input_grid for n, layer in layers.items() if layer.input_grid}
         return cls(update, **about, activation_bits=activation_bits, grids=grids)
 

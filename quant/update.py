@@ -234,6 +234,20 @@ def quantize_state(
     return Update(bits, "weights", quantized, {n: tensors[n].float() for n in spec.floats(bits)})
 
 
+def quantize_fitted(state: Mapping[str, Tensor], bits: int, names: Iterable[str]) -> Update:
+    """Round the named tensors of a state to nearest, on grids that are fitted to them.
+
+    Parameters
+    ----------
+    state, bits
+        As of `quantize_state`.
+    names : iterable of str
+        As of `fit_scales`; not looked at where 32 bits leave everything as it is.
+    """
+    scales = None if bits == FLOAT_BITS else fit_scales(state, names, bits)
+    return quantize_state(state, bits, scales)
+
+
 def quantize_difference(
     difference: Mapping[str, Tensor],
     bits: int,

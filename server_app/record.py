@@ -204,7 +204,8 @@ class RunRecord:
         # Before anything is written: what a strategy reports may be what no file can hold.
         written = {key: to_json(value, key) for key, value in entry.items()}
         if weights:
-            self._append("weights.jsonl", {"round": entry["round"], **weights})
+            seen = {"round": entry["round"], **weights}
+            self._append("weights.jsonl", to_json(seen, "weights.jsonl"))
         self._append("rounds.jsonl", written)
         self._count(written)
         with writing(self.folder / "tensorboard"):
@@ -279,10 +280,10 @@ class RunRecord:
         for width, value in (entry.get("accuracy") or {}).items():
             self._best[width] = max(value, self._best.get(width, 0.0))
 
-    def _append(self, name: str, entry: Mapping[str, object]) -> None:
+    def _append(self, name: str, entry: object) -> None:
         path = self.folder / name
         with writing(path), open(path, "a") as file:
-            file.write(json.dumps(to_json(entry, name), allow_nan=False) + "\n")
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -11,7 +11,13 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import nn
 
-from quant import FLOAT_BITS, federated_state, quantizable_weights, quantize_state
+from quant import (
+    FLOAT_BITS,
+    federated_state,
+    quantizable_weights,
+    quantize_state,
+    tensors_of,
+)
 from server_app.build import build_strategy, read_settings
 from server_app.checkpoint import Checkpoint, Checkpoints, Identity, read_checkpoint
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
@@ -223,8 +229,7 @@ def _write_model(run: Run, record: RunRecord, done: int, model: State) -> None:
     if done and run.strategy.evaluates_on_server:
         model = run.strategy.state_for(max(run.strategy.nodes.widths()), model)
         network = run.evaluator.network(quantize_state(model, FLOAT_BITS))
-        whole = network.cpu().state_dict()
-        record.write_model({name: whole[name].detach() for name in model})
+        record.write_model(tensors_of(network.cpu(), model))
 
 
 def _refuse_completed(folder: Path, done: int, asked: int) -> None:

@@ -3,13 +3,13 @@
 from strategies.averaging import WeightedMean
 from strategies.base import MixedPrecisionStrategy
 from strategies.differences import FedCOM, FedCOMGATE, FedPAQ
+from strategies.errors import FederationError
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
 from strategies.flower import FlowerStrategy
 from strategies.grouped import GroupedAvg
 from strategies.inbox import receive
 from strategies.local import Local
-from strategies.nodes import FederationError
 from strategies.prowd import ProWD, ProWDOptions
 from strategies.replies import ClientUpdate, RoundLog
 

@@ -33,17 +33,18 @@ from quant import (
     Update,
     UpdateSpec,
     encode_update,
-    fit_scales,
     fixed_point,
+    quantize_fitted,
     quantize_state,
 )
 from strategies.arguments import Broadcast, checked
 from strategies.asked import Asked
 from strategies.decoding import decode_in_turn
+from strategies.errors import FederationError
 from strategies.inbox import Batch
 from strategies.instructions import completed, with_config
 from strategies.metrics import evaluation_metrics, training_metrics
-from strategies.nodes import FederationError, Nodes, sample_nodes
+from strategies.nodes import Nodes, sample_nodes
 from strategies.replies import (
     BadReply,
     ClientUpdate,
@@ -394,9 +395,7 @@ class MixedPrecisionStrategy(Strategy):
     def _pack_model(
         self, start: State, bits: int, downlink_bits: int
     ) -> tuple[ArrayRecord, Update]:
-        if downlink_bits == FLOAT_BITS:
-            model = quantize_state(self.state_for(bits, start), FLOAT_BITS)
-        elif downlink_bits == bits:
+        if downlink_bits == bits != FLOAT_BITS:
             model = self.model_for(bits, start)
         else:
             # Fixed-point weights have the client's own width.
@@ -410,16 +409,16 @@ class MixedPrecisionStrategy(Strategy):
 
     def _at_width(self, bits: int, state: State, weight_step: float) -> Update:
         """Return a model at a width, rounded as `broadcast` says."""
-        if bits != FLOAT_BITS and self.broadcast == "calibrated":
+        if bits == FLOAT_BITS:
+            return quantize_state(state, bits)
+        if self.broadcast == "calibrated":
             if self.round_calibrated is None:
                 raise ValueError("broadcast: 'calibrated' needs round_calibrated, which is not set")
             return self.round_calibrated(state, bits)
-        if bits == FLOAT_BITS:
-            return quantize_state(state, bits)
         names = self.on_grid(state)
         if weight_step:
             return quantize_state(state, bits, fixed_point(state, names, weight_step))
-        return quantize_state(state, bits, fit_scales(state, names, bits))
+        return quantize_fitted(state, bits, names)
 
     def _accept(self, client: Declaration, reply: Message) -> Packed | None:
         self.round_log.uplink_bytes[client.bits] += len(payload_of(reply) or b"")

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from strategies.arguments import own_options
 from strategies.base import MixedPrecisionStrategy
+from strategies.errors import FederationError
 from strategies.inbox import Batch
-from strategies.nodes import FederationError
 from strategies.replies import ClientUpdate
 from strategies.rollback import RoundDropped
 from strategies.states import State, to_arrays, to_state

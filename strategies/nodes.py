@@ -104,8 +104,7 @@ class Nodes:
         deadline, most = time.monotonic() + self._wait, 0
         while True:
             self._look(grid)
-            seated = len(self._seated())
-            if seated > most and not self._gathered:
+            if not self._gathered and (seated := len(self._seated())) > most:
                 # As long as they come, more may; there are only so many partitions.
                 deadline, most = time.monotonic() + self._wait, seated
             late = time.monotonic() >= deadline

@@ -1,7 +1,7 @@
 """Local training and evaluation at a bit-width; knows nothing of a federation."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from sys import float_info
@@ -29,6 +29,7 @@ from quant import (
     quantize_state,
     refit_scales,
     set_scales,
+    tensors_of,
     watched_inputs,
     weight_scales,
 )
@@ -204,7 +205,7 @@ def train(
     if config.proximal_mu:
         anchored = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(model, config, seed)
-    began = {name: tensor.clone().cpu() for name, tensor in _tensors(model, names).items()}
+    began = {name: tensor.clone().cpu() for name, tensor in tensors_of(model, names).items()}
     correction = {n: tensor.to(device) for n, tensor in (correction or {}).items()}
     corrected = [(p, correction[n]) for n, p in model.named_parameters() if n in correction]
     model.train()
@@ -234,7 +235,7 @@ def train(
             correct += int((logits.detach().argmax(1) == labels).sum())
             seen += len(index)
     model.cpu()
-    trained = _tensors(model, names)
+    trained = tensors_of(model, names)
     for name, tensor in trained.items():
         if not is_finite(tensor):
             raise DivergedError(f"training diverged: {name} is not finite after {steps} steps")
@@ -254,11 +255,6 @@ def _check_gradients(model: nn.Module, step: int) -> None:
             raise DivergedError(
                 f"training diverged: the gradient of {name} in step {step} is not finite"
             )
-
-
-def _tensors(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """Return the named tensors of a model, in its order."""
-    return {name: t.detach() for name, t in model.state_dict().items() if name in names}
 
 
 @torch.no_grad()
