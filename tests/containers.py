@@ -18,7 +18,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-_STARTUP = 60.0
+# Seconds after which something that must come is given up: many times what a loaded machine takes.
+PATIENCE = 1200.0
 
 
 def command(*words: object) -> str:
@@ -88,13 +89,13 @@ class Containers:
                 self.services[name].start()
             waiting = {n: s for n, s in waiting.items() if n not in ready}
 
-    def run(self, service: str, *words: str, timeout: float = 60) -> subprocess.CompletedProcess:
+    def run(self, service: str, *words: str) -> subprocess.CompletedProcess:
         """Run another command in place of a service's own and of its entrypoint."""
         return subprocess.run(
             self.services[service].words(list(words)),
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=PATIENCE,
         )
 
     def set_link(self, service: str, network: str, state: str) -> None:
@@ -148,7 +149,7 @@ class Service:
         threading.Thread(target=self._look_after, daemon=True).start()
 
     def wait_completed(self) -> None:
-        if not self._ended.wait(_STARTUP) or self.exits[-1]:
+        if not self._ended.wait(PATIENCE) or self.exits[-1]:
             raise RuntimeError(f"{self.name} did not complete: {self.log}")
 
     def kill(self) -> None:
@@ -207,20 +208,26 @@ class Service:
         return [*entry, "sh", "-ec", "\n".join(script)]
 
     def _spawn(self) -> None:
+        # Flower gives up who is silent for a minute, also where a loaded machine is the reason: the
+        # services come before what else runs here, and those that answer before the apps.
+        superexec = any("flower-superexec" in word for word in self.words())
+        words = ["nice", "-n", "-5" if superexec else "-10", *self.words()]
         with open(self._containers.folder / f"{self.name}.log", "a") as log:
             self._process = subprocess.Popen(
-                self.words(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+                words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
             )
 
     def _look_after(self) -> None:
         policy = self._spec.get("restart", "no")
+        # As Docker does: twice as long each time, up to a minute.
+        pause = 0.1
         while True:
             self.exits.append(self._process.wait())
             again = policy == "unless-stopped" or (policy == "on-failure" and self.exits[-1])
-            # Docker waits between a tenth of a second and a minute.
-            if not again or self._stopped.wait(1.0):
+            if not again or self._stopped.wait(pause):
                 self._ended.set()
                 return
+            pause = min(2 * pause, 60.0)
             self._spawn()
 
 
@@ -255,10 +262,10 @@ def _command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
-def wait_until(condition, seconds: float, what: str) -> None:
+def wait_until(condition, what: str) -> None:
     """Wait for something that must come."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:g} s: {what}")
+            raise AssertionError(f"not within {PATIENCE:g} s: {what}")
         time.sleep(0.3)

@@ -12,7 +12,7 @@ from flwr.app import Context, RecordDict
 from server_app.app import main
 
 settings = {{
-    "model": "cnn",
+    "model": "toy:net",
     "samples-per-client": 16,
     "num-server-rounds": 1,
     "bit-mix": "4:0.5,32:0.5",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from containers import Containers, wait_until
+from containers import PATIENCE, Containers, wait_until
 
 PROJECT = Path(__file__).parents[2]
 NUM_SITES = 4
@@ -43,9 +43,9 @@ class Rehearsal(Containers):
 
     def start_run(self, name: str, app: str = ".", **settings) -> str:
         """Start a run of the app in a folder, and return its ID."""
-        small = {"model": "cnn", "samples_per_client": 64}
+        small = {"model": "toy:net", "samples_per_client": 64}
         # A loaded machine starts four ClientApps slower than in the usual minute.
-        settings = {"run_name": name, "node_wait": 300.0, **small, **settings}
+        settings = {"run_name": name, "node_wait": PATIENCE, **small, **settings}
         config = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
         words = ("flwr", "run", app, "prowd", "--format", "json", "--run-config", config)
         done = self.run("operator", *words)
@@ -58,11 +58,11 @@ class Rehearsal(Containers):
         runs = json.loads(done.stdout or "{}").get("runs")
         return runs[0]["status"] if runs else "unknown"
 
-    def wait_for_run(self, name: str, run_id: str, seconds: float) -> str:
+    def wait_for_run(self, name: str, run_id: str) -> str:
         """Wait until a run has finished; how it did."""
         # By its record at first, as to ask Flower takes seconds of this machine's time.
-        wait_until(lambda: self.summary(name)["status"] != "running", seconds, f"{name} ends")
-        wait_until(lambda: self.status(run_id).startswith("finished"), 60, f"{name} has finished")
+        wait_until(lambda: self.summary(name)["status"] != "running", f"{name} ends")
+        wait_until(lambda: self.status(run_id).startswith("finished"), f"{name} has finished")
         return self.status(run_id)
 
     def results(self, name: str) -> Path:
@@ -80,14 +80,11 @@ class Rehearsal(Containers):
         """Wait until a site has received its training message of a round, by its own log."""
         pattern = re.compile(rf"RUN {run_id}\]\s.*?Receiving: train")
         service = self.services[site]
-        wait_until(
-            lambda: len(pattern.findall(service.log)) >= number, 600, f"round {number} at {site}"
-        )
+        wait_until(lambda: len(pattern.findall(service.log)) >= number, f"round {number} at {site}")
 
     def online(self) -> int:
-        done = self.run("operator", "flwr", "supernode", "ls", "prowd", "--format", "json")
-        nodes = json.loads(done.stdout or "{}").get("nodes", [])
-        return sum(node["status"] == "online" for node in nodes)
+        """Sites that the SuperLink has activated, by its own log."""
+        return self.services["superlink"].log.count('activate-node HTTP/1.1" 200')
 
 
 # A machine of somebody else, which reaches the port that the proxy publishes.
@@ -116,36 +113,95 @@ def rehearsal(compose, tmp_path_factory):
     try:
         containers.build_networks()
         containers.up()
-        wait_until(lambda: containers.online() == NUM_SITES, 90, "four sites online")
+        wait_until(lambda: containers.online() == NUM_SITES, "four sites online")
         yield containers
     finally:
         containers.down()
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """A run whose ServerApp was killed in its second round, and what `resume` made of it.
+INT4, INT8_A, INT8_B, FLOAT32 = range(NUM_SITES)
+# What the run's copy of the app does with a training message, by round and partition.
+FAULTS = {2: {INT8_A: "raise"}, 3: {INT8_A: "die", INT4: "answer late"}}
 
-    With how the killed one stands, and the exit codes of all services' processes that had ended.
+
+@dataclass(frozen=True)
+class Story:
+    """One run in which nearly all goes wrong, at its end.
+
+    Round 2 begins, and the ServerApp is killed; `resume` begins it again. Then one ClientApp
+    raises, one site's SuperNode is killed while its ClientApp trains, one site's link is cut. Round
+    3: one ClientApp's process dies, one answers after the round's timeout. Round 4: everybody is
+    back, and the SuperLink is killed.
+
+    Attributes
+    ----------
+    exits : dict of str to list of int
+        Exit codes of all services' processes that had ended before anything was killed.
+    before : list of dict
+        The rounds before the ServerApp was killed.
+    killed_status, status : str
+        How the killed run and the one that resumed it ended for Flower.
+    rounds : list of dict
+        All rounds.
     """
 
-    before: list[dict]
-    rounds: list[dict]
-    status: str
-    killed_status: str
     exits: dict[str, list[int]]
+    before: list[dict]
+    killed_status: str
+    status: str
+    rounds: list[dict]
 
 
 @pytest.fixture(scope="session")
-def resumed(rehearsal):
-    killed_id = rehearsal.start_run("killed", num_server_rounds=2)
+def story(rehearsal):
+    source = rehearsal.results("faulty-app")
+    copy_app(rehearsal.app, source)
+    app = f"/srv/prowd/prowd-runs/{source.name}"
+    settings = {
+        "num_server_rounds": 4,
+        # Whoever was away is waited for before a round, so that none is lost but by its fault.
+        "min_nodes": NUM_SITES,
+        # So that the bytes tell what came.
+        "lossless_coding": False,
+    }
+    killed_id = rehearsal.start_run("run", app, **settings)
     rehearsal.begin_round(killed_id, "int4", 2)
-    before = rehearsal.rounds("killed")
+    exits = {name: list(s.exits) for name, s in rehearsal.services.items() if s.exits}
+    before = rehearsal.rounds("run")
     [pid] = rehearsal.services["serverapp"].process_ids("flwr-serverapp")
     os.kill(pid, signal.SIGKILL)
-    folder = "/srv/prowd/prowd-runs/killed"
-    run_id = rehearsal.start_run("", num_server_rounds=2, resume=folder)
-    status = rehearsal.wait_for_run("killed", run_id, 600)
-    exits = {name: list(s.exits) for name, s in rehearsal.services.items() if s.exits}
-    killed_status = rehearsal.status(killed_id)
-    return Resumed(before, rehearsal.rounds("killed"), status, killed_status, exits)
+
+    run_id = rehearsal.start_run("", app, resume="/srv/prowd/prowd-runs/run", **settings)
+    rehearsal.begin_round(run_id, "int8-b", 1)
+    rehearsal.set_link("int8-b", "uplink-int8-b", "down")
+    rehearsal.begin_round(run_id, "float32", 1)
+    rehearsal.services["float32"].kill()
+    wait_until(lambda: len(rehearsal.rounds("run")) == 2, "round 2 ends")
+    rehearsal.set_link("int8-b", "uplink-int8-b", "up")
+    wait_until(lambda: len(rehearsal.rounds("run")) == 3, "round 3 ends")
+    (rehearsal.folder / "volumes" / "state-int4" / "round-3-is-over").touch()
+    rehearsal.begin_round(run_id, "int4", 3)
+    rehearsal.services["superlink"].kill()
+    status = rehearsal.wait_for_run("run", run_id)
+    return Story(exits, before, rehearsal.status(killed_id), status, rehearsal.rounds("run"))
+
+
+def copy_app(source: Path, folder: Path) -> None:
+    """Write a copy of the app with the faults in its ClientApp and a clock in its ServerApp."""
+    for name in ("client_app", "quant", "server_app", "strategies", "task"):
+        shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("LICENSE", "README.md"):
+        shutil.copy(source / name, folder / name)
+    settings = (source / "pyproject.toml").read_text()
+    for old, new in (
+        ('"client_app.app:app"', '"faulty:client"'),
+        ('"server_app.app:app"', '"faulty:server"'),
+        ('"client_app/**/*.py",', '"client_app/**/*.py", "faulty.py", "toy.py",'),
+    ):
+        assert settings.count(old) == 1
+        settings = settings.replace(old, new)
+    (folder / "pyproject.toml").write_text(settings)
+    shutil.copy(PROJECT / "tests" / "toy.py", folder)
+    faulty = (Path(__file__).parent / "faulty.py").read_text()
+    assert faulty.count("FAULTS = {}") == 1
+    (folder / "faulty.py").write_text(faulty.replace("FAULTS = {}", f"FAULTS = {FAULTS!r}"))

@@ -13,6 +13,8 @@ REAL, FOREIGN = f"{KEYS}/real-ca.crt", f"{KEYS}/authority/ca.crt"
 # Of the paths that lead out of /v1/fleet/, if proxy and SuperLink disagree on what a path means.
 PATHS = [
     "/v1/control/list-runs",
+    "/v1/control/list-nodes",
+    "/v1/control/register-node",
     "/v1/runtime/acquire-task",
     "/health",
     "/openapi.json",
@@ -30,7 +32,7 @@ POST = f"""
 import http.client, ssl
 for path in {PATHS!r}:
     trusted = ssl.create_default_context(cafile="{REAL}")
-    connection = http.client.HTTPSConnection("proxy", 8443, context=trusted, timeout=10)
+    connection = http.client.HTTPSConnection("proxy", 8443, context=trusted, timeout=600)
     connection.putrequest("POST", path)
     connection.putheader("Content-Type", "application/protobuf")
     connection.putheader("Content-Length", "0")
@@ -46,7 +48,7 @@ SIZES = {{"push-object": (5_500_000, 6_500_000), "push-messages": (250_000, 300_
 for path, size in ((path, size) for path, sizes in SIZES.items() for size in sizes):
     for announced in (True, False):
         trusted = ssl.create_default_context(cafile="{REAL}")
-        connection = http.client.HTTPSConnection("proxy", 8443, context=trusted, timeout=60)
+        connection = http.client.HTTPSConnection("proxy", 8443, context=trusted, timeout=600)
         connection.putrequest("POST", f"/v1/fleet/{{path}}")
         connection.putheader("Content-Type", "application/protobuf")
         if announced:
@@ -122,33 +124,21 @@ def test_a_foreign_supernode_is_refused(intruder, arguments, reason):
     assert reason in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("ls", "prowd"),
-        ("run", ".", "prowd"),
-        ("supernode", "ls", "prowd"),
-        ("supernode", "register", f"{KEYS}/operator/sites/own.pub", "prowd"),
-    ],
-    ids=lambda words: " ".join(words[:2]),
-)
-def test_the_operators_commands_do_not_pass_the_proxy(intruder, words):
-    done = intruder("flwr", *words)
+def test_the_operators_commands_do_not_pass_the_proxy(intruder):
+    """What the others ask for is among `PATHS`."""
+    done = intruder("flwr", "run", ".", "prowd")
     assert done.returncode != 0
     assert "403 Forbidden" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("secret", ["none", "its own", "stolen"])
-def test_a_foreign_superexec_gets_no_task(rehearsal, intruder, secret):
+def test_a_foreign_superexec_gets_no_task(rehearsal, intruder):
     """Even with the true secret, as the proxy does not serve what it would ask for."""
     folder = rehearsal.folder / "volumes"
-    more = [] if secret == "none" else [f"--superexec-auth-secret-file={KEYS}/secret"]
-    source = "intruder" if secret == "its own" else "keys-server"
-    name = "server/superexec.secret" if secret == "its own" else "superexec.secret"
-    shutil.copy(folder / source / name, folder / "intruder" / "secret")
+    shutil.copy(folder / "keys-server" / "superexec.secret", folder / "intruder" / "secret")
     command("chown", "49999", folder / "intruder" / "secret")
     superexec = ["flower-superexec", "--runtime-api-address=proxy:8443"]
-    done = intruder(*superexec, f"--root-certificates={REAL}", *more)
+    more = f"--superexec-auth-secret-file={KEYS}/secret"
+    done = intruder(*superexec, f"--root-certificates={REAL}", more)
     assert done.returncode != 0
     assert "403 Forbidden" in done.stdout + done.stderr
 
@@ -169,7 +159,8 @@ def test_no_path_leads_past_the_fleets_interface(intruder):
     answers = dict(zip(PATHS, done.stdout.split(), strict=True))
     # 404: passed on as it was written, and the SuperLink has no such path.
     assert set(answers.values()) <= {"403", "404"}, answers
-    assert answers["/v1/control/list-runs"] == answers["/v1/runtime/acquire-task"] == "403"
+    served = ("/v1/control/", "/v1/runtime/")
+    assert {status for path, status in answers.items() if path.startswith(served)} == {"403"}
 
 
 def test_a_large_request_is_not_passed_on_to_the_superlink(intruder):
@@ -195,7 +186,7 @@ def test_a_large_request_is_not_passed_on_to_the_superlink(intruder):
 )
 def test_networks_are_apart(rehearsal, source, network, target, port):
     """The service answers at its own address, and is not in reach from the other network."""
-    dial = f"import socket; socket.create_connection(('{{}}', {port}), 5)"
+    dial = f"import socket; socket.create_connection(('{{}}', {port}), 600)"
     address = rehearsal.addresses[network][target]
     words = ["python", "-c", dial.format(address)]
     command("ip", "netns", "exec", rehearsal.namespace(target), *words)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from containers import command, wait_until
+from containers import PATIENCE, command, wait_until
 
 PROJECT = Path(__file__).parents[2]
 REASONS = {
@@ -55,6 +55,8 @@ class Host:
             # `ip netns exec` gives the command mounts of its own.
             mount = f"mount --bind {self.folder / 'hosts'} /etc/hosts"
             words = ["ip", "netns", "exec", self.name, "bash", "-ec", f"{mount}\n{script}"]
+            # Flower gives up an app that a loaded machine does not let begin within a minute.
+            words = ["nice", "-n", "-5", *words]
             process = subprocess.Popen(
                 words,
                 env=self.env,
@@ -101,9 +103,10 @@ def tried(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     copy_project(folder)
     [superlink], [config, run] = (found := blocks("On one host, to try it"))[:1], found[1:]
+    devices, run = split_before_flwr_run(run)
     with Host(folder) as host:
         host.start(superlink, "superlink.log")
-        wait_until(lambda: "Uvicorn running" in host.read("superlink.log"), 60, "the SuperLink")
+        wait_until(lambda: "Uvicorn running" in host.read("superlink.log"), "the SuperLink")
         # `bits` missing, and wrong.
         for port, bits, log in ((9096, "", "missing.log"), (9097, " bits=17", "wrong.log")):
             node_config = f"partition-id=0 num-partitions=2{bits}"
@@ -112,9 +115,25 @@ def tried(tmp_path_factory):
                 f"--node-config '{node_config}'",
                 log,
             )
-        shell = host.start(config + run, "shell.log")
-        shell.wait(timeout=400)
+        host.start(config + devices, "devices.log")
+        wait_until(lambda: activated(host, "superlink.log") == 4, "all devices are connected")
+        host.start(run, "shell.log").wait(timeout=PATIENCE)
         yield host
+
+
+def split_before_flwr_run(script):
+    """Return what comes before the run, and the run, with a longer wait for nodes.
+
+    On a loaded machine devices take longer to start, and to answer, than a run waits for them.
+    """
+    before, _, run = script.partition("flwr run")
+    assert run.count("num-server-rounds=2") == 1
+    patient = f"num-server-rounds=2 node-wait={PATIENCE}"
+    return before, "flwr run" + run.replace("num-server-rounds=2", patient)
+
+
+def activated(host, log):
+    return host.read(log).count('activate-node HTTP/1.1" 200')
 
 
 def test_the_run_completes_with_the_two_devices(tried):
@@ -147,11 +166,12 @@ def several(tmp_path_factory):
     """The commands on a server and two sites, each at its own end of a link."""
     folder = tmp_path_factory.mktemp("several")
     make, start, first, run = blocks("On several hosts, with TLS and authentication")
+    variables, run = split_before_flwr_run(run)
     second = first.replace("int8", "float32").replace("id=0", "id=1").replace("bits=8", "bits=32")
     with ExitStack() as hosts:
         server = hosts.enter_context(Host(new(folder / "server"), "server"))
         copy_project(server.folder)
-        server.start(make, "make.log").wait(timeout=60)
+        server.start(make, "make.log").wait(timeout=PATIENCE)
         scripts, sites = {"int8": first, "float32": second}, {}
         for number, name in enumerate(scripts):
             names = [("fed.example.org", f"10.232.{number}.1")]
@@ -160,14 +180,11 @@ def several(tmp_path_factory):
             sites[name] = site
             # The app of a run comes from the server: a site has its keys alone.
             shutil.copytree(server.folder / "prowd" / "keys" / "sites" / name, site.folder / name)
-        server.start(start, "start.log").wait(timeout=120)
+        server.start(start, "start.log").wait(timeout=PATIENCE)
         for name, script in scripts.items():
             sites[name].start(script, "site.log")
-        # On a busy machine they may take longer than a run waits for its nodes.
-        accepted = 'activate-node HTTP/1.1" 200'
-        log = "prowd/superlink.log"
-        wait_until(lambda: server.read(log).count(accepted) == 2, 120, "both sites are connected")
-        server.start(run, "run.log").wait(timeout=400)
+        wait_until(lambda: activated(server, "prowd/superlink.log") == 2, "both sites are there")
+        server.start(variables + run, "run.log").wait(timeout=PATIENCE)
         yield Federation(server, sites)
 
 
@@ -203,31 +220,25 @@ STRANGER = (
 )
 
 
-@pytest.mark.parametrize(
-    ("key", "reason"),
-    [
-        ("--auth-supernode-private-key own/sites/own/node.key", "Failed to activate SuperNode"),
-        # It registers itself, which a SuperLink allows that is not told to authenticate them.
-        ("", "All SuperNodes must be registered"),
-    ],
-    ids=["a key of its own", "no key"],
-)
-def test_a_site_cannot_bring_a_supernode_of_its_own(several, key, reason):
+def test_a_site_cannot_bring_a_supernode_of_its_own(several):
+    """It registers itself, which a SuperLink allows that is not told to authenticate them.
+
+    With keys of its own: `test_intruders.py`.
+    """
     site = several.sites["int8"]
-    make = f"python {PROJECT}/deploy/credentials.py --folder own make --names own --sites own"
-    code = site.start(f"{make}\n{STRANGER} {key}", "stranger.log").wait(timeout=120)
+    code = site.start(STRANGER, "stranger.log").wait(timeout=PATIENCE)
     output = site.read("stranger.log")
     assert code != 0
     assert "Exit Code: 305" in output
-    assert reason in output
+    assert "All SuperNodes must be registered" in output
 
 
 def test_the_superlinks_port_is_not_in_reach_of_a_site(several):
     """Where its other interfaces ask nobody who he is; a site reaches the proxy alone."""
 
     def dial(host, name, port):
-        script = f"python -c \"import socket; socket.create_connection(('{name}', {port}), 5)\""
-        return host.start(script, "dial.log").wait(timeout=60)
+        script = f"python -c \"import socket; socket.create_connection(('{name}', {port}), 600)\""
+        return host.start(script, "dial.log").wait(timeout=PATIENCE)
 
     site = several.sites["int8"]
     assert dial(several.server, "127.0.0.1", 8000) == 0

@@ -44,7 +44,7 @@ def test_the_strategy_steps_towards_the_mean(cautious):
 
 
 def test_it_runs_by_its_name_with_its_setting(cautious, tmp_path):
-    config = {**CONFIG, "strategy": "cautious", "cautious-step": 0.75, "model": "cnn"}
+    config = {**CONFIG, "strategy": "cautious", "cautious-step": 0.75, "model": "toy:net"}
     config |= {"num-server-rounds": 1, "samples-per-client": 32, "output-dir": str(tmp_path)}
     config |= {"run-name": "run"}
     nodes = {50 + i: ClientAppNode(i, 2, config) for i in range(2)}

@@ -87,7 +87,7 @@ def test_a_model(home):
 
 
 def test_a_strategy_and_going_on_with_its_settings(home):
-    few = {"model": "cnn", "samples_per_client": 64}
+    few = {"model": "toy:net", "samples_per_client": 64}
     folder = run(home, "A strategy", **few)
     config = json.loads((folder / "config.json").read_text())["settings"]
     assert config["strategy"] == "my_package.strategies:BitWeighted"

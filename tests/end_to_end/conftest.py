@@ -3,11 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from containers import PATIENCE, wait_until
 
 PROJECT = Path(__file__).parents[2]
 _BIN = Path(sys.executable).parent
@@ -55,7 +56,9 @@ class Flower:
 
     def run(self, name: str, federation: str = "", app: Path = PROJECT, **settings) -> Run:
         """Run the app, or a copy of it, to its end; settings in snake_case."""
-        settings = {"output_dir": str(self.output_dir), "run_name": name, **settings}
+        # A loaded machine starts its clients slower than in the usual minute.
+        where = {"output_dir": str(self.output_dir), "run_name": name, "node_wait": PATIENCE}
+        settings = {**where, **settings}
         config = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
         return self.run_config(name, config, federation, app)
 
@@ -67,7 +70,7 @@ class Flower:
             cwd=self.home,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=PATIENCE,
         )
         run_id = re.search(r"run (\d+)", done.stdout).group(1)
         return Run(self.output_dir / name, done.stdout + done.stderr, self.status(run_id))
@@ -80,7 +83,7 @@ class Flower:
     def compare(self, plan: Path, output_dir: Path, *options: str) -> subprocess.CompletedProcess:
         """Run `prowd compare` to its end."""
         compare = self.start_compare(plan, output_dir, *options)
-        said = compare.communicate(timeout=600)
+        said = compare.communicate(timeout=PATIENCE)
         return subprocess.CompletedProcess(compare.args, compare.returncode, *said)
 
     def start_compare(self, plan: Path, output_dir: Path, *options: str) -> subprocess.Popen:
@@ -121,7 +124,7 @@ class Flower:
     def status(self, run_id: str) -> str:
         """Return how a run stands for Flower."""
         command = [str(_BIN / "flwr"), "ls", "--run-id", run_id, "--format", "json"]
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True)
         return json.loads(done.stdout)["runs"][0]["status"]
 
 
@@ -134,6 +137,8 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def flower(tmp_path_factory):
     home = tmp_path_factory.mktemp("flwr-home")
+    (home / "modules").mkdir()
+    shutil.copy(PROJECT / "tests" / "toy.py", home / "modules")
     port = free_port()
     (home / "config.toml").write_text(
         '[superlink]\ndefault = "tests"\n\n'
@@ -171,18 +176,19 @@ def flower(tmp_path_factory):
     finally:
         os.killpg(superlink.pid, signal.SIGTERM)
         try:
-            superlink.wait(timeout=20)
+            superlink.wait(timeout=60)
         except subprocess.TimeoutExpired:
             os.killpg(superlink.pid, signal.SIGKILL)
 
 
 def _wait_for(url: str, process: subprocess.Popen) -> None:
-    for _ in range(300):
+    def is_up() -> bool:
         if process.poll() is not None:
             raise RuntimeError(f"flower-superlink ended with code {process.returncode}")
         try:
-            with urlopen(url, timeout=1):
-                return
+            with urlopen(url, timeout=PATIENCE):
+                return True
         except OSError:
-            time.sleep(0.2)
-    raise RuntimeError("flower-superlink did not come up")
+            return False
+
+    wait_until(is_up, "flower-superlink comes up")

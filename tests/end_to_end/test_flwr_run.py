@@ -1,28 +1,32 @@
 """`flwr run .` as a user types it: Flower's SuperLink, Ray, real processes, real data."""
 
+import json
 import re
 import signal
 
 import pytest
-from containers import wait_until
+from containers import PATIENCE, wait_until
 
 from server_app.record import locked
 
-TWO_AT_ONCE = "num-supernodes=4 client-resources-num-cpus=1"
-ONE_AT_A_TIME = "num-supernodes=4 client-resources-num-cpus=2"
-PLAN = """
-title = "{title}"
+WIDTHS = ["2", "4", "8", "32"]
+# A strategy that keeps something with its clients, and one of Flower's own; all of them run with
+# the real ClientApp, but without its processes, in tests/server_app/test_contract.py.
+PLAN = f"""
+title = "{{title}}"
 seeds = [3]
-federation = "num-supernodes=2"
+federation = "num-supernodes=4 client-resources-num-cpus=1"
 [settings]
-model = "cnn"
-num-server-rounds = {rounds}
+model = "toy:net"
+num-server-rounds = {{rounds}}
 samples-per-client = 64
+node-wait = {PATIENCE}
+bit-mix = "{",".join(f"{bits}:0.25" for bits in WIDTHS)}"
 [scenarios.half]
 [systems.A]
-strategy = "fedavg"
+strategy = "fedcomgate"
 [systems.B]
-strategy = "fedprox"
+strategy = "flwr:FedAdam"
 """
 
 
@@ -59,81 +63,63 @@ def test_it_leaves_the_whole_run_record(default_run):
     }
 
 
-def test_one_seed_gives_one_model_whatever_the_number_of_workers(flower):
-    small = {"num_server_rounds": 2, "samples_per_client": 32, "fraction_train": 0.75}
-    models = []
-    for name, federation in (("two", TWO_AT_ONCE), ("one", ONE_AT_A_TIME)):
-        run = flower.run(f"seed-{name}", federation, low_bit_training="strict", **small)
-        assert run.summary["status"] == "completed"
-        models.append((run.folder / "model.safetensors").read_bytes())
-    assert models[0] == models[1]
+def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
+    """Two systems, begun together; the second call finds one of them done and runs the other."""
+    (empty := tmp_path / "empty").mkdir()
+    plan, out = tmp_path / "small.toml", tmp_path / "out"
+    data = f'dataset = "image-folder"\ndata-dir = "{empty}"'
+    plan.write_text(PLAN.format(title="Small", rounds=2) + data)
+    with flower.without_superlink(tmp_path / "home") as cold:
+        first = cold.compare(plan, out, "--jobs", "2")
+        assert first.returncode == 1
+        assert "failed: half-B-seed3: data-dir: " in first.stderr
+        assert "\x1b" not in first.stdout
+        assert re.search(r"\[\d/2\] half-A-seed3: done after ", first.stdout)
+        assert re.search(r"\[\d/2\] half-B-seed3: failed: data-dir: ", first.stdout)
+        assert "| A | " in (out / "table.md").read_text()
+        page = (out / "report.html").read_text()
+        assert "failed: data-dir: " in page
+        assert first.stdout.splitlines()[-1] == str(out / "report.html")
+        assert_failed_with_one_clear_line(cold, out / "half-B-seed3", "data-dir: ")
+
+        plan.write_text(plan.read_text().replace('"image-folder"', '"digits"'))
+        second = cold.compare(plan, out)
+        assert second.returncode == 0, second.stderr
+        assert "1 of 2 runs are done" in second.stdout
+        assert (out / "half-B-seed3.broken1").is_dir()
+        table = (out / "table.md").read_text()
+        assert "| A | " in table
+        assert "| B | " in table
+        for name in ("half-A-seed3", "half-B-seed3"):
+            assert cold.status(run_id_of(out / f"{name}.log")) == "finished:completed"
+            assert_all_widths_took_part(out / name)
+    # The runs that began together share the SuperLink that one of them started.
+    logs = "".join(log.read_text() for log in out.glob("*.log"))
+    assert logs.count("Starting local SuperLink") == 1
 
 
-def test_a_bad_setting_is_one_clear_line_and_a_failed_run(flower):
-    reason = "strategy: there is no 'fedsgd'; allowed: prowd"
-    run = flower.run("bad", strategy="fedsgd")
-    assert run.status == "finished:failed"
-    lines = [line for line in run.output.splitlines() if "prowd: " in line and reason in line]
+def run_id_of(log):
+    return re.search(r"run (\d+)", log.read_text()).group(1)
+
+
+def assert_failed_with_one_clear_line(flower, folder, reason):
+    log = folder.with_name(f"{folder.name}.log")
+    output = log.read_text()
+    lines = [line for line in output.splitlines() if f"prowd: {reason}" in line]
     # A node that is refused says so too, in its own log, which Ray shows here.
     assert len([line for line in lines if "ClientAppActor" not in line]) == 1
-    assert run.summary["status"] == "failed"
-    assert reason in run.summary["reason"]
-    assert " | up " not in run.output
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert reason in summary["reason"]
+    assert " | up " not in output
+    assert flower.status(run_id_of(log)) == "finished:failed"
 
 
-# Those that keep something from round to round, with clients, or in Flower's own class; all of them
-# run with the real ClientApp, but without its processes, in tests/server_app/test_contract.py.
-@pytest.mark.parametrize("strategy", ["fedcomgate", "flwr:FedAdam"])
-def test_rivals_run_on_mixed_bit_widths(flower, strategy):
-    small = {"num_server_rounds": 2, "samples_per_client": 100, "model": "cnn"}
-    run = flower.run(
-        strategy.replace(":", "-"),
-        ONE_AT_A_TIME,
-        strategy=strategy,
-        bit_mix="2:0.25,4:0.25,8:0.25,32:0.25",
-        **small,
-    )
-    assert run.status == "finished:completed"
-    last = run.rounds[-1]
-    assert set(last["accuracy"]) == {"2", "4", "8", "32", "average"}
+def assert_all_widths_took_part(folder):
+    last = json.loads((folder / "rounds.jsonl").read_text().splitlines()[-1])
+    assert set(last["accuracy"]) == {*WIDTHS, "average"}
     assert last["clients"] == {"sampled": 4, "aggregated": 4, "rejected": 0, "failed": 0}
     assert last["left_out"] == {}
-
-
-def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
-    """Two systems; the second call finds one of them done and runs the other alone."""
-    (empty := tmp_path / "empty").mkdir()
-    plan = tmp_path / "small.toml"
-    data = f'dataset = "image-folder"\ndata-dir = "{empty}"'
-    plan.write_text(PLAN.format(title="Small", rounds=1) + data)
-    first = flower.compare(plan, tmp_path / "out")
-    assert first.returncode == 1
-    assert "failed: half-B-seed3: data-dir: " in first.stderr
-    assert "\x1b" not in first.stdout
-    assert "[1/2] half-A-seed3: done after " in first.stdout
-    assert "[2/2] half-B-seed3: failed: data-dir: " in first.stdout
-    assert "| A | " in (tmp_path / "out" / "table.md").read_text()
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "failed: data-dir: " in page
-    assert first.stdout.splitlines()[-1] == str(tmp_path / "out" / "report.html")
-    plan.write_text(plan.read_text().replace('"image-folder"', '"digits"'))
-    second = flower.compare(plan, tmp_path / "out")
-    assert second.returncode == 0, second.stderr
-    assert "1 of 2 runs are done" in second.stdout
-    assert (tmp_path / "out" / "half-B-seed3.broken1").is_dir()
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert "| A | " in table
-    assert "| B | " in table
-
-
-def test_runs_that_begin_together_share_the_superlink_that_one_of_them_starts(flower, tmp_path):
-    plan = tmp_path / "small.toml"
-    plan.write_text(PLAN.format(title="Small", rounds=1))
-    with flower.without_superlink(tmp_path / "home") as cold:
-        compared = cold.compare(plan, tmp_path / "out", "--jobs", "2")
-    assert compared.returncode == 0, compared.stdout
-    logs = "".join(log.read_text() for log in (tmp_path / "out").glob("*.log"))
-    assert logs.count("Starting local SuperLink") == 1
 
 
 def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
@@ -142,9 +128,9 @@ def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
     plan.write_text(PLAN.format(title="Long", rounds=10_000))
     compare = flower.start_compare(plan, out)
     rounds = out / "half-A-seed3" / "rounds.jsonl"
-    wait_until(lambda: rounds.is_file() and rounds.read_text().count("\n") > 1, 120, "rounds")
+    wait_until(lambda: rounds.is_file() and rounds.read_text().count("\n") > 1, "rounds")
     compare.send_signal(signal.SIGINT)
-    said, complained = compare.communicate(timeout=240)
+    said, complained = compare.communicate(timeout=PATIENCE)
     assert compare.returncode == 130
     assert "half-A-seed3: failed: interrupted\n" in said
     assert "stopping ..." in said
@@ -152,8 +138,7 @@ def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
     assert "| A | " not in said
     assert (out / "report.html").is_file()
     assert not (out / "half-B-seed3").exists()
-    [run_id] = re.findall(r"run (\d+)", (out / "half-A-seed3.log").read_text())[:1]
-    assert flower.status(run_id) == "finished:stopped"
+    assert flower.status(run_id_of(out / "half-A-seed3.log")) == "finished:stopped"
     # Nobody writes it any more, so that the same command can begin it anew.
     with locked(rounds.parent):
         pass

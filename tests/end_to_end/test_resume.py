@@ -2,25 +2,31 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
+from containers import PATIENCE, wait_until
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, RecordDict
 
 from server_app.app import main
 
-# Small, and with everything in it that a run keeps: the dequantizer is trained in rounds 2 and 4.
+# Small, and with everything in it that a run keeps: the dequantizer is trained in each round.
 SETTINGS = {
-    "num-server-rounds": 5,
-    "samples-per-client": 100,
-    "model": "cnn",
+    "num-server-rounds": 10_000,
+    "fraction-train": 0.75,
+    "samples-per-client": 32,
+    "model": "toy:net",
     "low-bit-training": "strict",
-    "prowd-finetune-every": 2,
+    "node-wait": PATIENCE,
+    "prowd-finetune-every": 1,
     "prowd-finetune-steps": 5,
 }
+NUM_NODES = 4
+TWO_AT_ONCE = f"num-supernodes={NUM_NODES} client-resources-num-cpus=1"
+ONE_AT_A_TIME = f"num-supernodes={NUM_NODES} client-resources-num-cpus=2"
 
 
 def processes_of(home: Path, name: str) -> list[int]:
@@ -37,26 +43,33 @@ def processes_of(home: Path, name: str) -> list[int]:
     return found
 
 
-def unbroken(output_dir: Path) -> Path:
+def unbroken(output_dir: Path, rounds: int) -> Path:
     """The same run, left in peace, in this process."""
     config = {**SETTINGS, "output-dir": str(output_dir), "run-name": "whole"}
-    grid = InProcessGrid({50 + i: ClientAppNode(i, 2, config) for i in range(2)})
+    config["num-server-rounds"] = rounds
+    grid = InProcessGrid({50 + i: ClientAppNode(i, NUM_NODES, config) for i in range(NUM_NODES)})
     main(grid, Context(1, 0, {}, RecordDict(), config))
     return output_dir / "whole"
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_unbroken_runs_model(flower, tmp_path):
+    """Whatever the number of workers: two until it is killed, one after that."""
     folder = flower.output_dir / "killed"
     config = {**SETTINGS, "output-dir": str(flower.output_dir), "run-name": "killed"}
     text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
     stream = subprocess.Popen(
-        flower.command(text), env=flower.env, cwd=flower.home, stdout=subprocess.DEVNULL
+        flower.command(text, TWO_AT_ONCE),
+        env=flower.env,
+        cwd=flower.home,
+        stdout=subprocess.DEVNULL,
     )
+
+    def goes() -> bool:
+        assert stream.poll() is None, "the run ended before its first round"
+        return (folder / "rounds.jsonl").exists()
+
     try:
-        while not (folder / "rounds.jsonl").exists():
-            assert stream.poll() is None, "the run ended before its first round"
-            time.sleep(0.05)
-        time.sleep(0.5)
+        wait_until(goes, "a round is over")
         killed = processes_of(flower.home, "flwr-simulation")
         assert killed
         for process in killed:
@@ -66,9 +79,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_unbroken_runs_model(flower, tmp_
         stream.wait()
     assert json.loads((folder / "summary.json").read_text())["status"] == "running"
 
-    resumed = flower.run_config("killed", str(folder / "checkpoint" / "resume.toml"))
+    rounds = 2 + (folder / "rounds.jsonl").read_text().count("\n")
+    file = folder / "checkpoint" / "resume.toml"
+    text, changed = re.subn("(?m)^(num-server-rounds *= *).*", rf"\g<1>{rounds}", file.read_text())
+    assert changed == 1
+    file.write_text(text)
+    resumed = flower.run_config("killed", str(file), ONE_AT_A_TIME)
     assert resumed.status == "finished:completed"
     assert "prowd: going on after round " in resumed.output
-    assert [entry["round"] for entry in resumed.rounds] == [1, 2, 3, 4, 5]
-    model = (unbroken(tmp_path) / "model.safetensors").read_bytes()
+    assert [entry["round"] for entry in resumed.rounds] == list(range(1, rounds + 1))
+    model = (unbroken(tmp_path, rounds) / "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == model

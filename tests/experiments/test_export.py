@@ -105,14 +105,14 @@ def test_the_files_are_the_network_that_the_server_evaluated(finished, folder, c
     assert model.stat().st_size < float32 / 4
 
 
-def test_at_32_bits_it_is_the_float32_model_of_the_record(folder, tmp_path):
-    assert export(folder, "--bits", 32, "--output", tmp_path / "there") == 0
+def test_at_32_bits_it_is_the_float32_model_of_the_record(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert export(folder, "--bits", 32, "--output", tmp_path / "there") == 2
     floats = load_model(tmp_path / "there" / "resnet8-32bit.prowd").update.floats
     saved = load_file(folder / "model.safetensors")
     assert floats.keys() == saved.keys()
     assert all(torch.equal(floats[name], tensor) for name, tensor in saved.items())
     assert accuracy(logits(tmp_path / "there" / "resnet8-32bit.prowd")) == recorded(folder, 32)
-    assert (tmp_path / "there" / "resnet8-32bit.onnx").exists()
 
 
 def test_a_width_that_the_run_did_not_have(folder, capsys, monkeypatch):
@@ -135,7 +135,15 @@ def test_without_the_extra_the_packed_file_is_there_and_the_extra_is_named(
     assert [path.name for path in (folder / "export").iterdir()] == ["resnet8-4bit.prowd"]
 
 
-def test_without_onnxruntime_the_file_is_written_and_not_run(folder, capsys, monkeypatch):
+@pytest.fixture
+def without_torchs_exporter(monkeypatch):
+    """What torch writes, and takes seconds for: test_onnx_model.py."""
+    monkeypatch.setattr("experiments.export.to_onnx", lambda network, channels, size: b"a model")
+
+
+def test_without_onnxruntime_the_file_is_written_and_not_run(
+    folder, capsys, monkeypatch, without_torchs_exporter
+):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert export(folder) == 0
     line = capsys.readouterr().out.splitlines()[-1]
@@ -175,7 +183,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line(folder, tmp_path, capsys
 
 
 def test_there_is_no_model_of_local_training_nor_before_the_first_round(tmp_path, capsys):
-    local = run(tmp_path, strategy="local", model="cnn", samples_per_client=32, num_server_rounds=1)
+    local = run(
+        tmp_path, strategy="local", model="toy:net", samples_per_client=32, num_server_rounds=1
+    )
     assert (
         refused(capsys, local) == f"prowd: {local} is of local training, which has no global model"
     )

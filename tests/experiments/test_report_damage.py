@@ -47,7 +47,7 @@ def test_no_damage_keeps_the_page_from_being_written(runs, tmp_path):
     assert "</html>" in (tmp_path / "page").read_text()
 
 
-@pytest.mark.parametrize("absurd", [1e308, -1e308, 1e100, 10**400, 5e-324])
+@pytest.mark.parametrize("absurd", [1e308, -1e308, 10**400, 5e-324])
 def test_absurd_numbers_do_not_keep_the_page_from_being_written(tmp_path, absurd):
     folder = write_run(tmp_path / "ProWD-0", "prowd", 0)
     for name in ("rounds.jsonl", "weights.jsonl"):
@@ -63,7 +63,7 @@ def test_absurd_numbers_do_not_keep_the_page_from_being_written(tmp_path, absurd
     assert "</html>" in (tmp_path / "page").read_text()
 
 
-@pytest.mark.parametrize("reach", [1e308, 1e100, 5e-324])
+@pytest.mark.parametrize("reach", [1e308, 5e-324])
 def test_no_reach_keeps_the_page_from_being_written(tmp_path, reach):
     folder = write_run(tmp_path / "ProWD-0", "prowd", 0)
     lines = [json.loads(line) for line in (folder / "weights.jsonl").read_text().splitlines()]

@@ -97,7 +97,7 @@ def test_settings_are_shown_of_each_scenario(tmp_path):
     """FedAvg's learning rate and every bit-mix differ by scenario alone."""
     named = []
     for scenario, mix, rate in (("half", "3:0.5,32:0.5", 0.1), ("most", "3:0.8,32:0.2", 0.2)):
-        for system, changes in (("ProWD", {}), ("FedAvg", {"learning-rate": rate})):
+        for system, changes in (("Local", {}), ("FedAvg", {"learning-rate": rate})):
             folder = tmp_path / f"{scenario}-{system}"
             write_run(folder, system.lower(), 0, **{"bit-mix": mix, **changes})
             named.append((scenario, system, read_record(folder)))
@@ -106,12 +106,12 @@ def test_settings_are_shown_of_each_scenario(tmp_path):
     assert tables["Settings of half"][1:] == [["bit-mix", "3:0.5,32:0.5"], ["learning-rate", "0.1"]]
     assert tables["Settings of most"][1:] == [["bit-mix", "3:0.8,32:0.2"]]
     assert tables["Settings in which systems of half differ"][1:] == [
-        ["strategy", "prowd", "fedavg"]
+        ["strategy", "local", "fedavg"]
     ]
     assert tables["Settings in which systems of most differ"] == [
-        ["setting", "ProWD", "FedAvg"],
+        ["setting", "Local", "FedAvg"],
         ["learning-rate", "0.1", "0.2"],
-        ["strategy", "prowd", "fedavg"],
+        ["strategy", "local", "fedavg"],
     ]
     same = dict(tables["Settings that are the same for all"])
     assert same["dataset"] == "digits"

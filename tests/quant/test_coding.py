@@ -67,14 +67,14 @@ def entropy(values):
     [(2, 0.5), (3, 0.3), (3, 0.5), *((b, s) for b in range(4, 17) for s in (0.1, 0.3, 0.5))],
 )
 def test_the_size_is_near_the_entropy(bits, spread):
-    codes = some_codes(bits, 400_000, spread=spread)
+    codes = some_codes(bits, 100_000, spread=spread)
     # Huffman's method spends less than a bit a byte beyond it, and the low bits are nearly noise.
     assert 8 * len(compress_codes(codes, bits)) / codes.size <= 1.04 * entropy(codes)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_differences_are_near_their_entropy(bits):
-    start = some_codes(bits, 400_000, seed=1, spread=0.3)
+    start = some_codes(bits, 100_000, seed=1, spread=0.3)
     limit = largest_code(bits)
     moved = start + np.random.default_rng(2).normal(0, max(0.5, 0.04 * limit), start.size)
     codes = np.clip(np.rint(moved), -limit, limit).astype(start.dtype)
@@ -87,7 +87,7 @@ def test_differences_are_near_their_entropy(bits):
 @pytest.mark.parametrize("bits", range(9, 17))
 def test_small_differences_are_near_their_entropy(bits, step):
     """Where all are in the low bits: most at 15 bits, as 7 low ones lie across bytes."""
-    start = some_codes(bits, 400_000, seed=1, spread=0.3)
+    start = some_codes(bits, 100_000, seed=1, spread=0.3)
     moved = start + np.rint(np.random.default_rng(2).normal(0, step, start.size))
     limit = largest_code(bits)
     codes = np.clip(moved, -limit, limit).astype(start.dtype)
@@ -205,10 +205,10 @@ def test_a_frame_that_anyone_wrote_is_read_to_its_end():
             decompress_codes(bad, 8, count)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_what_is_unfolded_is_what_the_strict_call_of_the_library_unfolds(data):
-    count = data.draw(st.sampled_from([1, 300, 5000, 300_000]))
+    count = data.draw(st.sampled_from([1, 300, 5000, 150_000]))
     frame = bytearray(compress_codes(some_codes(8, count, seed=count, spread=0.02), 8))
     for _ in range(data.draw(st.integers(1, 3))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))

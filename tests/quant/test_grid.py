@@ -150,21 +150,21 @@ def test_scales_of_weights_without_memory_have_their_shape(fit):
 @pytest.mark.parametrize("bits", CLIPPED)
 @pytest.mark.parametrize("family", ["normal", "laplace", "uniform", "student", "sparse", "outlier"])
 def test_mse_scale_is_within_a_percent_of_a_sweep_over_clips(bits, family):
-    # Brute force: 2000 clipping points from 1 % to 120 % of the channel's maximum.
+    # Brute force: 500 clipping points from 1 % to 120 % of the channel's maximum.
     rng = np.random.default_rng(5)
     rows = {
-        "normal": lambda: rng.normal(size=(6, 400)),
-        "laplace": lambda: rng.laplace(size=(6, 400)),
-        "uniform": lambda: rng.uniform(-1, 1, (6, 400)),
-        "student": lambda: rng.standard_t(3, (6, 400)),
-        "sparse": lambda: rng.normal(size=(6, 400)) * (rng.random((6, 400)) < 0.3),
-        "outlier": lambda: np.where(np.arange(2000) == 7, 30, rng.normal(size=(6, 2000))),
+        "normal": lambda: rng.normal(size=(3, 400)),
+        "laplace": lambda: rng.laplace(size=(3, 400)),
+        "uniform": lambda: rng.uniform(-1, 1, (3, 400)),
+        "student": lambda: rng.standard_t(3, (3, 400)),
+        "sparse": lambda: rng.normal(size=(3, 400)) * (rng.random((3, 400)) < 0.3),
+        "outlier": lambda: np.where(np.arange(2000) == 7, 30, rng.normal(size=(3, 2000))),
     }[family]()
     rows = rows.astype(np.float32)
     fitted = mse_scale(torch.from_numpy(rows), bits).numpy()
     rows = rows.astype(np.float64)
     for row, scale in zip(rows, fitted, strict=True):
-        clips = np.abs(row).max() * np.linspace(0.01, 1.2, 2000) / (2 ** (bits - 1) - 1)
+        clips = np.abs(row).max() * np.linspace(0.01, 1.2, 500) / (2 ** (bits - 1) - 1)
         assert mse(row, scale, bits) <= 1.01 * min(mse(row, s, bits) for s in clips)
 
 

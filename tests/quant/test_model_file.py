@@ -255,7 +255,7 @@ def test_random_changes_behind_a_good_checksum_are_refused_or_sane():
     rng = np.random.default_rng(0)
     targets = [parts(packed_of(bits).to_bytes()) for bits in (2, 4, 9, 32)]
     accepted = 0
-    for number in range(2000):
+    for number in range(600):
         head, update = targets[number % len(targets)]
         text, update = bytearray(json.dumps(head).encode()), bytearray(update)
         part = text if rng.random() < 0.3 else update
@@ -269,4 +269,4 @@ def test_random_changes_behind_a_good_checksum_are_refused_or_sane():
         accepted += 1
         assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
     # Enough gets through the checksum for the checks behind it to have been tried.
-    assert accepted > 100
+    assert accepted > 30

@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import numpy as np
@@ -9,7 +8,7 @@ from quant import cosine, relevancy_mask
 
 
 def masks_of(size):
-    return np.array(list(itertools.product([False, True], repeat=size)))
+    return (np.arange(2**size)[:, None] >> np.arange(size) & 1).astype(bool)
 
 
 def brute_force(low, high, least, most):
@@ -185,7 +184,7 @@ def test_bad_bounds_are_refused(at_least, at_most):
         relevancy_mask(torch.ones(4), torch.ones(4), at_most=at_most, at_least=at_least)
 
 
-@pytest.mark.parametrize("n", [10, 30, 100, 1000])
+@pytest.mark.parametrize("n", [10, 30, 100])
 def test_equal_bounds_give_that_size(n):
     low, high = torch.randn(2, n, generator=torch.Generator().manual_seed(n))
     for tenths in range(11):

@@ -20,7 +20,7 @@ SMALL = {
     "samples-per-client": 32,
     "server-buffer": 16,
     "evaluate-every": 3,
-    "model": "cnn",
+    "model": "toy:net",
     "bit-mix": "4:0.5,32:0.5",
     "low-bit-training": "strict",
 }
@@ -48,7 +48,6 @@ def killed(tmp_path_factory):
         env={**os.environ, "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)

@@ -33,7 +33,7 @@ SMALL = {
     "samples-per-client": 64,
     "server-buffer": 64,
     "server-threads": 1,
-    "model": "cnn",
+    "model": "toy:net",
 }
 
 
@@ -335,7 +335,7 @@ def test_fixed_point_clients_stay_on_one_grid(tmp_path, strategy):
     nodes = {50 + i: Listening(i, 2, config) for i in range(2)}
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
     main(InProcessGrid(nodes), context)
-    spec = spec_of(build_model("cnn", 1, 8, 10, seed=0))
+    spec = spec_of(build_model("toy:net", 1, 8, 10, seed=0))
     if strategy == "local":
         state, scales = own_model(nodes[50].context.state)
         for name, scale in scales.items():
