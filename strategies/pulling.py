@@ -34,13 +34,21 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
 )
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.superlink.grid import HttpGrid
+from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
 # What may come besides the chunks that arrays are made of: records, the report, an error. It is
 # bounded apart, because reading it takes many times its bytes.
 _MOST_BESIDES = 1_000_000
 # Each is asked for by itself. Flower cuts arrays into chunks of 5 MiB.
 _MOST_OBJECTS = 2000
+
+
+def is_simulated(grid: Grid) -> bool:
+    """Return whether a grid is that of Flower's simulation, whose nodes all are this machine's.
+
+    It is so from the start, before Ray is there; any other grid is taken for a networked one.
+    """
+    return isinstance(grid, InMemoryGrid)
 
 
 class NotYetComplete(Exception):
