@@ -18,6 +18,7 @@ from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from server_app.record import RunRecord, read_json
 from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
+from strategies.pulling import is_simulated
 from strategies.states import State
 from task.data import fingerprint, load_dataset
 from task.devices import pick_device
@@ -27,7 +28,6 @@ from task.partition import evaluation_images, partition, server_pixels
 from task.partition_file import fingerprint_of_file
 from task.reference import is_reference
 from task.settings import Settings
-from task.simulation import in_simulation
 from task.training import check_quantizable, model_state
 
 
@@ -84,10 +84,6 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     strategy = build_strategy(settings, options)
     data = load_dataset(settings)
     strategy.nodes.most_examples = len(data.train)
-    if not in_simulation():
-        # Simulated clients run this code as well; the deal need not be made for them, which costs
-        # seconds.
-        strategy.nodes.examples_of = partial(_examples_of, settings)
     shape = data.channels, data.size, data.num_classes
     model = build_model(settings.model, *shape, settings.seed)
     if is_reference(settings.model):
@@ -100,6 +96,15 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     strategy.round_calibrated = CalibratedRounding(settings, model, buffer)
     evaluator = Evaluator(settings, model, evaluation_images(settings), buffer)
     return Run(folder, settings, options, strategy, model, evaluator)
+
+
+def _gather(grid: Grid, run: Run) -> None:
+    """Wait for the nodes of a run that begins."""
+    if not is_simulated(grid):
+        # Simulated clients run this code as well; the deal need not be made for them, which costs
+        # seconds.
+        run.strategy.nodes.examples_of = partial(_examples_of, run.settings)
+    run.strategy.nodes.gather(grid)
 
 
 def _examples_of(settings: Settings, partition_id: int, num_partitions: int) -> int:
@@ -124,7 +129,7 @@ def restore(
     _refuse_completed(folder, saved.server_round, settings.num_server_rounds)
     run = prepare(folder, settings, options)
     run.strategy.nodes.expect(saved.identity.num_partitions)
-    run.strategy.nodes.gather(grid)
+    _gather(grid, run)
     saved.refuse_other(run.identity(run.strategy.nodes.num_partitions))
     run.strategy.restore(saved.tensors, saved.values)
     return run, saved
@@ -160,7 +165,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
     strategy, name = run.strategy, run.settings.strategy
     log(INFO, "prowd: %s on %s, record in %s", name, run.settings.dataset, run.folder)
     if saved is None:
-        strategy.nodes.gather(grid)
+        _gather(grid, run)
         done, model = 0, model_state(run.model)
         identity = run.identity(strategy.nodes.num_partitions)
     else:
@@ -169,7 +174,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
         log(INFO, "prowd: going on after round %d", done)
     checkpoints = Checkpoints(run.folder, identity)
     # A networked node is told the key alone: it keeps nothing in the server's folders.
-    shared = in_simulation()
+    shared = is_simulated(grid)
     strategy.clients_keep_in = checkpoints.of_clients if shared else identity.client_key
 
     def keep(server_round: int, state: State) -> None:

@@ -1,4 +1,6 @@
-"""One reply at a time through Flower's HTTP grid: no other message, no more bytes, no waiting.
+"""All that is used of Flower's private names: above all, its HTTP grid is held to one reply.
+
+One reply at a time comes through it: no other message, no more bytes, no waiting.
 
 `HttpGrid.pull_messages` is given, besides the replies that it asks for, every message that any node
 has pushed in the SuperLink's own name. It downloads the objects of all of them, however many and
@@ -16,8 +18,9 @@ from threading import Lock
 from weakref import WeakKeyDictionary
 
 import httpx
-from flwr.app import Array, Message
+from flwr.app import Array, Error, Message
 from flwr.app.message.arraychunk import ArrayChunk
+from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     ConfirmMessageReceivedResponse,
@@ -25,7 +28,7 @@ from flwr.proto.message_pb2 import (
     PullObjectRequest,
     PullObjectResponse,
 )
-from flwr.proto.node_pb2 import Node
+from flwr.proto.node_pb2 import Node, NodeInfo
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
@@ -33,8 +36,21 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_head_values_from_object_content,
     iterate_object_tree,
 )
+from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
+
+__all__ = [
+    "NodeInfo",
+    "NotYetComplete",
+    "Run",
+    "be_in_a_run",
+    "give_id",
+    "is_simulated",
+    "only_the_reply",
+    "unreadable",
+]
 
 # What may come besides the chunks that arrays are made of: records, the report, an error. It is
 # bounded apart, because reading it takes many times its bytes.
@@ -49,6 +65,21 @@ def is_simulated(grid: Grid) -> bool:
     It is so from the start, before Ray is there; any other grid is taken for a networked one.
     """
     return isinstance(grid, InMemoryGrid)
+
+
+def be_in_a_run() -> None:
+    """Make this process one of a run: a message can only be made inside one."""
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+
+def give_id(message: Message, message_id: str) -> None:
+    """Give a message the ID that Flower's grids give when they send it."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+def unreadable(message: Message, reason: str) -> Message:
+    """Return the reply that stands for one which cannot be read."""
+    return Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason), reply_to=message)
 
 
 class NotYetComplete(Exception):

@@ -133,3 +133,27 @@ def test_contributing_names_all_checks_that_continuous_integration_runs():
     page = (PROJECT / "CONTRIBUTING.md").read_text()
     [block] = re.findall(r"Its parts, in yours:\n\n```bash\n(.*?)```", page, re.S)
     assert (PROJECT / ".ci" / "run").read_text().endswith(f"\n{block}")
+
+
+# What Flower documents; `flwr.common` of it the logger, which its guides use.
+FLOWER_DOCUMENTS = {
+    "flwr.app",
+    "flwr.clientapp",
+    "flwr.common.logger",
+    "flwr.serverapp",
+    "flwr.serverapp.strategy",
+}
+
+
+def test_one_file_uses_what_flower_does_not_document():
+    """It can change with any version of Flower; the file checks itself."""
+    folders = {*MAY_IMPORT, "benchmarks"}
+    found = {
+        str(path.relative_to(PROJECT))
+        for folder in folders
+        for path in (PROJECT / folder).glob("**/*.py")
+        for name in imports_of(path)
+        if name.split(".")[0] == "flwr" and name not in FLOWER_DOCUMENTS
+    }
+    # The second measures what Flower itself aggregates with.
+    assert found == {"strategies/pulling.py", "benchmarks/aggregation.py"}

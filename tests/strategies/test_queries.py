@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from federation import InProcessGrid, LateGrid, ScriptedClient, federation, run_round
+from federation import InProcessGrid, LateGrid, ScriptedClient, SimulatedGrid, federation, run_round
 from flwr.app import Error, Message
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
@@ -305,10 +305,6 @@ def test_a_query_may_fail_twice():
     assert gathered(nodes, grid) == {100: 0}, "refused until it is started again"
     come_again(grid, 101)
     assert gathered(nodes, grid) == {100: 0, 101: 1}
-
-
-class SimulatedGrid(InProcessGrid, InMemoryGrid):
-    """A grid in this process that is by its type that of Flower's simulation."""
 
 
 class Slow(SimulatedGrid):
