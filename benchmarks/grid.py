@@ -7,19 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import FLOWER_LOGGER
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from quant import encode_update, quantize_fitted
 from strategies import MixedPrecisionStrategy
 from strategies.states import to_array
+from strategies.undocumented import NodeInfo, Run, be_in_a_run, give_id
 from task.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report
 
-# A message can only be made inside a run of Flower; this makes the process one.
-TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+be_in_a_run()
 # A line for each node would hide the figures.
 FLOWER_LOGGER.setLevel(logging.WARNING)
 
@@ -59,7 +56,7 @@ class AnsweringGrid(Grid):
         """Keep the messages until their replies are pulled."""
         pushed = {}
         for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            give_id(message, str(uuid.uuid4()))
             pushed[message.metadata.message_id] = message
         self._pushed |= pushed
         return list(pushed)

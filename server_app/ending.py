@@ -2,8 +2,7 @@
 
 An exception in the ServerApp ends it, or Flower does: its simulation could not start, the run was
 stopped, a signal came. In simulation Flower calls the ServerApp in a thread that it lets die with
-the process, so it says nothing; but it calls exit handlers first (`flwr.supercore.exit`), and has
-logged why.
+the process, so it says nothing; but it calls exit handlers first, and has logged why.
 """
 
 import logging
@@ -20,12 +19,14 @@ from types import TracebackType
 from typing import Self
 
 from flwr.common.logger import log
-from flwr.supercore.constant import FORCE_EXIT_TIMEOUT_SECONDS
-from flwr.supercore.exit import add_exit_handler
-from flwr.supercore.run import RunNotRunningException
 
 from server_app.record import RunEnded, RunRecord, locked, writing
 from strategies import FederationError
+from strategies.undocumented import (
+    FORCE_EXIT_TIMEOUT_SECONDS,
+    RunNotRunningException,
+    add_exit_handler,
+)
 from task.errors import SettingsError
 from task.failures import explain, one_line
 

@@ -25,6 +25,7 @@ from server_app.record import RunRecord, read_json
 from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
 from strategies.states import State
+from strategies.undocumented import is_simulated
 from task.data import describe, fingerprint, load_dataset
 from task.devices import pick_device
 from task.errors import SettingsError
@@ -33,7 +34,6 @@ from task.partition import evaluation_images, partition, server_pixels
 from task.partition_file import fingerprint_of_file
 from task.reference import is_reference
 from task.settings import Settings
-from task.simulation import in_simulation
 from task.training import check_at_width, check_quantizable
 
 
@@ -93,10 +93,6 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     for level, line in describe(data, evaluation):
         log(level, "prowd: %s", line)
     strategy.nodes.most_examples = len(data.train)
-    if not in_simulation():
-        # Simulated clients run this code as well; the deal need not be made for them, which costs
-        # seconds.
-        strategy.nodes.examples_of = partial(_examples_of, settings)
     shape = data.channels, data.size, data.num_classes
     model = build_model(settings.model, *shape, settings.seed)
     if is_reference(settings.model):
@@ -129,6 +125,15 @@ def _log_what_stays_float32(model: nn.Module) -> None:
         )
 
 
+def _gather(grid: Grid, run: Run) -> None:
+    """Wait for the nodes of a run that begins."""
+    if not is_simulated(grid):
+        # Simulated clients run this code as well; the deal need not be made for them, which costs
+        # seconds.
+        run.strategy.nodes.examples_of = partial(_examples_of, run.settings)
+    run.strategy.nodes.gather(grid)
+
+
 def _examples_of(settings: Settings, partition_id: int, num_partitions: int) -> int:
     """Return how many images a client has: the server makes the deal that all others make."""
     return len(partition(settings, num_partitions).clients[partition_id])
@@ -151,7 +156,7 @@ def restore(
     _refuse_completed(folder, saved.server_round, settings.num_server_rounds)
     run = prepare(folder, settings, options)
     run.strategy.nodes.expect(saved.identity.num_partitions)
-    run.strategy.nodes.gather(grid)
+    _gather(grid, run)
     saved.refuse_other(run.identity(run.strategy.nodes.num_partitions))
     run.strategy.restore(saved.tensors, saved.values)
     return run, saved
@@ -187,7 +192,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
     strategy, name = run.strategy, run.settings.strategy
     log(INFO, "prowd: %s on %s, record in %s", name, run.settings.dataset, run.folder)
     if saved is None:
-        strategy.nodes.gather(grid)
+        _gather(grid, run)
         done, model = 0, federated_state(run.model)
         identity = run.identity(strategy.nodes.num_partitions)
     else:
@@ -196,7 +201,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
         log(INFO, "prowd: going on after round %d", done)
     checkpoints = Checkpoints(run.folder, identity)
     # A networked node is told the key alone: it keeps nothing in the server's folders.
-    shared = in_simulation()
+    shared = is_simulated(grid)
     strategy.clients_keep_in = checkpoints.of_clients if shared else identity.client_key
 
     def keep(server_round: int, state: State) -> None:

@@ -6,14 +6,14 @@ from logging import WARNING
 from typing import TypeVar
 
 import httpx
-from flwr.app import Error, Message, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from quant.arguments import check_number
 from strategies.errors import FederationError
 from strategies.pulling import NotYetComplete, only_the_reply
+from strategies.undocumented import unreadable
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 # A message outlives its round by no more than so many seconds: the last look takes its time.
@@ -128,8 +128,7 @@ def pull(grid: Grid, message: Message, most_bytes: int = 0) -> Message | None:
         # The connection to the SuperLink or this machine, not the reply.
         raise
     except Exception as error:  # Decoding raises whatever the bytes of a stranger lead to.
-        reason = f"its reply cannot be read: {type(error).__name__}: {error}"
-        return Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason), reply_to=message)
+        return unreadable(message, f"its reply cannot be read: {type(error).__name__}: {error}")
 
 
 def patiently(call: Callable[[], Answer]) -> Answer:

@@ -1,18 +1,22 @@
 """A federation in one process: a Flower grid whose nodes are functions, or the real ClientApp."""
 
+import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import httpx
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import InMemoryGrid
 from specs import spec_of_state, to_bits, weights_of
 
 from quant import STYPE, Update, UpdateSpec, decode_update, encode_update
 from strategies.states import to_arrays
+from strategies.undocumented import NodeInfo, be_in_a_run, give_id
 from task.protocol import (
     DECLARATION,
     INSTRUCTION,
@@ -24,8 +28,7 @@ from task.protocol import (
     Report,
 )
 
-# A message can only be made inside a run of Flower; this makes the test process one.
-TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+be_in_a_run()
 
 Node = Callable[[Message], Message | None]
 
@@ -83,7 +86,7 @@ class InProcessGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            give_id(message, str(uuid.uuid4()))
             self._waiting[message.metadata.message_id] = message
             self.sent.append(message)
             ids.append(message.metadata.message_id)
@@ -101,6 +104,10 @@ class InProcessGrid(Grid):
 
     def send_and_receive(self, messages, *, timeout=None):
         return list(self.pull_messages(set(self.push_messages(messages))))
+
+
+class SimulatedGrid(InProcessGrid, InMemoryGrid):
+    """Is, by its type, that of Flower's simulation; all else is taken for a networked one."""
 
 
 class LateGrid(InProcessGrid):
@@ -230,6 +237,21 @@ class ClientAppNode:
     def __call__(self, message: Message) -> Message:
         from client_app import app as client
 
-        # This process stands in for a worker of Ray, in which a node's width comes from the mix.
-        client.in_simulation = lambda: True
-        return client.app(message, self.context)
+        with in_an_actor():
+            return client.app(message, self.context)
+
+
+@contextmanager
+def in_an_actor() -> Iterator[None]:
+    """Be an actor of Ray's for a while, as simulated clients are: a node's width is of the mix."""
+    ray, before = ModuleType("ray"), sys.modules.get("ray")
+    ray.__spec__ = ModuleSpec("ray", None)
+    ray.is_initialized = lambda: True
+    ray.get_runtime_context = lambda: SimpleNamespace(get_actor_id=lambda: "actor")
+    sys.modules["ray"] = ray
+    try:
+        yield
+    finally:
+        del sys.modules["ray"]
+        if before is not None:
+            sys.modules["ray"] = before

@@ -139,3 +139,32 @@ def test_contributing_names_all_checks_that_continuous_integration_runs():
     page = (PROJECT / "CONTRIBUTING.md").read_text()
     [block] = re.findall(r"Its parts, in yours:\n\n```bash\n(.*?)```", page, re.S)
     assert (PROJECT / ".ci" / "run").read_text().endswith(f"\n{block}")
+
+
+# What Flower documents, and its error codes.
+FLOWER_DOCUMENTS = {
+    "flwr.app",
+    "flwr.clientapp",
+    "flwr.common.constant",
+    "flwr.common.logger",
+    "flwr.serverapp",
+    "flwr.serverapp.strategy",
+}
+
+
+def test_two_files_use_what_flower_does_not_document():
+    """Any version of Flower may change it: one wraps it and checks itself, one only uses it."""
+    folders = {*MAY_IMPORT, "benchmarks"}
+    found = {
+        str(path.relative_to(PROJECT))
+        for folder in folders
+        for path in (PROJECT / folder).glob("**/*.py")
+        for name in imports_of(path)
+        if name.split(".")[0] == "flwr" and name not in FLOWER_DOCUMENTS
+    }
+    # The third measures what Flower itself aggregates with.
+    assert found == {
+        "strategies/pulling.py",
+        "strategies/undocumented.py",
+        "benchmarks/aggregation.py",
+    }

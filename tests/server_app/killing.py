@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch.utils.tensorboard  # noqa: F401
-from federation import ClientAppNode, InProcessGrid
+from federation import ClientAppNode, SimulatedGrid
 from flwr.app import Context, RecordDict
 
 import client_app.app  # noqa: F401
@@ -32,8 +32,6 @@ from task.data import load_dataset
 from task.settings import Settings
 
 CLIENTS = 4
-# This process stands in for that of a simulation.
-server_app.run.in_simulation = lambda: True
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Attempt:
 def run(config: dict) -> None:
     """The real ServerApp and ClientApps, in this process."""
     nodes = {50 + i: ClientAppNode(i, CLIENTS, config) for i in range(CLIENTS)}
-    server_app.app.main(InProcessGrid(nodes), Context(1, 0, {}, RecordDict(), config))
+    server_app.app.main(SimulatedGrid(nodes), Context(1, 0, {}, RecordDict(), config))
 
 
 def die() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from federation import ClientAppNode, InProcessGrid
+from federation import ClientAppNode, InProcessGrid, in_an_actor
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
@@ -266,7 +266,8 @@ def test_local_strict_clients_are_evaluated_on_the_grid_they_trained_on(tmp_path
         model, scales = own_model(node.context.state)
         bits = {0: 2, 1: 4, 2: 8}[node.config["partition-id"]]
         asked = [m for m in grid.sent if m.metadata.message_type == "evaluate"][-1]
-        job = client_app._open(asked, node.context)
+        with in_an_actor():
+            job = client_app._open(asked, node.context)
         assert job.client.bits == bits
         evaluated = at_width(job.model, job.settings, bits)
         set_scales(evaluated, job.scales)
@@ -282,10 +283,12 @@ def test_a_local_client_whose_reply_was_lost_goes_on_from_its_own_model(tmp_path
     kept, _ = own_model(node.context.state)
     first = next(m for m in grid.sent if m.metadata.message_type == "train")
     assert MODEL in first.content
-    job = client_app._open(first, node.context)
+    with in_an_actor():
+        job = client_app._open(first, node.context)
     assert all(torch.equal(federated_state(job.model)[n], t) for n, t in kept.items())
     node.lose_state()
-    job = client_app._open(first, node.context)
+    with in_an_actor():
+        job = client_app._open(first, node.context)
     assert not all(torch.equal(federated_state(job.model)[n], t) for n, t in kept.items())
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from federation import ClientAppNode, InProcessGrid, assert_same_update
+from federation import ClientAppNode, InProcessGrid, assert_same_update, in_an_actor
 from flwr.app import Context, RecordDict
 from specs import to_bits
 from torch import nn
@@ -374,7 +374,8 @@ def test_clients_start_on_exactly_the_codes_that_were_evaluated(
         if bits == 32:
             continue
         # And what the client then computes with is what the server evaluated with.
-        job = client_app._open(message, node.context)
+        with in_an_actor():
+            job = client_app._open(message, node.context)
         network = at_width(job.model, job.settings, bits)
         set_scales(network, job.scales)
         for name, layer in quantized_layers(network):

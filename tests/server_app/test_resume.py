@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from closed import closed_to_us
-from federation import ClientAppNode, InProcessGrid
+from federation import ClientAppNode, InProcessGrid, SimulatedGrid
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.run import RunNotRunningException
 from safetensors import safe_open
@@ -69,7 +69,7 @@ def run(output_dir, rounds, clients=2, grid=None, node_configs=None, **settings)
     config |= {key.replace("_", "-"): value for key, value in settings.items()}
     own = node_configs or {}
     nodes = {50 + i: ClientAppNode(i, clients, config, own.get(i)) for i in range(clients)}
-    grid = grid(nodes) if grid else InProcessGrid(nodes)
+    grid = grid(nodes) if grid else SimulatedGrid(nodes)
     main(grid, Context(1, 0, {}, RecordDict(), config))
     return Path(config.get("resume") or output_dir / "run")
 
@@ -93,12 +93,6 @@ def contents(folder):
 
 def model(folder):
     return (folder / "model.safetensors").read_bytes()
-
-
-@pytest.fixture(autouse=True)
-def in_simulation(monkeypatch):
-    """Clients share the server's disk."""
-    monkeypatch.setattr("server_app.run.in_simulation", lambda: True)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +146,7 @@ def test_corrections_that_clients_lost_begin_anew(tmp_path):
     assert summary(folder)["status"] == "completed"
 
 
-class Reporting(InProcessGrid):
+class Reporting(SimulatedGrid):
     """A node that raises answers with an error, as Flower's runtime does for it."""
 
     def __init__(self, nodes):
@@ -223,7 +217,7 @@ def test_the_settings_to_go_on_with_stand_ready_in_a_file(two_rounds):
 
 
 def test_a_crash_before_the_first_round_is_over_can_be_resumed(two_rounds, stopped):
-    class Crash(InProcessGrid):
+    class Crash(SimulatedGrid):
         def pull_messages(self, ids):
             if any(m.metadata.message_type == "train" for m in self.sent):
                 raise MemoryError("crashed")
@@ -420,7 +414,7 @@ def test_the_folder_of_another_user_is_one_line(stopped, place):
 
 
 def test_a_run_that_is_still_going_is_not_resumed_beside(tmp_path):
-    class Beside(InProcessGrid):
+    class Beside(SimulatedGrid):
         def pull_messages(self, ids):
             if any(m.metadata.message_type == "train" for m in self.sent) and not refused:
                 refused.append("")
@@ -438,7 +432,7 @@ def test_a_run_that_is_still_going_is_not_resumed_beside(tmp_path):
 def test_a_resume_holds_the_run_while_it_still_gathers(two_rounds):
     """Its checkpoint would be stale, and its record cut, had another one finished meanwhile."""
 
-    class Beside(InProcessGrid):
+    class Beside(SimulatedGrid):
         def get_node_ids(self):
             if not refused:
                 refused.append("")
@@ -456,7 +450,7 @@ def test_a_resume_holds_the_run_while_it_still_gathers(two_rounds):
 # --- runs that fail on the way -----------------------------------------------------------------
 
 
-class Leaving(InProcessGrid):
+class Leaving(SimulatedGrid):
     """One node goes after the second round."""
 
     def push_messages(self, messages):
@@ -493,7 +487,7 @@ def test_a_run_that_flower_ended_while_the_superlink_was_away_can_be_resumed(
     Flower raises that at 403, and at 401 interrupts its process; neither is an `Exception`.
     """
 
-    class Ended(InProcessGrid):
+    class Ended(SimulatedGrid):
         def pull_messages(self, ids):
             if sum(m.metadata.message_type == "train" for m in self.sent) == 4:
                 raise ended
@@ -595,7 +589,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(two_rounds, place):
 
 
 def test_a_file_in_place_of_the_checkpoints_folder_is_one_line(tmp_path, monkeypatch):
-    class Meddling(InProcessGrid):
+    class Meddling(SimulatedGrid):
         def get_node_ids(self):
             (tmp_path / "run" / "checkpoint").touch()
             return super().get_node_ids()
@@ -611,15 +605,13 @@ def told_to_keep_in(grids):
 
 
 @pytest.mark.parametrize("strategy", ["local", "fedcomgate"])
-def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, monkeypatch, strategy):
+def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, strategy):
     grids = []
 
     class Networked(InProcessGrid):
         def __init__(self, nodes):
             super().__init__(nodes)
             grids.append(self)
-
-    monkeypatch.setattr("server_app.run.in_simulation", lambda: False)
 
     def node_configs(name):
         return {
@@ -646,7 +638,7 @@ def test_networked_nodes_may_have_other_widths_when_a_run_goes_on(tmp_path):
 
 
 def test_a_client_restarted_before_evaluation_evaluates_what_it_trained_last(tmp_path):
-    class Restarting(InProcessGrid):
+    class Restarting(SimulatedGrid):
         def push_messages(self, messages):
             for node in self.nodes.values():
                 node.lose_state()

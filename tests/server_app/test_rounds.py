@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from federation import ClientAppNode, InProcessGrid
+from federation import ClientAppNode, InProcessGrid, SimulatedGrid
 from flwr.app import Context, Error, Message, RecordDict
 from PIL import Image
 from safetensors.torch import load_file
@@ -353,3 +353,21 @@ def test_fixed_point_clients_stay_on_one_grid(tmp_path, strategy):
 def test_fixed_point_is_for_strict_training(tmp_path):
     with pytest.raises(SettingsError, match=r"weight-step: 0\.5 with low-bit-training qat"):
         run(tmp_path, weight_step=0.5)
+
+
+@pytest.mark.parametrize(("grid", "asked"), [(InProcessGrid, [0, 1]), (SimulatedGrid, [])])
+def test_networked_nodes_are_held_to_the_deal_and_simulated_ones_need_not_be(
+    tmp_path, monkeypatch, grid, asked
+):
+    """Known from the grid: the server begins before Flower's simulation has started Ray."""
+    held = []
+
+    def examples_of(settings, partition_id, num_partitions):
+        held.append(partition_id)
+        return 64
+
+    monkeypatch.setattr("server_app.run._examples_of", examples_of)
+    config = {**SMALL, "num-server-rounds": 1, "output-dir": str(tmp_path), "run-name": "run"}
+    nodes = {50 + i: ClientAppNode(i, 2, config) for i in range(2)}
+    main(grid(nodes), Context(1, 0, {}, RecordDict(), config))
+    assert sorted(set(held)) == asked

@@ -13,7 +13,7 @@ from server_app.unused import UnusedRounds
 from strategies import FedAvg, FederationError, GroupedAvg
 
 SMALL = {
-    "model": "cnn",
+    "model": "toy:net",
     "samples-per-client": 16,
     "server-buffer": 16,
     "validation-samples": 16,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from federation import LateGrid, ScriptedClient, federation, run_round
+from federation import InProcessGrid, LateGrid, ScriptedClient, SimulatedGrid, federation, run_round
 from flwr.app import Error, Message
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
@@ -16,6 +16,7 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 
 from strategies import FedAvg
 from strategies.nodes import Nodes
+from strategies.undocumented import is_simulated
 
 STATE = {"w": torch.linspace(-1, 1, 6).reshape(2, 3)}
 
@@ -304,3 +305,45 @@ def test_a_query_may_fail_twice():
     assert gathered(nodes, grid) == {100: 0}, "refused until it is started again"
     come_again(grid, 101)
     assert gathered(nodes, grid) == {100: 0, 101: 1}
+
+
+class Slow(SimulatedGrid):
+    """Nodes answer at the look after the one that asked them; notes how many were open."""
+
+    def __init__(self, nodes):
+        super().__init__(nodes)
+        self.most_open, self.ripe = 0, set()
+
+    def get_nodes(self):
+        self.ripe = set(self._waiting)
+        return super().get_nodes()
+
+    def push_messages(self, messages):
+        pushed = super().push_messages(messages)
+        self.most_open = max(self.most_open, len(self._waiting))
+        return pushed
+
+    def pull_messages(self, message_ids):
+        return super().pull_messages(self.ripe & set(message_ids))
+
+
+def test_a_simulation_is_asked_few_questions_at_a_time_and_all_in_the_end():
+    """It goes over all open ones for every node, in the server's process, which then starves."""
+    grid = Slow(federation([client(i, 100) for i in range(100)], STATE).nodes)
+    assert len(gathered(Nodes(wait=600), grid)) == 100
+    assert grid.most_open == 32
+    assert len(grid.sent) == 100
+
+
+def test_networked_nodes_are_asked_at_once():
+    """So that no silent one stands before another."""
+    grid = federation([client(0, 100), client(1, 100)], STATE)
+    grid.nodes |= {200 + i: silent for i in range(98)}
+    grid.nodes[300] = grid.nodes.pop(101)
+    assert gathered(Nodes(wait=0.3), grid) == {100: 0, 300: 1}
+
+
+def test_what_a_grid_is_does_not_depend_on_ray():
+    assert is_simulated(SimulatedGrid({}))
+    assert not is_simulated(InProcessGrid({}))
+    assert not is_simulated(HttpGrid(token="any"))
