@@ -13,6 +13,7 @@ WORKDIR /srv/prowd/app
 # For pip, as an index that holds PyTorch without CUDA, which is ten times smaller.
 ARG PIP_OPTIONS=""
 COPY pyproject.toml README.md LICENSE ./
+COPY prowd prowd
 COPY quant quant
 COPY task task
 COPY strategies strategies

@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from experiments.compare import Choice, Comparison
@@ -13,15 +14,61 @@ from experiments.page import print_page
 from experiments.publish import publish
 from experiments.records import find_runs, read_record
 from experiments.settings_page import settings_page
-from task.errors import SettingsError
+from task.failures import explain
+from task.files import user_path
 
-# What a shell reports of a command that Ctrl-C ended.
-_INTERRUPTED = 130
+# What a shell reports of a command that Ctrl-C ended, and of one whose output nobody reads.
+_INTERRUPTED, _UNREAD = 130, 141
+_PAGE = "report.html"
+_EXTRAS = {
+    "matplotlib": "figures",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+    """Run the command; return its exit code: 2 after an error, which is one line."""
+    try:
+        given = _parser().parse_args(arguments)
+        code = given.command(given)
+        # Here, so that what it fails at is not left to the interpreter's end.
+        if sys.stdout is not None:  # It is None where a shell closed it.
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _failed("interrupted", _INTERRUPTED)
+    except BrokenPipeError:
+        _let_go_of_output()
+        return _UNREAD
+    except OSError as error:
+        _let_go_of_output()
+        of = f"{error.filename}: " if error.filename else "the output cannot be written: "
+        return _failed(f"{of}{error.strerror or error}")
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        brings = f"; pip install -e '.[{extra}]' brings it" if extra else ""
+        return _failed(f"{error.name or error} is not installed{brings}")
+    except Exception as error:
+        return _failed(explain(error, {}))
+    return code
+
+
+def _failed(reason: str, code: int = 2) -> int:
+    with suppress(OSError):
+        print(f"prowd: {reason}", file=sys.stderr)
+    return code
+
+
+def _let_go_of_output() -> None:
+    """Let the interpreter's end not complain once more of an output that cannot be written."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prowd", description=__doc__)
+    parser.add_argument("--version", action=_Version, nargs=0, help="of prowd, flwr and torch")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     compare = commands.add_parser("compare", help="run systems x seeds of a file, make one table")
     compare.add_argument("file", type=Path, help="experiment file (TOML)")
@@ -35,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     compare.set_defaults(command=_compare)
     report = commands.add_parser("report", help="show runs on a page of HTML")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="or a folder of runs")
-    report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html there")
+    report.add_argument("--output", metavar="FILE", help="or a folder; default: report.html there")
     report.set_defaults(command=_report)
     publish = commands.add_parser("publish", help="put a comparison into docs/results.md")
     publish.add_argument("output_dir", type=Path, help="where prowd compare wrote")
@@ -49,21 +96,28 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--output", type=Path, help="folder; default: RUN_DIR/export")
     export.add_argument("--data-dir", type=Path, help="where the run's data lies now")
     export.set_defaults(command=_export)
-    given = parser.parse_args(arguments)
-    try:
-        return given.command(given)
-    except SettingsError as error:
-        print(f"prowd: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prowd: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+    return parser
+
+
+class _Version(argparse.Action):
+    """Prints the versions that decide what a run computes; none of the three is imported for it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        found = []
+        for package in ("prowd", "flwr", "torch"):
+            try:
+                found.append(f"{package} {version(package)}")
+            except PackageNotFoundError:
+                found.append(f"{package} not installed")
+        print(", ".join(found))
+        parser.exit()
 
 
 def _compare(given: argparse.Namespace) -> int:
     output_dir = given.output_dir or Path("~/prowd-runs") / given.file.stem
     choice = Choice(given.sets, given.seeds, given.scenarios, given.systems, given.federation)
-    comparison = Comparison.read(given.file, choice, output_dir.expanduser().resolve())
+    output_dir = user_path("--output-dir", output_dir).resolve()
+    comparison = Comparison.read(user_path("FILE", given.file), choice, output_dir)
     with _ended_as_by_ctrl_c():
         outcome = comparison.run(given.jobs)
     comparison.write()
@@ -88,7 +142,7 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
 
 
 def _publish(given: argparse.Namespace) -> int:
-    for path in publish(given.output_dir.expanduser(), given.docs.expanduser()):
+    for path in publish(user_path("OUTPUT_DIR", given.output_dir), user_path("--docs", given.docs)):
         print(path)
     return 0
 
@@ -101,28 +155,32 @@ def _settings(given: argparse.Namespace) -> int:
 def _export(given: argparse.Namespace) -> int:
     from experiments.export import export  # The server's packages take seconds to import.
 
-    data_dir = str(given.data_dir.expanduser().resolve()) if given.data_dir else ""
-    for line in export(given.run_dir, given.bits, given.output, data_dir):
+    run_dir = user_path("RUN_DIR", given.run_dir)
+    output = given.output and user_path("--output", given.output)
+    data_dir = str(user_path("--data-dir", given.data_dir).resolve()) if given.data_dir else ""
+    for line in export(run_dir, given.bits, output, data_dir):
         print(line, flush=True)
     return 0
 
 
 def _report(given: argparse.Namespace) -> int:
-    folders = find_runs(given.runs)
+    runs = [user_path("RUN_DIR", path) for path in given.runs]
+    folders = find_runs(runs)
     # Beside the runs: in their own folder, or in the one that they share.
-    shared = Path(os.path.commonpath([path.resolve() for path in given.runs]))
-    output = (given.output or shared / "report.html").expanduser()
-    names = [path.resolve().name for path in given.runs]
+    shared = Path(os.path.commonpath([path.resolve() for path in runs]))
+    output = user_path("--output", given.output) if given.output else shared / _PAGE
+    if given.output and (given.output.endswith(os.sep) or output.is_dir()):
+        output /= _PAGE
+    names = [path.resolve().name for path in runs]
     title = ", ".join(names) if len(names) <= 3 else shared.name
     print_page(output, title, [read_record(folder) for folder in folders])
     return 0
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not allowed; allowed: 1 and more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: 1 and more")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ def _write(stem: Path, kind: str, data: bytes) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)
+    except (FileExistsError, NotADirectoryError):
+        raise SettingsError(f"--output: {path.parent} is a file; it must be a folder") from None
     except OSError as error:
         raise SettingsError(f"--output: {path} cannot be written: {error.strerror}") from None
     return path

@@ -39,6 +39,7 @@ def print_page(
     from experiments.report import write_page
 
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_page(path, title, records, named)
     except OSError as error:
         raise SettingsError(f"{path} cannot be written: {error.strerror}") from None

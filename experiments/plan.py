@@ -100,7 +100,10 @@ def read_experiment(path: Path) -> Experiment:
     """
     content = _read_toml(path)
     if "base" in content:
-        base = _read_toml(path.with_name(str(content.pop("base"))))
+        name = content.pop("base")
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise SettingsError(f"{path.name}: base: {name!r} is not the name of a file beside it")
+        base = _read_toml(path.with_name(name))
         settings = [part.get("settings", {}) for part in (base, content)]
         if all(isinstance(part, dict) for part in settings):
             content = {**content, "settings": settings[0] | settings[1]}

@@ -19,7 +19,10 @@ from pydantic import (
 )
 
 from task.errors import SettingsError
+from task.files import is_locked
 
+# Why a run is not finished whose record says "running" while no process holds its lock.
+KILLED = "ended without a word (killed?)"
 FILES = ("config.json", "summary.json", "rounds.jsonl")
 # More than any figure of a run, with finite sums and squares; and three centuries.
 _MOST, _MOST_SECONDS = 1e100, 1e10
@@ -149,7 +152,8 @@ class Record:
     config : Config
         Its settings.
     summary : Summary
-        How it ended; ``status`` is "running" for one that did not.
+        How it ended; ``status`` is "running" for one that did not, with the reason `KILLED` where no
+        process writes it any more.
     rounds : tuple of Round
         Those that could be read, in order.
     weights : tuple of Weights
@@ -201,6 +205,8 @@ def read_record(folder: Path, weights: bool = True) -> Record:
     summary = _read_file(folder / "summary.json", Summary, damage)
     # A run that is refused has no settings and no rounds, one that begins has none yet.
     whole = summary.status not in ("failed", "running")
+    if summary.status == "running" and is_locked(folder) is False:
+        summary = summary.model_copy(update={"reason": KILLED})
     config = _read_file(folder / "config.json", Config, damage, needed=whole)
     strategy = str(config.settings.get("strategy", ""))
 

@@ -1,27 +1,32 @@
 """Runs of an experiment through `flwr run`, resumable run by run."""
 
 import json
-import re
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 from experiments.plan import Experiment, Setting
 from experiments.records import read_summary
 from task.errors import SettingsError
+from task.files import is_locked
 
 PROJECT = Path(__file__).parents[1]
 # Why a run ended that was stopped.
 INTERRUPTED = "interrupted"
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_BETWEEN_STREAMS = 1.0
 _SECONDS_TO_STOP = 60
+# Flower's words for a run that has not ended.
+_GOING_ON = ("pending", "starting", "running")
 
 
 @dataclass(frozen=True)
@@ -85,54 +90,97 @@ def execute(
         raise SettingsError(f"{PROJECT} is no checkout of prowd; install it with pip install -e .")
     settings = {**run.settings, "output-dir": str(run.folder.parent), "run-name": run.folder.name}
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-    command = [flwr_program(), "run", str(PROJECT), "--stream", "--run-config", config]
+    command = ["run", str(PROJECT), "--run-config", config]
     command += ["--federation-config", federation] if federation else []
-    log = run.folder.parent / f"{run.folder.name}.log"
-    with ExitStack() as until_taken:
-        until_taken.enter_context(starting)
+    with starting:
         if stop.is_set():
             return INTERRUPTED
         if run.folder.exists():
-            if _is_written(run.folder):
+            if is_locked(run.folder):
                 return f"another process is writing {run.folder}"
             _move_aside(run.folder)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
-        # Others may start as soon as Flower has this one.
-        if stopped := _follow(command, log, run.folder, stop, until_taken.close):
-            return stopped
-    if run.completed:
-        return ""
-    # flwr's exit code is 0 for a failed run too; the run's own record knows.
-    return read_summary(run.folder).reason or f"{_last_line(log)} ({log})"
+        started = ask_flower(*command)
+    if not started.get("success"):
+        return f"flwr run: {_complaint(started)}"
+    run_id = str(started["run-id"])
+    log = run.folder.parent / f"{run.folder.name}.log"
+    with open(log, "w") as file:
+        print(f"prowd: Flower's run {run_id}", file=file, flush=True)
+        # Its stream ends with a connection too: then it begins anew.
+        while True:
+            if stopped := _follow(run_id, file, run.folder, stop):
+                return stopped
+            summary = read_summary(run.folder)
+            if summary.status == "completed":
+                return ""
+            if summary.status == "failed":
+                return summary.reason
+            status, details = _as_flower_sees_it(run_id)
+            if status not in _GOING_ON:
+                return f"Flower's status of it is {status}: {details} ({log})"
+            stop.wait(_SECONDS_BETWEEN_STREAMS)
 
 
-def _follow(
-    command: Sequence[str],
-    log: Path,
-    folder: Path,
-    stop: threading.Event,
-    when_taken: Callable[[], None],
-) -> str:
-    """Run `flwr run` to its end; return how it was stopped, empty if it was not."""
+def _follow(run_id: str, log: TextIO, folder: Path, stop: threading.Event) -> str:
+    """Write what a run logs, to its end; return how it was stopped, empty if it was not."""
     # In a session of its own, so that Ctrl-C does not end it before its run is stopped.
-    with (
-        open(log, "w") as file,
-        subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        ) as process,
-    ):
-        taken = False
+    with subprocess.Popen(
+        [flwr_program(), "log", run_id, "--stream"],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
         try:
             while process.poll() is None:
                 if stop.wait(_SECONDS_BETWEEN_LOOKS):
-                    return _stop(process, log, folder)
-                if not taken and _run_id(log):
-                    taken = True
-                    when_taken()
+                    return _stop(run_id, process, folder)
         except BaseException:
-            _stop(process, log, folder)
+            _stop(run_id, process, folder)
             raise
     return ""
+
+
+def ask_flower(*arguments: str, timeout: float | None = None) -> dict[str, Any]:
+    """Call `flwr` and return what it answers in JSON: ``success``, and more or ``error-message``.
+
+    Raises
+    ------
+    OSError
+        If there is no `flwr`.
+    subprocess.TimeoutExpired
+        If it takes too long.
+    """
+    done = subprocess.run(
+        [flwr_program(), *arguments, "--format", "json"],
+        # Colours would stand in the JSON.
+        env={**os.environ, "NO_COLOR": "1", "FORCE_COLOR": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+        start_new_session=True,
+    )
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        answer = None
+    if isinstance(answer, dict):
+        return answer
+    said = (done.stdout + done.stderr).split()
+    return {"success": False, "error-message": " ".join(said) or f"exit code {done.returncode}"}
+
+
+def _complaint(answer: Mapping[str, Any]) -> str:
+    return " ".join(str(answer.get("error-message", "it says no more")).split())
+
+
+def _as_flower_sees_it(run_id: str) -> tuple[str, str]:
+    """Return Flower's status of a run, and its details."""
+    answer = ask_flower("ls", "--run-id", run_id)
+    found = answer.get("runs") or [{}]
+    status = str(found[0].get("status", "unknown"))
+    return status, str(found[0].get("status-details", _complaint(answer)))
 
 
 def flwr_program() -> str:
@@ -153,31 +201,16 @@ def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return [run for run in unique(runs) if not run.completed]
 
 
-def _stop(process: subprocess.Popen, log: Path, folder: Path) -> str:
-    """End a run, which goes on where `flwr run` alone is ended; return how that went."""
-    _wait_until(lambda: process.poll() is not None or bool(_run_id(log)))
-    run_id = _run_id(log)
-    stopped = not run_id
-    if run_id:
-        with suppress(subprocess.TimeoutExpired):
-            done = subprocess.run(
-                [flwr_program(), "stop", run_id],
-                capture_output=True,
-                check=False,
-                timeout=_SECONDS_TO_STOP,
-            )
-            stopped = done.returncode == 0
+def _stop(run_id: str, process: subprocess.Popen, folder: Path) -> str:
+    """End a run, which goes on where what follows it is ended; return how that went."""
+    stopped = False
+    with suppress(subprocess.TimeoutExpired):
+        stopped = bool(ask_flower("stop", run_id, timeout=_SECONDS_TO_STOP).get("success"))
     process.terminate()
     # So that the same run can begin anew at once.
-    if stopped and _wait_until(lambda: not folder.exists() or not _is_written(folder)):
+    if stopped and _wait_until(lambda: not folder.exists() or not is_locked(folder)):
         return INTERRUPTED
     return f"{INTERRUPTED}, and may still run: flwr stop {run_id}"
-
-
-def _run_id(log: Path) -> str:
-    """Return the number that Flower gave the run, empty before."""
-    found = re.search(r"started run (\d+)", log.read_text(errors="replace"))
-    return found[1] if found else ""
 
 
 def _wait_until(condition: Callable[[], bool]) -> bool:
@@ -187,23 +220,6 @@ def _wait_until(condition: Callable[[], bool]) -> bool:
             return False
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     return True
-
-
-def _last_line(log: Path) -> str:
-    """Return what flwr said last; it frames its errors."""
-    lines = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", "", log.read_text(errors="replace")).splitlines()
-    said = [line.strip() for line in lines if line.strip()]
-    return said[-1] if said else "flwr said nothing"
-
-
-def _is_written(folder: Path) -> bool:
-    from server_app.record import locked  # Takes seconds to import.
-
-    try:
-        with locked(folder):
-            return False
-    except SettingsError:
-        return True
 
 
 def _move_aside(folder: Path) -> None:

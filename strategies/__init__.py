@@ -12,6 +12,7 @@ from strategies.inbox import receive
 from strategies.local import Local
 from strategies.prowd import ProWD, ProWDOptions
 from strategies.replies import ClientUpdate, RoundLog
+from strategies.rollback import RoundDropped
 
 STRATEGIES: dict[str, type[MixedPrecisionStrategy]] = {
     "prowd": ProWD,
@@ -40,6 +41,7 @@ __all__ = [
     "MixedPrecisionStrategy",
     "ProWD",
     "ProWDOptions",
+    "RoundDropped",
     "RoundLog",
     "WeightedMean",
     "receive",

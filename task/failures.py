@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from task.errors import SettingsError
-from task.reference import is_reference
+from task.reference import PACKAGES, is_reference
 
 PROJECT = Path(__file__).parents[1]
-# Modules of the project's own. `experiments` calls runs, and is called by none.
-PACKAGES = ("quant", "task", "strategies", "client_app", "server_app", "experiments", "prowd")
 _MOST_CHARACTERS = 400
 
 

@@ -3,6 +3,7 @@
 A crash leaves a file's old content or the new one, never a part.
 """
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Mapping
@@ -77,6 +78,24 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Return whether a process holds the lock of a folder, which ends with it; None: not known."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        # Shared, so that two who look do not see each other.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # A file system without locks.
+        return None
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def checksum(head: str, arrays: Mapping[str, np.ndarray]) -> str:

@@ -5,6 +5,9 @@ import re
 
 from task.errors import SettingsError
 
+# Of the project's own, found before a package of the user's of the same name. `experiments` calls
+# runs, and is called by none.
+PACKAGES = ("prowd", "quant", "task", "strategies", "client_app", "server_app", "experiments")
 _NOTATION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -35,6 +38,9 @@ def load_reference(setting: str, text: str) -> object:
         module = importlib.import_module(module_name)
     # An import runs the module, which raises whatever it likes, or exits.
     except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}.") and (taken := _taken(missing)):
+            raise SettingsError(f"{setting}: {text!r}: there is no {missing}; {taken}") from None
         raise SettingsError(
             f"{setting}: {text!r} cannot be imported ({in_one_line(error)}); "
             "it must be sent with the app (fab-include in pyproject.toml), or installed or on "
@@ -42,8 +48,17 @@ def load_reference(setting: str, text: str) -> object:
         ) from None
     if not hasattr(module, name):
         where = getattr(module, "__file__", None) or "no file"
-        raise SettingsError(f"{setting}: {module_name} ({where}) has no {name!r}")
+        taken = f"; {said}" if (said := _taken(module_name)) else ""
+        raise SettingsError(f"{setting}: {module_name} ({where}) has no {name!r}{taken}")
     return getattr(module, name)
+
+
+def _taken(module_name: str) -> str:
+    """Say that a package is prowd's own, if it is; the user may mean one of that name."""
+    package = module_name.partition(".")[0]
+    if package not in PACKAGES:
+        return ""
+    return f"{package} is a package of prowd's own, so one of yours must have another name"
 
 
 def in_one_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "client_app": {"quant", "task", "client_app"},
     "server_app": {"quant", "task", "strategies", "server_app"},
     "experiments": {"experiments", "quant", "server_app", "strategies", "task"},
+    "prowd": {"client_app", "experiments", "prowd", "quant", "strategies", "task"},
 }
 # Of `task`, strategies read only what both sides share.
 STRATEGIES_OF_TASK = {

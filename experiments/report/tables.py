@@ -121,7 +121,7 @@ def runs_table(records: Sequence[Record], scenarios: Sequence[Scenario]) -> Tabl
 def _status(record: Record) -> str:
     status, reason = record.summary.status, record.summary.reason
     if status == "running":
-        return "not finished: still running, or killed"
+        return f"not finished: {reason or 'still running'}"
     return f"{status}: {reason}" if reason else status or "unknown"
 
 

@@ -88,7 +88,7 @@ class Flower:
 
     def start_compare(self, plan: Path, output_dir: Path, *options: str) -> subprocess.Popen:
         """Start `prowd compare`."""
-        command = [sys.executable, "-m", "experiments.cli", "compare", str(plan), *options]
+        command = [sys.executable, "-m", "prowd", "compare", str(plan), *options]
         command += ["--output-dir", str(output_dir)]
         pipe = subprocess.PIPE
         return subprocess.Popen(
@@ -112,14 +112,22 @@ class Flower:
             "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
         }
         home.mkdir()
+        cold = Flower(home, home / "runs", env)
         try:
-            yield Flower(home, home / "runs", env)
+            yield cold
         finally:
-            for process in Path("/proc").glob("[0-9]*"):
-                with suppress(OSError):
-                    ours = f"FLWR_HOME={home}\0".encode() in (process / "environ").read_bytes()
-                    if ours and b"flower-superlink" in (process / "cmdline").read_bytes():
-                        os.kill(int(process.name), signal.SIGTERM)
+            for process_id in cold.superlinks():
+                os.kill(process_id, signal.SIGTERM)
+
+    def superlinks(self) -> list[int]:
+        """Return the processes of SuperLinks that have this home."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                ours = f"FLWR_HOME={self.home}\0".encode() in (process / "environ").read_bytes()
+                if ours and b"flower-superlink" in (process / "cmdline").read_bytes():
+                    found.append(int(process.name))
+        return found
 
     def status(self, run_id: str) -> str:
         """Return how a run stands for Flower."""

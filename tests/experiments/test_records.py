@@ -6,7 +6,8 @@ from math import isnan
 
 import pytest
 
-from experiments.records import find_runs, read_record
+from experiments.records import KILLED, find_runs, read_record
+from server_app.record import locked
 from task.errors import SettingsError
 
 
@@ -25,10 +26,16 @@ def test_a_whole_record_is_read_as_it_was_written(runs):
 
 def test_a_killed_run_is_read_up_to_its_torn_line(runs):
     record = read_record(runs / "FedAvg-2")
-    assert record.summary.status == "running"
+    assert (record.summary.status, record.summary.reason) == ("running", KILLED)
     assert [entry.round for entry in record.rounds] == [1, 2, 3]
     [damage] = record.damage
     assert damage.startswith("rounds.jsonl line 4 is damaged: ")
+
+
+def test_a_run_that_a_process_writes_is_running(runs):
+    with locked(runs / "FedAvg-2"):
+        summary = read_record(runs / "FedAvg-2").summary
+    assert (summary.status, summary.reason) == ("running", "")
 
 
 def test_a_refused_run_is_not_damaged(runs):

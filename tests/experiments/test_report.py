@@ -111,7 +111,7 @@ def test_strings_of_records_are_text(page):
 
 
 def test_what_is_not_whole_is_named(page):
-    assert "not finished: still running, or killed" in page.said
+    assert "not finished: ended without a word (killed?)" in page.said
     assert "rounds.jsonl line 4 is damaged" in page.said
     assert "fedavg (3 seeds, 3 to 4 rounds)" in page.said
     # Left out in rounds 1, 2 and 3.
@@ -136,7 +136,7 @@ def test_the_command_writes_beside_the_runs_or_where_it_is_told(runs, tmp_path, 
     ("arguments", "reason"),
     [
         (["nowhere"], "nowhere: there is no such folder"),
-        (["{run}", "--output", "/nowhere/page.html"], "/nowhere/page.html cannot be"),
+        (["{run}", "--output", "/proc/nowhere/page.html"], "/proc/nowhere/page.html cannot be"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(runs, capsys, arguments, reason):

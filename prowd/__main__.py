@@ -1,0 +1,21 @@
+"""The command `prowd`, as it is installed and as ``python -m prowd``."""
+
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    try:
+        # In here, as a package may be missing or damaged, and then one line says so.
+        from experiments.cli import main as run
+    except ImportError as error:
+        print(f"prowd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prowd: interrupted", file=sys.stderr)
+        return 130
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
