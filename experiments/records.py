@@ -152,8 +152,8 @@ class Record:
     config : Config
         Its settings.
     summary : Summary
-        How it ended; ``status`` is "running" for one that did not, with the reason `KILLED` where no
-        process writes it any more.
+        How it ended; ``status`` is "running" for one that did not; `reason` is then `KILLED` where
+        no process writes it any more.
     rounds : tuple of Round
         Those that could be read, in order.
     weights : tuple of Weights
