@@ -82,7 +82,7 @@ def test_what_no_plan_can_be_is_one_line(compare, text, reason):
 def test_no_run_at_a_time_is_refused(compare, capsys):
     with pytest.raises(SystemExit):
         compare("--jobs", "0")
-    assert "--jobs: 0 is not allowed" in capsys.readouterr().err
+    assert "--jobs: '0' is not allowed" in capsys.readouterr().err
 
 
 def test_a_run_under_other_settings_is_not_taken_for_one_of_these(compare, made):
