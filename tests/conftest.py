@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,12 @@ def pytest_xdist_auto_num_workers():
 def pytest_collection_modifyitems(items):
     # What takes longest begins first, so that nothing is left for one core alone in the end.
     items.sort(key=lambda item: item.nodeid.split("::")[0] not in TOGETHER)
+
+
+def pytest_collection_finish():
+    # What torch and Flower are made of stays; a collection need not go through it every time.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import client_app.app as client_app
 from client_app.memory import own_model
 from quant import (
+    decode_update,
     federated_state,
     load_state,
     payload_size,
@@ -192,7 +193,8 @@ def test_unquantized_differences_and_weights_average_to_the_same_model(tmp_path)
 def test_rounding_noise_differs_between_clients_and_rounds(tmp_path):
     """Same data movement would give the same codes under one noise; here nothing repeats."""
     _, grid = run(tmp_path, FLOAT, strategy="fedpaq", **{"fedpaq-bits": 2, "learning-rate": 1e-9})
-    codes = [data[-300:] for _, _, data in payloads(grid.received, UPDATE)]
+    updates = [decode_update(data, SPEC, 2) for _, _, data in payloads(grid.received, UPDATE)]
+    codes = [update.codes["hidden.weight"].numpy().tobytes() for update in updates]
     assert len(set(codes)) == len(codes)
 
 

@@ -554,7 +554,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_intact(tmp_path, kib):
     """A disk of so many KiB; a checkpoint takes 606 kB, or twice that while it is replaced."""
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs") as disk:
         with pytest.raises(SettingsError, match="No space left on device") as caught:
-            run(disk, 100, model="cnn")
+            run(disk, 100, model="cnn", evaluate_every=100)
         assert str(caught.value).startswith("output-dir: ")
         assert "\n" not in str(caught.value)
         rescued = shutil.copytree(disk / "run", tmp_path / "rescued")
@@ -563,7 +563,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_intact(tmp_path, kib):
         return
     done = read_checkpoint(rescued).server_round
     assert done == 0 if kib == 1000 else done > 0
-    resume(rescued, done + 1, model="cnn")
+    resume(rescued, done + 1, model="cnn", evaluate_every=100)
     assert summary(rescued)["status"] == "completed"
 
 

@@ -71,11 +71,11 @@ def test_a_run_completes_with_accuracy_per_width(tmp_path, strategy, training):
     assert last["loss"]["average"] < first["loss"]["average"] < 2.4
     assert last["clients"] == {"sampled": 2, "aggregated": 2, "rejected": 0, "failed": 0}
     # A 4-bit client sends about an eighth of a float32 model; the small model adds a little.
-    assert last["uplink_bytes"]["4"] < last["uplink_bytes"]["32"] * 0.16
+    assert last["uplink_bytes"]["4"] < last["uplink_bytes"]["32"] * 0.18
     # So is what it is sent, where it is sent codes.
     narrow = strategy == "prowd" and training == "strict"
     share = last["downlink_bytes"]["4"] / last["downlink_bytes"]["32"]
-    assert 0 < share < 0.16 if narrow else share == 1
+    assert 0 < share < 0.18 if narrow else share == 1
     model = load_file(folder / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in model.values())
 
