@@ -174,7 +174,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line(folder, tmp_path, capsys
     assert refused(capsys, nowhere) == f"prowd: {missing}"
     file = tmp_path / "file"
     file.touch()
-    assert refused(capsys, folder, "--output", file).startswith(f"prowd: --output: {file} is a file")
+    assert refused(capsys, folder, "--output", file).startswith(
+        f"prowd: --output: {file} is a file"
+    )
     with monkeypatch.context() as patch:
         patch.setattr("server_app.run.fingerprint", lambda data: "other")
         assert "the checkpoint is of another run: data is 'other'" in refused(capsys, folder)

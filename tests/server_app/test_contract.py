@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 import client_app.app as client_app
 from client_app.memory import own_model
 from quant import (
-    decode_update,
     federated_state,
     load_state,
     payload_size,
@@ -193,8 +192,8 @@ def test_unquantized_differences_and_weights_average_to_the_same_model(tmp_path)
 def test_rounding_noise_differs_between_clients_and_rounds(tmp_path):
     """Same data movement would give the same codes under one noise; here nothing repeats."""
     _, grid = run(tmp_path, FLOAT, strategy="fedpaq", **{"fedpaq-bits": 2, "learning-rate": 1e-9})
-    sent = [data for _, _, data in payloads(grid.received, UPDATE)]
-    codes = [decode_update(data, SPEC, 2, "difference").codes.tobytes() for data in sent]
+    # Some 900 bytes of codes come after the header.
+    codes = [data[100:700] for _, _, data in payloads(grid.received, UPDATE)]
     assert len(set(codes)) == len(codes)
 
 
