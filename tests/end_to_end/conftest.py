@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -104,7 +105,7 @@ class Flower:
 
     @contextmanager
     def without_superlink(self, home: Path) -> Iterator["Flower"]:
-        """`flwr run` from a new home: it starts a SuperLink of its own, ended when this is left."""
+        """`flwr run` from a new home: it starts a SuperLink of its own, ended as README says."""
         env = {
             **self.env,
             "FLWR_HOME": str(home),
@@ -116,8 +117,11 @@ class Flower:
         try:
             yield cold
         finally:
-            for process_id in cold.superlinks():
-                os.kill(process_id, signal.SIGTERM)
+            [stop] = re.findall(r"^pkill .*", (PROJECT / "README.md").read_text(), re.M)
+            assert stop.count("39091") == 1
+            port = env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
+            subprocess.run(shlex.split(stop.replace("39091", port)), check=True)
+            wait_until(lambda: not cold.superlinks(), "the local SuperLink has ended")
 
     def superlinks(self) -> list[int]:
         """Return the processes of SuperLinks that have this home."""
