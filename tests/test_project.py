@@ -73,7 +73,7 @@ def continuous_integration(tmp_path):
         "id": "echo 0\n",
         "apt-get": "echo 'E: Unable to fetch some archives'; exit 100\n",
         "python3": 'mkdir -p "$3/bin"\n',
-        "pytest": "echo tested\n",
+        "pytest": "echo tested $*\n",
         **dict.fromkeys(("pip", "ruff", "mypy", "caddy", "ip", "docker-compose", "chromium"), ""),
     }
     for name, script in stubs.items():
@@ -91,7 +91,7 @@ def continuous_integration(tmp_path):
 
 def test_continuous_integration_runs_the_tests(continuous_integration):
     done = continuous_integration()
-    assert (done.returncode, done.stdout) == (0, "tested\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "tested\ntested -m deployment\n"), done.stderr
 
 
 @pytest.mark.parametrize("program", ["caddy", "ip", "docker-compose", "chromium"])

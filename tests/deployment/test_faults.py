@@ -2,6 +2,10 @@
 
 import re
 
+import pytest
+
+pytestmark = pytest.mark.deployment
+
 INT4, INT8_A, INT8_B, FLOAT32 = "0123"
 # Flower gives a node or its app up after a minute.
 GIVEN_UP = "Node Unavailable|stopped responding"

@@ -7,6 +7,8 @@ import sys
 import pytest
 from containers import command
 
+pytestmark = pytest.mark.deployment
+
 KEYS = "/srv/prowd/keys"
 REAL, FOREIGN = f"{KEYS}/real-ca.crt", f"{KEYS}/authority/ca.crt"
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from containers import PATIENCE, command, wait_until
 
+pytestmark = pytest.mark.deployment
+
 PROJECT = Path(__file__).parents[2]
 REASONS = {
     "missing": "node-config bits: None is not a bit-width; allowed: 2 to 16, or 32",

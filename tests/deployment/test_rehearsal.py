@@ -1,5 +1,9 @@
 """docker-compose.yml does what it says."""
 
+import pytest
+
+pytestmark = pytest.mark.deployment
+
 
 def test_a_sound_start_needs_no_restarts(story):
     assert story.exits == {"credentials": [0], "register": [0]}
