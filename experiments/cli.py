@@ -1,4 +1,7 @@
-"""The console command `prowd`."""
+"""The console command `prowd`.
+
+Each of its commands imports what it needs: torch and Flower take seconds, and not all need them.
+"""
 
 import argparse
 import os
@@ -9,11 +12,6 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from experiments.compare import Choice, Comparison
-from experiments.page import print_page
-from experiments.publish import publish
-from experiments.records import find_runs, read_record
-from experiments.settings_page import settings_page
 from task.failures import explain
 from task.files import user_path
 
@@ -31,11 +29,13 @@ _EXTRAS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code: 2 after an error, which is one line."""
     try:
-        given = _parser().parse_args(arguments)
-        code = given.command(given)
-        # Here, so that what it fails at is not left to the interpreter's end.
-        if sys.stdout is not None:  # It is None where a shell closed it.
-            sys.stdout.flush()
+        try:
+            given = _parser().parse_args(arguments)
+            return given.command(given)
+        finally:
+            # Here, so that what it fails at is not left to the interpreter's end.
+            if sys.stdout is not None:  # It is None where a shell closed it.
+                sys.stdout.flush()
     except KeyboardInterrupt:
         return _failed("interrupted", _INTERRUPTED)
     except BrokenPipeError:
@@ -51,7 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
         return _failed(f"{error.name or error} is not installed{brings}")
     except Exception as error:
         return _failed(explain(error, {}))
-    return code
 
 
 def _failed(reason: str, code: int = 2) -> int:
@@ -114,6 +113,8 @@ class _Version(argparse.Action):
 
 
 def _compare(given: argparse.Namespace) -> int:
+    from experiments.compare import Choice, Comparison
+
     output_dir = given.output_dir or Path("~/prowd-runs") / given.file.stem
     choice = Choice(given.sets, given.seeds, given.scenarios, given.systems, given.federation)
     output_dir = user_path("--output-dir", output_dir).resolve()
@@ -142,18 +143,22 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
 
 
 def _publish(given: argparse.Namespace) -> int:
+    from experiments.publish import publish
+
     for path in publish(user_path("OUTPUT_DIR", given.output_dir), user_path("--docs", given.docs)):
         print(path)
     return 0
 
 
 def _settings(given: argparse.Namespace) -> int:
+    from experiments.settings_page import settings_page
+
     print(settings_page(), end="")
     return 0
 
 
 def _export(given: argparse.Namespace) -> int:
-    from experiments.export import export  # The server's packages take seconds to import.
+    from experiments.export import export
 
     run_dir = user_path("RUN_DIR", given.run_dir)
     output = given.output and user_path("--output", given.output)
@@ -164,6 +169,9 @@ def _export(given: argparse.Namespace) -> int:
 
 
 def _report(given: argparse.Namespace) -> int:
+    from experiments.page import print_page
+    from experiments.records import find_runs, read_record
+
     runs = [user_path("RUN_DIR", path) for path in given.runs]
     folders = find_runs(runs)
     # Beside the runs: in their own folder, or in the one that they share.

@@ -38,9 +38,9 @@ def run(folder, *words):
 
 
 def test_the_command_runs_where_a_user_has_folders_of_its_names(elsewhere):
-    done = run(elsewhere, "-m", "prowd", "settings")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "| `bit-mix` |" in done.stdout
+    done = run(elsewhere, "-m", "prowd", "report", "no-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "prowd: no-run: there is no such folder\n"
 
 
 def test_the_library_runs_where_a_user_has_folders_of_its_names(elsewhere):

@@ -5,12 +5,9 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def on_one_machine(monkeypatch):
-    """Clients share the server's disk, as in simulation.
-
-    What takes a third of the time and changes nothing is spared: no power fails, which `fsync` is
-    for, and torch notes the stack of every seeding for a GPU that is never started.
+def fast(monkeypatch):
+    """What takes a third of the time and changes nothing is spared: no power fails, which `fsync`
+    is for, and torch notes the stack of every seeding for a GPU that is never started.
     """
-    monkeypatch.setattr("server_app.run.in_simulation", lambda: True)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(traceback, "format_stack", lambda *arguments, **options: [])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from federation import ClientAppNode, InProcessGrid, Node
+from federation import ClientAppNode, Node, SimulatedGrid
 from flwr.app import Context, Error, Message, RecordDict
 from matrix.cells import EXAMPLES, KEPT_ROUND, ROUNDS, Cell
 from torch import Tensor
@@ -159,7 +159,7 @@ def run(
     reverse: bool = False,
     killed: Path | None = None,
     fails: tuple[int, int] | None = None,
-    on_grid: Callable[[InProcessGrid], None] = lambda grid: None,
+    on_grid: Callable[[SimulatedGrid], None] = lambda grid: None,
     **settings: object,
 ) -> Trace:
     """Run a cell with clients that have nothing in memory.
@@ -189,7 +189,7 @@ def run(
     count = len(cell.widths)
     nodes = [ClientAppNode(i, count, config) for i in range(count)]
     watch = Watch(folder, fails, killed)
-    grid = InProcessGrid({50 + i: watch.around(n) for i, n in enumerate(nodes)}, reverse)
+    grid = SimulatedGrid({50 + i: watch.around(n) for i, n in enumerate(nodes)}, reverse)
     on_grid(grid)
     main(grid, Context(1, 0, {}, RecordDict(), config))
     watch.starts[rounds + 1] = read_checkpoint(folder).model

@@ -67,14 +67,14 @@ def entropy(values):
     [(2, 0.5), (3, 0.3), (3, 0.5), *((b, s) for b in range(4, 17) for s in (0.1, 0.3, 0.5))],
 )
 def test_the_size_is_near_the_entropy(bits, spread):
-    codes = some_codes(bits, 100_000, spread=spread)
+    codes = some_codes(bits, 400_000, spread=spread)
     # Huffman's method spends less than a bit a byte beyond it, and the low bits are nearly noise.
     assert 8 * len(compress_codes(codes, bits)) / codes.size <= 1.04 * entropy(codes)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_differences_are_near_their_entropy(bits):
-    start = some_codes(bits, 100_000, seed=1, spread=0.3)
+    start = some_codes(bits, 400_000, seed=1, spread=0.3)
     limit = largest_code(bits)
     moved = start + np.random.default_rng(2).normal(0, max(0.5, 0.04 * limit), start.size)
     codes = np.clip(np.rint(moved), -limit, limit).astype(start.dtype)
@@ -87,7 +87,7 @@ def test_differences_are_near_their_entropy(bits):
 @pytest.mark.parametrize("bits", range(9, 17))
 def test_small_differences_are_near_their_entropy(bits, step):
     """Where all are in the low bits: most at 15 bits, as 7 low ones lie across bytes."""
-    start = some_codes(bits, 100_000, seed=1, spread=0.3)
+    start = some_codes(bits, 400_000, seed=1, spread=0.3)
     moved = start + np.rint(np.random.default_rng(2).normal(0, step, start.size))
     limit = largest_code(bits)
     codes = np.clip(moved, -limit, limit).astype(start.dtype)
