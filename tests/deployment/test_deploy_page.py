@@ -1,4 +1,4 @@
-"""The README's chapter "Across machines", as it is typed: every host in a network of its own."""
+"""docs/deploy.md, as it is typed: every host in a network of its own."""
 
 import os
 import re
@@ -24,8 +24,8 @@ REASONS = {
 
 
 def blocks(title):
-    """Return the commands under a heading of the README."""
-    chapter = (PROJECT / "README.md").read_text().split(f"### {title}\n")[1].split("\n#")[0]
+    """Return the commands under a heading of the page."""
+    chapter = (PROJECT / "docs" / "deploy.md").read_text().split(f"## {title}\n")[1].split("\n#")[0]
     return re.findall(r"```bash\n(.*?)```", chapter, flags=re.S)
 
 
