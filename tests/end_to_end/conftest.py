@@ -20,8 +20,8 @@ from containers import PATIENCE, wait_until
 
 PROJECT = Path(__file__).parents[2]
 _BIN = Path(sys.executable).parent
-# Flower gives up a SuperLink that is not there in 15 s, and an app that is silent for a minute, also
-# where a loaded machine is the reason.
+# Flower gives up a SuperLink that is not there in 15 s, and an app that is silent for a minute,
+# also where a loaded machine is the reason.
 _FIRST = ("nice", "-n", "-5") if os.geteuid() == 0 else ()
 
 
