@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from logging import WARNING
 from pathlib import Path
@@ -321,6 +322,7 @@ def _make(folder: Path) -> None:
         raise SettingsError(f"output-dir: {folder} cannot be made: {error}") from None
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the installed versions of prowd and of what it runs on, by package."""
     found = {}

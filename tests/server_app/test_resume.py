@@ -38,7 +38,8 @@ SMALL = {
     "low-bit-training": "strict",
     "node-wait": 0.3,
 }
-STRATEGIES = {
+# What tests/matrix does not resume.
+SYSTEMS = {
     "prowd": {
         "prowd-finetune-every": 1,
         "prowd-finetune-steps": 1,
@@ -50,11 +51,6 @@ STRATEGIES = {
         "prowd-finetune-every": 1,
         "prowd-finetune-steps": 1,
     },
-    **{name: {} for name in ("fedavg", "fedprox", "fedpaq", "fedcom", "fedcomgate")},
-    "grouped-avg": {},
-    "local": {},
-    "flwr:FedAdam": {"flwr-arguments": "eta = 0.01"},
-    "flwr:FedAvgM": {"flwr-arguments": "server_momentum = 0.5"},
     "flwr:FedYogi": {},
     "flwr:FedAdagrad": {},
     "flwr:QFedAvg": {"flwr-arguments": "client_learning_rate = 0.05, q = 0.1"},
@@ -106,18 +102,15 @@ def two_rounds(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-@pytest.mark.parametrize("system", STRATEGIES)
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_two_rounds_and_one_more_are_three(tmp_path, system):
     # Both runs evaluate rounds 2 and 3: as an even one, or as their last.
-    own = {"strategy": system.split()[0], "evaluate-every": 2, **STRATEGIES[system]}
+    own = {"strategy": system.split()[0], "evaluate-every": 2, **SYSTEMS[system]}
     whole = run(tmp_path / "whole", 3, **own)
     first = run(tmp_path / "parts", 2, **own)
     parts = resume(first, 3, **own)
     assert entries(parts) == entries(whole)
-    if system == "local":
-        assert parts.joinpath("checkpoint", "clients").is_dir()
-    else:
-        assert model(parts) == model(whole)
+    assert model(parts) == model(whole)
     one, other = read_checkpoint(whole), read_checkpoint(parts)
     assert one.values == other.values
     assert list(one.tensors) == list(other.tensors)
@@ -129,7 +122,7 @@ def test_two_rounds_and_one_more_are_three(tmp_path, system):
 
 def test_a_wider_ladder_goes_on_where_it_was(tmp_path):
     """The dequantizer that a resumed run grows keeps its trained blocks."""
-    own = {"strategy": "prowd", **STRATEGIES["prowd"]}
+    own = {"strategy": "prowd", **SYSTEMS["prowd"]}
     folder = run(tmp_path, 1, **own)
     tensors = read_checkpoint(folder).tensors
     assert any(bool(t.abs().max() > 0) for n, t in tensors.items() if n.endswith("4.weight"))
