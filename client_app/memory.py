@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from task.errors import SettingsError
-from task.files import checksum, write_atomic
+from task.files import checksum, printable, reason, write_atomic
 
 _MODEL, _SCALES = "own-model", "own-scales"
 _ENDING = ".safetensors"
@@ -124,7 +124,8 @@ def recall(state: RecordDict, folder: Path | None, before: int) -> None:
     try:
         state.update(_read(path))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        log(WARNING, "prowd: %s is damaged and counts as lost: %s", path, error)
+        what = printable(path), reason(error)
+        log(WARNING, "prowd: %s is damaged and counts as lost: %s", *what)
 
 
 def _read(path: Path) -> RecordDict:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from task.errors import SettingsError
+from task.errors import SettingsError, words_of
 
 
 def user_path(setting: str, value: str | os.PathLike[str]) -> Path:
@@ -45,8 +45,8 @@ def printable(text: object) -> str:
 
 def reason(error: BaseException) -> str:
     """Return why something failed, in one line and without the path."""
-    words = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
-    return printable(words.splitlines()[0])
+    words = str(getattr(error, "strerror", None) or words_of(error)).strip()
+    return printable((words or type(error).__name__).splitlines()[0])
 
 
 def write_atomic(path: Path, data: bytes) -> None:
