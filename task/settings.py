@@ -20,10 +20,12 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
+# More than any machine has; torch would try to start as many as it is told.
+Threads = Annotated[int, Field(ge=1, le=1024)]
 
 # What is allowed, in words, for the page of settings and for the errors of the validators below.
 _BOUND = "0, and 1 or more"
-_NAME = "letters, digits and . _ + = - only, beginning with a letter or digit"
+_NAME = "letters, digits and . _ + = - only, beginning with a letter or digit; 200 bytes at most"
 _MIX = f"bits:share,...; bits {ALLOWED_WIDTHS}, each once; shares above 0, 1 in all"
 AbsolutePath = Annotated[str, Allowed("path, absolute or from ~")]
 
@@ -153,10 +155,8 @@ class Settings(Options):
     )
 
     seed: Count = Field(0, lt=2**63, description="Seeds everything.")
-    client_threads: AtLeastOne = Field(1, description="Threads of a client; changes the last bits.")
-    server_threads: AtLeastOne = Field(
-        1, description="Threads of the server; changes the last bits."
-    )
+    client_threads: Threads = Field(1, description="Threads of a client; changes the last bits.")
+    server_threads: Threads = Field(1, description="Threads of the server; changes the last bits.")
     server_device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="Where the server evaluates, rounds and distils: auto is the GPU where there "
@@ -213,7 +213,9 @@ class Settings(Options):
     @field_validator("run_name")
     @classmethod
     def _name_is_a_folder(cls, value: str) -> str:
-        if value and not re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", value):
+        if value and not (
+            re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", value) and len(value.encode()) <= 200
+        ):
             raise ValueError(_NAME)
         return value
 
