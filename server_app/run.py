@@ -24,6 +24,7 @@ from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from server_app.record import RunRecord, read_json
 from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
+from strategies.rollback import what_is_kept
 from strategies.states import State
 from strategies.undocumented import is_simulated
 from task.data import describe, fingerprint, load_dataset
@@ -208,7 +209,8 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
 
     def keep(server_round: int, state: State) -> None:
         nonlocal done, model
-        checkpoints.write(server_round, record.seconds, state, *strategy.checkpoint())
+        kept = what_is_kept(strategy.checkpoint)
+        checkpoints.write(server_round, record.seconds, state, *kept)
         done, model = server_round, state
 
     if saved is None:
