@@ -73,7 +73,9 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
         If ``state-dir`` is not an absolute path, or `keep_in` names no run.
     """
     own = node_config.get("state-dir")
-    if own is not None and not (isinstance(own, str) and Path(own).is_absolute()):
+    if own is not None and not (
+        isinstance(own, str) and Path(own).is_absolute() and "\0" not in own
+    ):
         raise SettingsError(f"node-config: state-dir is {own!r}; it must be an absolute path")
     if not keep_in or (own is None and "bits" in node_config):
         return None
