@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _UNREAD
     except OSError as error:
         _let_go_of_output()
-        of = f"{printable(error.filename)}: " if error.filename else "the output cannot be written: "
-        return _failed(f"{of}{error.strerror or error}")
+        of = printable(error.filename) if error.filename else "the output cannot be written"
+        return _failed(f"{of}: {error.strerror or error}")
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         brings = f"; pip install -e '.[{extra}]' brings it" if extra else ""

@@ -21,7 +21,7 @@ from server_app.board import Board
 from server_app.plain import to_json
 from server_app.unused import UnusedRounds
 from task.errors import SettingsError
-from task.files import printable, reason, write_atomic
+from task.files import is_utf8, printable, reason, write_atomic
 
 _PACKAGES = ("prowd", "flwr", "torch", "torchvision", "numpy", "pydantic", "ray", "flwr-datasets")
 
@@ -100,9 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"resume: {printable(path)} cannot be read: {reason(error)}"
-        ) from None
+        raise SettingsError(f"resume: {printable(path)} cannot be read: {reason(error)}") from None
     return content
 
 
@@ -317,13 +315,12 @@ def open_record(output_dir: str, run_name: str, strategy: str, dataset: str) -> 
 
 
 def _make(folder: Path) -> None:
-    try:
-        str(folder).encode()  # The settings that go on with the run are TOML.
-        folder.mkdir(parents=True)
-    except UnicodeEncodeError:
+    if not is_utf8(str(folder)):  # As a home may be; the settings that go on with the run are.
         raise SettingsError(
             f"output-dir: {printable(folder)} is not in UTF-8; allowed: a path that is"
-        ) from None
+        )
+    try:
+        folder.mkdir(parents=True)
     except OSError as error:
         # A folder on the way to it may also be there already, as a link to nowhere.
         if isinstance(error, FileExistsError) and os.path.lexists(folder):

@@ -43,6 +43,15 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in characters)
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be written in UTF-8; a file's name need not be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def reason(error: BaseException) -> str:
     """Return why something failed, in one line and without the path."""
     words = str(getattr(error, "strerror", None) or words_of(error)).strip()

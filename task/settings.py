@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from quant.grid import ALLOWED_WIDTHS, FLOAT_BITS
 from task.errors import SettingsError
+from task.files import is_utf8
 from task.mix import parse_mix
 from task.options import Allowed, Options, WidthOrNone, parse_assignments
 
@@ -200,6 +201,8 @@ class Settings(Options):
         # The app runs from a copy, in the SuperLink's working directory, not in the user's.
         if "\0" in value:
             raise ValueError("a path cannot hold a NUL")
+        if not is_utf8(value):
+            raise ValueError("the path must be in UTF-8, as all settings are")
         if value and not os.path.isabs(os.path.expanduser(value)):
             if value.startswith("~"):
                 user = value.split(os.sep)[0]
