@@ -37,7 +37,7 @@ from quant import (
     quantize_fitted,
     quantize_state,
 )
-from strategies.arguments import Broadcast, checked
+from strategies.arguments import Broadcast, checked, names_in
 from strategies.asked import Asked
 from strategies.decoding import decode_in_turn
 from strategies.errors import FederationError
@@ -166,7 +166,7 @@ class MixedPrecisionStrategy(Strategy):
         self.coded = own.lossless_coding
         self.local_epochs = None if local_epochs is None else own.local_epochs
         self.batch_size = own.batch_size
-        self.quantized = None if quantized is None else frozenset(quantized)
+        self.quantized = None if quantized is None else names_in("quantized", quantized)
         self.nodes = Nodes(own.min_nodes, own.node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
