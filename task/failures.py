@@ -39,7 +39,7 @@ def explain(
     if isinstance(error, SettingsError) and text:
         return text
     if len(text) > _MOST_CHARACTERS:
-        text = text[:_MOST_CHARACTERS] + " ..."
+        text = text[:_MOST_CHARACTERS].rstrip() + " ..."
     frames = _frames(error)
     own = _users_modules(settings)
     setting, theirs = _users_code(settings, own, frames)
