@@ -31,6 +31,7 @@ from task.data import Images, load_dataset
 from task.devices import pick_device
 from task.errors import SettingsError
 from task.failures import explain
+from task.files import printable, reason
 from task.models import build_model
 from task.partition import client_images, evaluation_images
 from task.protocol import MOST_LOSS, Declaration, Instruction, Report, plain
@@ -66,22 +67,23 @@ def _failing_in_one_line(handler: Handler) -> Handler:
     def handle(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except (Exception, SystemExit) as error:
-            if isinstance(error, SystemExit) and _ends_the_process(error):
+        except BaseException as error:  # Whatever the user's code raises.
+            if isinstance(error, KeyboardInterrupt) or _ends_the_process(error):
                 raise
             doing = _DOING[message.metadata.message_type.partition(".")[0]]
-            reason = plain(explain(error, context.run_config, when=f"in {doing}"))
-            log(ERROR, "prowd: %s", reason)
+            line = plain(explain(error, context.run_config, when=f"in {doing}"))
+            log(ERROR, "prowd: %s", line)
             log(DEBUG, "where that was raised", exc_info=error)
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, line), reply_to=message)
 
     return handle
 
 
-def _ends_the_process(error: SystemExit) -> bool:
+def _ends_the_process(error: BaseException) -> bool:
     """Whether Flower raised it, to end the process on a signal."""
     *_, (frame, _) = walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).startswith("flwr.")
+    of_flower = str(frame.f_globals.get("__name__")).startswith("flwr.")
+    return isinstance(error, SystemExit) and of_flower
 
 
 @app.query()
@@ -131,7 +133,14 @@ def on_train(message: Message, context: Context) -> Message:
 def _keep(kept: RecordDict, context: Context, instruction: Instruction) -> None:
     # Last of all, so that a client whose training failed keeps what it had.
     folder = state_folder(context.node_config, instruction.keep_in)
-    store(kept, folder, instruction.server_round)
+    try:
+        store(kept, folder, instruction.server_round)
+    except OSError as error:
+        own = "state-dir" in context.node_config
+        setting = "node-config: state-dir" if own else "output-dir"
+        raise SettingsError(
+            f"{setting}: {printable(folder)} cannot be written: {reason(error)}"
+        ) from None
     context.state.update(kept)
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from task.errors import SettingsError
-from task.files import checksum, write_atomic
+from task.files import checksum, printable, reason, write_atomic
 
 _MODEL, _SCALES = "own-model", "own-scales"
 _ENDING = ".safetensors"
@@ -73,7 +73,9 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
         If ``state-dir`` is not an absolute path, or `keep_in` names no run.
     """
     own = node_config.get("state-dir")
-    if own is not None and not (isinstance(own, str) and Path(own).is_absolute()):
+    if own is not None and not (
+        isinstance(own, str) and Path(own).is_absolute() and "\0" not in own
+    ):
         raise SettingsError(f"node-config: state-dir is {own!r}; it must be an absolute path")
     if not keep_in or (own is None and "bits" in node_config):
         return None
@@ -124,7 +126,8 @@ def recall(state: RecordDict, folder: Path | None, before: int) -> None:
     try:
         state.update(_read(path))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        log(WARNING, "prowd: %s is damaged and counts as lost: %s", path, error)
+        what = printable(path), reason(error)
+        log(WARNING, "prowd: %s is damaged and counts as lost: %s", *what)
 
 
 def _read(path: Path) -> RecordDict:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NoReturn
 
-from task.failures import explain
-from task.files import user_path
+from task.failures import explain, one_line
+from task.files import printable, user_path
 
 # What a shell reports of a command that Ctrl-C ended, and of one whose output nobody reads.
 _INTERRUPTED, _UNREAD = 130, 141
@@ -43,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _UNREAD
     except OSError as error:
         _let_go_of_output()
-        of = f"{error.filename}: " if error.filename else "the output cannot be written: "
-        return _failed(f"{of}{error.strerror or error}")
+        of = printable(error.filename) if error.filename else "the output cannot be written"
+        return _failed(f"{of}: {error.strerror or error}")
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         brings = f"; pip install -e '.[{extra}]' brings it" if extra else ""
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _failed(reason: str, code: int = 2) -> int:
     with suppress(OSError):
-        print(f"prowd: {reason}", file=sys.stderr)
+        print(f"prowd: {one_line(reason)}", file=sys.stderr)
     return code
 
 
@@ -66,7 +67,7 @@ def _let_go_of_output() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prowd", description=__doc__)
+    parser = _Parser(prog="prowd", description=__doc__)
     parser.add_argument("--version", action=_Version, nargs=0, help="of prowd, flwr and torch")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     compare = commands.add_parser("compare", help="run systems x seeds of a file, make one table")
@@ -96,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--data-dir", type=Path, help="where the run's data lies now")
     export.set_defaults(command=_export)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without a list of all that can be given."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the command."""
+        self.exit(2, f"prowd: {one_line(message)}; {self.prog} --help says what there is\n")
 
 
 class _Version(argparse.Action):

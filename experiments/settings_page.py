@@ -17,7 +17,7 @@ _HEAD = """# Settings
 Written by `prowd settings`; a test holds it against the code. Each is given with `--run-config`, as
 `flwr run . --run-config 'strategy="fedcom" num-server-rounds=20'`; `[tool.flwr.app.config]` of
 pyproject.toml holds the defaults. A setting that is wrong ends the run before any training, with
-one line.
+one line. No number may be more than float32 holds, 3.4e38.
 """
 _TABLE = ("| setting | default | allowed | what it does |", "| --- | --- | --- | --- |")
 _SIGNS = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}

@@ -8,8 +8,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # In here, as a package may be missing or damaged, and then one line says so.
         from experiments.cli import main as run
-    except ImportError as error:
-        print(f"prowd: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        print(f"prowd: {kind}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prowd: interrupted", file=sys.stderr)

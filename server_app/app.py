@@ -13,6 +13,7 @@ from server_app.ending import Ending
 from server_app.idle import idle_settings
 from server_app.record import RunRecord, open_record
 from server_app.run import finish, prepare, restore
+from task.errors import SettingsError
 from task.settings import Settings
 
 app = ServerApp()
@@ -57,12 +58,18 @@ def _resume(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
 def _open_record(run_config: Mapping[str, object]) -> RunRecord:
     """Make the record before all settings are known to be good: a failed run leaves one too."""
     defaults = Settings()
-    keys = ("output-dir", "run-name", "strategy", "dataset")
-    given = {key: run_config.get(key) for key in keys}
-    where = Settings.read({key: given[key] for key in ("output-dir", "run-name") if given[key]})
-    strategy = str(given["strategy"] or defaults.strategy)
-    dataset = str(given["dataset"] or defaults.dataset)
-    return open_record(where.output_dir, where.run_name, _slug(strategy), _slug(dataset))
+    strategy = str(run_config.get("strategy") or defaults.strategy)
+    dataset = str(run_config.get("dataset") or defaults.dataset)
+    output_dir = _one(run_config, "output-dir").output_dir
+    try:
+        run_name = _one(run_config, "run-name").run_name
+    except SettingsError:
+        run_name = ""  # It is refused with all the others, and the record says so.
+    return open_record(output_dir, run_name, _slug(strategy), _slug(dataset))
+
+
+def _one(run_config: Mapping[str, object], key: str) -> Settings:
+    return Settings.read({key: run_config[key]} if run_config.get(key) else {})
 
 
 def _slug(text: str) -> str:

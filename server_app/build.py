@@ -142,17 +142,32 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
         arguments["name"] = inner
     if issubclass(strategy_class, ProWD):
         arguments["low_bit_training"] = settings.low_bit_training
+    if not name:
+        return _make_own(strategy_class, inner, arguments)
     try:
         return strategy_class(**arguments)
     except ValueError as error:
         raise SettingsError(str(error)) from None
+
+
+def _make_own(
+    strategy_class: type[MixedPrecisionStrategy], text: str, arguments: Mapping[str, Any]
+) -> MixedPrecisionStrategy:
+    """Make a strategy of the user's own, and name it where that fails."""
+    try:
+        made = strategy_class(**arguments)
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"strategy: {text!r} cannot be made ({in_one_line(error)})") from None
     except TypeError as error:
-        if name:
-            raise
         raise SettingsError(
-            f"strategy: {inner!r} cannot be made ({in_one_line(error)}); it defines combine, and "
+            f"strategy: {text!r} cannot be made ({in_one_line(error)}); it defines combine, and "
             "its __init__ passes **kwargs on"
         ) from None
+    if not hasattr(made, "nodes"):
+        raise SettingsError(f"strategy: the __init__ of {text!r} does not call super().__init__")
+    return made
 
 
 def _broadcast(settings: Settings, strategy_class: type[MixedPrecisionStrategy]) -> Broadcast:

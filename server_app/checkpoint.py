@@ -28,7 +28,7 @@ from server_app.plain import to_json
 from server_app.record import versions, writing
 from strategies.states import State, not_finite
 from task.errors import SettingsError
-from task.files import checksum, write_atomic
+from task.files import checksum, printable, reason, write_atomic
 from task.reference import in_one_line
 
 # Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
@@ -212,6 +212,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         If there is none, it is damaged, or of another format.
     """
     path = folder / _FOLDER / _FILE
+    named = printable(path)
     try:
         path.stat()  # safe_open calls a file missing that we may not see.
         with safe_open(path, "pt") as file:
@@ -220,22 +221,24 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         head = json.loads(metadata["prowd"])
         if head["format"] != FORMAT:
             raise SettingsError(
-                f"resume: {path} has format {head['format']}; this version reads {FORMAT}"
+                f"resume: {named} has format {head['format']}; this version reads {FORMAT}"
             )
         arrays = {name: tensor.numpy() for name, tensor in kept.items()}
         if metadata["sha256"] != checksum(metadata["prowd"], arrays):
-            raise SettingsError(f"resume: {path} is damaged: its checksum is of something else")
+            raise SettingsError(f"resume: {named} is damaged: its checksum is of something else")
         # In the order of the run: safetensors keeps its own.
         model = {name: kept[f"model/{name}"] for name in head["model"]}
         tensors = {name: kept[f"strategy/{name}"] for name in head["strategy"]}
         if not_finite(model) is not None:
-            raise SettingsError(f"resume: the model in {path} is not finite")
+            raise SettingsError(f"resume: the model in {named} is not finite")
         identity = Identity(**head["identity"])
         return Checkpoint(identity, head["round"], head["seconds"], model, tensors, head["values"])
     except (FileNotFoundError, NotADirectoryError):
-        raise SettingsError(f"resume: there is no checkpoint {path}") from None
+        raise SettingsError(f"resume: there is no checkpoint {named}") from None
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise SettingsError(f"resume: {path} is no checkpoint that can be read: {error}") from None
+        raise SettingsError(
+            f"resume: {named} is no checkpoint that can be read: {reason(error)}"
+        ) from None
 
 
 def _facts(identity: Identity) -> dict[str, object]:

@@ -27,8 +27,9 @@ from strategies.undocumented import (
     RunNotRunningException,
     add_exit_handler,
 )
-from task.errors import SettingsError
+from task.errors import SettingsError, words_of
 from task.failures import explain, one_line
+from task.files import printable
 
 TRACEBACK = "traceback.txt"
 _FLOWER = logging.getLogger("flwr")
@@ -37,6 +38,10 @@ _STOPPED = (
     "about a minute"
 )
 _GOES_ON = "docs/resume.md says how to go on"
+_NOT_BEGUN = (
+    "Flower's simulation has ended before the first round: a signal stopped it, or it could not "
+    "start, and its log says why"
+)
 # On an exception that has been said in one line.
 _SAID = "_prowd_said"
 
@@ -110,27 +115,28 @@ class Ending:
 
     def _end_with(self, error: BaseException) -> None:
         """Say the error in one line and raise it, or what stands for it."""
-        if isinstance(error, (SettingsError, FederationError)):
-            line = one_line(str(error))
-            self._fail(line)
-            raise _said(type(error)(line)) from None
         if self._reason is not None:
             # Flower ends the process, and this thread with it.
             if isinstance(error, Exception):
                 raise _said(RunFailed(self._reason)) from None
             return
-        if isinstance(error, RunNotRunningException):
-            line = _STOPPED
-        elif isinstance(error, KeyboardInterrupt):
-            line = f"interrupted {_when(self._record)}"
-        else:
-            line = explain(error, self._config, "the run", _when(self._record))
-            line += self._keep_traceback(error)
-        self._fail(line)
+        for kind in (SettingsError, FederationError):
+            if isinstance(error, kind) and (line := one_line(words_of(error))):
+                self._fail(line)
+                # Not of the error's own class, which may take other arguments.
+                raise _said(kind(line)) from None
         if isinstance(error, KeyboardInterrupt):
+            self._fail(f"interrupted {_when(self._record)}")
             return
-        failed = RunFailed(line)
-        raise (_said(failed) if TRACEBACK in line else failed) from error
+        if isinstance(error, RunNotRunningException):
+            self._fail(_STOPPED)
+            raise _said(RunFailed(_STOPPED)) from None
+        line = explain(error, self._config, "the run", _when(self._record))
+        kept = self._keep_traceback(error)
+        self._fail(line + kept)
+        failed = RunFailed(line + kept)
+        # Flower prints the traceback where there is no file to keep it in.
+        raise (_said(failed) if kept else failed) from error
 
     def _on_exit(self) -> None:
         """What Flower calls before it ends the process; after a good end too."""
@@ -145,7 +151,10 @@ class Ending:
         this run, and this run for clients that are there no longer.
         """
         threading.main_thread().join()
-        self._fail(f"stopped by a signal, as SIGTERM; {_GOES_ON}")
+        if self._record is not None and self._record.round_begun:
+            self._fail(f"stopped by a signal, as SIGTERM; {_GOES_ON}")
+        else:  # It may have ended before it had this exit handler to call.
+            self._fail(_NOT_BEGUN)
         time.sleep(FORCE_EXIT_TIMEOUT_SECONDS)
         os._exit(1)
 
@@ -174,14 +183,15 @@ class Ending:
         path = self._record.folder / TRACEBACK
         try:
             with writing(path):
-                path.write_text("".join(traceback.format_exception(error)))
+                text = "".join(traceback.format_exception(error))
+                path.write_text(text, encoding="utf-8", errors="backslashreplace")
         except SettingsError:
             return ""
-        return f"; traceback in {path}"
+        return f"; traceback in {printable(path)}"
 
 
 class _LastWords(logging.Filter):
-    """Hears what Flower logs before it ends the process, and shortens what has been said."""
+    """Hears what Flower logs before it ends the process, and leaves out what one line says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,15 +199,17 @@ class _LastWords(logging.Filter):
         self._too_much = ""
 
     def filter(self, record: LogRecord) -> bool:
-        """Let everything pass, but for a traceback of what stands in one line already."""
+        """Let everything pass, but for tracebacks of what one line says, or will say."""
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-        if getattr(error, _SAID, False):
-            record.exc_info = None
-        elif error is not None and str(record.msg).endswith("raised an exception"):
-            self._error = error
-        elif str(record.msg).startswith("The ActorPool is empty") and record.args:
+        text = record.msg if isinstance(record.msg, str) else ""
+        if text.startswith("The ActorPool is empty") and record.args:
             self._too_much = _too_much(record.args)
-        return True
+        elif error is not None and text.endswith("raised an exception"):
+            self._error = error
+        if self._too_much or getattr(error, _SAID, False):
+            record.exc_info = None
+        # Flower also logs them as texts, at every level that the error passes.
+        return not (self._too_much and text.startswith("Traceback (most recent call last)"))
 
     def reason(self, *, superlink_ended: bool) -> str:
         """Return why Flower ends the process, as far as it said so."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from task.errors import SettingsError
+from task.files import is_utf8
 from task.protocol import plain
 
 # Nothing that is written is nested so deeply but what holds itself.
@@ -41,7 +42,7 @@ def to_json(value: object, *path: str, as_null: bool = True) -> object:
         value = value.tolist()
     elif isinstance(value, np.generic):
         value = value.item()
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and is_utf8(value)):
         return value
     if isinstance(value, int) and value.bit_length() <= _MOST_BITS:
         return int(value)
@@ -50,7 +51,7 @@ def to_json(value: object, *path: str, as_null: bool = True) -> object:
     if isinstance(value, (Mapping, list, tuple)) and len(path) > _DEEPEST:
         raise SettingsError(f"{'/'.join(path[:2])} holds itself, which JSON cannot")
     if isinstance(value, Mapping):
-        if odd := [key for key in value if not isinstance(key, str)]:
+        if odd := [k for k in value if not (isinstance(k, str) and is_utf8(k))]:
             raise SettingsError(_line(path, f"has the key {odd[0]!r}"))
         return {str(k): to_json(part, *path, str(k), as_null=as_null) for k, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -22,7 +22,7 @@ from server_app.board import Board
 from server_app.plain import to_json
 from server_app.unused import UnusedRounds
 from task.errors import SettingsError
-from task.files import write_atomic
+from task.files import is_utf8, printable, reason, write_atomic
 
 _PACKAGES = ("prowd", "flwr", "torch", "torchvision", "numpy", "pydantic", "ray", "flwr-datasets")
 
@@ -47,8 +47,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise SettingsError(f"output-dir: {path} cannot be written: {reason}") from None
+        raise SettingsError(
+            f"output-dir: {printable(path)} cannot be written: {reason(error)}"
+        ) from None
 
 
 @contextmanager
@@ -63,7 +64,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise SettingsError(f"resume: {folder} cannot be opened: {error.strerror}") from None
+        raise SettingsError(
+            f"resume: {printable(folder)} cannot be opened: {reason(error)}"
+        ) from None
     try:
         _lock(descriptor, folder)
         yield
@@ -75,13 +78,13 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SettingsError(f"resume: another process is writing {folder}") from None
+        raise SettingsError(f"resume: another process is writing {printable(folder)}") from None
     except OSError as error:  # A file system without locks.
         log(
             WARNING,
             "prowd: %s cannot be locked (%s): two processes could write this record at once",
-            folder,
-            error.strerror or error,
+            printable(folder),
+            reason(error),
         )
 
 
@@ -98,7 +101,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as error:
-        raise SettingsError(f"resume: {path} cannot be read: {error}") from None
+        raise SettingsError(f"resume: {printable(path)} cannot be read: {reason(error)}") from None
     return content
 
 
@@ -260,7 +263,8 @@ class RunRecord:
                 raise ValueError("a round is missing")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(
-                f"resume: {path} does not hold the {rounds} rounds of the checkpoint: {error}"
+                f"resume: {printable(path)} does not hold the {rounds} rounds of the checkpoint: "
+                f"{reason(error)}"
             ) from None
         for entry in entries:
             self._count(entry)
@@ -308,18 +312,26 @@ def open_record(output_dir: str, run_name: str, strategy: str, dataset: str) -> 
             return RunRecord(base / (stem if attempt == 1 else f"{stem}-{attempt}"))
         except RunExistsError:
             continue  # Two runs may begin in one second.
-    raise SettingsError(f"output-dir: {base} holds a hundred runs of this second")
+    raise SettingsError(f"output-dir: {printable(base)} holds a hundred runs of this second")
 
 
 def _make(folder: Path) -> None:
+    if not is_utf8(str(folder)):  # As a home may be; the settings that go on with the run are.
+        raise SettingsError(
+            f"output-dir: {printable(folder)} is not in UTF-8; allowed: a path that is"
+        )
     try:
         folder.mkdir(parents=True)
-    except FileExistsError:
-        raise RunExistsError(
-            f"run-name: {folder} exists already; choose another name or leave it empty"
-        ) from None
     except OSError as error:
-        raise SettingsError(f"output-dir: {folder} cannot be made: {error}") from None
+        # A folder on the way to it may also be there already, as a link to nowhere.
+        if isinstance(error, FileExistsError) and os.path.lexists(folder):
+            raise RunExistsError(
+                f"run-name: {printable(folder)} exists already; choose another name or leave it "
+                "empty"
+            ) from None
+        raise SettingsError(
+            f"output-dir: {printable(folder)} cannot be made: {reason(error)}"
+        ) from None
 
 
 @cache

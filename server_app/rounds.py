@@ -65,13 +65,18 @@ def run_rounds(
         left = seconds_a_round * (settings.num_server_rounds - server_round)
         record.append_round(entry, strategy.round_log.weights, totals(entry, left))
         if server_round == 1 and not entry["clients"]["aggregated"]:
-            reason = next(iter(entry["left_out"].values()), "none answered")
-            raise FederationError(f"no client could be used in the first round: {reason}")
+            raise FederationError(f"no client could be used in the first round: {_why(entry)}")
         keep(server_round, to_state(arrays))
         log(INFO, "%s", format_round(entry, settings.num_server_rounds, left))
         _end_if_nothing_is_used(strategy, record, is_last=False)
     # Also where no round was left to go on with.
     _end_if_nothing_is_used(strategy, record, is_last=True)
+
+
+def _why(entry: Mapping[str, Any]) -> str:
+    """Return why no update was used, though somebody was asked."""
+    unread = "the strategy has read no update that it was given"
+    return next(iter(entry["left_out"].values()), entry.get("dropped", unread))
 
 
 def _end_if_nothing_is_used(

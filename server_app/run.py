@@ -24,11 +24,13 @@ from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from server_app.record import RunRecord, read_json
 from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
+from strategies.rollback import what_is_kept
 from strategies.states import State
 from strategies.undocumented import is_simulated
 from task.data import describe, fingerprint, load_dataset
 from task.devices import pick_device
 from task.errors import SettingsError
+from task.files import printable
 from task.models import build_model, check_repeatable
 from task.partition import evaluation_images, partition, server_pixels
 from task.partition_file import fingerprint_of_file
@@ -190,7 +192,8 @@ def reopen(folder: Path, data_dir: str = "") -> tuple[Run, Checkpoint]:
 def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = None) -> None:
     """Run the rounds that are left, and leave the last model whatever ends them."""
     strategy, name = run.strategy, run.settings.strategy
-    log(INFO, "prowd: %s on %s, record in %s", name, run.settings.dataset, run.folder)
+    where = printable(run.folder)
+    log(INFO, "prowd: %s on %s, record in %s", name, run.settings.dataset, where)
     if saved is None:
         _gather(grid, run)
         done, model = 0, federated_state(run.model)
@@ -206,7 +209,8 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
 
     def keep(server_round: int, state: State) -> None:
         nonlocal done, model
-        checkpoints.write(server_round, record.seconds, state, *strategy.checkpoint())
+        kept = what_is_kept(strategy.checkpoint)
+        checkpoints.write(server_round, record.seconds, state, *kept)
         done, model = server_round, state
 
     if saved is None:
@@ -226,7 +230,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
     short, dropped = record.short_rounds, record.dropped_rounds
     also = f"clients were left out of {short} of its rounds (rounds.jsonl); " if short else ""
     also += f"the result of {dropped} of its rounds was dropped (rounds.jsonl); " if dropped else ""
-    log(INFO, "prowd: completed; %srecord in %s", also, run.folder)
+    log(INFO, "prowd: completed; %srecord in %s", also, where)
 
 
 def _write_model(run: Run, record: RunRecord, done: int, model: State) -> None:
@@ -239,10 +243,12 @@ def _write_model(run: Run, record: RunRecord, done: int, model: State) -> None:
 
 def _refuse_completed(folder: Path, done: int, asked: int) -> None:
     if done > asked:
-        raise SettingsError(f"num-server-rounds: {asked}, but {folder} has {done} rounds already")
+        raise SettingsError(
+            f"num-server-rounds: {asked}, but {printable(folder)} has {done} rounds already"
+        )
     status = read_json(folder / "summary.json").get("status")
     if done == asked and status == "completed":
         raise SettingsError(
-            f"resume: {folder} is completed with its {done} rounds; "
+            f"resume: {printable(folder)} is completed with its {done} rounds; "
             "a higher num-server-rounds goes on with it"
         )

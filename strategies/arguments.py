@@ -1,5 +1,6 @@
 """Arguments of strategies in the library, held to the rules that the settings of a run have."""
 
+from collections.abc import Iterable
 from typing import Literal, TypeVar, get_args
 
 from task.errors import SettingsError
@@ -40,6 +41,22 @@ equal to 1
         # Of a strategy that does not know how clients train.
         values.setdefault("low-bit-training", "strict")
     return Settings.read(values)
+
+
+def names_in(argument: str, names: object) -> frozenset[str]:
+    """Return names that were given; a text alone would be the names of its letters.
+
+    Raises
+    ------
+    SettingsError
+        If they are no collection of texts.
+    """
+    if not isinstance(names, Iterable) or isinstance(names, str):
+        raise SettingsError(f"{argument}: {names!r} is not allowed: it should be several names")
+    given = list(names)
+    if odd := [name for name in given if not isinstance(name, str)]:
+        raise SettingsError(f"{argument}: it holds {odd[0]!r}; allowed: names")
+    return frozenset(given)
 
 
 def own_options(options: Own | None, kind: type[Own], owner: object) -> Own:

@@ -37,7 +37,7 @@ from quant import (
     quantize_fitted,
     quantize_state,
 )
-from strategies.arguments import Broadcast, checked
+from strategies.arguments import Broadcast, checked, names_in
 from strategies.asked import Asked
 from strategies.decoding import decode_in_turn
 from strategies.errors import FederationError
@@ -54,9 +54,16 @@ from strategies.replies import (
     open_report,
     payload_of,
 )
-from strategies.rollback import RoundDropped, Snapshot, why_unusable
+from strategies.rollback import RoundDropped, Snapshot, what_is_kept, why_unusable
 from strategies.screening import usable
-from strategies.states import State, to_array, to_arrays, to_state, without_negative_variances
+from strategies.states import (
+    State,
+    check_model,
+    to_array,
+    to_arrays,
+    to_state,
+    without_negative_variances,
+)
 from task.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report, plain
 
 
@@ -159,7 +166,7 @@ class MixedPrecisionStrategy(Strategy):
         self.coded = own.lossless_coding
         self.local_epochs = None if local_epochs is None else own.local_epochs
         self.batch_size = own.batch_size
-        self.quantized = None if quantized is None else frozenset(quantized)
+        self.quantized = None if quantized is None else names_in("quantized", quantized)
         self.nodes = Nodes(own.min_nodes, own.node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
@@ -368,10 +375,12 @@ class MixedPrecisionStrategy(Strategy):
 
     def _combine_or_drop(self, server_round: int, updates: Iterator[ClientUpdate]) -> State | None:
         """Return the next model, or None and all that is kept as it was before."""
-        before = Snapshot.of(*self.checkpoint(), self.replaces_kept)
+        before = Snapshot.of(*what_is_kept(self.checkpoint), self.replaces_kept)
         try:
             state = self.combine(server_round, self._asked.start, updates)
-            reason = why_unusable(state, self.checkpoint()[0], before.tensors)
+            if state is not None:
+                check_model(state, self._asked.start, type(self).__name__)
+            reason = why_unusable(state, what_is_kept(self.checkpoint)[0], before.tensors)
         except RoundDropped as error:
             state, reason = None, str(error)
         except BaseException:

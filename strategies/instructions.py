@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message
 
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
 from task.errors import SettingsError
-from task.protocol import BY_BROADCAST, CONFIG, Instruction, Uplink
+from task.protocol import BY_BROADCAST, CONFIG, Instruction, ProtocolError, Uplink
 
 _ALLOWED = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"
 
@@ -42,6 +42,10 @@ def completed(instruction: Instruction, by_broadcast: int, owner: str) -> Instru
     if instruction.uplink not in get_args(Uplink):
         allowed = ", ".join(get_args(Uplink))
         raise SettingsError(f"uplink: {asks} {instruction.uplink!r}; allowed: {allowed}")
+    try:
+        Instruction.from_record(instruction.to_record())
+    except ProtocolError as error:
+        raise SettingsError(f"strategy: {asks} what cannot be sent: {error}") from None
     if instruction.tracking_epoch and downlink != FLOAT_BITS:
         raise SettingsError(
             f"downlink-bits: {asks} {downlink} beside tracking, whose corrections need the exact "

@@ -1,17 +1,37 @@
 """A round whose result is dropped: what the strategy keeps is put back, as if it had never been."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from strategies.states import State, not_finite
+from task.errors import SettingsError
 
 
 class RoundDropped(Exception):
     """Raised in `combine` where no model can be made of a round; the message says why."""
+
+
+def what_is_kept(checkpoint: Callable[[], object]) -> tuple[State, dict[str, object]]:
+    """Return what a strategy's `checkpoint` returns: tensors and values by name.
+
+    Raises
+    ------
+    SettingsError
+        If it returns anything else.
+    """
+    match checkpoint():
+        case (Mapping() as tensors, Mapping() as values):
+            return dict(tensors), dict(values)
+        case other:
+            name = getattr(checkpoint, "__qualname__", "checkpoint")
+            raise SettingsError(
+                f"strategy: {name} returns a {type(other).__name__}; allowed: two mappings, one "
+                "of tensors and one of values that JSON can hold"
+            )
 
 
 @dataclass(frozen=True)

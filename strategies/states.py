@@ -8,8 +8,53 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from quant import STYPE, is_variance
+from task.errors import SettingsError
 
 State = dict[str, Tensor]
+# What NumPy holds too; a model is float32 again when the next round begins.
+_FLOATS = (torch.float16, torch.float32, torch.float64)
+
+
+def check_model(model: object, start: Mapping[str, Tensor], owner: str) -> None:
+    """Refuse what is not the next model of a round: every tensor of the one before, in its shape.
+
+    Parameters
+    ----------
+    model : object
+        From `MixedPrecisionStrategy.combine`.
+    start : mapping of str to Tensor
+        The model that the round began with.
+    owner : str
+        Class that it is from, for the error.
+
+    Raises
+    ------
+    SettingsError
+        One line that names the tensor.
+    """
+    if not isinstance(model, Mapping):
+        wrong = f"a {type(model).__name__}"
+    elif odd := [name for name in start if name not in model]:
+        wrong = f"no {odd[0]}"
+    elif odd := [name for name in model if name not in start]:
+        wrong = f"{odd[0]}, which the model has not"
+    else:
+        wrong = next((w for n in start if (w := _unlike(model[n], n, start[n]))), "")
+    if wrong:
+        raise SettingsError(
+            f"strategy: {owner}.combine returns {wrong}; allowed: all tensors of the model by name"
+        )
+
+
+def _unlike(value: object, name: str, before: Tensor) -> str:
+    if not isinstance(value, Tensor):
+        return f"for {name} a {type(value).__name__}"
+    if value.shape != before.shape:
+        return f"{name} of shape {list(value.shape)} for {list(before.shape)}"
+    if value.dtype not in _FLOATS or value.is_sparse or value.is_meta:
+        kind = "sparse" if value.is_sparse else "on meta" if value.is_meta else value.dtype
+        return f"{name} that is {kind} for {before.dtype}"
+    return ""
 
 
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
@@ -56,4 +101,5 @@ def to_state(arrays: ArrayRecord) -> State:
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     """Turn a state dict into Flower's record, one array a tensor."""
-    return ArrayRecord({n: Array.from_numpy_ndarray(t.numpy()) for n, t in state.items()})
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
+    return ArrayRecord({name: Array.from_numpy_ndarray(array) for name, array in arrays.items()})

@@ -5,7 +5,8 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from task.errors import SettingsError
+from task.errors import SettingsError, words_of
+from task.files import printable
 from task.reference import PACKAGES, is_reference
 
 PROJECT = Path(__file__).parents[1]
@@ -34,38 +35,42 @@ def explain(
     str
         Of a `SettingsError` its message alone.
     """
-    if isinstance(error, SettingsError):
-        return one_line(str(error))
-    said = _said(error)
+    text = one_line(words_of(error))
+    if isinstance(error, SettingsError) and text:
+        return text
+    if len(text) > _MOST_CHARACTERS:
+        text = text[:_MOST_CHARACTERS].rstrip() + " ..."
     frames = _frames(error)
-    setting, theirs = _users_code(settings, frames)
+    own = _users_modules(settings)
+    setting, theirs = _users_code(settings, own, frames)
     subject = setting or what
-    place = theirs or _deepest(frames)
+    told = _tells_all(error, text)
+    said = text if told else _said(error, text)
     line = f"{' '.join([subject, 'failed', when]).rstrip()}: {said}" if subject else said
-    return f"{line} ({place})" if place and not _is_deliberate(error) else line
+    place = theirs or _deepest(frames)
+    if told or not place:
+        return line
+    # What the user's code returned may be the cause, and is what cannot be known here.
+    beside = " and ".join(f"{key} {settings[key]!r}" for key in own if not setting)
+    return f"{line} ({place}{', with ' if beside else ''}{beside})"
 
 
 def one_line(text: str) -> str:
-    """Return a text with spaces for its line breaks."""
-    return " ".join(text.split())
+    """Return a text as one line that any terminal, log and file can take."""
+    return printable(" ".join(text.split()))
 
 
-def _said(error: BaseException) -> str:
-    text = one_line(str(error))
-    if len(text) > _MOST_CHARACTERS:
-        text = text[:_MOST_CHARACTERS] + " ..."
+def _said(error: BaseException, text: str) -> str:
     kind = type(error)
     name = kind.__name__
     if kind.__module__.partition(".")[0] == "httpx":
         return f"the SuperLink cannot be reached: {name}{': ' if text else ''}{text}"
-    if _is_deliberate(error) and text:
-        return text
     return f"{name}: {text}" if text else name
 
 
-def _is_deliberate(error: BaseException) -> bool:
-    """Whether the error is of a class of the project's own: its message then says it all."""
-    return type(error).__module__.partition(".")[0] in PACKAGES
+def _tells_all(error: BaseException, text: str) -> bool:
+    """Whether an error is of a class of the project's own, whose message names what is wrong."""
+    return bool(text) and type(error).__module__.partition(".")[0] in PACKAGES
 
 
 def _frames(error: BaseException) -> list[tuple[Path, int]]:
@@ -73,21 +78,28 @@ def _frames(error: BaseException) -> list[tuple[Path, int]]:
     return [(Path(frame.f_code.co_filename), line) for frame, line in found]
 
 
-def _users_code(settings: Mapping[str, object], frames: list[tuple[Path, int]]) -> tuple[str, str]:
-    """Return which setting's code failed, and its deepest place; empty if none did."""
+def _users_modules(settings: Mapping[str, object]) -> dict[str, str]:
+    """Return the modules of the user's own that are imported here, by setting."""
     named = {key: str(settings.get(key) or "") for key in ("strategy", "model")}
-    modules = {
-        key: name.partition(":")[0]
-        for key, name in named.items()
-        if is_reference(name) and name.partition(":")[0] in sys.modules
+    modules = {key: name.partition(":")[0] for key, name in named.items() if is_reference(name)}
+    return {
+        key: module
+        for key, module in modules.items()
+        if module in sys.modules and module.partition(".")[0] not in PACKAGES
     }
-    modules = {k: m for k, m in modules.items() if m.partition(".")[0] not in PACKAGES}
+
+
+def _users_code(
+    settings: Mapping[str, object], modules: Mapping[str, str], frames: list[tuple[Path, int]]
+) -> tuple[str, str]:
+    """Return which setting's code failed, and its deepest place; empty if none did."""
     # First by the module itself: strategy and model may be of one package.
     for root_of in (_file_of, _package_of):
         for path, _ in reversed(frames):
             for key, module in modules.items():
                 if (file := root_of(module)) and (path == file or file in path.parents):
-                    return f"{key}: {named[key]!r}", _deepest(frames, _package_of(module) or file)
+                    place = _deepest(frames, _package_of(module) or file)
+                    return f"{key}: {settings[key]!r}", place
     return "", ""
 
 

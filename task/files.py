@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from task.errors import SettingsError
+from task.errors import SettingsError, words_of
 
 
 def user_path(setting: str, value: str | os.PathLike[str]) -> Path:
@@ -43,10 +43,19 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in characters)
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be written in UTF-8; a file's name need not be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def reason(error: BaseException) -> str:
     """Return why something failed, in one line and without the path."""
-    words = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
-    return printable(words.splitlines()[0])
+    words = str(getattr(error, "strerror", None) or words_of(error)).strip()
+    return printable((words or type(error).__name__).splitlines()[0])
 
 
 def write_atomic(path: Path, data: bytes) -> None:

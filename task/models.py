@@ -154,7 +154,13 @@ def _memory(state: dict[str, Tensor]) -> set[int]:
 
 
 def _check_weights(model: nn.Module, name: str) -> None:
-    """Refuse weights that are not float32, or not finite: they cannot be sent, nor averaged."""
+    """Refuse what cannot be sent and averaged: weights not float32, not finite, nowhere, sparse."""
+    sent = model.state_dict()
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise SettingsError(f"model: {name!r}: {key} is on meta; allowed: weights in memory")
+        if key in sent and tensor.layout != torch.strided:
+            raise SettingsError(f"model: {name!r}: {key} is {tensor.layout}; allowed: dense")
     for key, weight in model.named_parameters():
         if isinstance(weight, nn.parameter.UninitializedParameter):
             continue

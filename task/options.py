@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
 
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
 from task.errors import SettingsError
@@ -36,6 +36,12 @@ def _check_width_or_none(bits: int) -> int:
 WidthOrNone = Annotated[int, AfterValidator(_check_width_or_none), Allowed(_WIDTH_OR_NONE)]
 
 
+# Characters of a value in an error.
+_MOST_SHOWN = 200
+# Beyond it a number is an infinity to every tensor that it meets.
+_MOST_FLOAT = float(np.finfo(np.float32).max)
+
+
 class Options(BaseModel):
     """Base of everything that is set from outside: strict types, kebab-case keys, frozen.
 
@@ -51,6 +57,13 @@ class Options(BaseModel):
         validate_by_alias=True,
         allow_inf_nan=False,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _float32_holds(cls, value: object) -> object:
+        if isinstance(value, float) and abs(value) > _MOST_FLOAT:
+            raise ValueError(f"allowed are numbers that float32 holds, up to {_MOST_FLOAT:.2g}")
+        return value
 
     def __init__(self, **values: Any) -> None:
         self._fill(values, "")
@@ -127,5 +140,11 @@ def _line(error: Mapping[str, Any], prefix: str) -> str:
     if isinstance(cause := error.get("ctx", {}).get("error"), SettingsError):
         return str(cause)
     if error["type"] == "extra_forbidden":
-        return f"{key}: there is no such setting (value {error['input']!r})"
-    return f"{key}: {error['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
+        return f"{key}: there is no such setting (value {_shown(error['input'])})"
+    return f"{key}: {_shown(error['input'])} is not allowed: {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: object) -> str:
+    """Return a value as one writes it, but of a long one its beginning."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ..."

@@ -3,7 +3,7 @@
 import importlib
 import re
 
-from task.errors import SettingsError
+from task.errors import SettingsError, words_of
 
 # Of the project's own, found before a package of the user's of the same name. `experiments` calls
 # runs, and is called by none.
@@ -63,5 +63,5 @@ def _taken(module_name: str) -> str:
 
 def in_one_line(error: BaseException) -> str:
     """Return the kind of an error and the first line of what it says."""
-    lines = str(error).splitlines()
+    lines = words_of(error).splitlines()
     return ": ".join([type(error).__name__, *lines[:1]])

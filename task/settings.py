@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from quant.grid import ALLOWED_WIDTHS, FLOAT_BITS
 from task.errors import SettingsError
+from task.files import is_utf8
 from task.mix import parse_mix
 from task.options import Allowed, Options, WidthOrNone, parse_assignments
 
@@ -20,10 +21,12 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
+# More than any machine has; torch would try to start as many as it is told.
+Threads = Annotated[int, Field(ge=1, le=1024)]
 
 # What is allowed, in words, for the page of settings and for the errors of the validators below.
 _BOUND = "0, and 1 or more"
-_NAME = "letters, digits and . _ + = - only, beginning with a letter or digit"
+_NAME = "letters, digits and . _ + = - only, beginning with a letter or digit; 200 bytes at most"
 _MIX = f"bits:share,...; bits {ALLOWED_WIDTHS}, each once; shares above 0, 1 in all"
 AbsolutePath = Annotated[str, Allowed("path, absolute or from ~")]
 
@@ -153,10 +156,8 @@ class Settings(Options):
     )
 
     seed: Count = Field(0, lt=2**63, description="Seeds everything.")
-    client_threads: AtLeastOne = Field(1, description="Threads of a client; changes the last bits.")
-    server_threads: AtLeastOne = Field(
-        1, description="Threads of the server; changes the last bits."
-    )
+    client_threads: Threads = Field(1, description="Threads of a client; changes the last bits.")
+    server_threads: Threads = Field(1, description="Threads of the server; changes the last bits.")
     server_device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="Where the server evaluates, rounds and distils: auto is the GPU where there "
@@ -200,6 +201,8 @@ class Settings(Options):
         # The app runs from a copy, in the SuperLink's working directory, not in the user's.
         if "\0" in value:
             raise ValueError("a path cannot hold a NUL")
+        if not is_utf8(value):
+            raise ValueError("the path must be in UTF-8, as all settings are")
         if value and not os.path.isabs(os.path.expanduser(value)):
             if value.startswith("~"):
                 user = value.split(os.sep)[0]
@@ -213,7 +216,9 @@ class Settings(Options):
     @field_validator("run_name")
     @classmethod
     def _name_is_a_folder(cls, value: str) -> str:
-        if value and not re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", value):
+        if value and not (
+            re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", value) and len(value.encode()) <= 200
+        ):
             raise ValueError(_NAME)
         return value
 

@@ -237,6 +237,11 @@ def train(
     model.cpu()
     trained = tensors_of(model, names)
     for name, tensor in trained.items():
+        if tensor.shape != (shape := began[name].shape):
+            raise SettingsError(
+                f"model: {name} has shape {list(tensor.shape)} after training; it must stay "
+                f"{list(shape)}"
+            )
         if not is_finite(tensor):
             raise DivergedError(f"training diverged: {name} is not finite after {steps} steps")
     moved = {name: tensor - began[name] for name, tensor in trained.items()}

@@ -63,6 +63,20 @@ def test_it_leaves_the_whole_run_record(default_run):
     }
 
 
+def test_an_engine_that_cannot_start_ends_the_run_with_one_line(flower):
+    """Flower's simulation wants more CPUs than there are, while the run waits for its nodes."""
+    run = flower.run("engine", "num-supernodes=2 client-resources-num-cpus=100000", model="toy:net")
+    assert run.status == "finished:failed"
+    assert run.summary["status"] == "failed"
+    line = run.summary["reason"]
+    assert line.startswith(
+        "federation-config: client-resources-num-cpus=100000 client-resources-num-gpus=0 is more "
+        "than there is for a single client; the simulation has "
+    )
+    assert [text.partition("prowd: ")[2] for text in run.output.splitlines()].count(line) == 1
+    assert "Traceback" not in run.output
+
+
 def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
     """Two systems, begun together; the second call finds one of them done and runs the other."""
     (empty := tmp_path / "empty").mkdir()

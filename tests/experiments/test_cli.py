@@ -78,6 +78,28 @@ def test_whatever_ends_the_command_is_one_line(words, reason, run_folder, tmp_pa
     assert line.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "the following arguments are required: COMMAND; prowd --help says what there is"),
+        (["nix"], "argument COMMAND: invalid choice: 'nix' (choose from 'compare', 'report', "),
+        (["report"], "the following arguments are required: RUN_DIR; prowd report --help says wh"),
+        (
+            ["export", "x", "--bits", "a\nb"],
+            r"argument --bits: invalid int value: 'a\nb'; prowd exp",
+        ),
+        (["compare", "x", "--nope\n"], "unrecognized arguments: --nope; prowd --help says what th"),
+    ],
+)
+def test_a_command_that_is_none_is_one_line(words, line, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"prowd: {line}")
+
+
 def test_a_fault_of_our_own_is_one_line_with_its_place(monkeypatch, capsys):
     def broken():
         raise ZeroDivisionError("by zero")

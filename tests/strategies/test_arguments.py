@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from wrong_values import wrong_values
 
 from quant import FineTuning, QuantConfig, StrictSGD, fixed_point
 from server_app.build import build_strategy, read_settings
@@ -54,6 +55,31 @@ def test_every_strategy_checks(kind):
     assert "batch-size: 0 is not allowed" in refusal(lambda: kind(batch_size=0))
     assert "broadcast: 'nearst' is not allowed" in refusal(lambda: kind(broadcast="nearst"))
     assert "broadcast: 'auto' is not allowed" in refusal(lambda: kind(broadcast="auto"))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_refuses_every_argument_by_its_name(name):
+    """One value of each, whose words are those of the app; and its own settings' values."""
+    kind = STRATEGIES[name]
+    make = (lambda **given: kind("FedAvg", **given)) if name == "flwr" else kind
+    for setting, values in WRONG.items():
+        argument = NAMES.get(setting, setting.replace("-", "_"))
+        refused = refusal(lambda make=make, given={argument: values[0]}: make(**given))
+        assert refused.startswith(f"{setting}: {values[0]!r} is not allowed: ")
+    if hasattr(kind, "Options"):
+        assert refusal(lambda: make(options=3)).startswith(f"options: {kind.__name__} has 3; allow")
+        for field, info in kind.Options.model_fields.items():
+            for value, allowed in wrong_values(info):
+                refused = refusal(lambda given={field: value}: kind.Options(**given))
+                assert refused.startswith(f"{info.alias}: {value!r} is not allowed: ")
+                assert allowed in refused
+
+
+@pytest.mark.parametrize("given", ["conv.weight", 3, b"ab", ["conv.weight", 3]])
+def test_the_quantized_weights_are_names(given):
+    """A single name would be taken for the names of its letters."""
+    assert refusal(lambda: FedAvg(quantized=given)).startswith("quantized: ")
+    assert FedAvg(quantized=iter(["a", "b"])).quantized == {"a", "b"}
 
 
 def test_flowers_strategies_check_too():
