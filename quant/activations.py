@@ -17,6 +17,7 @@ from quant.grid import check_finite, largest_code, nan_unless_finite
 _SMALLEST_RANGE = torch.finfo(torch.float32).tiny * 2**16
 # Magnitudes are counted in so many bins to find the clipping point of least squared error.
 _BINS = 2048
+_SIGNIFICAND_BITS = 24
 # Values at a time that noise is added to, which needs memory of its own.
 _BLOCK = 1 << 17
 _CLIP_CANDIDATES = torch.arange(20, 4, -1) / 20
@@ -109,19 +110,20 @@ def fake_quantize_gradient(
     Notes
     -----
     Stochastic rounding is that of Gupta et al. (arXiv:1502.02551), for gradients that of DoReFa-Net
-    (arXiv:1606.06160). The noise has 16 bits: a probability is off by at most 2**-17.
+    (arXiv:1606.06160). The noise has 16 bits, or those that float32 leaves beside more than eight
+    of the code: a probability is off by half of its last one at most, 2**-17 at up to eight.
     """
     limit = largest_code(bits)
     low, high = _range(gradient)
     scale = _scale_of(torch.maximum(high, -low) / limit)
     codes = gradient.mul(scale.reciprocal())
+    noise_bits = min(16, _SIGNIFICAND_BITS - bits)
     # All of its memory, in the order of its memory: the result of an operation has no gaps.
     values = codes.as_strided((codes.numel(),), (1,))
     for part in values.split(_BLOCK if values.device.type == "cpu" else values.numel()):
-        whole = part.floor()
-        noise = _random_16_bits(part, generator)
-        # Their middle is half a count above zero; what is on a level never reaches the next.
-        part.sub_(whole).add_(noise, alpha=2**-16).add_(0.5 + 2**-17).floor_().add_(whole)
+        noise = _random_integers(part, noise_bits, generator)
+        # From -1/2 to 1/2 and never at either, so that what is on a level stays there.
+        part.add_(noise, alpha=2.0**-noise_bits).add_(2.0 ** -(noise_bits + 1)).round_()
         # The inverse of the scale may be a last bit too large.
         part.clamp_(-limit, limit)
     return codes.mul_(scale)
@@ -195,8 +197,10 @@ def _scale_of(step: Tensor) -> Tensor:
     return step.float().clamp(min=_SMALLEST_RANGE)
 
 
-def _random_16_bits(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return uniform int16 numbers, one a value of a flat tensor."""
+def _random_integers(like: Tensor, bits: int, generator: torch.Generator | None) -> Tensor:
+    """Return uniform signed integers of up to 16 bits, one a value of a flat tensor."""
     # Four at a draw: a quarter of the time, which on a CPU is most of that of the rounding.
     draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
-    return draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
+    draws.random_(-(2**63), None, generator=generator)
+    integers = draws.view(torch.int16)[: like.numel()]
+    return integers if bits == 16 else integers.bitwise_right_shift_(16 - bits)
