@@ -68,6 +68,8 @@ class QuantLayer(nn.Module):
     config: QuantConfig
     # Until it is fitted, each input has the grid that spans it.
     input_grid: ActivationGrid | None = None
+    # Until it is given one, the gradient's noise is from torch's own.
+    generator: torch.Generator | None = None
 
     def attach(self, config: QuantConfig) -> None:
         """Take the widths, also in place of others, and fit the scale; the input's grid is gone."""
@@ -111,7 +113,7 @@ class QuantLayer(nn.Module):
     def quantized_error(self, y: Tensor) -> Tensor:
         """Return `y`; its gradient is quantized on the way back."""
         bits = self.config.gradient_bits
-        return y if bits == FLOAT_BITS else quantize_error(y, bits)
+        return y if bits == FLOAT_BITS else quantize_error(y, bits, self.generator)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -296,6 +298,20 @@ def set_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
     for name, layer in layers_by_weight(model):
         if name in scales:
             layer.weight_scale = scales[name].clone()
+
+
+def set_generator(model: nn.Module, generator: torch.Generator) -> None:
+    """Give a prepared model's layers the source of the noise that rounds their gradients.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Prepared model.
+    generator : torch.Generator
+        On the model's device. Without one, layers draw from torch's own, as dropout does.
+    """
+    for _, layer in quantized_layers(model):
+        layer.generator = generator
 
 
 def weight_scales(model: nn.Module) -> dict[str, Tensor]:

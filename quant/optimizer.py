@@ -94,7 +94,9 @@ class StrictSGD(SGD):
             with naming(name):
                 check_finite(weight.grad, "the gradient")
             if self._gradient_bits != FLOAT_BITS:
-                weight.grad = fake_quantize_gradient(weight.grad, self._gradient_bits)
+                weight.grad = fake_quantize_gradient(
+                    weight.grad, self._gradient_bits, self._generator
+                )
         super().step()
         for name, (weight, scale) in self._on_grid.items():
             with naming(name):

@@ -28,6 +28,7 @@ from quant import (
     quantizable_weights,
     quantize_state,
     refit_scales,
+    set_generator,
     set_scales,
     tensors_of,
     watched_inputs,
@@ -204,7 +205,10 @@ def train(
     anchored = []
     if config.proximal_mu:
         anchored = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-    optimizer = _optimizer(model, config, seed)
+    # Not the numbers that dropout draws.
+    noise = torch.Generator(device_of(model)).manual_seed(derive_seed(seed, Stream.ROUNDING))
+    set_generator(model, noise)
+    optimizer = _optimizer(model, config, noise)
     began = {name: tensor.clone().cpu() for name, tensor in tensors_of(model, names).items()}
     correction = {n: tensor.to(device) for n, tensor in (correction or {}).items()}
     corrected = [(p, correction[n]) for n, p in model.named_parameters() if n in correction]
@@ -390,7 +394,9 @@ def _prepare(model: nn.Module, config: QuantConfig, weight_step: float) -> nn.Mo
     return model
 
 
-def _optimizer(model: nn.Module, config: LocalTraining, seed: int) -> torch.optim.Optimizer:
+def _optimizer(
+    model: nn.Module, config: LocalTraining, noise: torch.Generator
+) -> torch.optim.Optimizer:
     sgd: dict[str, Any] = {
         "lr": config.learning_rate,
         "momentum": config.momentum,
@@ -403,8 +409,7 @@ def _optimizer(model: nn.Module, config: LocalTraining, seed: int) -> torch.opti
         weight_scales(model),
         config.bits,
         gradient_bits=config.gradient_bits,
-        # Not the numbers that dropout draws.
-        generator=torch.Generator(device_of(model)).manual_seed(derive_seed(seed, Stream.ROUNDING)),
+        generator=noise,
         **sgd,
     )
 

@@ -153,14 +153,22 @@ def test_same_seed_same_weights():
 
 
 def test_weight_gradients_are_quantized():
-    # 2 bits: levels -4, 0, 4; 1.9 rounds to 0, -2.1 to -4. lr 1, scale 1: whole levels.
-    weight, bias = parameter([[5.0, 5.0, 5.0]]), parameter([5.0])
+    # 2 bits: levels -4, 0, 4; 1 goes to 4 in a quarter of all cases, -3 to -4 in three of four.
+    # lr 1, scale 1: whole levels.
+    count = 10_000
+    weight, bias = nn.Parameter(torch.full((1, 2 * count + 1), 5.0)), parameter([5.0])
     named = [("w", weight), ("b", bias)]
     scales = {"w": torch.tensor([1.0])}
     optimizer = StrictSGD(named, scales, 8, gradient_bits=2, generator=generator(), lr=1.0)
-    weight.grad, bias.grad = torch.tensor([[4.0, 1.9, -2.1]]), torch.tensor([1.9])
+    gradient = torch.tensor([1.0] * count + [-3.0] * count + [4.0])
+    weight.grad, bias.grad = gradient[None], torch.tensor([1.9])
     optimizer.step()
-    assert weight.tolist() == [[1, 5, 9]]
+    ones, threes, largest = weight.detach()[0].split([count, count, 1])
+    assert largest.item() == 1
+    deviation = 4 * (0.25 * 0.75 / count) ** 0.5
+    for values, levels, mean in ((ones, {1, 5}, 4), (threes, {5, 9}, 8)):
+        assert set(values.tolist()) == levels
+        assert abs(values.mean().item() - mean) < 5 * deviation
     assert bias.item() == pytest.approx(3.1)
 
 
@@ -194,7 +202,7 @@ def test_the_gradient_grid_is_that_of_the_errors():
     gradient = torch.randn(1, 200, generator=generator(5))
     gradient *= 7 / gradient.abs().max()
     weight = nn.Parameter(torch.zeros(1, 200))
-    optimizer = strict(weight, torch.tensor([1.0]), gradient_bits=4, lr=1.0)
+    optimizer = strict(weight, torch.tensor([1.0]), gradient_bits=4, lr=1.0, seed=3)
     weight.grad = gradient.clone()
     optimizer.step()
-    assert torch.equal(weight, -fake_quantize_gradient(gradient, 4).round())
+    assert torch.equal(weight, -fake_quantize_gradient(gradient, 4, generator(3)).round())

@@ -18,6 +18,7 @@ from quant import (
     load_state,
     prepare,
     quantized_layers,
+    set_generator,
     weight_scales,
 )
 from task.calibration import calibrate_activations, calibrate_normalization
@@ -250,10 +251,12 @@ CONFIGS = [
     LocalTraining(32, batch_size=8),
     LocalTraining(4, activation_bits=4, batch_size=8),
     LocalTraining(4, "strict", activation_bits=4, gradient_bits=8, batch_size=8),
+    LocalTraining(4, activation_bits=4, gradient_bits=4, batch_size=8),
 ]
+IDS = ["float32", "qat", "strict", "qat with gradient-bits"]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["float32", "qat", "strict"])
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_same_seed_same_update_other_seed_other_update(config):
     def sent(seed):
         update, score = update_and_score(small_model(), some_images(24), config, seed)
@@ -271,12 +274,15 @@ def test_strict_step_has_the_widths_of_its_configuration(gradient_bits):
     # One step put together from quant's parts.
     images, seed = some_images(24), 4
     expected = prepare(small_model(), QuantConfig(4, 6, gradient_bits))
+    # One stream: of output gradients from the last layer on, then of the optimizer.
+    noise = torch.Generator().manual_seed(derive_seed(seed, Stream.ROUNDING))
+    set_generator(expected, noise)
     optimizer = StrictSGD(
         expected.named_parameters(),
         weight_scales(expected),
         4,
         gradient_bits=gradient_bits,
-        generator=torch.Generator().manual_seed(derive_seed(seed, Stream.ROUNDING)),
+        generator=noise,
         lr=0.1,
     )
     calibrate_activations(expected, images.pixels)
