@@ -58,7 +58,7 @@ from strategies.rollback import RoundDropped, Snapshot, what_is_kept, why_unusab
 from strategies.screening import usable
 from strategies.states import (
     State,
-    check_model,
+    next_model,
     to_array,
     to_arrays,
     to_state,
@@ -379,7 +379,7 @@ class MixedPrecisionStrategy(Strategy):
         try:
             state = self.combine(server_round, self._asked.start, updates)
             if state is not None:
-                check_model(state, self._asked.start, type(self).__name__)
+                state = next_model(state, self._asked.start, type(self).__name__)
             reason = why_unusable(state, what_is_kept(self.checkpoint)[0], before.tensors)
         except RoundDropped as error:
             state, reason = None, str(error)

@@ -15,8 +15,8 @@ State = dict[str, Tensor]
 _FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
-def check_model(model: object, start: Mapping[str, Tensor], owner: str) -> None:
-    """Refuse what is not the next model of a round: every tensor of the one before, in its shape.
+def next_model(model: object, start: Mapping[str, Tensor], owner: str) -> State:
+    """Return the next model of a round: every tensor of the one before, in its shape and order.
 
     Parameters
     ----------
@@ -44,6 +44,9 @@ def check_model(model: object, start: Mapping[str, Tensor], owner: str) -> None:
         raise SettingsError(
             f"strategy: {owner}.combine returns {wrong}; allowed: all tensors of the model by name"
         )
+    assert isinstance(model, Mapping)
+    # The same objects where they can be: what is kept of them too need not be looked at twice.
+    return {n: model[n].detach() if model[n].requires_grad else model[n] for n in start}
 
 
 def _unlike(value: object, name: str, before: Tensor) -> str:

@@ -53,10 +53,10 @@ def _ends(texts: list[str]) -> list[str]:
 
 @contextmanager
 def flower_log() -> Iterator[FlowerLog]:
-    """Listen in place of all who listen to Flower's logger."""
-    listener, before = FlowerLog(), _FLOWER.handlers[:]
-    _FLOWER.handlers[:] = [listener]
+    """Listen in place of all who listen to Flower's logger: pytest cannot show every text."""
+    listener, before = FlowerLog(), (_FLOWER.handlers[:], _FLOWER.propagate)
+    _FLOWER.handlers[:], _FLOWER.propagate = [listener], False
     try:
         yield listener
     finally:
-        _FLOWER.handlers[:] = before
+        _FLOWER.handlers[:], _FLOWER.propagate = before
