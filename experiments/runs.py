@@ -25,6 +25,7 @@ INTERRUPTED = "interrupted"
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_STREAMS = 1.0
 _SECONDS_TO_STOP = 60
+_STARTS = 3
 # Flower's words for a run that has not ended.
 _GOING_ON = ("pending", "starting", "running")
 
@@ -100,7 +101,7 @@ def execute(
                 return f"another process is writing {run.folder}"
             _move_aside(run.folder)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
-        started = ask_flower(*command)
+        started = _start(command)
     if not started.get("success"):
         return f"flwr run: {_complaint(started)}"
     run_id = str(started["run-id"])
@@ -120,6 +121,18 @@ def execute(
             if status not in _GOING_ON:
                 return f"Flower's status of it is {status}: {details} ({log})"
             stop.wait(_SECONDS_BETWEEN_STREAMS)
+
+
+def _start(command: Sequence[str]) -> dict[str, Any]:
+    """Let Flower start a run; return its answer.
+
+    It gives a local SuperLink 15 seconds to come up, which a loaded machine may miss once.
+    """
+    for _ in range(_STARTS):
+        answer = ask_flower(*command)
+        if answer.get("success") or "local SuperLink" not in _complaint(answer):
+            break
+    return answer
 
 
 def _follow(run_id: str, log: TextIO, folder: Path, stop: threading.Event) -> str:
