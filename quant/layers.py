@@ -319,10 +319,10 @@ def set_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
         if name not in layers:
             raise ValueError(f"{name}: there is no layer that was prepared with this weight")
         shape = layers[name].weight.shape[:1]
-        if scale.shape != shape or not bool((scale > 0).all()):
+        if scale.shape != shape or (scale <= 0).any():
             raise ValueError(
-                f"{name}: a scale of shape {list(scale.shape)} from {float(scale.min()):g}; "
-                f"allowed: {list(shape)}, above 0"
+                f"{name}: a scale of shape {list(scale.shape)}, {int((scale <= 0).sum())} of it not "
+                f"above 0; allowed: shape {list(shape)}, above 0"
             )
         with naming(name):
             check_finite(scale, "the scale")
