@@ -321,8 +321,8 @@ def set_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
         shape = layers[name].weight.shape[:1]
         if scale.shape != shape or (scale <= 0).any():
             raise ValueError(
-                f"{name}: a scale of shape {list(scale.shape)}, {int((scale <= 0).sum())} of it not "
-                f"above 0; allowed: shape {list(shape)}, above 0"
+                f"{name}: a scale of shape {list(scale.shape)}; allowed: a number above 0 for each "
+                f"of {shape[0]} channels"
             )
         with naming(name):
             check_finite(scale, "the scale")

@@ -211,9 +211,9 @@ def test_scales_that_no_layer_can_have_are_refused_by_name():
         ({"_orig_mod.0.weight": torch.ones(3)}, "_orig_mod.0.weight: there is no layer"),
         (
             {"0.weight": torch.ones(2)},
-            r"0.weight: a scale of shape \[2\], 0 .*; allowed: shape \[3\]",
+            r"0.weight: a scale of shape \[2\]; allowed: ",
         ),
-        ({"0.weight": torch.zeros(3)}, r"0.weight: a scale of shape \[3\], 3 of it not above 0"),
+        ({"0.weight": torch.zeros(3)}, "a number above 0 for each of 3 channels"),
         ({"0.weight": torch.full((3,), float("inf"))}, "0.weight: the scale is not finite"),
     ):
         with pytest.raises(ValueError, match=said):
