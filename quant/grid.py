@@ -235,7 +235,7 @@ def quantize_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     Raises
     ------
     NonFiniteError
-        If a weight or a scale is NaN or infinite.
+        If a weight or a scale is NaN or infinite, or a scale too small to divide by.
     """
     _check_operands(weight, scale)
     if weight.numel() <= _BLOCK or weight.device.type != "cpu":
@@ -269,7 +269,7 @@ def quantize_stochastic(
     Raises
     ------
     NonFiniteError
-        If a weight or a scale is NaN or infinite.
+        If a weight or a scale is NaN or infinite, or a scale too small to divide by.
     """
     _check_operands(weight, scale)
     limit = largest_code(bits)
@@ -317,12 +317,25 @@ def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def nan_unless_finite(values: Tensor) -> Tensor:
     """Return 0 as a tensor, or NaN if a value is NaN or infinite; without waiting for a GPU."""
-    return values.detach().sum() * 0
+    # In float32: of float16 a sum of ordinary values may overflow.
+    return values.detach().sum(dtype=torch.float32) * 0
 
 
 def _check_operands(weight: Tensor, scale: Tensor) -> None:
     check_finite(weight.detach(), "the weight")
+    check_scale(scale)
+
+
+def check_scale(scale: Tensor) -> None:
+    """Refuse a scale by which every weight would end up on the edge of the grid, or nowhere.
+
+    Raises
+    ------
+    NonFiniteError
+        If one is NaN or infinite, or so small that its inverse is.
+    """
     check_finite(scale, "the scale")
+    check_finite(scale.reciprocal(), "the inverse of the scale")
 
 
 def _matrix(tensor: Tensor) -> Tensor:

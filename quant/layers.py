@@ -32,7 +32,7 @@ from quant.grid import (
     is_finite,
     naming,
 )
-from quant.update import Update, UpdateSpec, float_tensors, quantize_fitted
+from quant.update import Update, UpdateSpec, float_tensors, is_statistic, quantize_fitted
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class QuantLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if f"{prefix}weight" in state_dict:
+            # It was fitted to what the weights before made of the images.
+            self.input_grid = None
             with naming(f"{prefix}weight"):
                 self.refit_scale()
 
@@ -139,9 +141,9 @@ def quantizable_weights(model: nn.Module) -> list[str]:
     """Return the names of the weights that a low-bit client holds on a grid.
 
     This is the one rule of what is quantized: the weights of `nn.Conv2d` and `nn.Linear` layers,
-    prepared or not. Subclasses of the two are left alone, as their forward pass may be another, and
-    so is a weight that two layers share; all these, and every other layer, compute and travel in
-    float32.
+    prepared or not. Subclasses of the two, and a layer that was given a `forward` of its own, are
+    left alone, as their forward pass may be another, and so is a weight that two layers share; all
+    these, and every other layer, compute and travel in float32.
 
     Examples
     --------
@@ -153,22 +155,36 @@ def quantizable_weights(model: nn.Module) -> list[str]:
 
 def _quantizable(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers by the names of their weights."""
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    uses = Counter(_place_of(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {
         f"{name}.weight".removeprefix("."): module
         for name, module in model.named_modules()
         if (type(module) in _QUANTIZED_CLASS or isinstance(module, QuantLayer))
-        and uses[id(module.weight)] == 1
+        and "forward" not in vars(module)
+        and isinstance(module.weight, nn.Parameter)
+        and uses[_place_of(module.weight)] == 1
     }
+
+
+def _place_of(parameter: nn.Parameter) -> int:
+    """Return what two parameters have in common that are one, or lie in the same memory."""
+    unmade = isinstance(parameter, nn.parameter.UninitializedParameter)
+    place = 0 if unmade else parameter.data_ptr()
+    return place or id(parameter)  # What is not in memory shares none.
 
 
 def federated_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a model that are sent and averaged.
 
     These are its floating-point parameters and buffers. A buffer that holds a NaN or an infinity
-    before any training, as a mask of attention does, is a constant of the model and is not sent.
+    before any training, as a mask of attention does, is a constant of the model and is not sent;
+    one of BatchNorm's statistics that does is none, but wrong.
     """
-    constant = {name for name, buffer in model.named_buffers() if not is_finite(buffer)}
+    constant = {
+        name
+        for name, buffer in model.named_buffers()
+        if not is_statistic(name) and not is_finite(buffer)
+    }
     return float_tensors({n: t for n, t in model.state_dict().items() if n not in constant})
 
 
@@ -228,7 +244,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     -------
     nn.Module
         The same model. Scales are fitted to its present weights, and again whenever weights are
-        loaded into it; grids of activations are to be fitted anew.
+        loaded into it; after either, grids of activations are to be fitted anew.
 
     Raises
     ------
@@ -294,10 +310,26 @@ def set_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
         Prepared model.
     scales : mapping of str to Tensor
         Float32 scales ``[channels]`` by weight name; layers that are not named keep theirs.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer, or a scale is not one positive number for each of its channels.
     """
-    for name, layer in layers_by_weight(model):
-        if name in scales:
-            layer.weight_scale = scales[name].clone()
+    layers = dict(layers_by_weight(model))
+    for name, scale in scales.items():
+        if name not in layers:
+            raise ValueError(f"{name}: there is no layer that was prepared with this weight")
+        shape = layers[name].weight.shape[:1]
+        if scale.shape != shape or (scale <= 0).any():
+            raise ValueError(
+                f"{name}: a scale of shape {list(scale.shape)}; allowed: a number above 0 for each "
+                f"of {shape[0]} channels"
+            )
+        with naming(name):
+            check_finite(scale, "the scale")
+    for name, scale in scales.items():
+        layers[name].weight_scale = scale.float().clone()
 
 
 def set_generator(model: nn.Module, generator: torch.Generator) -> None:
@@ -315,7 +347,20 @@ def set_generator(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def weight_scales(model: nn.Module) -> dict[str, Tensor]:
-    """Return the scales of a prepared model by the names of the weights they belong to."""
+    """Return the scales of a prepared model by the names of the weights they belong to.
+
+    Raises
+    ------
+    ValueError
+        If a weight was tied or parametrized after it was prepared, and so is none that has a grid.
+    """
+    on_grid = {*quantizable_weights(model)}
+    for name, _ in layers_by_weight(model):
+        if name not in on_grid:
+            raise ValueError(
+                f"{name}: its layer was prepared, and its weight tied, parametrized or given "
+                "another forward pass since; prepare the model last"
+            )
     return {name: layer.weight_scale for name, layer in layers_by_weight(model)}
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant.grid import check_finite, largest_code, naming
+from quant.grid import check_finite, check_scale, largest_code, naming
 from quant.layers import QuantConv2d, QuantLinear, layers_by_weight, watched_inputs
 from quant.update import QuantizedTensor
 
@@ -86,11 +86,19 @@ def round_to_moments(weight: Tensor, scale: Tensor, bits: int, moments: Tensor) 
         Codes, int16, shape of `weight`. With a diagonal ``X^T X`` those of `quantize_nearest`, but
         for ties.
 
+    Raises
+    ------
+    NonFiniteError
+        If a weight, a moment or a scale is NaN or infinite, or a scale too small to divide by.
+
     Notes
     -----
     Algorithm 1 of GPTQ (arXiv:2210.17323), inputs of the largest moments first.
     """
     check_finite(weight.detach(), "the weight")
+    check_scale(scale)
+    # Of finite inputs too, if they are large.
+    check_finite(moments, "the second moments of the inputs")
     groups, fan_in = moments.shape[:2]
     limit = largest_code(bits)
     hessian = moments.to(torch.float64, copy=True)

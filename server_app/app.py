@@ -13,6 +13,7 @@ from server_app.ending import Ending
 from server_app.idle import idle_settings
 from server_app.record import RunRecord, open_record
 from server_app.run import finish, prepare, restore
+from strategies.undocumented import is_simulated
 from task.errors import SettingsError
 from task.settings import Settings
 
@@ -35,8 +36,7 @@ def _begin(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
     ending.watch(record)
     ending.lock(record.folder)
     settings, options = read_settings(config)
-    for line in idle_settings(config):
-        log(WARNING, "prowd: %s", line)
+    _warn_of_idle(grid, config)
     record.write_config({**settings.to_settings(), **options})
     run = prepare(record.folder, settings, options)
     finish(grid, run, record)
@@ -44,6 +44,7 @@ def _begin(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
 
 def _resume(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
     settings, options = read_settings(config)
+    _warn_of_idle(grid, config)
     folder = Path(settings.resume).expanduser()
     # Before the checkpoint is read: another process that went on with it would leave it stale.
     ending.lock(folder)
@@ -53,6 +54,11 @@ def _resume(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
     ending.watch(record)
     record.write_config(run.all_settings)
     finish(grid, run, record, saved)
+
+
+def _warn_of_idle(grid: Grid, config: Mapping[str, object]) -> None:
+    for line in idle_settings(config, is_simulated(grid)):
+        log(WARNING, "prowd: %s", line)
 
 
 def _open_record(run_config: Mapping[str, object]) -> RunRecord:

@@ -1,8 +1,11 @@
 """Settings that were changed and can have no effect, which a user would else not hear of."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from quant import FLOAT_BITS
 from strategies import STRATEGIES
+from task.mix import parse_mix
 from task.options import Options
 from task.settings import Settings
 
@@ -10,14 +13,32 @@ from task.settings import Settings
 _NEEDS = {
     "dirichlet-alpha": ("partitioner", ("iid", "file")),
     "data-dir": ("dataset", ("digits",)),
+    "prowd-ladder": ("prowd-finetune-every", (0,)),
+    "prowd-dequantize": ("prowd-finetune-every", (0,)),
     "prowd-finetune-steps": ("prowd-finetune-every", (0,)),
     "prowd-finetune-learning-rate": ("prowd-finetune-every", (0,)),
     "prowd-distill-weight": ("prowd-finetune-every", (0,)),
     "prowd-mask": ("prowd-mask-at-least", (1,)),
+    # Local training sends no update.
+    "norm-bound": ("strategy", ("local",)),
 }
+# What has none where all clients are Float32,
+_OF_LOW_BITS = frozenset(
+    {
+        *("low-bit-training", "weight-step", "activation-bits", "gradient-bits", "broadcast"),
+        *("prowd-reference", "prowd-ladder", "prowd-dequantize"),
+    }
+)
+# and where all are of one width.
+_OF_SEVERAL_WIDTHS = frozenset(
+    {
+        *("prowd-align", "prowd-own-normalization", "prowd-low-bit-weight", "prowd-finetune-every"),
+        *("prowd-mask", "prowd-mask-at-most", "prowd-mask-at-least"),
+    }
+)
 
 
-def idle_settings(run_config: Mapping[str, object]) -> list[str]:
+def idle_settings(run_config: Mapping[str, object], simulated: bool = True) -> list[str]:
     """Return a line for every setting that differs from its default and has no effect.
 
     Flower fills a run's configuration up with the defaults, so that no more than that can be told
@@ -27,6 +48,8 @@ def idle_settings(run_config: Mapping[str, object]) -> list[str]:
     ----------
     run_config : mapping
         That is valid (`server_app.build.read_settings`).
+    simulated : bool
+        Whether the clients have the widths of ``bit-mix``, and not their own.
     """
     defaults = Settings().to_settings()
     owners: dict[str, str] = {}
@@ -38,9 +61,34 @@ def idle_settings(run_config: Mapping[str, object]) -> list[str]:
     strategy = str(given["strategy"])
     lines = []
     for key in sorted(key for key in defaults if given[key] != defaults[key]):
-        needed, idle_at = _NEEDS.get(key, ("strategy", ()))
-        if owners.get(key, strategy) not in (strategy, strategy.partition(":")[0]):
-            lines.append(f"{key}: {given[key]!r} has no effect with strategy={strategy}")
-        elif given[needed] in idle_at:
-            lines.append(f"{key}: {given[key]!r} has no effect with {needed}={given[needed]}")
+        foreign = owners.get(key, strategy) not in (strategy, strategy.partition(":")[0])
+        if why := f"strategy={strategy}" if foreign else _why_idle(key, given, simulated):
+            lines.append(f"{key}: {given[key]!r} has no effect with {why}")
+    if strategy == "prowd" and given["prowd-finetune-every"] and not given["server-buffer"]:
+        weight = given["prowd-distill-weight"]
+        lines.append(f"prowd-distill-weight: {weight!r} has no effect with server-buffer=0")
     return lines
+
+
+def _why_idle(key: str, given: Mapping[str, object], simulated: bool) -> str:
+    """Return the setting with which another has no effect; empty if it has one."""
+    needed, idle_at = _NEEDS.get(key, ("", ()))
+    if needed and given[needed] in idle_at:
+        return f"{needed}={given[needed]}"
+    if key == "bit-mix" and not simulated:
+        return "networked nodes, which declare their own"
+    # A strategy of the user's own may send what it likes at any width.
+    if simulated and str(given["strategy"]).partition(":")[0] in STRATEGIES:
+        widths = parse_mix(str(given["bit-mix"])).keys()
+        only_float = key in _OF_LOW_BITS and widths == {FLOAT_BITS}
+        if only_float or (key in _OF_SEVERAL_WIDTHS and len(widths) == 1):
+            return f"bit-mix={given['bit-mix']}"
+    folder = Path(str(given["resume"])).expanduser()
+    here = {"run-name": folder.name, "output-dir": str(folder.parent)}
+    if given["resume"] and key in here and _expanded(given[key]) != here[key]:
+        return "resume, which goes on with that run's record"
+    return ""
+
+
+def _expanded(value: object) -> str:
+    return str(Path(str(value)).expanduser())

@@ -70,7 +70,9 @@ def why_unusable(
     before : mapping of str to Tensor
         What it kept before; a tensor that was not finite then is not this round's fault.
     """
-    if model is not None and (name := not_finite(model)) is not None:
+    # As it is sent: a float64 value may be beyond float32.
+    sent = {n: tensor.float() for n, tensor in (model or {}).items()}
+    if (name := not_finite(sent)) is not None:
         return f"its model is not finite ({name})"
     known = {id(tensor) for tensor in (model or {}).values()}
     kept = {n: tensor for n, tensor in kept.items() if id(tensor) not in known}

@@ -66,8 +66,11 @@ def not_finite(state: Mapping[str, Tensor]) -> str | None:
     A model that has one is never sent.
     """
     for name, tensor in state.items():
-        # What is not finite stays so in a sum, which is faster than a look at every value.
-        if tensor.is_floating_point() and not isfinite(tensor.sum()):
+        if not tensor.is_floating_point():
+            continue
+        # What is not finite stays so in a sum, which is faster than a look at every value. That of
+        # many ordinary float16 values would overflow in float16.
+        if not isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
             return name
     return None
 

@@ -7,13 +7,23 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from logging import INFO, WARNING
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from task.builtin import BUILT_IN
 from task.errors import SettingsError
 from task.files import printable, reason, user_path
-from task.image_folder import Listing, Parts, find_parts, in_short, list_images, refuse_one_class
+from task.image_folder import (
+    Listing,
+    Parts,
+    find_parts,
+    in_short,
+    list_images,
+    refuse_one_class,
+    same_folders,
+)
 from task.images import check_memory, load_images, warn_once
 from task.settings import Settings
 
@@ -125,7 +135,8 @@ def describe(dataset: Dataset, evaluation: Images) -> Iterator[tuple[int, str]]:
         brightest = max(int(images.pixels.max()) for images in (dataset.train, dataset.test))
         if brightest < _DARK:
             yield WARNING, f"data-dir: the brightest pixel of all images is {brightest} of 255"
-    for note in dataset.notes:
+    twice = _seen_twice(dataset.train, dataset.test) if dataset.classes else ()
+    for note in (*dataset.notes, *twice):
         yield WARNING, f"data-dir: {note}"
     for part, count in counts.items():
         if absent := [name for name, n in zip(names, count, strict=True) if not n]:
@@ -198,7 +209,7 @@ def _from_image_folder(folder: Path, image_size: int) -> Dataset:
         raise SettingsError(
             f"data-dir: images in train and test of {printable(folder)} are {shapes}"
         )
-    notes = _notes(parts, listing.passed_over + test_listing.passed_over)
+    notes = _notes(parts, listing, test_listing.passed_over)
     return Dataset(train, test, len(listing.classes), listing.classes, notes)
 
 
@@ -219,7 +230,7 @@ def _held_out_of(folder: Path, listing: Listing, image_size: int) -> Dataset:
         )
     images = _images(listing, image_size)
     train, test = held_out(labels)
-    notes = _notes(Parts(folder), listing.passed_over)
+    notes = _notes(Parts(folder), listing)
     return Dataset(images[train], images[test], len(listing.classes), listing.classes, notes)
 
 
@@ -252,15 +263,46 @@ def held_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order[~in_test], order[in_test]
 
 
-def _notes(parts: Parts, passed_over: tuple[str, ...]) -> tuple[str, ...]:
+def _seen_twice(train: Images, test: Images) -> tuple[str, ...]:
+    """Tell of images, pixel by pixel, in both parts, or in two classes: links and copies are so."""
+    seen, known = (_labels_of(images) for images in (train, test))
     notes = []
+    if both := len(seen.keys() & known.keys()):
+        notes.append(f"images that are in both the training and the test part: {both}")
+    for image, labels in known.items():
+        seen.setdefault(image, set()).update(labels)
+    if torn := sum(len(labels) > 1 for labels in seen.values()):
+        notes.append(f"images that are in several classes: {torn}")
+    return tuple(notes)
+
+
+def _labels_of(images: Images) -> dict[int, set[int]]:
+    labels: dict[int, set[int]] = {}
+    for pixels, label in zip(images.pixels, images.labels.tolist(), strict=True):
+        labels.setdefault(xxh3_64_intdigest(pixels.tobytes()), set()).add(label)
+    return labels
+
+
+def _notes(parts: Parts, listing: Listing, more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    notes = []
+    if same := same_folders(parts.train, listing.classes):
+        notes.append(
+            f"each of its class folders holds {in_short(same)}; if those are the classes, data-dir "
+            "is one level too high"
+        )
+    plain: dict[str, list[str]] = {}
+    for name in listing.classes:
+        plain.setdefault(normalize("NFKC", name).casefold().strip(), []).append(name)
+    if alike := [n for own in plain.values() if len(own) > 1 for n in own]:
+        notes.append(f"classes have names that hardly differ: {in_short(alike)}")
+    passed_over = listing.passed_over + more
     if parts.unused:
         notes.append(f"of its folders only train and test are used, not {in_short(parts.unused)}")
     if passed_over:
-        more = f" and {len(passed_over) - 1} more" if len(passed_over) > 1 else ""
+        others = f" and {len(passed_over) - 1} more" if len(passed_over) > 1 else ""
         notes.append(
             "not used, as no image by its suffix or in no class folder: "
-            f"{printable(passed_over[0])}{more}"
+            f"{printable(passed_over[0])}{others}"
         )
     return tuple(notes)
 

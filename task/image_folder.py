@@ -1,6 +1,7 @@
 """What lies in a folder of images: its parts, its classes, and the files of each."""
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ _LEFT_BY_SYSTEMS = frozenset(
         "system volume information",
         "lost+found",
         "@eadir",
+        "#recycle",
+        "@recycle",
+        "#snapshot",
         "__pycache__",
     }
 )
@@ -91,6 +95,10 @@ def find_parts(folder: Path) -> Parts:
     """
     names = [entry.name for entry in _entries(folder) if _is_folder(entry)]
     parts = [name for name in names if _names_part(name)]
+    # As seg_train and seg_test, or train2017 and val2017; two classes may be called so too.
+    alike = [n for n in names if _sounds_like_part(n) and _has_folders(folder / n)]
+    if len(alike) > max(1, len(parts)):
+        parts = alike
     if not parts or (len(parts) == 1 < len(names) and not _has_folders(folder / parts[0])):
         # Trains may well be told from buses.
         return Parts(folder)
@@ -175,6 +183,18 @@ def _names_part(name: str) -> bool:
     for ending in _AFTER_PARTS:
         plain = plain.removesuffix(ending) or plain
     return plain in _PARTS
+
+
+def _sounds_like_part(name: str) -> bool:
+    return not _PARTS.isdisjoint(re.split("[^a-z]+", name.lower()))
+
+
+def same_folders(folder: Path, classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the folders that every class folder holds, if these are two or more: then perhaps
+    they are the classes, and what holds them are parts.
+    """
+    held = [{e.name for e in _entries(folder / name) if _is_folder(e)} for name in classes]
+    return tuple(sorted(set.intersection(*held))) if len(set.intersection(*held)) > 1 else ()
 
 
 def _has_folders(folder: Path) -> bool:

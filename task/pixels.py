@@ -14,7 +14,7 @@ from task.errors import SettingsError
 from task.files import printable, reason
 
 # Raised with every change of what pixels a file gives: arrays cached under another are not used.
-RULES = 2
+RULES = 3
 
 # Pillow would run Ghostscript on an EPS file, whatever its name ends with.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -86,13 +86,30 @@ def _eight_bits(file: Any, name: str) -> Any:
     frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
     if frames > 1:
         raise _error(name, f"holds {frames} images", "allowed: one a file")
+    depth = _depth(file)
     image = _upright(file)
     if not image.width or not image.height:
         raise _error(name, "has no pixels", "allowed: one and more")
     full_scale = _full_scale(file, name)
     if full_scale:
         image = _scaled(image, full_scale, file, name)
+    elif (clear := file.info.get("transparency")) is not None and depth:
+        image.info["transparency"] = _clear_of_eight_bits(clear, depth, name)
     return _on_white(image)
+
+
+def _depth(file: Any) -> int:
+    """Return the bits of a PNG file whose pixels Pillow brings to 8, but not its clear colour."""
+    raw = str(file.tile[0][3]) if file.format == "PNG" and file.tile else ""
+    return {"L;2": 2, "L;4": 4, "RGB;16B": 16}.get(raw, 0)
+
+
+def _clear_of_eight_bits(clear: Any, depth: int, name: str) -> Any:
+    if depth > 8:
+        raise _error(
+            name, "has a clear colour of 16 bits", "allowed: one of 8 bits, or an alpha channel"
+        )
+    return clear * 255 // (2**depth - 1)
 
 
 def _full_scale(file: Any, name: str) -> float:

@@ -1,7 +1,8 @@
 """Local training and evaluation at a bit-width; knows nothing of a federation."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from sys import float_info
@@ -31,10 +32,10 @@ from quant import (
     set_generator,
     set_scales,
     tensors_of,
-    watched_inputs,
     weight_scales,
 )
 from quant.arguments import check_number, check_width
+from quant.layers import QuantLayer
 from task.calibration import calibrate_activations, calibrate_normalization
 from task.data import Images
 from task.devices import device_of
@@ -360,6 +361,7 @@ def check_at_width(model: nn.Module, settings: Settings, bits: int, pixels: np.n
         what = "be calibrated"
         calibrate_activations(network, images)
         what = "be trained"
+        _try_step(network, images)
         around = _computed_around(network, images)
     except Exception as error:  # Whatever the user's code raises.
         raise SettingsError(
@@ -367,22 +369,54 @@ def check_at_width(model: nn.Module, settings: Settings, bits: int, pixels: np.n
         ) from None
     if around:
         raise SettingsError(
-            f"model: {settings.model!r} computes with {around[0]} outside of its layer's forward "
+            f"model: {settings.model!r} computes with {around} outside of its layer's forward "
             "pass, where the weight is not quantized"
         )
 
 
-def _computed_around(network: nn.Module, images: np.ndarray) -> list[str]:
-    """Return the weights on a grid that have a gradient though their layers were not called."""
-    layers, called = dict(layers_by_weight(network)), set()
-    with (
-        torch.random.fork_rng(devices=[]),
-        watched_inputs(layers, lambda name, _: called.add(name)),
-        torch.enable_grad(),
-    ):
-        logits = network.train()(to_input(images, device_of(network)))
-        logits.sum().backward()
-    return [n for n, layer in layers.items() if n not in called and layer.weight.grad is not None]
+def _try_step(network: nn.Module, images: np.ndarray) -> None:
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        network.train()(to_input(images, device_of(network))).sum().backward()
+
+
+@torch.no_grad()
+def _computed_around(network: nn.Module, images: np.ndarray) -> str:
+    """Return a weight that is computed with as it is, not on its grid; empty if there is none.
+
+    Then what a network gives changes with where in its cell of the grid a weight lies.
+    """
+    layers = dict(layers_by_weight(network))
+    for training in (True, False):
+        before = _logits(network, images, training)
+        with _on_grid(layers.values()):
+            if torch.equal(_logits(network, images, training), before):
+                continue
+        if not torch.equal(_logits(network, images, training), before):
+            continue  # It gives other logits each time, whatever the weights are.
+        for name, layer in layers.items():
+            with _on_grid([layer]):
+                if not torch.equal(_logits(network, images, training), before):
+                    return name
+    return ""
+
+
+def _logits(network: nn.Module, images: np.ndarray, training: bool) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return network.train(training)(to_input(images, device_of(network)))
+
+
+@contextmanager
+def _on_grid(layers: Collection[QuantLayer]) -> Iterator[None]:
+    """Put the weights of some layers on their grids, on which their layers see them anyway."""
+    before = [layer.weight.clone() for layer in layers]
+    for layer in layers:
+        layer.weight.copy_(layer.quantized_weight())
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.weight.copy_(weight)
 
 
 def _prepare(model: nn.Module, config: QuantConfig, weight_step: float) -> nn.Module:

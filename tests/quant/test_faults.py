@@ -7,6 +7,7 @@ import torch
 from specs import to_bits
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from quant import (
     NonFiniteError,
@@ -28,10 +29,12 @@ from quant import (
     quantize_state,
     quantize_stochastic,
     quantized_layers,
+    set_scales,
     spec_of,
     weight_scales,
 )
 from quant.activations import fit_activation_grid, put_on_grid
+from quant.rounding import round_to_moments
 
 NON_FINITE = pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 ONE = torch.ones(1)
@@ -58,6 +61,46 @@ def test_whoever_rounds_refuses_what_is_not_finite(bad, bits):
     assert fake_quantize(w, ONE, bits).isnan().all()
     grid = fit_activation_grid(torch.ones(3), bits)
     assert put_on_grid(w, grid).isnan().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-45])
+def test_a_scale_that_cannot_be_divided_by_is_refused(scale):
+    w, tiny = torch.ones(1, 2), torch.tensor([scale])
+    for refused in (
+        lambda: quantize_nearest(w, tiny, 8),
+        lambda: quantize_stochastic(w, tiny, 8, torch.Generator()),
+        lambda: round_to_moments(w, tiny, 8, torch.eye(2)[None]),
+    ):
+        with pytest.raises(NonFiniteError, match="the inverse of the scale is not finite"):
+            refused()
+
+
+@NON_FINITE
+def test_calibrated_rounding_refuses_scales_and_moments_too(bad):
+    w = torch.ones(1, 2)
+    with pytest.raises(NonFiniteError, match="the scale is not finite"):
+        round_to_moments(w, torch.tensor([bad]), 4, torch.eye(2)[None])
+    with pytest.raises(NonFiniteError, match="the second moments of the inputs is not finite"):
+        round_to_moments(w, ONE, 4, torch.full((1, 2, 2), bad))
+    model = prepare(nn.Linear(2, 1), QuantConfig(4))
+    with pytest.raises(NonFiniteError, match=r"^weight: the second moments"):
+        calibrated_rounding(model, lambda m: m(torch.full((1, 2), 1e30)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_ordinary_values_of_half_precision_are_no_nan(dtype):
+    """As under autocast; their sum overflows in float16."""
+    x = torch.full((2, 50_000), 2.0, dtype=dtype)
+    assert put_on_grid(x, fit_activation_grid(torch.full((3,), 2.0), 8)).eq(2).all()
+    assert put_on_grid(x * float("nan"), fit_activation_grid(x.float(), 8)).isnan().all()
+
+
+def test_statistics_that_are_not_finite_are_no_constants():
+    norm = nn.BatchNorm1d(2)
+    norm.running_var[0] = float("nan")
+    assert "0.running_var" in spec_of(nn.Sequential(norm)).shapes
+    with pytest.raises(ValueError, match="an update must be finite"):
+        encode_update(quantize_model(nn.Sequential(norm), 8))
 
 
 def test_large_finite_values_are_rounded_though_their_sum_overflows():
@@ -146,6 +189,53 @@ def test_a_subclass_and_a_weight_of_two_layers_stay_float32():
     assert quantize_model(tied, 4).quantized.keys() == {"2.weight"}
 
 
+def test_a_forward_of_its_own_and_memory_that_is_shared_stay_float32():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    usual = model[0].forward
+    model[0].forward = lambda x: usual(x) * 2
+    # Two parameters, whose scales would lie along either dimension of one memory.
+    model[2].weight = nn.Parameter(model[1].weight.detach().t())
+    x, expected = torch.rand(3, 2), None
+    assert quantizable_weights(model) == ["3.weight"]
+    with torch.no_grad():
+        expected = model[:3](x)
+        assert torch.equal(prepare(model, QuantConfig(2))[:3](x), expected)
+    on_meta = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).to("meta")
+    assert quantizable_weights(on_meta) == ["0.weight", "1.weight"]
+
+
+def test_scales_that_no_layer_can_have_are_refused_by_name():
+    model = prepare(nn.Sequential(nn.Linear(2, 3)), QuantConfig(4))
+    before = model[0].weight_scale
+    for scales, said in (
+        ({"_orig_mod.0.weight": torch.ones(3)}, "_orig_mod.0.weight: there is no layer"),
+        (
+            {"0.weight": torch.ones(2)},
+            r"0.weight: a scale of shape \[2\]; allowed: ",
+        ),
+        ({"0.weight": torch.zeros(3)}, "a number above 0 for each of 3 channels"),
+        ({"0.weight": torch.full((3,), float("inf"))}, "0.weight: the scale is not finite"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            set_scales(model, scales)
+    assert torch.equal(model[0].weight_scale, before)
+    set_scales(model, {"0.weight": torch.ones(3, dtype=torch.float64)})
+    assert model(torch.ones(1, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("change", ["tie", "parametrize", "forward"])
+def test_a_prepared_weight_that_lost_its_grid_is_named(change):
+    model = prepare(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), QuantConfig(4))
+    if change == "tie":
+        model[1].weight = model[0].weight
+    elif change == "parametrize":
+        parametrizations.weight_norm(model[0])
+    else:
+        model[0].forward = lambda x: x
+    with pytest.raises(ValueError, match=r"0\.weight: its layer was prepared, and its weight tied"):
+        weight_scales(model)
+
+
 def test_what_is_to_be_quantized_must_be_there_and_scales_must_be_given():
     with pytest.raises(ValueError, match="x is to be quantized, but there is no such tensor"):
         quantize_state({"w": torch.ones(2, 2)}, 4, {"x": torch.ones(2)})
@@ -187,6 +277,10 @@ def test_a_second_prepare_takes_effect():
     prepare(model, QuantConfig(2, 4))
     load_state(again, model.state_dict())
     assert torch.equal(model(x), again(x))
+    assert model[0].input_grid is None
+    # Loaded weights make other activations, which the grid would clip.
+    calibrate_activations(model, lambda m: m(x))
+    load_state(model, {n: 100 * t for n, t in model.state_dict().items()})
     assert model[0].input_grid is None
 
 

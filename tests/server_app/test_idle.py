@@ -34,6 +34,34 @@ def test_the_defaults_are_no_news():
             {"prowd-mask": "random"},
             "prowd-mask: 'random' has no effect with prowd-mask-at-least=1.0",
         ),
+        (
+            {"prowd-ladder": "8,32"},
+            "prowd-ladder: '8,32' has no effect with prowd-finetune-every=0",
+        ),
+        (
+            {"strategy": "local", "norm-bound": 2.0},
+            "norm-bound: 2.0 has no effect with strategy=local",
+        ),
+        (
+            {"strategy": "fedavg", "bit-mix": "32:1.0", "activation-bits": 4},
+            "activation-bits: 4 has no effect with bit-mix=32:1.0",
+        ),
+        (
+            {"bit-mix": "8:1.0", "prowd-align": False},
+            "prowd-align: False has no effect with bit-mix=8:1.0",
+        ),
+        (
+            {"prowd-finetune-every": 1, "server-buffer": 0, "calibrate-normalization": False},
+            "prowd-distill-weight: 0.1 has no effect with server-buffer=0",
+        ),
+        (
+            {"resume": "/runs/a", "output-dir": "/runs", "run-name": "b"},
+            "run-name: 'b' has no effect with resume, which goes on with that run's record",
+        ),
+        (
+            {"resume": "/runs/a", "output-dir": "/other"},
+            "output-dir: '/other' has no effect with resume, which goes on with that run's record",
+        ),
     ],
 )
 def test_what_has_no_effect_is_named(changes, line):
@@ -50,7 +78,18 @@ def test_what_has_no_effect_is_named(changes, line):
         {"prowd-finetune-every": 2, "prowd-finetune-steps": 5},
         {"prowd-mask": "random", "prowd-mask-at-least": 0.5},
         {"strategy": "package.module:Class", "strategy-options": "a = 1"},
+        {"bit-mix": "8:1.0", "activation-bits": 4, "prowd-reference": "global"},
+        {"resume": "/runs/a", "output-dir": "/runs", "run-name": "a"},
+        {"strategy": "package.module:Class", "bit-mix": "32:1.0", "broadcast": "nearest"},
+        {"prowd-finetune-every": 1, "prowd-ladder": "8,32"},
     ],
 )
 def test_what_has_an_effect_is_not(changes):
     assert idle_settings({**DEFAULTS, **changes}) == []
+
+
+def test_networked_nodes_have_their_own_widths():
+    changes = {**DEFAULTS, "bit-mix": "32:1.0", "activation-bits": 4}
+    assert idle_settings(changes, simulated=False) == [
+        "bit-mix: '32:1.0' has no effect with networked nodes, which declare their own"
+    ]

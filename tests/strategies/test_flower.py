@@ -227,6 +227,7 @@ def test_a_rule_that_cannot_aggregate_ends_with_its_reason(monkeypatch):
         ("FedProx", "proximal_mu = -1", "proximal_mu = -1 is not allowed"),
         ("FedAvgM", "server_momentum = true", "server_momentum = True is not allowed"),
         ("FedXgbBagging", "", "is none of"),
+        ("FedYogi", "eta_l = 0.5", "flwr-arguments: eta_l has no effect in Flower's FedYogi"),
     ],
 )
 def test_a_class_that_does_not_fit_is_refused_in_one_line(name, arguments, message):

@@ -8,6 +8,7 @@ from specs import difference_of, to_bits
 from strategies import STRATEGIES, FedAvg, FederationError, FlowerStrategy, ProWD, ProWDOptions
 from strategies.flower import FlowerOptions, flower_names
 from strategies.grouped import GroupedAvg
+from strategies.rollback import why_unusable
 
 GENERATOR = torch.Generator().manual_seed(3)
 STATE = {
@@ -239,3 +240,12 @@ def test_a_rule_that_raises_where_clients_are_missing_costs_the_round(monkeypatc
     assert run_round(strategy, grid, STATE, 3) is None
     assert "flwr:FedAvg cannot aggregate" in strategy.round_log.dropped
     assert "\n" not in strategy.round_log.dropped
+
+
+def test_a_model_is_held_to_what_float32_can_send():
+    """A user's `combine` may compute in another type."""
+    many = {"w": torch.full((100_000,), 2.0, dtype=torch.float16)}  # Whose sum float16 cannot hold.
+    assert why_unusable(many, many, {}) == ""
+    beyond = {"w": torch.tensor([1e300], dtype=torch.float64)}
+    assert why_unusable(beyond, {}, {}) == "its model is not finite (w)"
+    assert why_unusable(None, beyond, {}) == ""

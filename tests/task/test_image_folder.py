@@ -18,12 +18,12 @@ from task.image_folder import find_parts, in_short, list_images
 from task.settings import Settings
 
 
-def fill(folder, **counts):
+def fill(folder, brightness=60, **counts):
     """Make class folders of so many images, all different."""
     for number, (name, count) in enumerate(counts.items()):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            pixels = np.full((2, 2), 60 + 10 * number + index, np.uint8)
+            pixels = np.full((2, 2), brightness + 10 * number + index, np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index}.png")
 
 
@@ -54,7 +54,10 @@ def public():
         yield Path(base)
 
 
-HIDDEN = [".ipynb_checkpoints", "__MACOSX", ".git", "$RECYCLE.BIN", "@eaDir", "lost+found"]
+HIDDEN = [
+    *(".ipynb_checkpoints", "__MACOSX", ".git", "$RECYCLE.BIN", "@eaDir", "lost+found"),
+    *("#recycle", "@Recycle", "#snapshot"),
+]
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
@@ -172,6 +175,53 @@ def test_a_class_may_have_the_name_of_a_part(tmp_path):
     assert load(tmp_path).classes == ("bus", "car", "train")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("seg_train", "seg_test"),
+        ("train2017", "val2017"),
+        ("01-train", "02-validation"),
+        ("train 224", "other"),
+    ],
+)
+def test_names_with_one_of_a_part_in_them_are_parts_if_they_hold_folders(tmp_path, names):
+    for number, name in enumerate(names):
+        fill(tmp_path / name, 60 + 20 * number, a=3, b=3)
+    if names[1] == "other":
+        assert load(tmp_path).classes == ("other", "train 224")
+        return
+    assert f"holds {', '.join(sorted(names))}, which name parts" in refusal(tmp_path)
+
+
+def test_folders_that_every_class_holds_are_told(tmp_path):
+    fill(tmp_path / "fold1", a=2, b=2)
+    fill(tmp_path / "fold2", 80, a=2, b=2)
+    assert load(tmp_path).notes == (
+        "each of its class folders holds a, b; if those are the classes, data-dir is one level too "
+        "high",
+    )
+
+
+def test_images_that_are_seen_twice_are_told(tmp_path):
+    fill(tmp_path / "train", a=3, b=3)
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    told = "data-dir: images that are in both the training and the test part: 6"
+    assert lines(tmp_path)[1:] == [told]
+    fill(tmp_path / "links", a=3, b=3)
+    (tmp_path / "links" / "b" / "9.png").symlink_to(tmp_path / "links" / "a" / "0.png")
+    assert lines(tmp_path / "links")[-1] == "data-dir: images that are in several classes: 1"
+
+
+def test_classes_whose_names_hardly_differ_are_told(tmp_path):
+    names = "Cat", "cat", "cafe\u0301", "caf\u00e9"
+    for number, name in enumerate(names):
+        fill(tmp_path / "in", 60 + 10 * number, x=5)
+        (tmp_path / "in" / "x").rename(tmp_path / name)
+    (tmp_path / "in").rmdir()
+    told = f"classes have names that hardly differ: {', '.join(names)}"
+    assert load(tmp_path).notes == (told,)
+
+
 @pytest.mark.parametrize("name", ["protest", "latest", "contest", "trains", "test1", "valley"])
 def test_names_that_only_sound_like_parts_are_classes(tmp_path, name):
     (tmp_path / name).mkdir()
@@ -180,8 +230,9 @@ def test_names_that_only_sound_like_parts_are_classes(tmp_path, name):
 
 
 def test_a_third_part_is_told_to_be_unused(tmp_path):
-    for part in ("train", "test", "val"):
-        fill(tmp_path / part, a=2, b=2)
+    fill(tmp_path / "train", a=2, b=2)
+    fill(tmp_path / "test", 80, a=2, b=2)
+    fill(tmp_path / "val", a=2, b=2)
     assert lines(tmp_path) == [
         "2 classes, training + evaluation images: a 2 + 2, b 2 + 2",
         "data-dir: of its folders only train and test are used, not val",
@@ -213,6 +264,7 @@ def test_dark_images_are_told(tmp_path):
         (tmp_path / name).mkdir()
         for index in range(3):
             deep = np.full((2, 2), 4095, np.uint16)
+            deep.flat[index] = 0 if name == "a" else 2048
             Image.fromarray(deep).save(tmp_path / name / f"{index}.png")
     assert lines(tmp_path)[1:] == ["data-dir: the brightest pixel of all images is 16 of 255"]
 

@@ -1,3 +1,4 @@
+import itertools
 import sys
 
 import numpy as np
@@ -281,6 +282,9 @@ def test_weights_that_cannot_be_averaged_are_refused_by_name(change, said, monke
         build_model("changed", 1, 8, 10, 0)
 
 
+_NUMBERS = itertools.count()
+
+
 class Around(nn.Module):
     """Uses a layer's weight without the layer."""
 
@@ -290,6 +294,33 @@ class Around(nn.Module):
 
     def forward(self, x):
         return nn.functional.linear(self.used(x.flatten(1)), self.around.weight)
+
+
+class AroundToo(Around):
+    """Calls the layer as well, the first time."""
+
+    def forward(self, x):
+        return nn.functional.linear(self.around(self.used(x.flatten(1))), self.around.weight)
+
+
+class AroundInEvaluation(Around):
+    """As a fused kernel does."""
+
+    def forward(self, x):
+        used = self.used(x.flatten(1))
+        return self.around(used) if self.training else super().forward(x)
+
+
+class ByForward(Around):
+    """Goes past the hooks of its layers, but through them."""
+
+    def forward(self, x):
+        return self.around.forward(self.used.forward(x.flatten(1)))
+
+
+class AnyLogits(ByForward):
+    def forward(self, x):
+        return super().forward(x) + next(_NUMBERS)
 
 
 class Evaluated(nn.Sequential):
@@ -309,6 +340,11 @@ def test_a_model_is_tried_at_its_width():
     check_at_width(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), Settings(), 4, pixels)
     with pytest.raises(SettingsError, match=r"computes with around\.weight outside of its layer"):
         check_at_width(Around(), Settings(), 4, pixels)
+    for kind in (AroundToo, AroundInEvaluation):
+        with pytest.raises(SettingsError, match=r"computes with around\.weight outside of its"):
+            check_at_width(kind(), Settings(), 4, pixels)
+    for kind in (ByForward, AnyLogits):
+        check_at_width(kind(), Settings(), 4, pixels)
     said = "cannot be trained at 4 bits: RuntimeError: evaluation only"
     with pytest.raises(SettingsError, match=said):
         check_at_width(Evaluated(), Settings(), 4, pixels[:1])

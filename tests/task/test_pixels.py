@@ -243,6 +243,19 @@ def test_clear_colour_of_an_image_without_alpha_is_white(read):
     ]
 
 
+@pytest.mark.parametrize(("bits", "byte", "pixels"), [(2, 0b01100000, 170), (4, 0x5A, 170)])
+def test_clear_grey_of_few_bits_is_white(read, bits, byte, pixels):
+    """Pillow brings the pixels to 8 bits, and leaves the clear value as it is."""
+    clear = (b"tRNS", struct.pack(">H", byte >> 8 - bits))
+    assert read(png(2, 1, bits, 0, bytes([byte]), clear), size=2)[0] == [255, pixels]
+
+
+def test_clear_colour_of_sixteen_bits_is_refused(refusal):
+    clear = (b"tRNS", struct.pack(">3H", 0, 16384, 65535))
+    message = refusal(png(1, 1, 16, 2, struct.pack(">3H", 0, 16384, 65535), clear))
+    assert message == "has a clear colour of 16 bits; allowed: one of 8 bits, or an alpha channel"
+
+
 def test_opaque_pixels_with_alpha_are_as_they_are(read):
     colours = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     opaque = np.concatenate([colours, np.full((16, 16, 1), 255, np.uint8)], 2)
