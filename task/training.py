@@ -341,7 +341,7 @@ def check_quantizable(model: nn.Module, name: str) -> None:
 
 
 def check_at_width(model: nn.Module, settings: Settings, bits: int, pixels: np.ndarray) -> None:
-    """Try what is done with a model at a low bit-width: load, calibrate, and take a step.
+    """Try what is done with a model at a bit-width: load, calibrate, and take a step.
 
     Raises
     ------
@@ -356,7 +356,9 @@ def check_at_width(model: nn.Module, settings: Settings, bits: int, pixels: np.n
         what = "be calibrated"
         calibrate_activations(network, images)
         what = "be trained"
-        around = _computed_around(network, images)
+        around = _computed_around(network, images, settings.model)
+    except SettingsError:
+        raise
     except Exception as error:  # Whatever the user's code raises.
         raise SettingsError(
             f"model: {settings.model!r} cannot {what} at {bits} bits: {in_one_line(error)}"
@@ -368,7 +370,7 @@ def check_at_width(model: nn.Module, settings: Settings, bits: int, pixels: np.n
         )
 
 
-def _computed_around(network: nn.Module, images: np.ndarray) -> list[str]:
+def _computed_around(network: nn.Module, images: np.ndarray, name: str) -> list[str]:
     """Return the weights on a grid that have a gradient though their layers were not called."""
     layers, called = dict(layers_by_weight(network)), set()
     with (
@@ -376,8 +378,14 @@ def _computed_around(network: nn.Module, images: np.ndarray) -> list[str]:
         watched_inputs(layers, lambda name, _: called.add(name)),
         torch.enable_grad(),
     ):
-        logits = network.train()(to_input(images, device_of(network)))
-        logits.sum().backward()
+        network.train()
+        logits = network(to_input(images, device_of(network)))
+        if not isinstance(logits, Tensor):
+            raise SettingsError(
+                f"model: {name!r} gives a {type(logits).__name__} in training, not logits"
+            )
+        labels = torch.zeros(len(images), dtype=torch.long, device=logits.device)
+        F.cross_entropy(logits, labels).backward()
     return [n for n, layer in layers.items() if n not in called and layer.weight.grad is not None]
 
 
