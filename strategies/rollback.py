@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from strategies.states import State, not_finite
+from quant import reading
+from strategies.states import State, not_finite, too_large
 from task.errors import SettingsError
 
 
@@ -70,8 +71,14 @@ def why_unusable(
     before : mapping of str to Tensor
         What it kept before; a tensor that was not finite then is not this round's fault.
     """
-    if model is not None and (name := not_finite(model)) is not None:
+    # As it is sent: what float64 holds may be an infinity there.
+    sent = {name: tensor.float() for name, tensor in (model or {}).items()}
+    if (name := not_finite(sent)) is not None:
         return f"its model is not finite ({name})"
+    if (name := too_large(sent)) is not None:
+        return (
+            f"its model holds more than {reading.LARGEST_VALUE:g} ({name}), which no client takes"
+        )
     known = {id(tensor) for tensor in (model or {}).values()}
     kept = {n: tensor for n, tensor in kept.items() if id(tensor) not in known}
     while (name := not_finite(kept)) is not None:

@@ -7,7 +7,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
-from quant import STYPE, is_variance
+from quant import STYPE, is_variance, reading
 from task.errors import SettingsError
 
 State = dict[str, Tensor]
@@ -65,6 +65,14 @@ def not_finite(state: Mapping[str, Tensor]) -> str | None:
     for name, tensor in state.items():
         # What is not finite stays so in a sum, which is faster than a look at every value.
         if tensor.is_floating_point() and not isfinite(tensor.sum()):
+            return name
+    return None
+
+
+def too_large(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a tensor that holds what no update may, None if there is none."""
+    for name, tensor in state.items():
+        if tensor.numel() and not max(map(abs, tensor.aminmax())) <= reading.LARGEST_VALUE:
             return name
     return None
 

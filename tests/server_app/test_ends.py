@@ -560,6 +560,17 @@ SAYING = [
         "no result could be used in round 1, though every node was asked: its model is ",
     ),
     (
+        "CombineOverflows",
+        "no result could be used in round 1, though every node was asked: its model is not finite",
+    ),
+    (
+        "CombineTooLarge",
+        "no result could be used in round 1, though every node was asked: its model holds more "
+        "than 1e+08 (conv1.weight), which no client takes",
+    ),
+    ("InfiniteOption", "strategy-options: most: inf is not allowed: input should be a finite"),
+    ("UnwrittenOption", "strategy-options: kept: <object object at 0x"),
+    (
         "CombineReadsNothing",
         "no client could be used in the first round: the strategy has read no ",
     ),
