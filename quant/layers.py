@@ -180,12 +180,10 @@ def federated_state(model: nn.Module) -> dict[str, Tensor]:
     before any training, as a mask of attention does, is a constant of the model and is not sent;
     one of BatchNorm's statistics that does is none, but wrong.
     """
-    constant = {
-        name
-        for name, buffer in model.named_buffers()
-        if not is_statistic(name) and not is_finite(buffer)
-    }
-    return float_tensors({n: t for n, t in model.state_dict().items() if n not in constant})
+    floats = float_tensors(model.state_dict())
+    buffers = floats.keys() & {name for name, _ in model.named_buffers() if not is_statistic(name)}
+    constant = {name for name in buffers if not is_finite(floats[name])}
+    return {name: tensor for name, tensor in floats.items() if name not in constant}
 
 
 def tensors_of(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
@@ -249,8 +247,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     Raises
     ------
     ValueError
-        If a weight that is to be quantized is not finite or not float32; the message names it, and
-        the model is as it was.
+        If a weight that is to be quantized is empty, not finite or not float32; the message names
+        it, and the model is as it was.
 
     Examples
     --------
@@ -265,6 +263,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
             check_finite(weight, "the weight")
         if weight.dtype != torch.float32:
             raise ValueError(f"{name}: {_wrong_dtype(weight.dtype)}")
+        if not weight.numel():
+            raise ValueError(f"{name} has no values: its shape is {list(weight.shape)}")
     for layer in layers.values():
         layer.__class__ = _QUANTIZED_CLASS.get(type(layer), type(layer))
         assert isinstance(layer, QuantLayer)

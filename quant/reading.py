@@ -36,7 +36,7 @@ from quant.wire import (
 _MOST_CODES_A_BYTE = 4
 _MOST_DIMENSIONS = 8
 # No network that works holds a larger value; sums over clients stay far from overflow.
-_LARGEST_VALUE = 1e8
+LARGEST_VALUE = 1e8
 
 
 class UpdateError(ValueError):
@@ -167,7 +167,7 @@ class OpenedUpdate:
         """
         bits = self.layout.bits
         if self.layout.quantized:
-            _check_scales(self.scales, _LARGEST_VALUE / largest_code(bits))
+            _check_scales(self.scales, LARGEST_VALUE / largest_code(bits))
         _check_floats(self.floats)
         codes = torch.from_numpy(self._codes(unfolded, start))
         values = FlatFloats(self.layout, torch.from_numpy(self.floats.astype(np.float32)))
@@ -296,12 +296,12 @@ def _check_scales(scales: np.ndarray, largest: float) -> None:
         raise UpdateError("a scale is not finite")
     if not (scales > 0).all():
         raise UpdateError("a scale is not positive")
-    raise UpdateError(f"a scale is so large that its grid exceeds {_LARGEST_VALUE:g}")
+    raise UpdateError(f"a scale is so large that its grid exceeds {LARGEST_VALUE:g}")
 
 
 def _check_floats(floats: np.ndarray) -> None:
-    if not floats.size or (floats.min() >= -_LARGEST_VALUE and floats.max() <= _LARGEST_VALUE):
+    if not floats.size or (floats.min() >= -LARGEST_VALUE and floats.max() <= LARGEST_VALUE):
         return
     if not np.isfinite(floats).all():
         raise UpdateError("a float tensor is not finite")
-    raise UpdateError(f"a value exceeds {_LARGEST_VALUE:g}")
+    raise UpdateError(f"a value exceeds {LARGEST_VALUE:g}")

@@ -55,7 +55,10 @@ def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str,
     if not chosen:
         values = parse_assignments(settings.strategy_options)
         read = _options_class(_class_of(settings.strategy)).read(values, _OWN_PREFIX)
-        own = {"strategy-options": format_assignments(read.to_settings())}
+        try:
+            own = {"strategy-options": format_assignments(read.to_settings())}
+        except ValueError as error:  # Of a default that nobody validated, or a type of their own.
+            raise SettingsError(f"{_OWN_PREFIX}{error}") from None
     elif settings.strategy_options:
         raise SettingsError(
             f"strategy-options: {settings.strategy_options!r} with strategy {settings.strategy}; "

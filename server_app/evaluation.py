@@ -109,7 +109,8 @@ def make_predict(
     """
     if not len(buffer):
         return None
-    network = copy.deepcopy(model).train().to(device)
+    network = copy.deepcopy(model).to(device)
+    network.train()
     images = to_input(buffer[:_DISTILLATION_IMAGES], device)
     buffers = {name: b.clone() for name, b in network.named_buffers()}
 

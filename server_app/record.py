@@ -217,7 +217,8 @@ class RunRecord:
 
     def write_model(self, state: Mapping[str, Tensor]) -> None:
         """Write the float32 global model."""
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        # Each of its own memory: the file holds none that layers share.
+        tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
         self._write("model.safetensors", save(tensors))
 
     def write_summary(self, status: str, reason: str = "") -> None:

@@ -103,8 +103,8 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     buffer = server_pixels(settings)
     if min(settings.mix) < FLOAT_BITS:
         check_quantizable(model, settings.model)
-        check_at_width(model, settings, min(settings.mix), buffer)
         _log_what_stays_float32(model)
+    check_at_width(model, settings, min(settings.mix), buffer)
     strategy.quantized = frozenset(quantizable_weights(model))
     strategy.predict = make_predict(model, buffer, device)
     strategy.round_calibrated = CalibratedRounding(settings, model, buffer)

@@ -188,8 +188,10 @@ class ProWD(MixedPrecisionStrategy):
         self, server_round: int, means: dict[int, State], start: State, weights: State
     ) -> dict[int, State]:
         """Relevancy mask of each low-bit group, 1 where a coordinate is kept."""
-        masks = {}
+        masks: dict[int, State] = {}
         *low, high = means
+        if not low or not weights:
+            return masks
         high_move = _flat(means[high], start, weights)
         for bits in low:
             low_move = _flat(means[bits], start, weights)

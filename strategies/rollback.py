@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from strategies.states import State, not_finite
+from quant import reading
+from strategies.states import State, not_finite, too_large
 from task.errors import SettingsError
 
 
@@ -74,6 +75,10 @@ def why_unusable(
     sent = {n: tensor.float() for n, tensor in (model or {}).items()}
     if (name := not_finite(sent)) is not None:
         return f"its model is not finite ({name})"
+    if (name := too_large(sent)) is not None:
+        return (
+            f"its model holds more than {reading.LARGEST_VALUE:g} ({name}), which no client takes"
+        )
     known = {id(tensor) for tensor in (model or {}).values()}
     kept = {n: tensor for n, tensor in kept.items() if id(tensor) not in known}
     while (name := not_finite(kept)) is not None:

@@ -7,7 +7,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
-from quant import STYPE, is_variance
+from quant import STYPE, is_variance, reading
 from task.errors import SettingsError
 
 State = dict[str, Tensor]
@@ -71,6 +71,14 @@ def not_finite(state: Mapping[str, Tensor]) -> str | None:
         # What is not finite stays so in a sum, which is faster than a look at every value. That of
         # many ordinary float16 values would overflow in float16.
         if not isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
+            return name
+    return None
+
+
+def too_large(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of a tensor that holds what no update may, None if there is none."""
+    for name, tensor in state.items():
+        if tensor.numel() and not max(map(abs, tensor.aminmax())) <= reading.LARGEST_VALUE:
             return name
     return None
 

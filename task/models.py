@@ -1,7 +1,7 @@
 """Models by name: CIFAR-style residual networks, a small CNN, torchvision's, and the user's own."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -9,11 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quant import federated_state, is_finite
+from quant.reading import LARGEST_VALUE
 from task.errors import SettingsError
+from task.files import is_utf8, printable
 from task.reference import in_one_line, is_reference, load_reference
 
 # A pixel x of 0..255 enters the network as PIXEL_SCALE * x + PIXEL_OFFSET, in -2..2.
 PIXEL_SCALE, PIXEL_OFFSET = 4 / 255, -2.0
+# What a checkpoint holds and an update brings back, rounded to float32.
+_BUFFER_TYPES = (torch.float16, torch.float32, torch.float64)
+# As a payload states the length of a name in two bytes.
+_LONGEST_NAME = 2**16 - 1
 
 
 def to_input(pixels: np.ndarray, device: torch.device | None = None) -> Tensor:
@@ -170,6 +176,32 @@ def _check_weights(model: nn.Module, name: str) -> None:
             raise SettingsError(f"model: {name!r}: {key} is not finite before any training")
 
 
+def _check_sent(model: nn.Module, name: str) -> None:
+    """Refuse what no payload or checkpoint holds, of a model whose lazy layers have been called."""
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(cast(Any, tensor)):
+            raise SettingsError(
+                f"model: {name!r}: {key} has no shape, as its lazy layer takes no part in the "
+                "forward pass"
+            )
+    for key, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            if tensor.dtype not in _BUFFER_TYPES:
+                allowed = ", ".join(map(str, _BUFFER_TYPES))
+                raise SettingsError(f"model: {name!r}: {key} is {tensor.dtype}; allowed: {allowed}")
+            if not is_utf8(key) or len(key.encode()) > _LONGEST_NAME:
+                raise SettingsError(
+                    f"model: {name!r}: {printable(key)[:60]} cannot be a tensor's name; allowed: "
+                    f"UTF-8 of {_LONGEST_NAME} bytes at most"
+                )
+    for key, tensor in federated_state(model).items():
+        if tensor.numel() and (largest := float(tensor.abs().max())) > LARGEST_VALUE:
+            raise SettingsError(
+                f"model: {name!r}: {key} holds {largest:g} before any training; allowed: up to "
+                f"{LARGEST_VALUE:g}"
+            )
+
+
 def _own_model(factory: object, name: str, channels: int, size: int, num_classes: int) -> nn.Module:
     if not callable(factory):
         raise SettingsError(
@@ -197,8 +229,9 @@ def _torchvision_model(name: str, channels: int, num_classes: int) -> nn.Module:
             f"model: {name!r}; allowed: {known}, a torchvision classifier's name, or "
             "package.module:factory"
         )
-    # Auxiliary heads would train on nothing.
-    extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    # Auxiliary heads would train on nothing; and it warns where it is not told how to begin.
+    two = name in ("googlenet", "inception_v3")
+    extra = {"aux_logits": False, "init_weights": True} if two else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
     path, first = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     if first.in_channels != channels:
@@ -222,19 +255,32 @@ def _try_model(model: nn.Module, name: str, channels: int, size: int, num_classe
     _check_weights(model, name)
     # Two images, as one alone would hide a mix-up of images and channels.
     images = torch.zeros(2, channels, size, size)
+    model.eval()
     try:
         with torch.no_grad():
-            logits = model.eval()(images)
+            logits = model(images)
     except Exception as error:  # Whatever the user's code raises.
         raise SettingsError(
             f"model: {name!r} does not take {channels}x{size}x{size} images "
-            f"({in_one_line(error)}); set image-size, or another model"
+            f"({in_one_line(error)}); if it needs others set image-size, or take another model"
         ) from None
     _check_weights(model, name)  # A lazy layer has its weights now.
+    _check_sent(model, name)
+    _check_logits(logits, len(images), num_classes, name)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise SettingsError(f"model: {name!r} has no weight that is trained; allowed: one or more")
+
+
+def _check_logits(logits: object, images: int, num_classes: int, name: str) -> None:
+    """Refuse what a model gives if it is not a dense float tensor, one row an image."""
+    what = f"model: {name!r} gives"
     if not isinstance(logits, Tensor):
-        raise SettingsError(f"model: {name!r} gives a {type(logits).__name__}, not logits")
-    if logits.shape != (len(images), num_classes):
+        raise SettingsError(f"{what} a {type(logits).__name__}, not logits")
+    if logits.shape != (images, num_classes):
         raise SettingsError(
-            f"model: {name!r} gives logits {list(logits.shape)} for {len(images)} images; "
-            f"it must be {[len(images), num_classes]}"
+            f"{what} logits {list(logits.shape)} for {images} images; "
+            f"it must be {[images, num_classes]}"
         )
+    if logits.is_meta or logits.layout != torch.strided or not logits.is_floating_point():
+        kind = f"{logits.layout} of {logits.dtype}" + (" on meta" if logits.is_meta else "")
+        raise SettingsError(f"{what} logits that are {kind}; allowed: dense, floating-point")

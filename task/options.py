@@ -4,6 +4,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -119,11 +120,28 @@ def parse_assignments(text: str) -> dict[str, Any]:
 
 
 def format_assignments(values: Mapping[str, object]) -> str:
-    """Write values as `parse_assignments` reads them, but for None, which TOML does not have."""
-    return ", ".join(f"{key} = {_toml(v)}" for key, v in values.items() if v is not None)
+    """Write values as `parse_assignments` reads them, but for None, which TOML does not have.
+
+    Raises
+    ------
+    ValueError
+        If TOML has no value of a kind; the message names the key.
+    """
+    parts = []
+    for key, value in values.items():
+        try:
+            parts += [] if value is None else [f"{key} = {_toml(value)}"]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{key}: {_shown(value)} is not allowed: TOML has no {type(value).__name__} like "
+                "it; allowed: numbers, text, true, false, and lists and mappings of them"
+            ) from None
+    return ", ".join(parts)
 
 
 def _toml(value: object) -> str:
+    if isinstance(value, float) and not isfinite(value):
+        return str(value)  # As in JSON, but for what JSON has not.
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):

@@ -62,6 +62,7 @@ def _taken(module_name: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of what it says."""
-    lines = words_of(error).splitlines()
-    return ": ".join([type(error).__name__, *lines[:1]])
+    """Return the kind of an error and what it says first: a line, and one more after a heading."""
+    lines = [line.strip() for line in words_of(error).splitlines() if line.strip()]
+    said = lines[: 2 if lines and lines[0].endswith(":") else 1]
+    return ": ".join([type(error).__name__, *([" ".join(said)] if said else [])])

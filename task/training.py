@@ -346,7 +346,7 @@ def check_quantizable(model: nn.Module, name: str) -> None:
 
 
 def check_at_width(model: nn.Module, settings: Settings, bits: int, pixels: np.ndarray) -> None:
-    """Try what is done with a model at a low bit-width: load, calibrate, and take a step.
+    """Try what is done with a model at a bit-width: load, calibrate, and take a step.
 
     Raises
     ------
@@ -361,8 +361,10 @@ def check_at_width(model: nn.Module, settings: Settings, bits: int, pixels: np.n
         what = "be calibrated"
         calibrate_activations(network, images)
         what = "be trained"
-        _try_step(network, images)
+        _try_step(network, images, settings.model)
         around = _computed_around(network, images)
+    except SettingsError:
+        raise
     except Exception as error:  # Whatever the user's code raises.
         raise SettingsError(
             f"model: {settings.model!r} cannot {what} at {bits} bits: {in_one_line(error)}"
@@ -374,9 +376,16 @@ def check_at_width(model: nn.Module, settings: Settings, bits: int, pixels: np.n
         )
 
 
-def _try_step(network: nn.Module, images: np.ndarray) -> None:
+def _try_step(network: nn.Module, images: np.ndarray, name: str) -> None:
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        network.train()(to_input(images, device_of(network))).sum().backward()
+        network.train()  # A user's own may return nothing.
+        logits = network(to_input(images, device_of(network)))
+        if not isinstance(logits, Tensor):
+            raise SettingsError(
+                f"model: {name!r} gives a {type(logits).__name__} in training, not logits"
+            )
+        labels = torch.zeros(len(images), dtype=torch.long, device=logits.device)
+        F.cross_entropy(logits, labels).backward()
 
 
 @torch.no_grad()
@@ -403,7 +412,8 @@ def _computed_around(network: nn.Module, images: np.ndarray) -> str:
 def _logits(network: nn.Module, images: np.ndarray, training: bool) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return network.train(training)(to_input(images, device_of(network)))
+        network.train(training)
+        return network(to_input(images, device_of(network)))
 
 
 @contextmanager

@@ -79,6 +79,73 @@ def sparse_buffer(channels, size, num_classes):
     return net
 
 
+def buffer(value):
+    def factory(channels, size, num_classes):
+        net = Net(channels, num_classes)
+        net.register_buffer("extra", value)
+        return net
+
+    return factory
+
+
+bfloat16_buffer = buffer(torch.ones(3, dtype=torch.bfloat16))
+float8_buffer = buffer(torch.ones(3).to(torch.float8_e4m3fn))
+huge_buffer = buffer(torch.full((3,), 1e300, dtype=torch.float64))
+
+
+def huge_weight(channels, size, num_classes):
+    net = Net(channels, num_classes)
+    nn.init.constant_(net.head.weight, 3e38)
+    return net
+
+
+def lazy_unused(channels, size, num_classes):
+    net = Net(channels, num_classes)
+    net.unused = nn.LazyLinear(3)
+    return net
+
+
+def odd_name(channels, size, num_classes):
+    net = Net(channels, num_classes)
+    net.register_buffer("b\udcff", torch.ones(3))
+    return net
+
+
+def frozen(channels, size, num_classes):
+    return Net(channels, num_classes).requires_grad_(False)
+
+
+def empty_layer(channels, size, num_classes):
+    net = Net(channels, num_classes)
+    net.unused = nn.Linear(0, 5)
+    return net
+
+
+def tied(channels, size, num_classes):
+    net = Net(channels, num_classes)
+    net.again = net.hidden
+    return net
+
+
+def unsent_buffers(channels, size, num_classes):
+    """What is not sent may be of any type."""
+    net = Net(channels, num_classes)
+    net.register_buffer("codes", torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8))
+    net.register_buffer("phases", torch.full((3,), NAN, dtype=torch.complex64))
+    net.register_buffer("flags", torch.tensor([True, False]))
+    net.register_buffer("aside", torch.ones(3).to(torch.float8_e4m3fn), persistent=False)
+    return net
+
+
+class _NoLayer(nn.Module):
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, : len(self.scale)] * self.scale
+
+
 def one_class_more(channels, size, num_classes):
     return Net(channels, num_classes + 1)
 
@@ -89,6 +156,42 @@ def one_class_more(channels, size, num_classes):
 class _Pair(Net):
     def forward(self, x: Tensor):
         return super().forward(x), x
+
+
+class _PairInTraining(Net):
+    def forward(self, x: Tensor):
+        logits = super().forward(x)
+        return (logits, x) if self.training else logits
+
+
+class _Bool(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) > 0
+
+
+class _Sparse(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to_sparse()
+
+
+class _TrainRaises(Net):
+    def train(self, mode: bool = True):
+        raise RuntimeError("no train")
+
+
+class _TrainReturnsNothing(Net):
+    def train(self, mode: bool = True):
+        super().train(mode)
+
+
+class _LoadsOtherNames(Net):
+    def __init__(self, channels, num_classes):
+        super().__init__(channels, num_classes)
+        self._register_state_dict_hook(self._renamed)
+
+    @staticmethod
+    def _renamed(module, state, prefix, metadata):
+        return {name.replace("head", "tail"): tensor for name, tensor in state.items()}
 
 
 class _Keywords(Net):
@@ -201,6 +304,13 @@ def _factory(kind: type[Net]):
 
 
 pair = _factory(_Pair)
+pair_in_training = _factory(_PairInTraining)
+gives_bool = _factory(_Bool)
+gives_sparse = _factory(_Sparse)
+train_raises = _factory(_TrainRaises)
+train_returns_nothing = _factory(_TrainReturnsNothing)
+loads_other_names = _factory(_LoadsOtherNames)
+no_layer = _factory(_NoLayer)
 keywords = _factory(_Keywords)
 extra_state = _factory(_ExtraState)
 no_copy = _factory(_NoCopy)

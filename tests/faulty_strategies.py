@@ -47,6 +47,25 @@ class Eta(Options):
     eta: float = 1.0
 
 
+class Unwritten(Options):
+    kept: object = object()
+
+
+class NotFinite(Options):
+    most: float = float("inf")
+
+
+class UnwrittenOption(FedAvg):
+    Options = Unwritten
+
+    def __init__(self, options=None, **kwargs):
+        super().__init__(**kwargs)
+
+
+class InfiniteOption(FedAvg):
+    Options = NotFinite
+
+
 class InitDivides(FedAvg):
     Options = Eta
 
@@ -138,6 +157,18 @@ class CombineSparse(_Combining):
 class CombineNan(_Combining):
     def wrong(self, model):
         return {name: tensor * float("nan") for name, tensor in model.items()}
+
+
+class CombineOverflows(_Combining):
+    """Finite as it is returned, and not as it is sent."""
+
+    def wrong(self, model):
+        return {name: torch.full_like(t, 1e300, dtype=torch.float64) for name, t in model.items()}
+
+
+class CombineTooLarge(_Combining):
+    def wrong(self, model):
+        return {name: torch.full_like(tensor, -1e30) for name, tensor in model.items()}
 
 
 class CombineReadsNothing(FedAvg):

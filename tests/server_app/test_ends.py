@@ -448,6 +448,23 @@ MODELS = [
     ("unusual", "failed before its first round: Unusual: no Exception (faulty_models.py:"),
     ("nothing", "returns a NoneType; it must be a torch.nn.Module"),
     ("other_weights", "gives other weights under the same seed; they must depend on torch's"),
+    ("bfloat16_buffer", "extra is torch.bfloat16; allowed: torch.float16, torch.float32, torch."),
+    ("float8_buffer", "extra is torch.float8_e4m3fn; allowed: torch.float16, torch.float32, "),
+    ("huge_buffer", "extra holds 1e+300 before any training; allowed: up to 1e+08"),
+    ("huge_weight", "head.weight holds 3e+38 before any training; allowed: up to 1e+08"),
+    ("lazy_unused", "unused.weight has no shape, as its lazy layer takes no part in the forward"),
+    ("odd_name", r"b\xff cannot be a tensor's name; allowed: UTF-8 of 65535 bytes at most"),
+    ("frozen", "has no weight that is trained; allowed: one or more"),
+    ("empty_layer", "cannot be loaded at 4 bits: ValueError: unused.weight has no values: its"),
+    ("pair_in_training", "gives a tuple in training, not logits"),
+    ("gives_bool", "gives logits that are torch.strided of torch.bool; allowed: dense, float"),
+    ("gives_sparse", "gives logits that are torch.sparse_coo of torch.float32; allowed: dense, "),
+    ("train_raises", "failed before its first round: RuntimeError: no train (faulty_models.py:"),
+    (
+        "loads_other_names",
+        "cannot be loaded at 4 bits: RuntimeError: Error(s) in loading state_dict for "
+        '_LoadsOtherNames: Missing key(s) in state_dict: "head.weight", "head.bias"',
+    ),
     ("nan_weight", "head.weight is not finite before any training"),
     ("float16", "conv1.weight is torch.float16; allowed: torch.float32"),
     ("on_meta", "conv1.weight is on meta; allowed: weights in memory"),
@@ -475,14 +492,28 @@ def test_a_model_is_named_with_what_is_wrong(tmp_path, name, start):
 
 @pytest.mark.parametrize(
     "model",
-    # Metadata in its state dict; a state that is no tensor; layers called with keywords.
-    ["mnasnet0_5", "faulty_models:extra_state", "faulty_models:keywords"],
+    # Metadata in its state dict; a state that is no tensor; layers called with keywords; one layer
+    # under two names; no value of its `train`; buffers that are no floats.
+    [
+        "mnasnet0_5",
+        "faulty_models:extra_state",
+        "faulty_models:keywords",
+        "faulty_models:tied",
+        "faulty_models:train_returns_nothing",
+        "faulty_models:unsent_buffers",
+    ],
 )
 def test_an_unusual_model_ends_no_run(tmp_path, model):
     end = end_of(tmp_path, {"model": model})
     assert end.error is None
     assert end.log.ends() == end.log.ends_of_clients() == []
     assert end.summary["status"] == "completed"
+
+
+@pytest.mark.parametrize("strategy", ["prowd", "fedavg", "fedcomgate", "local"])
+def test_float32_clients_need_no_layer_that_is_quantized(tmp_path, strategy):
+    changes = {"model": "faulty_models:no_layer", "bit-mix": "32:1.0", "strategy": strategy}
+    assert end_of(tmp_path, changes).summary["status"] == "completed"
 
 
 # Strategies --------------------------------------------------------------------------------------
@@ -528,6 +559,17 @@ SAYING = [
         "CombineNan",
         "no result could be used in round 1, though every node was asked: its model is ",
     ),
+    (
+        "CombineOverflows",
+        "no result could be used in round 1, though every node was asked: its model is not finite",
+    ),
+    (
+        "CombineTooLarge",
+        "no result could be used in round 1, though every node was asked: its model holds more "
+        "than 1e+08 (conv1.weight), which no client takes",
+    ),
+    ("InfiniteOption", "strategy-options: most: inf is not allowed: input should be a finite"),
+    ("UnwrittenOption", "strategy-options: kept: <object object at 0x"),
     (
         "CombineReadsNothing",
         "no client could be used in the first round: the strategy has read no ",
