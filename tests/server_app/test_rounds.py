@@ -199,10 +199,10 @@ def test_a_bad_setting_is_one_line_before_any_training(tmp_path, changes, reason
 def test_the_classes_of_a_folder_are_logged_once_by_the_server(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     monkeypatch.setattr(task.data, "CACHE", tmp_path / "cache")
-    for name, count in (("ant", 10), ("bee", 10), ("cat", 1)):
+    for number, (name, count) in enumerate((("ant", 10), ("bee", 10), ("cat", 1))):
         (tmp_path / "in" / name).mkdir(parents=True)
         for index in range(count):
-            pixels = torch.full((8, 8), 200 + index, dtype=torch.uint8).numpy()
+            pixels = torch.full((8, 8), 200 + 10 * number + index, dtype=torch.uint8).numpy()
             Image.fromarray(pixels).save(tmp_path / "in" / name / f"{index}.png")
     (tmp_path / "in" / "ant" / "0.gif").write_bytes(b"none")
     run(
