@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from logging import INFO
+from logging import INFO, WARNING
+from math import isfinite
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -188,6 +189,9 @@ def _evaluate_on_server(
 ) -> tuple[dict[str, float], dict[str, float]]:
     widths = strategy.nodes.widths()
     scores = {b: evaluator.score(strategy.model_for(b, state)) for b in widths}
+    for bits, score in scores.items():
+        if not isfinite(score.loss):
+            log(WARNING, "prowd: the loss of the model at %d bits is %s", bits, score.loss)
     accuracy = {str(b): score.accuracy for b, score in scores.items()}
     loss = {str(b): score.loss for b, score in scores.items()}
     clients = sum(widths.values())

@@ -281,7 +281,8 @@ def evaluate(model: nn.Module, images: Images) -> Score:
         labels = torch.from_numpy(images.labels[start : start + size]).to(device)
         logits = model(to_input(images.pixels[start : start + size], device))
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        correct += float((logits.argmax(1) == labels).sum())
+        # The largest of logits with a NaN is the NaN, which is no answer.
+        correct += float(((logits.argmax(1) == labels) & ~logits.isnan().any(1)).sum())
     return Score(loss / len(images), correct / len(images), len(images))
 
 

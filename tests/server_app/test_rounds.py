@@ -16,6 +16,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import client_app.app
 import task.data
@@ -25,7 +26,7 @@ from server_app.app import main
 from server_app.rounds import format_bytes, format_round
 from task.clock import clock
 from task.errors import SettingsError
-from task.models import build_model
+from task.models import MODELS, build_model
 from task.protocol import UPDATE
 
 SMALL = {
@@ -199,10 +200,10 @@ def test_a_bad_setting_is_one_line_before_any_training(tmp_path, changes, reason
 def test_the_classes_of_a_folder_are_logged_once_by_the_server(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     monkeypatch.setattr(task.data, "CACHE", tmp_path / "cache")
-    for name, count in (("ant", 10), ("bee", 10), ("cat", 1)):
+    for number, (name, count) in enumerate((("ant", 10), ("bee", 10), ("cat", 1))):
         (tmp_path / "in" / name).mkdir(parents=True)
         for index in range(count):
-            pixels = torch.full((8, 8), 200 + index, dtype=torch.uint8).numpy()
+            pixels = torch.full((8, 8), 200 + 10 * number + index, dtype=torch.uint8).numpy()
             Image.fromarray(pixels).save(tmp_path / "in" / name / f"{index}.png")
     (tmp_path / "in" / "ant" / "0.gif").write_bytes(b"none")
     run(
@@ -221,6 +222,26 @@ def test_the_classes_of_a_folder_are_logged_once_by_the_server(tmp_path, caplog,
         f"{tmp_path}/in/ant/0.gif",
         "prowd: the evaluation images hold none of the classes cat",
     ]
+
+
+class NanInEvaluation(nn.Sequential):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits if self.training or len(x) == 2 else logits * float("nan")
+
+
+def test_logits_that_are_nan_are_no_answers_and_are_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    monkeypatch.setitem(
+        MODELS, "nan", lambda _, classes: NanInEvaluation(nn.Flatten(), nn.Linear(64, classes))
+    )
+    run(tmp_path, model="nan", num_server_rounds=1)
+    assert {r.getMessage() for r in caplog.records if "the loss of" in r.getMessage()} == {
+        "prowd: the loss of the model at 8 bits is nan",
+        "prowd: the loss of the model at 32 bits is nan",
+    }
+    [line] = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
+    assert json.loads(line)["accuracy"] == {"8": 0.0, "32": 0.0, "average": 0.0}
 
 
 def test_a_bad_output_dir_is_refused(tmp_path):
