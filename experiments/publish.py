@@ -8,6 +8,7 @@ from typing import Any
 from experiments import margins
 from experiments.table import to_json, to_markdown
 from task.errors import SettingsError
+from task.files import read_regular
 from task.reference import in_one_line
 
 
@@ -77,14 +78,14 @@ def tables(summary: Path) -> str:
 
 def _read(path: Path) -> tuple[str, list[dict[str, Any]]]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_regular(path))
         title, results = content["title"], content["results"]
         # What the tables are made from.
         for result in results:
             for key in ("scenario", "system", "seed", "curve"):
                 result[key]
         return title, results
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{path} is no table of prowd compare: {in_one_line(error)}") from None
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from task.errors import SettingsError
-from task.files import is_locked
+from task.files import is_locked, read_regular
 
 # Why a run is not finished whose record says "running" while no process holds its lock.
 KILLED = "ended without a word (killed?)"
@@ -249,7 +249,7 @@ def is_run(folder: Path) -> bool:
 
 def _read_file(path: Path, kind: type[Read], damage: list[str], needed: bool = True) -> Read:
     try:
-        return kind.model_validate(_parse(path.read_bytes()))
+        return kind.model_validate(_parse(read_regular(path)))
     except FileNotFoundError:
         damage += [f"{path.name} is missing"] if needed else []
     except (OSError, ValueError, RecursionError) as error:
@@ -262,7 +262,7 @@ def _read_lines(
 ) -> tuple[OfRound, ...]:
     """Read line by line; a line that cannot be read, or repeats a round, is named and left out."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path).splitlines()
     except FileNotFoundError:
         return ()
     except OSError as error:

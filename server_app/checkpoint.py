@@ -13,6 +13,7 @@ on the wire but the name of that folder, or of the run.
 """
 
 import json
+import stat
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -214,7 +215,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     path = folder / _FOLDER / _FILE
     named = printable(path)
     try:
-        path.stat()  # safe_open calls a file missing that we may not see.
+        # safe_open calls a file missing that we may not see, and waits for what is a pipe.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise SettingsError(f"resume: {named} is no regular file")
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -22,7 +22,7 @@ from server_app.board import Board
 from server_app.plain import to_json
 from server_app.unused import UnusedRounds
 from task.errors import SettingsError
-from task.files import is_utf8, printable, reason, write_atomic
+from task.files import is_utf8, printable, read_regular, reason, write_atomic
 
 _PACKAGES = ("prowd", "flwr", "torch", "torchvision", "numpy", "pydantic", "ray", "flwr-datasets")
 
@@ -97,10 +97,10 @@ def read_json(path: Path) -> dict[str, Any]:
         If it is missing or damaged; one line.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_regular(path))
         if not isinstance(content, dict):
             raise ValueError("no object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"resume: {printable(path)} cannot be read: {reason(error)}") from None
     return content
 
@@ -258,11 +258,11 @@ class RunRecord:
         """Count the rounds of the checkpoint again, and drop what was written after it."""
         path = self.folder / "rounds.jsonl"
         try:
-            lines = path.read_text().splitlines()[:rounds] if rounds else []
+            lines = read_regular(path).decode().splitlines()[:rounds] if rounds else []
             entries = [json.loads(line) for line in lines]
             if [entry["round"] for entry in entries] != list(range(1, rounds + 1)):
                 raise ValueError("a round is missing")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise SettingsError(
                 f"resume: {printable(path)} does not hold the {rounds} rounds of the checkpoint: "
                 f"{reason(error)}"
@@ -273,7 +273,7 @@ class RunRecord:
         weights = self.folder / "weights.jsonl"
         if weights.exists():
             with writing(weights):
-                kept = [line for line in weights.read_bytes().splitlines() if _is_of(line, rounds)]
+                kept = [line for line in read_regular(weights).splitlines() if _is_of(line, rounds)]
             self._write("weights.jsonl", b"".join(line + b"\n" for line in kept))
 
     def _count(self, entry: Mapping[str, Any]) -> None:
@@ -351,5 +351,5 @@ def _is_of(line: bytes, rounds: int) -> bool:
     """Whether a line holds one of the first rounds; one that was torn does not."""
     try:
         return json.loads(line)["round"] <= rounds
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from task.errors import SettingsError
-from task.files import printable, reason, user_path
+from task.files import printable, read_regular, reason, user_path
 
 # Pixels uint8 [n, channels, size, size] and labels int64 [n].
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -49,7 +49,7 @@ def _read_part(source: Path, part: str, count: int) -> Arrays:
 def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
     try:
-        data = gzip.decompress(path.read_bytes())
+        data = gzip.decompress(read_regular(path))
     except (OSError, EOFError, zlib.error) as error:
         raise SettingsError(
             f"data-dir: {printable(path)} cannot be read: {reason(error)}"
@@ -70,9 +70,12 @@ def _torchvision(folder: Path | None, downloads: Path, *, name: str) -> tuple[Ar
             for train in (True, False)
         )
     except Exception as error:  # urllib, tarfile and torchvision raise a dozen kinds.
-        tried = "downloaded to" if folder is None else "found in"
+        tried = "downloaded to" if folder is None else "read from"
+        # Torchvision's advice is for who calls it.
+        why = reason(error).removesuffix(" You can use download=True to download it")
+        allowed = "" if folder is None else "; allowed: all its files, laid out as torchvision does"
         raise SettingsError(
-            f"data-dir: {name} could not be {tried} {printable(root)}: {reason(error)}"
+            f"data-dir: {name} could not be {tried} {printable(root)}: {why}{allowed}"
         ) from None
     return train, test
 

@@ -3,9 +3,11 @@
 A crash leaves a file's old content or the new one, never a part.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -56,6 +58,20 @@ def reason(error: BaseException) -> str:
     """Return why something failed, in one line and without the path."""
     words = str(getattr(error, "strerror", None) or words_of(error)).strip()
     return printable((words or type(error).__name__).splitlines()[0])
+
+
+def read_regular(path: Path) -> bytes:
+    """Return what a regular file holds.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read, or is another kind of file: opening a pipe would wait for ever.
+    """
+    kind = os.stat(path).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.read_bytes()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

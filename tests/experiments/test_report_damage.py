@@ -1,6 +1,7 @@
 """Records that are damaged, absurd or hostile: the page is written all the same."""
 
 import json
+import os
 import random
 
 import pytest
@@ -45,6 +46,15 @@ def test_no_damage_keeps_the_page_from_being_written(runs, tmp_path):
             (folder / name).write_bytes(changed)
         write_page(tmp_path / "page", "T", read(folder))
     assert "</html>" in (tmp_path / "page").read_text()
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+    folder = write_run(tmp_path / "ProWD-0", "prowd", 0)
+    for name in ("rounds.jsonl", "summary.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    write_page(tmp_path / "page", "T", read(folder))
+    assert (tmp_path / "page").read_text().count("it is no regular file") == 2
 
 
 @pytest.mark.parametrize("absurd", [1e308, -1e308, 10**400, 5e-324])

@@ -377,9 +377,15 @@ def completed(tmp_path_factory):
     return end.folder
 
 
+PIPE = b"a pipe in its place"
+DEEP = b"[" * 100_000
+
+
 def replaced(folder: Path, name: str, data: bytes | None) -> None:
     (folder / name).unlink()
-    if data is not None:
+    if data is PIPE:
+        os.mkfifo(folder / name)
+    elif data is not None:
         (folder / name).write_bytes(data)
 
 
@@ -391,6 +397,21 @@ RESUMES = [
     ("config.json", None, MORE, "{}/config.json cannot be read: No such file or directory"),
     ("config.json", b"\xff", MORE, "{}/config.json cannot be read: "),
     ("config.json", b"[]", MORE, "{}/config.json cannot be read: no object"),
+    ("config.json", PIPE, MORE, "{}/config.json cannot be read: it is no regular file"),
+    ("config.json", DEEP, MORE, "{}/config.json cannot be read: maximum recursion depth"),
+    (LAST, PIPE, MORE, f"{{}}/{LAST} is no regular file"),
+    (
+        "rounds.jsonl",
+        PIPE,
+        MORE,
+        "{}/rounds.jsonl does not hold the 1 rounds of the checkpoint: it is no regular file",
+    ),
+    (
+        "rounds.jsonl",
+        DEEP,
+        MORE,
+        "{}/rounds.jsonl does not hold the 1 rounds of the checkpoint: maximum recursion depth",
+    ),
     ("summary.json", b'{"status', MORE, "{}/summary.json cannot be read: "),
     (
         "rounds.jsonl",

@@ -249,7 +249,7 @@ def test_fashion_mnist_in_torchvisions_layout(tmp_path):
     [
         (noise(1, 6, 28, 28), [3, 1, 4, 1, 5], "holds 6 images but 5 labels"),
         (noise(1, 6, 28, 28), [3, 1, 4, 1, 5, 10], "holds labels from 1 to 10; allowed: 0 to 9"),
-        (noise(1, 0, 28, 28), [], "FashionMNIST could not be found in"),
+        (noise(1, 0, 28, 28), [], "FashionMNIST could not be read from"),
         (noise(1, 6, 28, 14), [3, 1, 4, 1, 5, 9], "images are uint8 of shape (6, 1, 28, 14)"),
     ],
 )
@@ -335,4 +335,5 @@ def test_fake_cifar_is_refused(tmp_path, dataset):
         for name in ("data_batch_1", "test_batch", "train", "test", "batches.meta", "meta"):
             (tmp_path / folder / name).write_bytes(pickle.dumps({"data": [], "labels": []}))
     message = message_of(dataset=dataset, data_dir=str(tmp_path))
-    assert message.startswith(f"data-dir: {dataset.upper()} could not be found in {tmp_path}: ")
+    assert message.startswith(f"data-dir: {dataset.upper()} could not be read from {tmp_path}: ")
+    assert "download=True" not in message
