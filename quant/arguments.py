@@ -3,6 +3,7 @@
 from math import isfinite, nan
 from numbers import Integral, Real
 from sys import float_info
+from typing import Any
 
 from quant.grid import FLOAT_BITS, MAX_BITS, MIN_BITS, is_width
 
@@ -43,17 +44,17 @@ def check_number(
         raise ValueError(f"{name}: {value!r} is not allowed: it should be {allowed}")
 
 
-def check_width(name: str, bits: object, *, or_float: bool = True) -> None:
-    """Refuse what is no bit-width of a grid or, where that is allowed too, of float32.
+def check_width(name: str, bits: Any, *, or_float: bool = True) -> int:
+    """Return a bit-width of a grid or, where that is allowed too, of float32; NumPy's are ints.
 
     Raises
     ------
     ValueError
         One line.
     """
-    fits = isinstance(bits, int) and not isinstance(bits, bool) and is_width(bits)
-    if not fits or (bits == FLOAT_BITS and not or_float):
+    if not is_width(bits) or (bits == FLOAT_BITS and not or_float):
         also = f", or {FLOAT_BITS}" if or_float else ""
         raise ValueError(
             f"{name}: {bits!r} is not allowed: it should be {MIN_BITS} to {MAX_BITS}{also}"
         )
+    return int(bits)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from math import isfinite
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -35,6 +36,10 @@ _BLOCK_ON_GPU = 1 << 25
 
 class NonFiniteError(ValueError):
     """A NaN or an infinity where only numbers can be rounded; the message says where."""
+
+
+class ScaleError(ValueError):
+    """A scale that no grid can have; the message says where."""
 
 
 def is_finite(values: Tensor) -> bool:
@@ -69,26 +74,31 @@ def naming(tensor: str) -> Iterator[None]:
     """Put a tensor's name before what is said of its values."""
     try:
         yield
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{tensor}: {error}") from None
+    except (NonFiniteError, ScaleError) as error:
+        raise type(error)(f"{tensor}: {error}") from None
 
 
 def is_width(bits: int) -> bool:
     """Return whether a device can have this bit-width: a grid's, or that of float32."""
-    return MIN_BITS <= bits <= MAX_BITS or bits == FLOAT_BITS
+    return _is_whole(bits) and (MIN_BITS <= bits <= MAX_BITS or bits == FLOAT_BITS)
+
+
+def _is_whole(bits: object) -> bool:
+    """Return whether this is a whole number, NumPy's too."""
+    return isinstance(bits, Integral) and not isinstance(bits, bool)
 
 
 def check_bits(bits: int) -> int:
-    """Return `bits` if it is a width that a grid exists for.
+    """Return `bits`, of NumPy's type too, if it is a width that a grid exists for.
 
     Raises
     ------
     ValueError
         If `bits` is not an integer from 2 to 16.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+    if not _is_whole(bits) or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits is {bits!r}; allowed are the integers {MIN_BITS} to {MAX_BITS}")
-    return bits
+    return int(bits)
 
 
 def largest_code(bits: int) -> int:
@@ -209,7 +219,8 @@ def fit_scale(weight: Tensor, bits: int) -> Tensor:
     NonFiniteError
         If a weight is NaN or infinite.
     """
-    scale = mse_scale(weight, bits) if bits <= _CLIPPED_BITS else absmax_scale(weight, bits)
+    clipped = check_bits(bits) <= _CLIPPED_BITS
+    scale = mse_scale(weight, bits) if clipped else absmax_scale(weight, bits)
     if not isfinite(scale.sum()):
         check_finite(weight.detach(), "the weight")
     return scale
@@ -236,6 +247,8 @@ def quantize_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     ------
     NonFiniteError
         If a weight or a scale is NaN or infinite, or a scale too small to divide by.
+    ScaleError
+        If a scale is not positive.
     """
     _check_operands(weight, scale)
     if weight.numel() <= _BLOCK or weight.device.type != "cpu":
@@ -270,6 +283,8 @@ def quantize_stochastic(
     ------
     NonFiniteError
         If a weight or a scale is NaN or infinite, or a scale too small to divide by.
+    ScaleError
+        If a scale is not positive.
     """
     _check_operands(weight, scale)
     limit = largest_code(bits)
@@ -333,8 +348,12 @@ def check_scale(scale: Tensor) -> None:
     ------
     NonFiniteError
         If one is NaN or infinite, or so small that its inverse is.
+    ScaleError
+        If one is not positive.
     """
     check_finite(scale, "the scale")
+    if scale.numel() and not (least := float(scale.min())) > 0:
+        raise ScaleError(f"a scale is {least:g}; allowed are positive numbers")
     check_finite(scale.reciprocal(), "the inverse of the scale")
 
 

@@ -55,9 +55,9 @@ class QuantConfig:
     gradient_bits: int = FLOAT_BITS
 
     def __post_init__(self) -> None:
-        check_width("weight_bits", self.weight_bits, or_float=False)
-        check_width("activation_bits", self.activation_bits)
-        check_width("gradient_bits", self.gradient_bits)
+        for name in ("weight_bits", "activation_bits", "gradient_bits"):
+            bits = check_width(name, getattr(self, name), or_float=name != "weight_bits")
+            object.__setattr__(self, name, bits)
 
 
 class QuantLayer(nn.Module):
@@ -256,6 +256,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     >>> model(torch.ones(1, 3)).shape
     torch.Size([1, 2])
     """
+    if not isinstance(config, QuantConfig):
+        raise ValueError(f"config: {config!r} is not allowed: it should be a QuantConfig")
     layers = _quantizable(model)
     for name, layer in layers.items():
         weight = layer.get_parameter("weight").detach()

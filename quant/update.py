@@ -56,6 +56,10 @@ class Update:
     quantized: Mapping[str, QuantizedTensor]
     floats: Mapping[str, Tensor]
 
+    def __post_init__(self) -> None:
+        # NumPy's too, which no JSON holds.
+        object.__setattr__(self, "bits", int(self.bits))
+
     @property
     def scales(self) -> dict[str, Tensor]:
         """Scales of the quantized tensors by name."""
@@ -209,7 +213,8 @@ def quantize_state(
     NonFiniteError
         If a tensor that is quantized holds a NaN or an infinity; the message names it.
     ValueError
-        If `scales` is missing below 32 bits, or names a tensor that there is not.
+        If `scales` is missing below 32 bits, names a tensor that there is not, or holds what is not
+        positive.
 
     Examples
     --------

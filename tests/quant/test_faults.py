@@ -34,6 +34,7 @@ from quant import (
     weight_scales,
 )
 from quant.activations import fit_activation_grid, put_on_grid
+from quant.grid import ScaleError
 from quant.rounding import round_to_moments
 
 NON_FINITE = pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -63,15 +64,22 @@ def test_whoever_rounds_refuses_what_is_not_finite(bad, bits):
     assert put_on_grid(w, grid).isnan().all()
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-45])
-def test_a_scale_that_cannot_be_divided_by_is_refused(scale):
+@pytest.mark.parametrize(
+    ("scale", "reason"),
+    [
+        (0.0, "a scale is 0; allowed are positive numbers"),
+        (-1.0, "a scale is -1; allowed are positive numbers"),
+        (1e-45, "the inverse of the scale is not finite"),
+    ],
+)
+def test_a_scale_that_cannot_be_divided_by_is_refused(scale, reason):
     w, tiny = torch.ones(1, 2), torch.tensor([scale])
     for refused in (
         lambda: quantize_nearest(w, tiny, 8),
         lambda: quantize_stochastic(w, tiny, 8, torch.Generator()),
         lambda: round_to_moments(w, tiny, 8, torch.eye(2)[None]),
     ):
-        with pytest.raises(NonFiniteError, match="the inverse of the scale is not finite"):
+        with pytest.raises((NonFiniteError, ScaleError), match=reason):
             refused()
 
 

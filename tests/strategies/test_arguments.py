@@ -6,7 +6,18 @@ import torch
 from torch import nn
 from wrong_values import wrong_values
 
-from quant import FineTuning, QuantConfig, StrictSGD, fixed_point
+from quant import (
+    FineTuning,
+    QuantConfig,
+    StrictSGD,
+    decode_update,
+    encode_update,
+    fit_scales,
+    fixed_point,
+    prepare,
+    quantize_state,
+    spec_of,
+)
 from server_app.build import build_strategy, read_settings
 from strategies import STRATEGIES, FedAvg, FlowerStrategy, Local, ProWD, ProWDOptions, receive
 from strategies.differences import DifferenceOptions, FedCOM
@@ -29,6 +40,7 @@ WRONG = {
     "batch-size": [0, -1, 2.0, True],
 }
 NAMES = {"lossless-coding": "coded"}
+ONE = {"w": torch.ones(2, 2)}
 STRICT = {"low-bit-training": "strict"}
 
 
@@ -113,6 +125,20 @@ def test_numpys_numbers_are_numbers():
         (lambda: QuantConfig(1), "weight_bits: 1 is not allowed: it should be 2 to 16"),
         (lambda: QuantConfig(4, activation_bits=0), "activation_bits: 0 is not allowed"),
         (lambda: QuantConfig(4, gradient_bits=17), "gradient_bits: 17 is not allowed"),
+        (
+            lambda: prepare(nn.Linear(2, 2), 8),
+            "config: 8 is not allowed: it should be a QuantConfig",
+        ),
+        (lambda: fit_scales(ONE, ["w"], None), "bits is None; allowed are the integers 2 to 16"),
+        (
+            lambda: quantize_state(ONE, 8, {"w": -torch.ones(2)}),
+            "w: a scale is -1; allowed",
+        ),
+        (
+            lambda: quantize_state(ONE, 8, {"w": torch.zeros(2)}),
+            "w: a scale is 0; allowed",
+        ),
+        (lambda: decode_update(b"", spec_of(nn.Linear(2, 2)), "8"), "payload has 8 bits; allowed"),
         (lambda: FineTuning(steps=0), "steps: 0 is not allowed: it should be a whole number >= 1"),
         (lambda: FineTuning(learning_rate=NAN), "learning_rate: nan is not allowed"),
         (lambda: FineTuning(distill_weight=-1), "distill_weight: -1 is not allowed"),
@@ -130,6 +156,15 @@ def test_numpys_numbers_are_numbers():
 )
 def test_a_constructor_refuses_in_one_line(make, words):
     assert refusal(make).startswith(words)
+
+
+def test_widths_of_numpys_types_count_as_what_they_hold():
+    bits = np.int64(8)
+    assert QuantConfig(bits, bits, bits) == QuantConfig(8, 8, 8)
+    assert type(QuantConfig(bits).weight_bits) is int
+    update = quantize_state(ONE, bits, fit_scales(ONE, ["w"], bits))
+    assert type(update.bits) is int
+    assert encode_update(update) == encode_update(quantize_state(ONE, 8, update.scales))
 
 
 @pytest.mark.parametrize("most", [0, -1, 1.5, NAN, "9", True])
