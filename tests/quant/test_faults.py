@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from quant import (
     NonFiniteError,
     QuantConfig,
+    ScaleError,
     StrictSGD,
     UpdateSpec,
     calibrate_activations,
