@@ -35,7 +35,6 @@ from quant import (
     weight_scales,
 )
 from quant.activations import fit_activation_grid, put_on_grid
-from quant.grid import ScaleError
 from quant.rounding import round_to_moments
 
 NON_FINITE = pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
