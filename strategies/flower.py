@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
-from flwr.serverapp.strategy.fedopt import FedOpt
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -31,8 +30,8 @@ from task.options import Options, parse_assignments
 from task.protocol import Declaration, Instruction, plain
 
 PREFIX = "flwr:"
-# What FedAdam, FedYogi and FedAdagrad take, print, and never compute with.
-_UNHEEDED = "eta_l"
+# What these take, print, and never compute with.
+_ADAPTIVE, _UNHEEDED = (FedAdam, FedYogi, FedAdagrad), "eta_l"
 # What an attribute of Flower's classes may be besides arrays: a setting, a counter, nothing yet.
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -162,7 +161,7 @@ def _make(name: str, arguments: dict[str, Any]) -> FedAvg:
         raise SettingsError(f"strategy: {f'{PREFIX}{name}'!r} is none of {allowed}")
     kind = getattr(flower_strategies, name)
     settable = _settable(kind)
-    if _UNHEEDED in arguments and issubclass(kind, FedOpt):
+    if _UNHEEDED in arguments and issubclass(kind, _ADAPTIVE):
         raise SettingsError(
             f"flwr-arguments: {_UNHEEDED} has no effect in Flower's {name}; the step size of the "
             "clients is learning-rate"
