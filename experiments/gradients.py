@@ -95,7 +95,10 @@ class Backward:
                 self.outputs[name] = gradient
                 return self._rounding(gradient)
 
-            return lambda layer, args, y: void(y.register_hook(back))
+            def forward(layer: nn.Module, args: object, y: Tensor) -> None:
+                y.register_hook(back)
+
+            return forward
 
         handles = [m.register_forward_hook(hook(n)) for n, m in self._layers.items()]
         try:
@@ -110,10 +113,6 @@ class Backward:
         weights = [layer.weight for layer in self._layers.values()]
         gradients = torch.autograd.grad(self._loss, weights, retain_graph=True)
         return {n: rounding(g) for n, g in zip(self._layers, gradients, strict=True)}
-
-
-def void(_: object) -> None:
-    """Return nothing: what a forward hook returns would replace the output."""
 
 
 def measure(backward: Backward, bits: int, draws: int, sums: dict[str, Squares]) -> None:
@@ -132,26 +131,26 @@ def measure(backward: Backward, bits: int, draws: int, sums: dict[str, Squares])
         for name, drawn in backward.weight_gradients(stochastic).items():
             difference = drawn - exact[name]
             mean[name] += difference / draws
-            squares[name] += norm(difference) / draws
+            squares[name] += squared_norm(difference) / draws
     for name, gradient in exact.items():
         found = sums.setdefault(name, Squares())
-        found.exact += norm(gradient)
-        found.nearest += norm(nearest[name] - gradient)
+        found.exact += squared_norm(gradient)
+        found.nearest += squared_norm(nearest[name] - gradient)
         found.draw += squares[name]
         # |mean|^2 = |bias|^2 + variance / draws, and one draw's square is |bias|^2 + variance.
-        found.bias += (draws * norm(mean[name]) - squares[name]) / (draws - 1)
+        found.bias += (draws * squared_norm(mean[name]) - squares[name]) / (draws - 1)
         output = outputs[name]
         rounded, drawn = to_nearest(output, bits), stochastic(output)
-        found.output += norm(output)
-        found.output_nearest += norm(rounded - output)
-        found.output_draw += norm(drawn - output)
+        found.output += squared_norm(output)
+        found.output_nearest += squared_norm(rounded - output)
+        found.output_draw += squared_norm(drawn - output)
         found.values += output.numel()
         found.zeros += zeros(output)
         found.zeros_nearest += zeros(rounded)
         found.zeros_draw += zeros(drawn)
 
 
-def norm(tensor: Tensor) -> float:
+def squared_norm(tensor: Tensor) -> float:
     """Return the squared norm."""
     return float(tensor.double().square().sum())
 

@@ -356,14 +356,13 @@ def weight_scales(model: nn.Module) -> dict[str, Tensor]:
     ValueError
         If a weight was tied or parametrized after it was prepared, and so is none that has a grid.
     """
-    on_grid = {*quantizable_weights(model)}
-    for name, _ in layers_by_weight(model):
-        if name not in on_grid:
-            raise ValueError(
-                f"{name}: its layer was prepared, and its weight tied, parametrized or given "
-                "another forward pass since; prepare the model last"
-            )
-    return {name: layer.weight_scale for name, layer in layers_by_weight(model)}
+    layers, on_grid = dict(layers_by_weight(model)), {*quantizable_weights(model)}
+    if loose := [name for name in layers if name not in on_grid]:
+        raise ValueError(
+            f"{loose[0]}: its layer was prepared, and its weight tied, parametrized or given "
+            "another forward pass since; prepare the model last"
+        )
+    return {name: layer.weight_scale for name, layer in layers.items()}
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from logging import WARNING
-from pathlib import Path
 
 from flwr.app import Context
 from flwr.common.logger import log
@@ -15,6 +14,7 @@ from server_app.record import RunRecord, open_record
 from server_app.run import finish, prepare, restore
 from strategies.undocumented import is_simulated
 from task.errors import SettingsError
+from task.files import user_path
 from task.settings import Settings
 
 app = ServerApp()
@@ -45,7 +45,7 @@ def _begin(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
 def _resume(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
     settings, options = read_settings(config)
     _warn_of_idle(grid, config)
-    folder = Path(settings.resume).expanduser()
+    folder = user_path("resume", settings.resume)
     # Before the checkpoint is read: another process that went on with it would leave it stale.
     ending.lock(folder)
     run, saved = restore(grid, folder, settings, options)

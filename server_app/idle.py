@@ -5,6 +5,7 @@ from pathlib import Path
 
 from quant import FLOAT_BITS
 from strategies import STRATEGIES
+from task.files import user_path
 from task.mix import parse_mix
 from task.options import Options
 from task.settings import Settings
@@ -83,12 +84,9 @@ def _why_idle(key: str, given: Mapping[str, object], simulated: bool) -> str:
         only_float = key in _OF_LOW_BITS and widths == {FLOAT_BITS}
         if only_float or (key in _OF_SEVERAL_WIDTHS and len(widths) == 1):
             return f"bit-mix={given['bit-mix']}"
-    folder = Path(str(given["resume"])).expanduser()
-    here = {"run-name": folder.name, "output-dir": str(folder.parent)}
-    if given["resume"] and key in here and _expanded(given[key]) != here[key]:
-        return "resume, which goes on with that run's record"
+    if given["resume"] and key in ("run-name", "output-dir"):
+        folder = user_path("resume", str(given["resume"]))
+        here = folder.parent if key == "output-dir" else Path(folder.name)
+        if user_path(key, str(given[key])) != here:
+            return "resume, which goes on with that run's record"
     return ""
-
-
-def _expanded(value: object) -> str:
-    return str(Path(str(value)).expanduser())

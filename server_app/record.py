@@ -22,7 +22,7 @@ from server_app.board import Board
 from server_app.plain import to_json
 from server_app.unused import UnusedRounds
 from task.errors import SettingsError
-from task.files import is_utf8, printable, read_regular, reason, write_atomic
+from task.files import is_utf8, printable, read_regular, reason, user_path, write_atomic
 
 _PACKAGES = ("prowd", "flwr", "torch", "torchvision", "numpy", "pydantic", "ray", "flwr-datasets")
 
@@ -304,7 +304,7 @@ class RunRecord:
 
 def open_record(output_dir: str, run_name: str, strategy: str, dataset: str) -> RunRecord:
     """Make the record of a run under its name or, without one, under strategy, data and time."""
-    base = Path(output_dir).expanduser()
+    base = user_path("output-dir", output_dir)
     if run_name:
         return RunRecord(base / run_name)
     stem = f"{strategy}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}"

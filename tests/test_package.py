@@ -1,12 +1,11 @@
 """The package `prowd`: its names, and that nobody else's modules stand in for its own."""
 
 import ast
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from own_process import python
 
 import client_app
 import prowd
@@ -31,14 +30,8 @@ def elsewhere(tmp_path_factory):
     return folder
 
 
-def run(folder, *words):
-    return subprocess.run(
-        [sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False
-    )
-
-
 def test_the_command_runs_where_a_user_has_folders_of_its_names(elsewhere):
-    done = run(elsewhere, "-m", "prowd", "report", "no-run")
+    done = python("-m", "prowd", "report", "no-run", cwd=elsewhere)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "prowd: no-run: there is no such folder\n"
 
@@ -46,13 +39,13 @@ def test_the_command_runs_where_a_user_has_folders_of_its_names(elsewhere):
 def test_the_library_runs_where_a_user_has_folders_of_its_names(elsewhere):
     code = "from prowd import ProWD, answer, load_dataset, quantize_state; import task; "
     code += "print(ProWD.__module__, quantize_state.__module__, task.__path__[0])"
-    done = run(elsewhere, "-c", code)
+    done = python("-c", code, cwd=elsewhere)
     assert done.stdout.split() == ["strategies.prowd", "quant.update", str(PROJECT / "task")]
 
 
 @pytest.mark.parametrize("name", ["task", "strategies"])
 def test_a_users_module_that_is_imported_already_is_named(elsewhere, name):
-    done = run(elsewhere, "-c", f"import {name}; import prowd")
+    done = python("-c", f"import {name}; import prowd", cwd=elsewhere)
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"ImportError: prowd: {name!r} is {elsewhere / name}")
     assert "import prowd before it, or give that module another name" in last
@@ -97,7 +90,9 @@ def test_the_packages_are_those_that_are_shipped():
 
 
 def test_importing_it_imports_nothing_heavy():
-    done = run(PROJECT, "-c", "import sys, prowd; print({'torch', 'flwr'} & sys.modules.keys())")
+    done = python(
+        "-c", "import sys, prowd; print({'torch', 'flwr'} & sys.modules.keys())", cwd=PROJECT
+    )
     assert done.stdout.strip() == "set()"
 
 

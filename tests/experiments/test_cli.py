@@ -3,12 +3,11 @@
 import os
 import re
 import resource
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from own_process import python
 from run_records import write_run
 
 from experiments.cli import main
@@ -134,48 +133,33 @@ def test_a_number_of_jobs_that_is_none(jobs, capsys):
     assert f"--jobs: '{jobs}' is not allowed; allowed: 1 and more" in capsys.readouterr().err
 
 
-def call(*words, cwd, **more):
-    return subprocess.run(
-        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False, **more
-    )
-
-
 def test_the_version_names_what_decides_a_run(tmp_path):
-    done = call("-m", "prowd", "--version", cwd=tmp_path)
+    done = python("-m", "prowd", "--version", cwd=tmp_path)
     named = [f"{name} {version(name)}" for name in ("prowd", "flwr", "torch")]
     assert (done.stdout, done.stderr) == (", ".join(named) + "\n", "")
 
 
 def test_the_version_and_the_help_wait_for_nothing(tmp_path):
     code = "import sys, experiments.cli; print({'torch', 'flwr'} & sys.modules.keys())"
-    assert call("-c", f"import prowd; {code}", cwd=tmp_path).stdout.strip() == "set()"
+    assert python("-c", f"import prowd; {code}", cwd=tmp_path).stdout.strip() == "set()"
 
 
 def test_an_output_that_nobody_reads_is_no_traceback(tmp_path):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(
-        [sys.executable, "-m", "prowd", "--version"],
-        stdout=write,
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-        check=False,
-    )
+    done = python("-m", "prowd", "--version", cwd=tmp_path, stdout=write)
     os.close(write)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
     with open(tmp_path / "page", "w") as page:
-        done = subprocess.run(
-            [sys.executable, "-m", "prowd", "--version"],
-            stdout=page,
-            stderr=subprocess.PIPE,
-            text=True,
+        done = python(
+            *("-m", "prowd", "--version"),
             cwd=tmp_path,
+            stdout=page,
             # Unbuffered, Python itself passes over what was not written.
             env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
-            check=False,
             # As on a full disk; Python ignores the signal that comes with it.
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)),
         )
