@@ -14,12 +14,13 @@ WORKDIR /srv/prowd/app
 ARG PIP_OPTIONS=""
 COPY pyproject.toml README.md LICENSE ./
 COPY prowd prowd
+COPY core core
 COPY quant quant
 COPY task task
+COPY exchange exchange
 COPY strategies strategies
 COPY client_app client_app
 COPY server_app server_app
-COPY experiments experiments
 COPY deploy deploy
 RUN pip install --no-cache-dir $PIP_OPTIONS .
 

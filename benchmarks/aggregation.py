@@ -7,9 +7,9 @@ from torch import Tensor
 
 from benchmarks.grid import reporting_grid, weights_of
 from benchmarks.measure import Figure, ratio, report, side_by_side
+from exchange.states import to_arrays
 from strategies import FedAvg, RoundLog
 from strategies.base import Broadcast
-from strategies.states import to_arrays
 
 _CLIENTS, _REPEATS, _GOAL = 100, 7, 0.2
 # Whether codes are entropy-coded, and from codes that the client was sent.

@@ -1,6 +1,6 @@
 """The federation that rounds are measured on: twenty clients, half of them on four bits."""
 
-from experiments.plan import Setting
+from prowd.compare.plan import Setting
 
 CLIENTS, ROUNDS = 20, 4
 FEDERATION = f"num-supernodes={CLIENTS} client-resources-num-cpus=1"

@@ -10,11 +10,11 @@ from flwr.common.logger import FLOWER_LOGGER
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from exchange.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report
+from exchange.states import to_array
+from exchange.undocumented import NodeInfo, Run, be_in_a_run, give_id
 from quant import encode_update, quantize_fitted
 from strategies import MixedPrecisionStrategy
-from strategies.states import to_array
-from strategies.undocumented import NodeInfo, Run, be_in_a_run, give_id
-from task.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report
 
 be_in_a_run()
 # A line for each node would hide the figures.

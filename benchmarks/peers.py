@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Figure, ratio, report, side_by_side
+from exchange.states import to_arrays
 from quant import (
     QuantConfig,
     absmax_scale,
@@ -24,7 +25,6 @@ from quant import (
     quantize_nearest,
     unpack,
 )
-from strategies.states import to_arrays
 from task.models import build_model
 
 _ROWS, _COLUMNS, _REPEATS, _AHEAD = 1000, 10_000, 9, 1.0

@@ -19,17 +19,17 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from benchmarks.federation import CLIENTS, FEDERATION, ROUNDS, SETTINGS
-from experiments.runs import PROJECT, flwr_program
+from core.settings import Settings
+from prowd.compare.runs import PROJECT, flwr_program
 from quant import FLOAT_BITS
+from task.data.partition import client_images
 from task.models import build_model
-from task.partition import client_images
-from task.settings import Settings
 from task.training import LocalTraining, train
 
 client = ClientApp()
 server = ServerApp()
 
-_PACKAGES = ("benchmarks", "experiments", "quant", "task")
+_PACKAGES = ("benchmarks", "core", "exchange", "prowd", "quant", "server_app", "strategies", "task")
 _MARK = "seconds of rounds: "
 _PYPROJECT = """
 [project]

@@ -10,9 +10,9 @@ from flwr.app import ConfigRecord
 
 from benchmarks.grid import reporting_grid, run_round, weights_of
 from benchmarks.measure import Figure, ratio, report
+from exchange.states import to_arrays
 from quant import federated_state
 from strategies import STRATEGIES
-from strategies.states import to_arrays
 from task.models import build_model
 
 _COUNTS, _REPEATS, _FLAT = (10, 100, 1000), 5, 1.15

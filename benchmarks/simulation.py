@@ -18,17 +18,17 @@ from benchmarks.federation import ALL_FLOAT32, CLIENTS, FEDERATION, SETTINGS
 from benchmarks.grid import reporting_grid, run_round
 from benchmarks.measure import Figure, ratio, report, side_by_side
 from benchmarks.plain_flower import network, seconds_of_rounds
-from experiments.plan import Setting
-from experiments.records import read_record
-from experiments.runs import PlannedRun, execute
+from core.settings import Settings
+from exchange.states import to_arrays
+from prowd.compare.plan import Setting
+from prowd.compare.runs import PlannedRun, execute
+from prowd.records import read_record
 from quant import FLOAT_BITS, federated_state, quantizable_weights
 from server_app.build import read_settings
 from server_app.run import Run, prepare
 from strategies import FedAvg
-from strategies.states import to_arrays
-from task.data import Images
-from task.partition import client_images, server_pixels
-from task.settings import Settings
+from task.data.dataset import Images
+from task.data.partition import client_images, server_pixels
 from task.training import LocalTraining, ready_to_evaluate, train
 
 _OVERHEAD, _AHEAD, _SHARE = 1.25, 1.0, 0.10

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Figure, ratio, report, side_by_side
-from task.data import Images
+from task.data.dataset import Images
 from task.models import build_model
 from task.training import LocalTraining, train
 

@@ -3,6 +3,7 @@
 import torch
 
 from benchmarks.measure import Figure, report
+from core.settings import Settings
 from quant import (
     Update,
     encode_update,
@@ -12,9 +13,8 @@ from quant import (
     quantize_model,
     spec_of,
 )
+from task.data.partition import client_images
 from task.models import build_model
-from task.partition import client_images
-from task.settings import Settings
 from task.training import LocalTraining, train
 
 _MODELS = (("resnet18", 3, 32), ("resnet20", 3, 32), ("resnet8", 1, 28), ("cnn", 1, 28))

@@ -18,6 +18,14 @@ from client_app.memory import has_model, keep_model, own_model, recall, state_fo
 from client_app.messages import answer, answer_query, config_in, instruction_in, model_in
 from client_app.node import declare
 from client_app.tracking import TrackedRound, next_correction
+from core.devices import pick_device
+from core.errors import SettingsError
+from core.failures import explain
+from core.files import printable, reason
+from core.seeds import Stream, derive_seed
+from core.settings import Settings
+from core.simulation import in_simulation
+from exchange.protocol import MOST_LOSS, Declaration, Instruction, Report, plain
 from quant import (
     Update,
     UpdateSpec,
@@ -27,17 +35,9 @@ from quant import (
     tensors_of,
     weight_scales,
 )
-from task.data import Images, load_dataset
-from task.devices import pick_device
-from task.errors import SettingsError
-from task.failures import explain
-from task.files import printable, reason
+from task.data.dataset import Images, load_dataset
+from task.data.partition import client_images, evaluation_images
 from task.models import build_model
-from task.partition import client_images, evaluation_images
-from task.protocol import MOST_LOSS, Declaration, Instruction, Report, plain
-from task.seeds import Stream, derive_seed
-from task.settings import Settings
-from task.simulation import in_simulation
 from task.training import (
     LocalTraining,
     Score,

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from task.errors import SettingsError
-from task.files import checksum, printable, reason, write_atomic
+from core.errors import SettingsError
+from core.files import checksum, printable, reason, write_atomic
 
 _MODEL, _SCALES = "own-model", "own-scales"
 _ENDING = ".safetensors"

@@ -8,8 +8,7 @@ from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from quant import STYPE, Update, UpdateSpec, decode_update, encode_update
-from task.protocol import (
+from exchange.protocol import (
     CONFIG,
     DECLARATION,
     INSTRUCTION,
@@ -20,6 +19,7 @@ from task.protocol import (
     Instruction,
     Report,
 )
+from quant import STYPE, Update, UpdateSpec, decode_update, encode_update
 
 
 def answer_query(message: Message, declaration: Declaration) -> Message:

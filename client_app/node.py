@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 from client_app.memory import state_folder
-from task.errors import SettingsError
-from task.mix import check_client_bits, widths_of_partitions
-from task.partition import client_images
-from task.protocol import Declaration
-from task.settings import Settings
+from core.errors import SettingsError
+from core.mix import check_client_bits, widths_of_partitions
+from core.settings import Settings
+from exchange.protocol import Declaration
+from task.data.partition import client_images
 
 
 def declare(

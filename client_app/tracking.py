@@ -27,7 +27,7 @@ from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
 from client_app.memory import from_record, to_record
-from task.protocol import Instruction
+from exchange.protocol import Instruction
 
 _ROUND = "tracking-round"
 _RECEIVED, _SENT, _CORRECTION = "tracking-received", "tracking-sent", "tracking-correction"

@@ -19,28 +19,28 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from client_app import *  # noqa: F403
+    from core.errors import SettingsError as SettingsError
+    from core.options import Options as Options
+    from core.settings import Settings as Settings
+    from exchange.protocol import Declaration as Declaration
+    from exchange.protocol import Instruction as Instruction
+    from exchange.protocol import Report as Report
     from quant import *  # noqa: F403
     from strategies import *  # noqa: F403
-    from task.data import load_dataset as load_dataset
-    from task.errors import SettingsError as SettingsError
-    from task.options import Options as Options
-    from task.protocol import Declaration as Declaration
-    from task.protocol import Instruction as Instruction
-    from task.protocol import Report as Report
-    from task.settings import Settings as Settings
+    from task.data.dataset import load_dataset as load_dataset
 
 _HOME = Path(__file__).resolve().parents[1]
-_OWN = ("quant", "task", "strategies", "client_app", "server_app", "experiments")
+_OWN = ("core", "quant", "task", "exchange", "strategies", "client_app", "server_app")
 # Those whose `__all__` is public here, what imports least first; and single names of others.
 _WHOLE = ("quant", "strategies", "client_app")
 _SINGLE = {
-    "Declaration": "task.protocol",
-    "Instruction": "task.protocol",
-    "Options": "task.options",
-    "Report": "task.protocol",
-    "Settings": "task.settings",
-    "SettingsError": "task.errors",
-    "load_dataset": "task.data",
+    "Declaration": "exchange.protocol",
+    "Instruction": "exchange.protocol",
+    "Options": "core.options",
+    "Report": "exchange.protocol",
+    "Settings": "core.settings",
+    "SettingsError": "core.errors",
+    "load_dataset": "task.data.dataset",
 }
 
 

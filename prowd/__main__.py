@@ -7,7 +7,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     try:
         # In here, as a package may be missing or damaged, and then one line says so.
-        from experiments.cli import main as run
+        from prowd.cli import main as run
     except Exception as error:
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         print(f"prowd: {kind}{' '.join(str(error).split())}", file=sys.stderr)

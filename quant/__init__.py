@@ -3,9 +3,17 @@
 Tensors and bytes in, tensors and bytes out; nothing here knows of Flower.
 """
 
+from core.bits import ALLOWED_WIDTHS, FLOAT_BITS, MAX_BITS, MIN_BITS, check_bits, is_width
 from quant.alignment import add_drift, level_drift
-from quant.bounds import squares_at_most
-from quant.dequantizer import (
+from quant.codec.bounds import squares_at_most
+from quant.codec.device_packing import pack_tensor
+from quant.codec.flat import FlatUpdate, UpdateSum
+from quant.codec.model_file import ModelFileError, PackedModel, load_model
+from quant.codec.packing import PackingError, pack, packed_size, unpack
+from quant.codec.reading import OpenedUpdate, UpdateError, decode_update, open_update
+from quant.codec.wire import STYPE, encode_update, payload_size
+from quant.dequantizer.finetuning import FineTuning, Losses, fine_tune
+from quant.dequantizer.ladder import (
     GlobalReference,
     ProgressiveDequantizer,
     Reference,
@@ -13,30 +21,22 @@ from quant.dequantizer import (
     StartReference,
     ladder_of,
 )
-from quant.device_packing import pack_tensor
-from quant.eager import SGD
-from quant.finetuning import FineTuning, Losses, fine_tune
-from quant.flat import FlatUpdate, UpdateSum
 from quant.grid import (
-    ALLOWED_WIDTHS,
-    FLOAT_BITS,
-    MAX_BITS,
-    MIN_BITS,
     NonFiniteError,
     ScaleError,
     absmax_scale,
-    check_bits,
     dequantize,
     fake_quantize,
     fit_scale,
     is_finite,
-    is_width,
     largest_code,
     mse_scale,
     quantize_nearest,
     quantize_stochastic,
 )
-from quant.layers import (
+from quant.lowbit.eager import SGD
+from quant.lowbit.strict_sgd import StrictSGD
+from quant.qat.layers import (
     QuantConfig,
     QuantConv2d,
     QuantLinear,
@@ -56,12 +56,8 @@ from quant.layers import (
     watched_inputs,
     weight_scales,
 )
-from quant.model_file import ModelFileError, PackedModel, load_model
-from quant.optimizer import StrictSGD
-from quant.packing import PackingError, pack, packed_size, unpack
-from quant.reading import OpenedUpdate, UpdateError, decode_update, open_update
+from quant.qat.rounding import calibrated_rounding
 from quant.relevancy import cosine, relevancy_mask
-from quant.rounding import calibrated_rounding
 from quant.update import (
     QuantizedTensor,
     Update,
@@ -74,7 +70,6 @@ from quant.update import (
     quantize_fitted,
     quantize_state,
 )
-from quant.wire import STYPE, encode_update, payload_size
 
 __all__ = [
     "ALLOWED_WIDTHS",

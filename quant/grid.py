@@ -8,17 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from math import isfinite
-from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
-MIN_BITS = 2
-MAX_BITS = 16
-FLOAT_BITS = 32
-# What `is_width` allows, in words.
-ALLOWED_WIDTHS = f"{MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
+from core.bits import MIN_BITS, check_bits
 
 # Up to this width the few levels are worth more near zero than at the extremes.
 _CLIPPED_BITS = 4
@@ -76,29 +71,6 @@ def naming(tensor: str) -> Iterator[None]:
         yield
     except (NonFiniteError, ScaleError) as error:
         raise type(error)(f"{tensor}: {error}") from None
-
-
-def is_width(bits: int) -> bool:
-    """Return whether a device can have this bit-width: a grid's, or that of float32."""
-    return _is_whole(bits) and (MIN_BITS <= bits <= MAX_BITS or bits == FLOAT_BITS)
-
-
-def _is_whole(bits: object) -> bool:
-    """Return whether this is a whole number, NumPy's too."""
-    return isinstance(bits, Integral) and not isinstance(bits, bool)
-
-
-def check_bits(bits: int) -> int:
-    """Return `bits`, of NumPy's type too, if it is a width that a grid exists for.
-
-    Raises
-    ------
-    ValueError
-        If `bits` is not an integer from 2 to 16.
-    """
-    if not _is_whole(bits) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits is {bits!r}; allowed are the integers {MIN_BITS} to {MAX_BITS}")
-    return int(bits)
 
 
 def largest_code(bits: int) -> int:

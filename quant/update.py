@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quant.arguments import check_number
+from core.arguments import check_number
+from core.bits import FLOAT_BITS
 from quant.grid import (
-    FLOAT_BITS,
     absmax_scale,
     dequantize,
     fit_scale,

@@ -7,15 +7,15 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from core.errors import SettingsError
+from core.files import user_path
+from core.settings import Settings
+from exchange.undocumented import is_simulated
 from server_app.build import read_settings
 from server_app.ending import Ending
 from server_app.idle import idle_settings
 from server_app.record import RunRecord, open_record
 from server_app.run import finish, prepare, restore
-from strategies.undocumented import is_simulated
-from task.errors import SettingsError
-from task.files import user_path
-from task.settings import Settings
 
 app = ServerApp()
 

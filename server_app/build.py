@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from core.constructors import Broadcast
+from core.devices import pick_device
+from core.errors import SettingsError
+from core.options import Options, format_assignments, parse_assignments
+from core.reference import in_one_line, load_reference
+from core.settings import Settings
 from strategies import STRATEGIES, MixedPrecisionStrategy, ProWD
-from strategies.arguments import Broadcast
-from task.devices import pick_device
-from task.errors import SettingsError
-from task.options import Options, format_assignments, parse_assignments
-from task.reference import in_one_line, load_reference
-from task.settings import Settings
 
 # Before each key of a class of the user's own in an error.
 _OWN_PREFIX = "strategy-options: "
@@ -100,7 +100,7 @@ def _options_class(strategy_class: type[MixedPrecisionStrategy]) -> type[Options
     found = getattr(strategy_class, "Options", Options)
     if not (isinstance(found, type) and issubclass(found, Options)):
         raise SettingsError(
-            f"strategy: {strategy_class.__name__}.Options is no subclass of task.options.Options"
+            f"strategy: {strategy_class.__name__}.Options is no subclass of core.options.Options"
         )
     return found
 

@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
+from core.errors import SettingsError
+from core.files import checksum, printable, reason, write_atomic
+from core.reference import in_one_line
+from exchange.states import State, not_finite
 from server_app.plain import to_json
 from server_app.record import versions, writing
-from strategies.states import State, not_finite
-from task.errors import SettingsError
-from task.files import checksum, printable, reason, write_atomic
-from task.reference import in_one_line
 
 # Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
 FORMAT = 5

@@ -20,16 +20,16 @@ from typing import Self
 
 from flwr.common.logger import log
 
-from server_app.record import RunEnded, RunRecord, locked, writing
-from strategies import FederationError
-from strategies.undocumented import (
+from core.errors import SettingsError, words_of
+from core.failures import explain, one_line
+from core.files import printable
+from exchange.undocumented import (
     FORCE_EXIT_TIMEOUT_SECONDS,
     RunNotRunningException,
     add_exit_handler,
 )
-from task.errors import SettingsError, words_of
-from task.failures import explain, one_line
-from task.files import printable
+from server_app.record import RunEnded, RunRecord, locked, writing
+from strategies import FederationError
 
 TRACEBACK = "traceback.txt"
 _FLOWER = logging.getLogger("flwr")

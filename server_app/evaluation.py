@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from core.devices import pick_device
+from core.settings import Settings
 from quant import Update, load_state, quantize_state, weight_scales
 from task.calibration import calibrate_activations, round_weights
-from task.data import Images
-from task.devices import pick_device
+from task.data.dataset import Images
 from task.models import to_input
-from task.settings import Settings
 from task.training import (
     Score,
     at_width,

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from core.files import user_path
+from core.mix import parse_mix
+from core.options import Options
+from core.settings import Settings
 from quant import FLOAT_BITS
 from strategies import STRATEGIES
-from task.files import user_path
-from task.mix import parse_mix
-from task.options import Options
-from task.settings import Settings
 
 # What has an effect only where another setting is not as named here.
 _NEEDS = {

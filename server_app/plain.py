@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from task.errors import SettingsError
-from task.files import is_utf8
-from task.protocol import plain
+from core.errors import SettingsError
+from core.files import is_utf8
+from exchange.protocol import plain
 
 # Nothing that is written is nested so deeply but what holds itself.
 _DEEPEST = 50

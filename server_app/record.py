@@ -18,11 +18,11 @@ from flwr.common.logger import log
 from safetensors.torch import save
 from torch import Tensor
 
+from core.errors import SettingsError
+from core.files import is_utf8, printable, read_regular, reason, user_path, write_atomic
 from server_app.board import Board
 from server_app.plain import to_json
 from server_app.unused import UnusedRounds
-from task.errors import SettingsError
-from task.files import is_utf8, printable, read_regular, reason, user_path, write_atomic
 
 _PACKAGES = ("prowd", "flwr", "torch", "torchvision", "numpy", "pydantic", "ray", "flwr-datasets")
 
@@ -195,7 +195,7 @@ class RunRecord:
         entry : mapping
             The round.
         weights : mapping, optional
-            Its `strategies.distributions.WeightDistributions`, for weights.jsonl and TensorBoard.
+            Its `WeightDistributions` (`strategies.prowd`), for weights.jsonl and TensorBoard.
         totals : mapping, optional
             What TensorBoard shows besides, by its tag.
 

@@ -11,13 +11,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from core.clock import clock
+from core.mix import width_name
+from core.settings import Settings
+from exchange.states import State, to_arrays, to_state
 from server_app.evaluation import Evaluator
 from server_app.record import RunRecord
 from strategies import FederationError, MixedPrecisionStrategy, RoundLog, receive
-from strategies.states import State, to_arrays, to_state
-from task.clock import clock
-from task.mix import width_name
-from task.settings import Settings
 
 
 def run_rounds(

@@ -11,6 +11,14 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import nn
 
+from core.devices import pick_device
+from core.errors import SettingsError
+from core.files import printable
+from core.reference import is_reference
+from core.settings import Settings
+from exchange.rollback import what_is_kept
+from exchange.states import State
+from exchange.undocumented import is_simulated
 from quant import (
     FLOAT_BITS,
     federated_state,
@@ -24,18 +32,10 @@ from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from server_app.record import RunRecord, read_json
 from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
-from strategies.rollback import what_is_kept
-from strategies.states import State
-from strategies.undocumented import is_simulated
-from task.data import describe, fingerprint, load_dataset
-from task.devices import pick_device
-from task.errors import SettingsError
-from task.files import printable
+from task.data.dataset import describe, fingerprint, load_dataset
+from task.data.partition import evaluation_images, partition, server_pixels
+from task.data.partition_file import fingerprint_of_file
 from task.models import build_model, check_repeatable
-from task.partition import evaluation_images, partition, server_pixels
-from task.partition_file import fingerprint_of_file
-from task.reference import is_reference
-from task.settings import Settings
 from task.training import check_at_width, check_quantizable
 
 

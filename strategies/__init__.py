@@ -1,18 +1,18 @@
 """Strategies for mixed-precision federations, by name. A new one is one file and one line here."""
 
-from strategies.averaging import WeightedMean
+from core.errors import FederationError
+from exchange.averaging import WeightedMean
+from exchange.inbox import receive
+from exchange.replies import ClientUpdate, RoundLog
+from exchange.rollback import RoundDropped
 from strategies.base import MixedPrecisionStrategy
 from strategies.differences import FedCOM, FedCOMGATE, FedPAQ
-from strategies.errors import FederationError
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
 from strategies.flower import FlowerStrategy
 from strategies.grouped import GroupedAvg
-from strategies.inbox import receive
 from strategies.local import Local
 from strategies.prowd import ProWD, ProWDOptions
-from strategies.replies import ClientUpdate, RoundLog
-from strategies.rollback import RoundDropped
 
 STRATEGIES: dict[str, type[MixedPrecisionStrategy]] = {
     "prowd": ProWD,

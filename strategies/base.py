@@ -27,6 +27,34 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from core.constructors import Broadcast, checked, names_in
+from core.errors import FederationError
+from exchange.decoding import decode_in_turn
+from exchange.inbox import Batch
+from exchange.instructions import completed, with_config
+from exchange.metrics import evaluation_metrics, training_metrics
+from exchange.nodes import Nodes, sample_nodes
+from exchange.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report, plain
+from exchange.replies import (
+    BadReply,
+    ClientUpdate,
+    Packed,
+    RoundLog,
+    match_replies,
+    open_report,
+    payload_of,
+)
+from exchange.rollback import RoundDropped, Snapshot, what_is_kept, why_unusable
+from exchange.round_plan import Asked
+from exchange.screening import usable
+from exchange.states import (
+    State,
+    next_model,
+    to_array,
+    to_arrays,
+    to_state,
+    without_negative_variances,
+)
 from quant import (
     FLOAT_BITS,
     FlatUpdate,
@@ -37,34 +65,6 @@ from quant import (
     quantize_fitted,
     quantize_state,
 )
-from strategies.arguments import Broadcast, checked, names_in
-from strategies.asked import Asked
-from strategies.decoding import decode_in_turn
-from strategies.errors import FederationError
-from strategies.inbox import Batch
-from strategies.instructions import completed, with_config
-from strategies.metrics import evaluation_metrics, training_metrics
-from strategies.nodes import Nodes, sample_nodes
-from strategies.replies import (
-    BadReply,
-    ClientUpdate,
-    Packed,
-    RoundLog,
-    match_replies,
-    open_report,
-    payload_of,
-)
-from strategies.rollback import RoundDropped, Snapshot, what_is_kept, why_unusable
-from strategies.screening import usable
-from strategies.states import (
-    State,
-    next_model,
-    to_array,
-    to_arrays,
-    to_state,
-    without_negative_variances,
-)
-from task.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report, plain
 
 
 class MixedPrecisionStrategy(Strategy):
@@ -80,16 +80,16 @@ class MixedPrecisionStrategy(Strategy):
     min_nodes : int
         Nodes that must take part.
     node_wait : float
-        Seconds to wait for them before the first round (`strategies.nodes`).
+        Seconds to wait for them before the first round (`exchange.nodes`).
     broadcast : {"float32", "nearest", "calibrated"}
         How the model reaches low-bit clients: in float32, which they round to nearest themselves,
         or as codes of their own width that the server rounded.
     weight_step : float
         Step of the weights of low-bit clients in fixed point; 0 where each channel has its own.
     norm_bound : float
-        Largest norm of an update, in that of the usual ones (`strategies.norms`); 0: any.
+        Largest norm of an update, in that of the usual ones (`exchange.norms`); 0: any.
     coded : bool
-        Whether codes are entropy-coded on their way, in both directions (`quant.coding`).
+        Whether codes are entropy-coded on their way, in both directions (`quant.codec.coding`).
     local_epochs : int or None
         Passes that a client makes over its data in a round. With it, a client that reports more
         steps than that takes is set aside; None where it is not known.

@@ -6,16 +6,16 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from core.constructors import own_options
+from core.errors import SettingsError
+from core.options import Options, WidthOrNone
+from exchange.averaging import mean_of
+from exchange.protocol import Declaration, Instruction, Report
+from exchange.replies import ClientUpdate
+from exchange.rollback import Snapshot
+from exchange.states import State
 from quant import is_statistic
-from strategies.arguments import own_options
-from strategies.averaging import mean_of
 from strategies.base import MixedPrecisionStrategy
-from strategies.replies import ClientUpdate
-from strategies.rollback import Snapshot
-from strategies.states import State
-from task.errors import SettingsError
-from task.options import Options, WidthOrNone
-from task.protocol import Declaration, Instruction, Report
 
 
 class DifferenceOptions(Options):

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from strategies.averaging import mean_of
+from exchange.averaging import mean_of
+from exchange.replies import ClientUpdate
+from exchange.states import State
 from strategies.base import MixedPrecisionStrategy
-from strategies.replies import ClientUpdate
-from strategies.states import State
 
 
 class FedAvg(MixedPrecisionStrategy):

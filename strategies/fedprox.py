@@ -4,10 +4,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from strategies.arguments import own_options
+from core.constructors import own_options
+from core.options import Options
+from exchange.protocol import Declaration, Instruction
 from strategies.fedavg import FedAvg
-from task.options import Options
-from task.protocol import Declaration, Instruction
 
 
 class FedProxOptions(Options):

@@ -18,16 +18,15 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from strategies.arguments import own_options
+from core.constructors import own_options
+from core.errors import FederationError, SettingsError
+from core.options import Options, parse_assignments
+from exchange.inbox import Batch
+from exchange.protocol import Declaration, Instruction, plain
+from exchange.replies import ClientUpdate
+from exchange.rollback import RoundDropped
+from exchange.states import State, to_arrays, to_state
 from strategies.base import MixedPrecisionStrategy
-from strategies.errors import FederationError
-from strategies.inbox import Batch
-from strategies.replies import ClientUpdate
-from strategies.rollback import RoundDropped
-from strategies.states import State, to_arrays, to_state
-from task.errors import SettingsError
-from task.options import Options, parse_assignments
-from task.protocol import Declaration, Instruction, plain
 
 PREFIX = "flwr:"
 # What these take, print, and never compute with.

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from strategies.averaging import WeightedMean
+from exchange.averaging import WeightedMean
+from exchange.replies import ClientUpdate
+from exchange.states import State, join_states, split_states
 from strategies.base import MixedPrecisionStrategy
-from strategies.replies import ClientUpdate
-from strategies.states import State, join_states, split_states
 
 
 class GroupedAvg(MixedPrecisionStrategy):

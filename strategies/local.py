@@ -6,10 +6,10 @@ from typing import Any
 
 from flwr.common.logger import log
 
+from exchange.protocol import BY_BROADCAST, Declaration, Instruction
+from exchange.replies import ClientUpdate
+from exchange.states import State
 from strategies.base import MixedPrecisionStrategy
-from strategies.replies import ClientUpdate
-from strategies.states import State
-from task.protocol import BY_BROADCAST, Declaration, Instruction
 
 
 class Local(MixedPrecisionStrategy):

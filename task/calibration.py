@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import quant
+from core.devices import device_of
 from quant import QuantizedTensor, calibrated_rounding
-from task.devices import device_of
 from task.models import to_input
 
 _BATCH = 128

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core.errors import SettingsError
+from core.files import is_utf8, printable
+from core.reference import in_one_line, is_reference, load_reference
 from quant import federated_state, is_finite
-from quant.reading import LARGEST_VALUE
-from task.errors import SettingsError
-from task.files import is_utf8, printable
-from task.reference import in_one_line, is_reference, load_reference
+from quant.codec.reading import LARGEST_VALUE
 
 # A pixel x of 0..255 enters the network as PIXEL_SCALE * x + PIXEL_OFFSET, in -2..2.
 PIXEL_SCALE, PIXEL_OFFSET = 4 / 255, -2.0

@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
+from core.arguments import check_number
+from core.bits import check_width
+from core.devices import device_of
+from core.errors import SettingsError
+from core.mix import check_client_bits
+from core.reference import in_one_line
+from core.seeds import Stream, derive_seed
+from core.settings import Settings
 from quant import (
     FLOAT_BITS,
     SGD,
@@ -34,17 +42,10 @@ from quant import (
     tensors_of,
     weight_scales,
 )
-from quant.arguments import check_number, check_width
-from quant.layers import QuantLayer
+from quant.qat.layers import QuantLayer
 from task.calibration import calibrate_activations, calibrate_normalization
-from task.data import Images
-from task.devices import device_of
-from task.errors import SettingsError
-from task.mix import check_client_bits
+from task.data.dataset import Images
 from task.models import to_input
-from task.reference import in_one_line
-from task.seeds import Stream, derive_seed
-from task.settings import Settings
 
 # Small enough for the cache: twice as fast as 500 on a CPU.
 _EVALUATION_BATCH = 100

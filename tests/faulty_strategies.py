@@ -8,10 +8,10 @@ import sys
 import torch
 from faulty_models import Mute
 
+from core.errors import SettingsError
+from core.options import Options
+from exchange.protocol import Instruction
 from strategies import FedAvg, FederationError, MixedPrecisionStrategy, RoundDropped
-from task.errors import SettingsError
-from task.options import Options
-from task.protocol import Instruction
 
 
 class Abstract(MixedPrecisionStrategy):

@@ -14,10 +14,7 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 from specs import spec_of_state, to_bits, weights_of
 
-from quant import STYPE, Update, UpdateSpec, decode_update, encode_update
-from strategies.states import to_arrays
-from strategies.undocumented import NodeInfo, be_in_a_run, give_id
-from task.protocol import (
+from exchange.protocol import (
     DECLARATION,
     INSTRUCTION,
     MODEL,
@@ -27,6 +24,9 @@ from task.protocol import (
     Instruction,
     Report,
 )
+from exchange.states import to_arrays
+from exchange.undocumented import NodeInfo, be_in_a_run, give_id
+from quant import STYPE, Update, UpdateSpec, decode_update, encode_update
 
 be_in_a_run()
 

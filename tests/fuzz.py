@@ -1,6 +1,6 @@
 """Mutated payloads against the decoder: refused with `UpdateError`, or a sane update; nothing else.
 
-The test suite runs 100,000 (tests/quant/test_fuzz.py). A million, from the project's root::
+The test suite runs 100,000 (tests/quant/codec/test_fuzz.py). A million, from the project's root::
 
     python -m tests.fuzz --count 1000000
 
@@ -27,7 +27,7 @@ from quant import (
     largest_code,
 )
 
-# Where the layout in quant/wire.py puts the fields of the header.
+# Where the layout in quant/codec/wire.py puts the fields of the header.
 CODING, TABLE_BYTES, CHECKSUM, TABLE = 7, 8, 12, 20
 WIDTHS = (2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 32)
 SHAPES = (

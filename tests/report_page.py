@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-from experiments.records import find_runs, read_record
+from prowd.records import find_runs, read_record
 
 
 def read(*folders):

@@ -3,7 +3,7 @@
 import torch
 
 from server_app.record import RunRecord
-from strategies.distributions import WeightDistributions
+from strategies.prowd.distributions import WeightDistributions
 
 COMMON = {
     "num-server-rounds": 4,

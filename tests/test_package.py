@@ -13,7 +13,7 @@ import quant
 import strategies
 
 PROJECT = Path(__file__).parents[1]
-OWN = ("quant", "task", "strategies", "client_app", "server_app", "experiments")
+OWN = ("core", "quant", "task", "exchange", "strategies", "client_app", "server_app")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,11 @@ def test_the_library_runs_where_a_user_has_folders_of_its_names(elsewhere):
     code = "from prowd import ProWD, answer, load_dataset, quantize_state; import task; "
     code += "print(ProWD.__module__, quantize_state.__module__, task.__path__[0])"
     done = python("-c", code, cwd=elsewhere)
-    assert done.stdout.split() == ["strategies.prowd", "quant.update", str(PROJECT / "task")]
+    assert done.stdout.split() == [
+        "strategies.prowd.strategy",
+        "quant.update",
+        str(PROJECT / "task"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["task", "strategies"])
@@ -84,7 +88,7 @@ def test_the_packages_are_those_that_are_shipped():
     settings = tomllib.loads((PROJECT / "pyproject.toml").read_text())
     wheel = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     assert sorted(wheel) == sorted(["prowd", *OWN])
-    from task.reference import PACKAGES
+    from core.reference import PACKAGES
 
     assert sorted(PACKAGES) == sorted(wheel)
 

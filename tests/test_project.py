@@ -16,22 +16,17 @@ PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
 
 # Folder: what it may import of the project's own.
 MAY_IMPORT = {
-    "quant": {"quant"},
-    "task": {"quant", "task"},
-    "strategies": {"quant", "task", "strategies"},
-    "client_app": {"quant", "task", "client_app"},
-    "server_app": {"quant", "task", "strategies", "server_app"},
-    "experiments": {"experiments", "quant", "server_app", "strategies", "task"},
-    "prowd": {"client_app", "experiments", "prowd", "quant", "strategies", "task"},
+    "core": {"core"},
+    "quant": {"core", "quant"},
+    "task": {"core", "quant", "task"},
+    "exchange": {"core", "exchange", "quant"},
+    "strategies": {"core", "exchange", "quant", "strategies"},
+    "client_app": {"client_app", "core", "exchange", "quant", "task"},
+    "server_app": {"core", "exchange", "quant", "server_app", "strategies", "task"},
 }
-# Of `task`, strategies read only what both sides share.
-STRATEGIES_OF_TASK = {
-    "task.errors",
-    "task.options",
-    "task.protocol",
-    "task.seeds",
-    "task.settings",  # The bounds of their arguments.
-}
+MAY_IMPORT["prowd"] = {*MAY_IMPORT, "prowd"}
+# Floors that know nothing of Flower.
+WITHOUT_FLOWER = ("core", "quant", "task")
 
 
 def name_of(requirement):
@@ -52,7 +47,7 @@ def test_a_run_uses_the_installed_packages():
 
 
 def test_flower_is_the_one_whose_private_functions_are_wrapped():
-    """`strategies.pulling` ends a run under a version that no longer calls them."""
+    """`exchange.pulling` ends a run under a version that no longer calls them."""
     [flower] = [
         r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if r.name == "flwr"
     ]
@@ -130,10 +125,8 @@ def test_imports_go_down_only(folder):
         for module in imports_of(path):
             top = module.partition(".")[0]
             assert top not in MAY_IMPORT or top in MAY_IMPORT[folder], f"{path}: {module}"
-            if folder in ("quant", "task"):
+            if folder in WITHOUT_FLOWER:
                 assert top not in ("flwr", "ray"), f"{path}: {module}"
-            if folder == "strategies" and top == "task":
-                assert module in STRATEGIES_OF_TASK, f"{path}: {module}"
 
 
 def test_contributing_names_all_checks_that_continuous_integration_runs():
@@ -165,7 +158,7 @@ def test_two_files_use_what_flower_does_not_document():
     }
     # The third measures what Flower itself aggregates with.
     assert found == {
-        "strategies/pulling.py",
-        "strategies/undocumented.py",
+        "exchange/pulling.py",
+        "exchange/undocumented.py",
         "benchmarks/aggregation.py",
     }

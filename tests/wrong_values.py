@@ -6,9 +6,9 @@ from typing import Literal, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from core.options import Options
+from core.settings import Settings
 from strategies import STRATEGIES
-from task.options import Options
-from task.settings import Settings
 
 NAN, INF = float("nan"), float("inf")
 # By the kind of bound: what is just beyond it, and how an error calls it.

@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
 from client_app.node import declare
-from task.errors import SettingsError
+from core.errors import SettingsError
 
 
 def test_a_kept_model_comes_back_bit_for_bit():

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from client_app.app import app as sound
-from task.protocol import INSTRUCTION
+from exchange.protocol import INSTRUCTION
 
 # By round and partition; the test writes them here.
 FAULTS = {}
@@ -50,8 +50,8 @@ server = ServerApp()
 
 @server.main()
 def serve(grid, context):
+    from exchange import inbox
     from server_app.app import main
-    from strategies import inbox
 
     ahead, answered, pull = 0.0, {}, inbox.pull
 

@@ -12,8 +12,8 @@ from federation import ClientAppNode, InProcessGrid, ScriptedClient, federation,
 from flwr.app import Context, RecordDict
 
 import strategies
+from core.reference import PACKAGES
 from server_app.app import main
-from task.reference import PACKAGES
 
 PAGE = (PROJECT / "docs" / "architecture.md").read_text()
 CONFIG = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]

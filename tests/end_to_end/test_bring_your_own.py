@@ -4,7 +4,7 @@ import shutil
 
 from documents import PROJECT, section
 
-FOLDERS = ("client_app", "prowd", "quant", "server_app", "strategies", "task")
+FOLDERS = ("prowd", "core", "quant", "task", "exchange", "strategies", "client_app", "server_app")
 
 
 def test_a_model_sent_with_the_app_and_a_strategy_on_the_pythonpath(flower, tmp_path):

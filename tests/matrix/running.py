@@ -12,9 +12,9 @@ from flwr.app import Context, Error, Message, RecordDict
 from matrix.cells import EXAMPLES, KEPT_ROUND, ROUNDS, Cell
 from torch import Tensor
 
+from exchange.protocol import INSTRUCTION, MODEL, REPORT, UPDATE, Instruction
 from server_app.app import main
 from server_app.checkpoint import Checkpoint, read_checkpoint
-from task.protocol import INSTRUCTION, MODEL, REPORT, UPDATE, Instruction
 
 # Replies that have come of the round in which a run is killed.
 _ANSWERED = 2

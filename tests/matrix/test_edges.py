@@ -13,7 +13,7 @@ from matrix.invariants import (
 )
 from matrix.running import run
 
-from task.errors import SettingsError
+from core.errors import SettingsError
 
 FAILING = 1
 # Where the order of the sums is another, and where the server rounds while clients already train.

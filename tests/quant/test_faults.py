@@ -34,8 +34,8 @@ from quant import (
     spec_of,
     weight_scales,
 )
-from quant.activations import fit_activation_grid, put_on_grid
-from quant.rounding import round_to_moments
+from quant.qat.activations import fit_activation_grid, put_on_grid
+from quant.qat.rounding import round_to_moments
 
 NON_FINITE = pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 ONE = torch.ones(1)

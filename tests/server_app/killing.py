@@ -27,9 +27,9 @@ import client_app.app  # noqa: F401
 import server_app.app
 import server_app.rounds
 import server_app.run
+from core.settings import Settings
 from server_app.checkpoint import read_checkpoint
-from task.data import load_dataset
-from task.settings import Settings
+from task.data.dataset import load_dataset
 
 CLIENTS = 4
 

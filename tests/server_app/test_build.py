@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
+from core.errors import SettingsError
+from core.options import Options
+from core.settings import Settings
 from server_app.build import build_strategy, read_settings
 from strategies import STRATEGIES, FedAvg, MixedPrecisionStrategy, ProWD
-from task.errors import SettingsError
-from task.options import Options
-from task.settings import Settings
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 RUN_CONFIG = PYPROJECT["tool"]["flwr"]["app"]["config"]
@@ -165,7 +165,7 @@ def test_a_class_without_settings_needs_none():
     [
         ("Abstract", "'own_strategies:Abstract' cannot be made (TypeError: Can't instantiate"),
         ("Narrow", "'own_strategies:Narrow' cannot be made (TypeError: Narrow.__init__() got an"),
-        ("Foreign", "Foreign.Options is no subclass of task.options.Options"),
+        ("Foreign", "Foreign.Options is no subclass of core.options.Options"),
     ],
 )
 def test_a_class_that_cannot_be_made_is_named(own, name, reason):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from core.errors import SettingsError
 from server_app.checkpoint import Checkpoints, Identity, read_checkpoint
-from task.errors import SettingsError
 
 IDENTITY = Identity({"strategy": "my.module:Own"}, {}, "data", {}, 2, "1f")
 

@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 import client_app.app as client_app
 from client_app.memory import own_model
+from core.seeds import derive_seed
+from core.settings import Settings
+from exchange.protocol import MODEL, UPDATE
 from quant import (
     federated_state,
     load_state,
@@ -25,11 +28,8 @@ from quant import (
     spec_of,
 )
 from server_app.app import main
+from task.data.partition import client_images
 from task.models import build_model, to_input
-from task.partition import client_images
-from task.protocol import MODEL, UPDATE
-from task.seeds import derive_seed
-from task.settings import Settings
 from task.training import at_width
 
 FLOAT = "32:1.0"

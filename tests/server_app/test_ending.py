@@ -21,10 +21,10 @@ from flwr.supercore.exit.exit_handler import trigger_exit_handlers
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.telemetry import EventType
 
+from core.errors import SettingsError
 from server_app.ending import TRACEBACK, Ending, RunFailed
 from server_app.record import RunRecord, locked
 from strategies import FederationError
-from task.errors import SettingsError
 
 STOPPED = (
     "Flower has ended this run: it was stopped (flwr stop), or its server was not heard of for "

@@ -25,12 +25,12 @@ from flwr.common.logger import log
 from PIL import Image
 from wrong_values import all_settings, wrong_values
 
-import task.data
+import task.data.dataset
 from client_app.app import _failing_in_one_line
+from core.errors import SettingsError
 from server_app.app import main
 from server_app.ending import TRACEBACK, RunFailed
 from strategies import FederationError
-from task.errors import SettingsError
 
 SMALL = {
     "model": "toy:net",
@@ -254,7 +254,7 @@ def test_a_setting_of_a_megabyte_is_a_short_line(tmp_path):
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """Files and folders that something is wrong with, by name."""
-    monkeypatch.setattr(task.data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(task.data.dataset, "CACHE", tmp_path / "cache")
     (base := tmp_path / "files").mkdir()
     (base / "text").write_text("x")
     (base / "bytes").write_bytes(b"\xff\xfe{}")

@@ -12,6 +12,9 @@ from specs import to_bits
 from torch import nn
 
 import client_app.app as client_app
+from core.errors import SettingsError
+from core.settings import Settings
+from exchange.protocol import INSTRUCTION, MODEL, Instruction
 from quant import (
     QuantizedTensor,
     Update,
@@ -28,11 +31,8 @@ from server_app.build import build_strategy, read_settings
 from server_app.evaluation import CalibratedRounding, Evaluator
 from strategies import STRATEGIES
 from task.calibration import calibrate_activations, calibrate_normalization, round_weights
-from task.data import Images
-from task.errors import SettingsError
+from task.data.dataset import Images
 from task.models import build_model, to_input
-from task.protocol import INSTRUCTION, MODEL, Instruction
-from task.settings import Settings
 from task.training import at_width, evaluate
 
 FLOAT_STATISTICS = Settings(calibrate_normalization=False)

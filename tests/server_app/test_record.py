@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core.errors import SettingsError
 from server_app.record import RunRecord, locked, open_record
-from task.errors import SettingsError
 
 
 def entry(server_round, average):

@@ -22,13 +22,13 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core.errors import SettingsError
+from exchange.protocol import INSTRUCTION
 from server_app.app import main
 from server_app.checkpoint import read_checkpoint
 from server_app.ending import RunFailed
 from server_app.record import RunRecord
 from strategies import FederationError
-from task.errors import SettingsError
-from task.protocol import INSTRUCTION
 
 SMALL = {
     "samples-per-client": 32,

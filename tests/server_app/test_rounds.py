@@ -19,15 +19,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import client_app.app
-import task.data
+import task.data.dataset
 from client_app.memory import own_model
+from core.clock import clock
+from core.errors import SettingsError
+from exchange.protocol import UPDATE
 from quant import decode_update, spec_of
 from server_app.app import main
 from server_app.rounds import format_bytes, format_round
-from task.clock import clock
-from task.errors import SettingsError
 from task.models import MODELS, build_model
-from task.protocol import UPDATE
 
 SMALL = {
     "num-server-rounds": 2,
@@ -199,7 +199,7 @@ def test_a_bad_setting_is_one_line_before_any_training(tmp_path, changes, reason
 
 def test_the_classes_of_a_folder_are_logged_once_by_the_server(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
-    monkeypatch.setattr(task.data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(task.data.dataset, "CACHE", tmp_path / "cache")
     for number, (name, count) in enumerate((("ant", 10), ("bee", 10), ("cat", 1))):
         (tmp_path / "in" / name).mkdir(parents=True)
         for index in range(count):

@@ -14,11 +14,11 @@ from federation import (
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from specs import to_bits
 
+from exchange.nodes import sample_nodes
+from exchange.protocol import REPORT, UPDATE, Declaration
+from exchange.states import to_arrays
 from quant import encode_update
 from strategies import FedAvg, FederationError
-from strategies.nodes import sample_nodes
-from strategies.states import to_arrays
-from task.protocol import REPORT, UPDATE, Declaration
 
 STATE = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
 

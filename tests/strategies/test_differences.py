@@ -8,10 +8,10 @@ from flwr.app import RecordDict
 from specs import difference_of
 
 from client_app.tracking import TrackedRound, effective_steps, next_correction
+from core.errors import SettingsError
 from quant import Update
 from strategies import FedCOM, FedCOMGATE, FedPAQ
 from strategies.differences import DifferenceOptions, ServerStepOptions
-from task.errors import SettingsError
 
 START = {"w": torch.tensor([[1.0, -2.0, 0.5]])}
 # Clients whose loss is |w - a|^2 / 2, so that a local step is w <- w - eta (w - a).

@@ -4,9 +4,9 @@ import pytest
 import torch
 from federation import ScriptedClient, federation, run_round
 
+from core.errors import SettingsError
 from strategies import FedProx
 from strategies.fedprox import FedProxOptions
-from task.errors import SettingsError
 
 STATE = {"w": torch.zeros(2, 2), "b": torch.zeros(2)}
 

@@ -6,9 +6,9 @@ import torch
 from federation import ScriptedClient, federation, run_round
 from specs import to_bits
 
+from core.errors import SettingsError
 from strategies import FederationError, FlowerStrategy
 from strategies.flower import FlowerOptions, flower_names
-from task.errors import SettingsError
 
 GENERATOR = torch.Generator().manual_seed(5)
 STATE = {

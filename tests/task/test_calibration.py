@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import task.calibration
+from core.settings import Settings
 from quant import QuantConfig, federated_state, fit_scale, prepare, quantized_layers, weight_scales
-from quant.activations import fit_activation_grid
-from quant.rounding import round_to_moments
+from quant.qat.activations import fit_activation_grid
+from quant.qat.rounding import round_to_moments
 from task.calibration import calibrate_activations, calibrate_normalization, round_weights
 from task.models import build_model, to_input
-from task.settings import Settings
 from task.training import at_width
 
 

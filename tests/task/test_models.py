@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from core.errors import SettingsError
+from core.settings import Settings
 from quant import federated_state, load_state
-from task.errors import SettingsError
 from task.models import MODELS, build_model, check_repeatable
-from task.settings import Settings
 from task.training import check_at_width
 
 

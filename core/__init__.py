@@ -1,0 +1,1 @@
+"""What every floor above needs: settings, bit-widths, seeds, errors, files, devices."""

@@ -1,0 +1,76 @@
+"""Arguments of strategies in the library, held to the rules that the settings of a run have."""
+
+from collections.abc import Iterable
+from typing import Literal, TypeVar, get_args
+
+from core.errors import SettingsError
+from core.options import Options
+from core.settings import Settings
+
+# What low-bit clients are sent: float32, or codes that the server rounded.
+Broadcast = Literal["float32", "nearest", "calibrated"]
+
+# Where an argument is not called as its setting.
+_SETTING = {"coded": "lossless_coding"}
+
+Own = TypeVar("Own", bound=Options)
+
+
+def checked(**arguments: object) -> Settings:
+    """Return arguments as settings, which has the same bounds and the same words.
+
+    >>> checked(fraction_train=1.5)
+    Traceback (most recent call last):
+        ...
+    core.errors.SettingsError: fraction-train: 1.5 is not allowed: input should be less than or \
+equal to 1
+
+    Raises
+    ------
+    SettingsError
+        If a value is not allowed; one line.
+    """
+    values = {
+        _SETTING.get(name, name).replace("_", "-"): value for name, value in arguments.items()
+    }
+    # A run of the app may leave it to the strategy, as "auto".
+    if (broadcast := values.pop("broadcast", "float32")) not in get_args(Broadcast):
+        allowed = ", ".join(get_args(Broadcast))
+        raise SettingsError(f"broadcast: {broadcast!r} is not allowed: it should be {allowed}")
+    if values.get("weight-step"):
+        # Of a strategy that does not know how clients train.
+        values.setdefault("low-bit-training", "strict")
+    return Settings.read(values)
+
+
+def names_in(argument: str, names: object) -> frozenset[str]:
+    """Return names that were given; a text alone would be the names of its letters.
+
+    Raises
+    ------
+    SettingsError
+        If they are no collection of texts.
+    """
+    if not isinstance(names, Iterable) or isinstance(names, str):
+        raise SettingsError(f"{argument}: {names!r} is not allowed: it should be several names")
+    given = list(names)
+    if odd := [name for name in given if not isinstance(name, str)]:
+        raise SettingsError(f"{argument}: it holds {odd[0]!r}; allowed: names")
+    return frozenset(given)
+
+
+def own_options(options: Own | None, kind: type[Own], owner: object) -> Own:
+    """Return a strategy's own settings, their defaults where none are given.
+
+    Raises
+    ------
+    SettingsError
+        If they are of another class.
+    """
+    if options is None:
+        return kind()
+    if not isinstance(options, kind):
+        raise SettingsError(
+            f"options: {type(owner).__name__} has {options!r}; allowed: {kind.__name__}"
+        )
+    return options

@@ -1,0 +1,343 @@
+"""The nodes of a federation: asked once what they are, then sampled by partition under the seed."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from logging import INFO, WARNING
+
+import numpy as np
+from flwr.app import ConfigRecord, Message
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from core.arguments import check_number
+from core.errors import FederationError, SettingsError
+from core.seeds import Stream, derive_seed
+from exchange.inbox import patiently
+from exchange.protocol import DECLARATION, Declaration, ProtocolError, plain
+from exchange.queries import Queries
+from exchange.replies import last_line
+from quant import ALLOWED_WIDTHS, is_width
+
+_POLL = 0.1
+
+
+class Nodes:
+    """Declarations of the nodes.
+
+    A partition belongs to the first node that declares it, for as long as that node is connected;
+    a second one waits for it. So a device that died and came back under another ID takes part
+    again as soon as its old connection has lapsed. A node that was gone is asked anew, also if it
+    was back before anybody looked, which the time of its activation tells: it may have been
+    repaired or have another width, and its partition may be another's by now. While a partition
+    has no holder, a round waits for the nodes that were asked, within the bounds of `Queries`.
+
+    How many partitions there are, the most declarations of the first gathering decide. Whom to
+    believe of equally many, nobody can tell: where a tie lasts until the wait is over, the run
+    ends.
+
+    Parameters
+    ----------
+    min_nodes : int
+        Nodes that must take part.
+    wait : float
+        Seconds to wait for them, and in all later gatherings together for nodes that came later
+        and did not declare themselves.
+
+    Attributes
+    ----------
+    most_examples : int
+        A node that declares more is refused, as its claim is its weight in the mean; the server
+        sets it to the number of training images.
+    examples_of : callable or None
+        ``f(partition_id, num_partitions)``: how many a partition has, where the server knows; a
+        node that declares more is refused. A `SettingsError` says that there is no such deal. It
+        may take its time, as it is asked of nodes that are about to take part.
+    """
+
+    def __init__(self, min_nodes: int = 1, wait: float = 60.0) -> None:
+        self._min_nodes = min_nodes
+        self._wait = wait
+        self._most_examples = 10**9
+        self.examples_of: Callable[[int, int], int] | None = None
+        self._present: dict[int, Declaration] = {}
+        # Nodes that were connected at the last look, and when each was activated; what is known of
+        # them; declarations in the order in which they came.
+        self._connected: dict[int, str] = {}
+        self._declared: dict[int, Declaration] = {}
+        self._refused: dict[int, str] = {}
+        self._refused_parts: dict[int, int] = {}
+        self._queries = Queries(patience=wait)
+        self._before = 0
+        self._parts = 0
+        self._gathered = False
+
+    @property
+    def most_examples(self) -> int:
+        """Most examples that a node can have."""
+        return self._most_examples
+
+    @most_examples.setter
+    def most_examples(self, most: int) -> None:
+        check_number("most_examples", most, least=1, whole=True)
+        self._most_examples = int(most)
+
+    def expect(self, num_partitions: int) -> None:
+        """Believe the nodes that declare so many partitions, as the run did before its resume."""
+        self._before = num_partitions
+
+    def gather(self, grid: Grid) -> dict[int, Declaration]:
+        """Return the declarations of the nodes that are connected now and may take part.
+
+        New nodes are asked. The first time, this waits until there are as many as the nodes'
+        declarations speak of (`num_partitions`), or the time since one took another partition is
+        up; later it waits only for the declarations of nodes that are connected, or if fewer than
+        `min_nodes` are there.
+
+        Raises
+        ------
+        FederationError
+            If fewer than `min_nodes` can take part when the time is up, all were refused, or no
+            number of partitions has the most declarations.
+        """
+        deadline, most = time.monotonic() + self._wait, 0
+        while True:
+            self._look(grid)
+            if not self._gathered and (seated := len(self._seated())) > most:
+                # As long as they come, more may; there are only so many partitions.
+                deadline, most = time.monotonic() + self._wait, seated
+            late = time.monotonic() >= deadline
+            present = self._taking_part(late)
+            complete = self._is_complete(present)
+            enough = len(present) >= self._min_nodes
+            if enough and (complete or (self._gathered and not self._queries.are_awaited())):
+                break
+            if complete and not present:
+                break
+            if late:
+                self._queries.give_up()
+                break
+            time.sleep(_POLL)
+        self._queries.end_gathering()
+        self._refuse_tie()
+        if present and not self._parts:
+            self._parts = self.num_partitions
+        self._refuse_unseated(present)
+        if not enough:
+            raise FederationError(
+                f"{len(present)} nodes can take part, min-nodes is {self._min_nodes}: "
+                f"{self._why_few()}"
+            )
+        if not self._gathered and not complete:
+            log(WARNING, "Going on with %d of %d nodes", len(present), self.num_partitions)
+        self._welcome(present)
+        self._gathered = True
+        self._present = present
+        return present
+
+    def _why_few(self) -> str:
+        """Return why no more nodes take part, with how many there are."""
+        connected = len(self._connected)
+        if not connected:
+            return f"no node is connected after {self._wait:g} s"
+        heard = len(self._declared.keys() | self._refused.keys())
+        if self._refused:
+            reason = next(iter(self._refused.values()))
+            return f"{reason} ({len(self._refused)} of {connected} connected nodes are refused)"
+        silent = f"the last {self._wait:g} s (node-wait) brought no other"
+        return f"{heard} of {connected} connected nodes have answered; {silent}"
+
+    @property
+    def num_partitions(self) -> int:
+        """Parts that the data is dealt into; 0 while no number has the most declarations."""
+        if self._parts:
+            return self._parts
+        votes = self._votes()
+        if self._before in votes:
+            return self._before
+        leading = _leading(votes)
+        # Nodes that are refused need not agree.
+        return 0 if self._declared and len(leading) > 1 else max(leading, default=0)
+
+    def partitions(self) -> set[int]:
+        """Return the partitions of the present nodes."""
+        return {declaration.partition_id for declaration in self._present.values()}
+
+    def widths(self) -> dict[int, int]:
+        """Return the number of present nodes of each bit-width."""
+        widths = sorted(declaration.bits for declaration in self._present.values())
+        return {bits: widths.count(bits) for bits in sorted(set(widths))}
+
+    def _votes(self) -> Counter[int]:
+        """Nodes by the number of partitions that they declare."""
+        declared = Counter(d.num_partitions for d in self._declared.values())
+        # Nodes that are refused are believed only where there are no others.
+        return declared or Counter(self._refused_parts.values())
+
+    def _is_complete(self, present: dict[int, Declaration]) -> bool:
+        """Return whether nobody need be waited for in the first gathering."""
+        expected = self.num_partitions
+        if self._before and expected != self._before:
+            # Those of the run that goes on may still come.
+            return False
+        heard = len(present)
+        if not self._queries:
+            # A refused node may stand where another is still to answer.
+            heard = len(self._declared.keys() | self._refused.keys())
+        elif expected not in (self._parts, self._before):
+            votes = self._votes()
+            others = max((n for parts, n in votes.items() if parts != expected), default=0)
+            if votes[expected] <= others + len(self._queries):
+                # Those who are still to answer may speak of another number.
+                return False
+        return 0 < expected <= heard
+
+    def _look(self, grid: Grid) -> None:
+        """See who is connected, ask those that are new, and hear who has answered."""
+        connected = {node.node_id: node.last_activated_at for node in patiently(grid.get_nodes)}
+        self._forget_all_but({n for n, at in connected.items() if self._connected.get(n) == at})
+        self._connected = connected
+        heard = self._declared.keys() | self._refused.keys()
+        self._queries.ask(grid, sorted(connected.keys() - heard))
+        for node_id, reply in self._queries.hear(grid):
+            if reply.has_error():
+                self._refuse(node_id, last_line(reply.error.reason))
+            else:
+                self._admit(node_id, reply)
+
+    def _forget_all_but(self, unchanged: set[int]) -> None:
+        for kept in (self._declared, self._refused, self._refused_parts):
+            for node_id in kept.keys() - unchanged:
+                del kept[node_id]
+        self._queries.forget_all_but(unchanged)
+
+    def _admit(self, node_id: int, reply: Message) -> None:
+        record = reply.content.config_records.get(DECLARATION, ConfigRecord())
+        try:
+            declaration = Declaration.from_record(record)
+        except ProtocolError as error:
+            self._refuse(node_id, str(error))
+            return
+        reason = declaration.refused or self._objection(declaration)
+        if reason:
+            self._refused_parts[node_id] = declaration.num_partitions
+            self._refuse(node_id, reason)
+            return
+        self._declared[node_id] = declaration
+
+    def _objection(self, new: Declaration) -> str:
+        if not is_width(new.bits):
+            return f"it declares {new.bits} bits; allowed: {ALLOWED_WIDTHS}"
+        if not 0 <= new.partition_id < new.num_partitions:
+            return f"it declares partition {new.partition_id} of {new.num_partitions}"
+        if not 1 <= new.num_examples <= self.most_examples:
+            return f"it declares {new.num_examples} examples; allowed: 1 to {self.most_examples}"
+        return ""
+
+    def _seated(self) -> dict[int, Declaration]:
+        """Give each partition to the first of the connected nodes that declared it."""
+        expected = self.num_partitions
+        holders: dict[int, int] = {}
+        for node_id, declaration in self._declared.items():
+            if declaration.num_partitions == expected:
+                holders.setdefault(declaration.partition_id, node_id)
+        return {node_id: self._declared[node_id] for node_id in sorted(holders.values())}
+
+    def _taking_part(self, late: bool) -> dict[int, Declaration]:
+        """Return who has a seat, held against the deal once that is asked of few.
+
+        Who does not fit the deal is refused, and the next of the partition is seated.
+        """
+        present = self._seated()
+        if not (late or self._gathered or self._is_complete(present)):
+            return present
+        while unfit := {n: reason for n, d in present.items() if (reason := self._misfit(d))}:
+            for node_id, reason in unfit.items():
+                self._refused_parts[node_id] = self._declared.pop(node_id).num_partitions
+                self._refuse(node_id, reason)
+            present = self._seated()
+        return present
+
+    def _misfit(self, declared: Declaration) -> str:
+        """Return what of a declaration does not fit the deal; empty if all does."""
+        if self.examples_of is None:
+            return ""
+        partition, parts = declared.partition_id, declared.num_partitions
+        try:
+            most = self.examples_of(partition, parts)
+        except SettingsError as error:
+            return str(error)
+        claim = f"it declares {declared.num_examples} examples"
+        too_many = declared.num_examples > most
+        return f"{claim}; partition {partition} of {parts} has {most}" if too_many else ""
+
+    def _refuse_tie(self) -> None:
+        """End the run where as many nodes speak of one number of partitions as of another."""
+        if self._declared and not self.num_partitions:
+            votes = self._votes()
+            leading = _leading(votes)
+            raise FederationError(
+                f"num-partitions: as many nodes declare {' as '.join(map(str, leading))} "
+                f"({votes[leading[0]]} each); every --node-config must say the same"
+            )
+
+    def _refuse_unseated(self, present: dict[int, Declaration]) -> None:
+        """Say once why a node whose declaration is good is not among those present."""
+        expected = self.num_partitions
+        holders = {d.partition_id: node_id for node_id, d in present.items()}
+        for node_id, declaration in self._declared.items():
+            parts, partition = declaration.num_partitions, declaration.partition_id
+            if node_id in present:
+                self._refused.pop(node_id, None)
+            elif node_id not in self._refused and parts != expected:
+                self._refuse(node_id, f"it declares {parts} partitions, the others {expected}")
+            elif node_id not in self._refused:
+                holder = holders[partition]
+                self._refuse(node_id, f"partition {partition} is held by node {holder}")
+
+    def _welcome(self, present: dict[int, Declaration]) -> None:
+        for node_id, declaration in present.items():
+            if self._present.get(node_id) != declaration:
+                log(
+                    INFO,
+                    "Node %d: partition %d of %d, %d bits, %d examples",
+                    node_id,
+                    declaration.partition_id,
+                    declaration.num_partitions,
+                    declaration.bits,
+                    declaration.num_examples,
+                )
+
+    def _refuse(self, node_id: int, reason: str) -> None:
+        reason = self._refused[node_id] = plain(reason)
+        log(WARNING, "Node %d is refused: %s", node_id, reason)
+
+
+def _leading(votes: Counter[int]) -> list[int]:
+    """Return the numbers that have the most votes, in order."""
+    most = max(votes.values(), default=0)
+    return sorted(number for number, count in votes.items() if count == most)
+
+
+def sample_nodes(
+    present: dict[int, Declaration], fraction: float, seed: int, *purpose: int
+) -> dict[int, Declaration]:
+    """Choose nodes: at least one, by partition and seed, whatever the node IDs.
+
+    Parameters
+    ----------
+    present : dict of int to Declaration
+        Nodes by ID, one a partition.
+    fraction : float
+        Share of them to choose.
+    seed : int
+        The run's seed.
+    *purpose : int
+        What they are chosen for, as the round; another purpose gives another choice.
+    """
+    by_partition = {d.partition_id: n for n, d in present.items()}
+    partitions = sorted(by_partition)
+    count = max(1, round(fraction * len(partitions)))
+    rng = np.random.default_rng(derive_seed(seed, Stream.SAMPLING, *purpose))
+    chosen = sorted(rng.choice(partitions, count, replace=False).tolist())
+    return {by_partition[p]: present[by_partition[p]] for p in chosen}

@@ -1,5 +1,0 @@
-"""The report: one page that shows what runs came to, made from their records."""
-
-from experiments.report.page import write_page
-
-__all__ = ["write_page"]

@@ -1,0 +1,1 @@
+"""`prowd compare`: the runs of an experiment file, side by side."""

@@ -1,0 +1,1 @@
+"""`prowd export`: a run's model as a packed file and as ONNX."""

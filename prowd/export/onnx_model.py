@@ -1,0 +1,198 @@
+"""A network at a bit-width as an ONNX model with QuantizeLinear and DequantizeLinear nodes.
+
+Weights are integers: INT4 up to 4 bits, INT8 up to 8, INT16 above, with one scale a channel.
+Activations pass through QuantizeLinear and DequantizeLinear where the network has grids, behind a
+Clip where the grid has fewer levels than its integer type. The rest stays as it was.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.onnx.ops import symbolic
+
+from core.errors import SettingsError
+from quant import FLOAT_BITS, QuantConv2d, QuantLinear, quantize_nearest, quantized_layers
+from quant.grid import per_channel
+from quant.qat.layers import QuantLayer
+from task.models import normalize
+
+# The first that has INT4 and INT16 for both nodes.
+_OPSET = 21
+_INT4_BITS = 4
+
+
+def to_onnx(network: nn.Module, channels: int, size: int) -> bytes:
+    """Write a network as an ONNX model.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Prepared (`quant.prepare`) with fitted activation grids, or an ordinary float32 model.
+    channels, size : int
+        Of its images.
+
+    Returns
+    -------
+    bytes
+        The file: one input ``pixels``, uint8 ``[batch, channels, size, size]`` of 0 to 255, and one
+        output ``logits``, float32 ``[batch, classes]``; any batch.
+
+    Raises
+    ------
+    SettingsError
+        If a package is missing, activations have no fitted grids, or there is a module that torch
+        cannot write as ONNX.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 torch needs it.
+    except ImportError as error:
+        raise SettingsError(
+            f"ONNX: {error.name} is not installed; pip install -e '.[export]' brings it"
+        ) from None
+    wrapped = _FromPixels(_with_nodes(network)).eval()
+    images = torch.zeros(2, channels, size, size, dtype=torch.uint8)
+    try:
+        program = torch.onnx.export(
+            wrapped,
+            (images,),
+            dynamo=True,
+            opset_version=_OPSET,
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise SettingsError(f"ONNX: torch cannot write this model: {reason}") from None
+    assert program is not None  # It is None only where torch writes the file itself.
+    model = program.model_proto
+    _strip(model)
+    _narrow(model.graph, network)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+class _FromPixels(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network(normalize(pixels))
+
+
+class _Nodes(QuantLayer):
+    """Weight and input of a quantization-aware layer as nodes of ONNX."""
+
+    bias: Any
+    added_bias: Tensor | None
+    codes: Tensor
+    input_scale: Tensor
+    input_zero: Tensor
+
+    def attach_nodes(self) -> None:
+        bits = self.config.weight_bits
+        self.register_buffer("codes", quantize_nearest(self.weight, self.weight_scale, bits))
+        # By itself: onnxruntime rounds the bias inside of a quantized layer to whole steps of input
+        # times weight, and computes such a layer with sums that overflow on some processors.
+        self.register_parameter("added_bias", self.bias)
+        self.bias = None
+        if self.input_grid is None:
+            return
+        low, wide = self.input_grid.low, self.config.activation_bits > 8
+        signed, unsigned = (torch.int16, torch.uint16) if wide else (torch.int8, torch.uint8)
+        self.register_buffer("input_scale", torch.tensor(self.input_grid.scale))
+        self.register_buffer("input_zero", torch.tensor(0, dtype=signed if low else unsigned))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.added_bias is None:
+            return y
+        return y + per_channel(self.added_bias, self.weight.ndim - 1)
+
+    def quantized_weight(self) -> Tensor:
+        return _dequantized(self.codes, self.weight_scale, None)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        grid = self.input_grid
+        if grid is None:
+            return x
+        limits = torch.iinfo(self.input_zero.dtype)
+        if (grid.low, grid.high) != (limits.min, limits.max):
+            x = x.clamp(grid.low * grid.scale, grid.high * grid.scale)
+        codes = symbolic(
+            "QuantizeLinear",
+            (x, self.input_scale, self.input_zero),
+            dtype=self.input_zero.dtype,
+            shape=x.shape,
+            version=_OPSET,
+        )
+        return _dequantized(codes, self.input_scale, self.input_zero)
+
+
+class _Conv2d(_Nodes, QuantConv2d):
+    pass
+
+
+class _Linear(_Nodes, QuantLinear):
+    pass
+
+
+def _dequantized(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    inputs = (codes, scale) if zero is None else (codes, scale, zero)
+    attributes: dict[str, Any] = {"axis": 0} if scale.ndim else {}
+    return symbolic(
+        "DequantizeLinear",
+        inputs,
+        attributes,
+        dtype=torch.float32,
+        shape=codes.shape,
+        version=_OPSET,
+    )
+
+
+def _with_nodes(network: nn.Module) -> nn.Module:
+    """Return a copy whose quantization-aware layers are written as nodes."""
+    network = copy.deepcopy(network)
+    layers = [layer for _, layer in quantized_layers(network)]
+    on_grid = [layer for layer in layers if layer.config.activation_bits != FLOAT_BITS]
+    # A single layer without one is a layer that no image reaches.
+    if on_grid and all(layer.input_grid is None for layer in on_grid):
+        raise SettingsError(
+            "server-buffer: 0 left no images to fit the activations' grids to, without which there "
+            "is no ONNX model"
+        )
+    for layer in layers:
+        layer.__class__ = _Conv2d if isinstance(layer, QuantConv2d) else _Linear
+        assert isinstance(layer, _Nodes)
+        layer.attach_nodes()
+    return network
+
+
+def _strip(model) -> None:
+    """Take out what torch notes for debugging: paths of this machine, larger than the weights."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    del graph.value_info[:]
+
+
+def _narrow(graph, network: nn.Module) -> None:
+    """Store the weights' codes of up to 4 bits as INT4."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    int4 = helper.tensor_dtype_to_np_dtype(TensorProto.INT4)
+    narrow = {
+        f"network.{name}.codes"
+        for name, layer in quantized_layers(network)
+        if layer.config.weight_bits <= _INT4_BITS
+    }
+    for tensor in graph.initializer:
+        if tensor.name in narrow:
+            codes = numpy_helper.to_array(tensor).astype(int4)
+            tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))

@@ -1,0 +1,1 @@
+"""`prowd publish`: tables and figures of a comparison."""

@@ -1,0 +1,1 @@
+"""Updates as bytes: packing, entropy coding, layout, and their strict validation."""

@@ -1,0 +1,1 @@
+"""The progressive dequantizer: its ladder of rungs, and their training."""

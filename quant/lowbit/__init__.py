@@ -1,0 +1,1 @@
+"""Optimizers for low-bit training, which keep the weights on their grid."""

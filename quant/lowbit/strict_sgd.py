@@ -1,0 +1,99 @@
+"""Strict low-bit training: SGD whose weights never leave their grid.
+
+After every step the new weights are rounded stochastically back to the grid, so that a step
+smaller than the distance between two levels still moves the weight by its size on average. The
+scale is fixed for as long as the optimizer lives, one round of federated training: the server,
+which knows the model that it sent, knows the grid exactly. The momentum buffer is float32.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from core.arguments import check_number
+from core.bits import FLOAT_BITS, check_width
+from quant.grid import check_finite, dequantize, naming, quantize_nearest, quantize_stochastic
+from quant.lowbit.eager import SGD
+from quant.qat.activations import fake_quantize_gradient
+
+
+class StrictSGD(SGD):
+    """SGD on the grid.
+
+    Parameters
+    ----------
+    named_parameters : iterable of (str, nn.Parameter)
+        All parameters of the model.
+    scales : mapping of str to Tensor
+        Float32 scales ``[channels]`` of the parameters that live on a grid; those are brought
+        onto it, to the nearest level, at once. The others are trained in float32.
+    bits : int
+        Bit-width of the grid, 2 to 16.
+    gradient_bits : int
+        Width of the weight gradients, 2 to 16, or 32 for float32.
+    generator : torch.Generator
+        Seeded source of the rounding noise.
+    lr, momentum, weight_decay : float
+        As in `torch.optim.SGD`.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        scales: Mapping[str, Tensor],
+        bits: int,
+        *,
+        gradient_bits: int = FLOAT_BITS,
+        generator: torch.Generator,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        check_width("bits", bits, or_float=False)
+        check_width("gradient_bits", gradient_bits)
+        check_number("lr", lr, above=0)
+        check_number("momentum", momentum, least=0, below=1)
+        check_number("weight_decay", weight_decay, least=0)
+        named = dict(named_parameters)
+        if odd := scales.keys() - named.keys():
+            raise ValueError(f"scales: there is no parameter {min(odd)!r}")
+        super().__init__(named.values(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self._on_grid = {name: (named[name], scale) for name, scale in scales.items()}
+        self._bits = bits
+        self._gradient_bits = gradient_bits
+        self._generator = generator
+        with torch.no_grad():
+            for name, (weight, scale) in self._on_grid.items():
+                with naming(name):
+                    weight.copy_(dequantize(quantize_nearest(weight, scale, bits), scale))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take one SGD step and round the weights back to their grid.
+
+        Raises
+        ------
+        NonFiniteError
+            If a gradient, or a weight after the step, holds a NaN or an infinity; the message names
+            it. Rounding would make an ordinary code of it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for name, (weight, _) in self._on_grid.items():
+            if weight.grad is None:
+                continue
+            with naming(name):
+                check_finite(weight.grad, "the gradient")
+            if self._gradient_bits != FLOAT_BITS:
+                weight.grad = fake_quantize_gradient(
+                    weight.grad, self._gradient_bits, self._generator
+                )
+        super().step()
+        for name, (weight, scale) in self._on_grid.items():
+            with naming(name):
+                codes = quantize_stochastic(weight, scale, self._bits, self._generator)
+            weight.copy_(dequantize(codes, scale))
+        return loss

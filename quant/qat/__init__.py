@@ -1,0 +1,1 @@
+"""Quantization-aware layers, their activations, and calibrated rounding (GPTQ)."""

@@ -1,0 +1,378 @@
+"""ProWD: progressive weight dequantization and selective aggregation.
+
+The clients of one bit-width form a group. Per round the server
+
+1. dequantizes each group's weights to float32, rung by rung (`quant.ProgressiveDequantizer`), and
+   takes out what low-bit training does to a weight because of its level (`quant.level_drift`),
+2. compares each low-bit group's movement with that of the highest-bit group and masks the
+   coordinates that are not relevant to it (`quant.relevancy_mask`),
+3. aggregates what is left, coordinate by coordinate, while what is not quantized, normalization
+   and biases, stays with each width,
+
+and every few rounds fine-tunes the dequantizer on the high-bit group's weights.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
+from logging import WARNING
+from typing import Any, Literal
+
+import torch
+from flwr.common.logger import log
+from torch import Tensor
+
+from core.constructors import checked, own_options
+from core.seeds import Stream, derive_seed
+from exchange.averaging import WeightedMean
+from exchange.replies import ClientUpdate
+from exchange.states import State, join_states, split_states
+from quant import (
+    FLOAT_BITS,
+    FineTuning,
+    GlobalReference,
+    ProgressiveDequantizer,
+    QuantizedTensor,
+    Reference,
+    Rungs,
+    StartReference,
+    add_drift,
+    cosine,
+    fine_tune,
+    ladder_of,
+    level_drift,
+    relevancy_mask,
+)
+from strategies.base import MixedPrecisionStrategy
+from strategies.prowd.distributions import WeightDistributions
+from strategies.prowd.options import ProWDOptions, parse_ladder
+
+
+class ProWD(MixedPrecisionStrategy):
+    """Progressive weight dequantization (Yoon et al., ICML 2022) for mixed-precision federations.
+
+    Parameters
+    ----------
+    options : ProWDOptions, optional
+        The method's own settings.
+    low_bit_training : {"qat", "strict"}
+        How the low-bit clients train: it decides what the dequantizer's training pairs look like.
+    predict : callable, optional
+        ``f(u; w)``: logits on the server's buffer for a float32 state dict. Without it the
+        distillation term is left out.
+    **kwargs
+        Of `MixedPrecisionStrategy`.
+    """
+
+    Options = ProWDOptions
+
+    def __init__(
+        self,
+        options: ProWDOptions | None = None,
+        *,
+        low_bit_training: Literal["qat", "strict"] = "qat",
+        predict: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.options = own_options(options, self.Options, self)
+        checked(low_bit_training=low_bit_training, weight_step=self.weight_step)
+        self.low_bit_training = low_bit_training
+        self.predict = predict or self.predict
+        self.dequantizer: ProgressiveDequantizer | None = None
+        self._widths: set[int] = set()
+        self._tuned_in = 0
+        self._drift: dict[int, State] = {}
+        self._own: dict[int, State] = {}
+        self._velocity: State = {}
+
+    def state_for(self, bits: int, state: State) -> State:
+        """Return the global weights with the normalization and biases of a width."""
+        return {**state, **self._own.get(bits, {})}
+
+    def checkpoint(self) -> tuple[State, dict[str, object]]:
+        """Return the dequantizer, what is known of the widths, and when it was tuned."""
+        values: dict[str, object] = {"widths": sorted(self._widths), "tuned-in": self._tuned_in}
+        parts = {f"drift/{bits}": drift for bits, drift in self._drift.items()}
+        parts |= {f"own/{bits}": own for bits, own in self._own.items()}
+        if self._velocity:
+            parts["velocity"] = self._velocity
+        if self.dequantizer is not None:
+            parts["dequantizer"] = dict(self.dequantizer.state_dict())
+            values["dequantizer"] = self.dequantizer.arguments
+        return join_states(parts), values
+
+    def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self._widths, self._tuned_in = set(values["widths"]), values["tuned-in"]
+        self.dequantizer, self._drift, self._own = None, {}, {}
+        parts = split_states(tensors)
+        if "dequantizer" in values:
+            self.dequantizer = ProgressiveDequantizer(**values["dequantizer"], seed=0)
+            # Where all clients are Float32 it has no block, and so no tensor.
+            self.dequantizer.load_state_dict(parts.get("dequantizer", {}))
+        self._velocity = parts.get("velocity", {})
+        for path, part in parts.items():
+            kind, _, bits = path.partition("/")
+            if bits:
+                {"drift": self._drift, "own": self._own}[kind][int(bits)] = part
+
+    def combine(
+        self, server_round: int, start: State, updates: Iterator[ClientUpdate]
+    ) -> State | None:
+        """Dequantize, mask and aggregate."""
+        weights = {name: start[name] for name in self._quantized(start)}
+        # A group's mean needs one model's memory; weights lifted one by one need all the codes.
+        kept = list(updates) if self.options.dequantize == "client" else None
+        groups = self._average(updates if kept is None else kept)
+        if not groups:
+            return None
+        means = {bits: group.mean() for bits, group in groups.items()}
+        seen = None
+        if self.round_log.detailed and len(means) > 1:
+            seen = WeightDistributions(means, weights)
+        used = {b: self.model_for(b, start).quantized for b in groups if b != FLOAT_BITS}
+        reference = self._reference(weights, used)
+        self._grow_dequantizer(weights, reference)
+        if self._is_due(server_round, groups):
+            self._fine_tune(server_round, groups, means, reference)
+        if kept is None:
+            for bits, mean in means.items():
+                mean.update(self._lift(mean, bits, reference))
+        else:
+            lifted = self._average(kept, lambda v, bits: v | self._lift(v, bits, reference))
+            means = {bits: group.mean() for bits, group in lifted.items()}
+        if self.options.align:
+            self._align(means, start, groups, used)
+        if seen is not None:
+            self.round_log.weights = seen.to_record(means)
+        masks = self._masks(server_round, means, start, weights)
+        if self.options.own_normalization:
+            floats, shared = self._keep_own(means), weights
+        else:
+            floats, shared = {}, start
+        aggregated = self._aggregate(shared, means, groups, masks)
+        return {**start, **aggregated, **self._step(weights, aggregated), **floats}
+
+    def _quantized(self, state: State) -> list[str]:
+        """Return which tensors low-bit clients quantize; none where only Float32 ones take part."""
+        only_float = self.quantized is None and self._widths <= {FLOAT_BITS}
+        return [] if only_float else self.on_grid(state)
+
+    def _average(
+        self,
+        updates: Iterable[ClientUpdate],
+        lift: Callable[[State, int], State] | None = None,
+    ) -> dict[int, WeightedMean]:
+        """Average the updates of each width; the widths rise."""
+        groups: dict[int, WeightedMean] = {}
+        for item in updates:
+            bits = item.client.bits
+            # The poster's 1 / N counts clients, not examples.
+            literal = self.options.normalization == "clients"
+            weight = 1.0 if literal else float(item.report.num_examples)
+            group = groups.setdefault(bits, WeightedMean())
+            if lift is None:
+                group.add_update(item.update, weight)
+            else:
+                group.add(lift(item.update.dequantize(), bits), weight)
+        return dict(sorted(groups.items()))
+
+    def _lift(self, values: State, bits: int, reference: Reference) -> State:
+        """Dequantize what is quantized in a model of this width."""
+        quantized = {name: values[name] for name in self._quantized(values)}
+        assert self.dequantizer is not None, "it is grown before anything is lifted"
+        with torch.no_grad():
+            return self.dequantizer(quantized, bits, reference)
+
+    def _masks(
+        self, server_round: int, means: dict[int, State], start: State, weights: State
+    ) -> dict[int, State]:
+        """Relevancy mask of each low-bit group, 1 where a coordinate is kept."""
+        masks: dict[int, State] = {}
+        *low, high = means
+        if not low or not weights:
+            return masks
+        high_move = _flat(means[high], start, weights)
+        for bits in low:
+            low_move = _flat(means[bits], start, weights)
+            keep = relevancy_mask(
+                low_move,
+                high_move,
+                at_most=self.options.mask_at_most,
+                at_least=self.options.mask_at_least,
+            )
+            if self.options.mask == "random":
+                generator = torch.Generator().manual_seed(
+                    derive_seed(self.seed, Stream.MASK, server_round, bits)
+                )
+                keep = keep[torch.randperm(keep.numel(), generator=generator)]
+            masks[bits] = _unflat(keep.float(), weights)
+            self.round_log.own[f"mask-density-{bits}"] = float(keep.float().mean())
+            if not keep.all():
+                by_layer = {name: float(mask.mean()) for name, mask in masks[bits].items()}
+                self.round_log.own[f"mask-density-by-layer-{bits}"] = by_layer
+            self.round_log.own[f"cosine-{bits}"] = cosine(low_move, high_move)
+            self.round_log.own[f"cosine-masked-{bits}"] = cosine(low_move * keep, high_move)
+        return masks
+
+    def _aggregate(
+        self,
+        start: State,
+        means: dict[int, State],
+        groups: dict[int, WeightedMean],
+        masks: dict[int, State],
+    ) -> State:
+        """Selective aggregation, coordinate by coordinate."""
+        shares = self._shares(groups)
+        by_count = self.options.normalization == "count"
+        literal = self.options.aggregate == "weights"
+        new = {}
+        for name, anchor in start.items():
+            total = torch.zeros_like(anchor)
+            # The high-bit group is never masked, so that no coordinate is left without weight.
+            contributed = torch.zeros_like(anchor)
+            for bits, mean in means.items():
+                mask = masks[bits].get(name) if bits in masks else None
+                share = shares[bits] if mask is None else mask * shares[bits]
+                total += (mean[name] if literal else mean[name] - anchor) * share
+                contributed += share
+            average = total / (contributed if by_count else sum(shares.values()))
+            new[name] = average if literal else anchor + average
+        return new
+
+    def _step(self, weights: State, aggregated: State) -> State:
+        """Apply the movement of the weights with the server's step size and momentum.
+
+        Momentum as in FedAvgM (Hsu et al., 2019, arXiv:1909.06335).
+        """
+        rate, momentum = self.options.server_learning_rate, self.options.server_momentum
+        if rate == 1 and not momentum:
+            return {}
+        moved = {name: aggregated[name] - tensor for name, tensor in weights.items()}
+        if momentum:
+            for name, velocity in self._velocity.items():
+                moved[name].add_(velocity, alpha=momentum)
+            self._velocity = moved
+        return {name: tensor.add(moved[name], alpha=rate) for name, tensor in weights.items()}
+
+    def _align(
+        self,
+        means: dict[int, State],
+        start: State,
+        groups: Mapping[int, WeightedMean],
+        used: Mapping[int, Mapping[str, QuantizedTensor]],
+    ) -> None:
+        """Take the drift out of each low-bit group, seen against all groups above it, in place.
+
+        A group that has none above it in this round is relieved of the drift seen last.
+        """
+        shares = self._shares(groups)
+        above = WeightedMean()
+        for bits in reversed(means):
+            target = above.mean()
+            drift = self._drift.setdefault(bits, {})
+            for name, codes in used.get(bits, {}).items():
+                moved = means[bits][name] - start[name]
+                if target:
+                    drift[name] = level_drift(moved, target[name] - start[name], codes, bits)
+                if name in drift:
+                    means[bits][name] = start[name] + add_drift(moved, drift[name], codes, bits)
+            above.add(means[bits], shares[bits])
+
+    def _keep_own(self, means: Mapping[int, State]) -> State:
+        """Keep what is not quantized for each width; return that of the widest."""
+        for bits, mean in means.items():
+            on_grid = self._quantized(mean)
+            self._own[bits] = {name: t for name, t in mean.items() if name not in on_grid}
+        return self._own.get(max(self._widths), {})
+
+    def _shares(self, groups: Mapping[int, WeightedMean]) -> dict[int, float]:
+        """Weight of each group in the aggregate."""
+        high = max(groups)
+        return {
+            bits: group.weight * (1.0 if bits == high else self.options.low_bit_weight)
+            for bits, group in groups.items()
+        }
+
+    def _reference(
+        self, weights: State, used: Mapping[int, Mapping[str, QuantizedTensor]]
+    ) -> Reference:
+        kind = StartReference if self.options.reference == "client-start" else GlobalReference
+        return kind(Rungs.of(weights, self._ladder(), used))
+
+    def _ladder(self) -> tuple[int, ...]:
+        # It only grows: a width that is away for a round keeps its rung.
+        self._widths |= self.nodes.widths().keys()
+        if self.options.ladder == "auto":
+            return ladder_of(sorted(self._widths))
+        # A width without a rung could not be lifted.
+        return tuple(sorted({*parse_ladder(self.options.ladder), *self._widths}))
+
+    def _grow_dequantizer(self, weights: State, reference: Reference) -> None:
+        """Make the dequantizer, or a longer one that keeps the blocks whose rungs are the same."""
+        old, ladder = self.dequantizer, reference.start.ladder
+        if old is not None and old.ladder == ladder:
+            return
+        seed = derive_seed(self.seed, Stream.DEQUANTIZER)
+        new = ProgressiveDequantizer(ladder, reference.num_features, list(weights), seed)
+        if old is not None:
+            same = set(pairwise(old.ladder)) & set(pairwise(ladder))
+            for bits, _ in same:
+                new.blocks[str(bits)].load_state_dict(old.blocks[str(bits)].state_dict())
+        self.dequantizer = new
+
+    def _is_due(self, server_round: int, groups: Mapping[int, WeightedMean]) -> bool:
+        """Whether to fine-tune: every so many rounds, or at the next that has two widths."""
+        every = self.options.finetune_every
+        period = (server_round - 1) // every + 1 if every else 0
+        if len(groups) < 2 or period <= self._tuned_in:
+            return False
+        self._tuned_in = period
+        return True
+
+    def _fine_tune(
+        self,
+        server_round: int,
+        groups: dict[int, WeightedMean],
+        means: dict[int, State],
+        reference: Reference,
+    ) -> None:
+        assert self.dequantizer is not None, "it is grown before it is tuned"
+        *low, high = groups
+        state = means[high]
+        in_groups = self.options.dequantize == "group"
+        config = FineTuning(
+            steps=self.options.finetune_steps,
+            learning_rate=self.options.finetune_learning_rate,
+            distill_weight=self.options.distill_weight,
+            stochastic=self.low_bit_training == "strict",
+            group_size=max(groups[bits].count for bits in low) if in_groups else 1,
+        )
+        predict = None
+        if self.predict is not None:
+            predict = lambda weights: self.predict({**state, **weights})  # noqa: E731
+        losses = fine_tune(
+            self.dequantizer,
+            {name: state[name] for name in self._quantized(state)},
+            high,
+            reference,
+            config,
+            predict,
+            torch.Generator().manual_seed(derive_seed(self.seed, Stream.FINE_TUNING, server_round)),
+        )
+        if losses.undone:
+            log(WARNING, "Round %d: fine-tuning is undone, it left the numbers", server_round)
+            self.round_log.own["finetuning-undone"] = 1
+            return
+        self.round_log.own["reconstruction-loss"] = losses.reconstruction
+        if losses.distill is not None:
+            self.round_log.own["distill-loss"] = losses.distill
+
+
+def _flat(state: State, start: State, names: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([(state[n] - start[n]).flatten() for n in names])
+
+
+def _unflat(flat: Tensor, like: Mapping[str, Tensor]) -> State:
+    parts = flat.split([t.numel() for t in like.values()])
+    return {n: part.reshape(t.shape) for (n, t), part in zip(like.items(), parts, strict=True)}

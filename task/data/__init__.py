@@ -1,0 +1,1 @@
+"""Datasets, their images as network input, and their partition among the clients."""
