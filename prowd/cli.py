@@ -20,7 +20,6 @@ from core.files import printable, user_path
 _INTERRUPTED, _UNREAD = 130, 141
 _PAGE = "report.html"
 _EXTRAS = {
-    "matplotlib": "figures",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
@@ -179,7 +178,7 @@ def _export(given: argparse.Namespace) -> int:
 
 def _report(given: argparse.Namespace) -> int:
     from prowd.records import find_runs, read_record
-    from prowd.report.command import print_page
+    from prowd.report.page import write_page
 
     runs = [user_path("RUN_DIR", path) for path in given.runs]
     folders = find_runs(runs)
@@ -190,7 +189,8 @@ def _report(given: argparse.Namespace) -> int:
         output /= _PAGE
     names = [path.resolve().name for path in runs]
     title = ", ".join(names) if len(names) <= 3 else shared.name
-    print_page(output, title, [read_record(folder) for folder in folders])
+    write_page(output, title, [read_record(folder) for folder in folders])
+    print(output)
     return 0
 
 

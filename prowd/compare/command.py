@@ -14,7 +14,6 @@ from prowd.compare.plan import Experiment, Setting, read_experiment, refuse_own
 from prowd.compare.runs import PlannedRun, planned_runs
 from prowd.publish.table import result_of, to_json, to_markdown
 from prowd.records import read_record
-from prowd.report.command import check_page, print_page
 
 
 @dataclass(frozen=True)
@@ -92,14 +91,12 @@ class Comparison:
         except OSError as error:
             reason = f"cannot be made: {error.strerror}"
             raise SettingsError(f"--output-dir: {self.output_dir} {reason}") from None
-        try:
-            check_page()
-        except SettingsError as error:
-            print(f"prowd: there will be no page: {error}", file=sys.stderr)
         return run_all(self.experiment, self.chosen, jobs)
 
     def write(self) -> None:
         """Write table and page of all runs that are there."""
+        from prowd.report.page import write_page  # matplotlib takes a second to import.
+
         runs = [run for run in self.planned if run.folder.exists()]
         records = {run.folder: read_record(run.folder) for run in runs}
         found = [
@@ -111,7 +108,8 @@ class Comparison:
         named = [(run.scenario, run.system, records[run.folder]) for run in runs]
         page = self.output_dir / "report.html"
         try:
-            print_page(page, self.experiment.title, list(records.values()), named)
+            write_page(page, self.experiment.title, list(records.values()), named)
+            print(page)
         except SettingsError as error:  # The runs are not in vain: the table is there.
             print(f"prowd: there is no page: {error}", file=sys.stderr)
 

@@ -37,7 +37,7 @@ def publish(output_dir: Path, docs: Path) -> list[Path]:
         If there is no table, results.md has no place for it, or what was published was evaluated
         in other rounds.
     """
-    from prowd.publish.figures import draw  # matplotlib is an extra
+    from prowd.publish.figures import draw  # matplotlib takes a second to import.
 
     name = output_dir.name
     source, page, folder = output_dir / "table.json", docs / "results.md", docs / "results"

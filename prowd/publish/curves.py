@@ -33,16 +33,21 @@ class MeanPoint:
     spread: float | None
 
 
-def mean_points(curves: Sequence[Sequence[dict]], x: str, y: str) -> list[MeanPoint]:
-    """Average the curves of several seeds round by round, with their sample deviation."""
+def mean_points(
+    curves: Sequence[Sequence[dict]], x: str, y: str, x_unit: float = 1, y_unit: float = 1
+) -> list[MeanPoint]:
+    """Average the curves of several seeds round by round, with their sample deviation.
+
+    The points are given in `x_unit` and `y_unit`, as in megabytes and percent.
+    """
     by_round: dict[int, list[dict]] = {}
     for point in chain.from_iterable(curves):
         by_round.setdefault(point["round"], []).append(point)
     points = []
     for _, found in sorted(by_round.items()):
-        values = [point[y] for point in found]
+        values = [point[y] / y_unit for point in found]
         spread = stdev(values) if len(values) > 1 else None
-        points.append(MeanPoint(mean(point[x] for point in found), mean(values), spread))
+        points.append(MeanPoint(mean(point[x] for point in found) / x_unit, mean(values), spread))
     return points
 
 

@@ -10,15 +10,10 @@ from matplotlib.figure import Figure
 
 from prowd.publish.curves import mean_points, rises
 from prowd.publish.table import by_system
-from prowd.report.charts import line_style, plot_mean
-from prowd.report.ticks import tick_powers, tick_rounds
+from prowd.report.charts import COLORS, line_style, plot_mean, tick_powers, tick_rounds
 
 _OURS = "ProWD"
-# The report's colors on white; a system's place among the names decides on its color and line.
-COLORS = (
-    *("#0072b2", "#c4500b", "#00805f", "#b0528c"),
-    *("#1b1f24", "#a97500", "#3a9bd0", "#6b5fb5"),
-)
+# A system's place among these decides on its color and line.
 _NAMES = (
     *("Local", "FedCOM", "FedPAQ", "GroupedAvg"),
     *(_OURS, "FedCOMGATE", "FedProx", "FedAvg"),
@@ -44,13 +39,11 @@ def draw(scenario: str, results: Sequence[dict], path: Path) -> None:
     ranked = sorted(systems, key=lambda s: -mean(r["accuracy"]["average"] for r in systems[s]))
     styles = _styles(results)
     for system in ranked:
-        curves = [_percent(run["curve"]) for run in systems[system]]
-        over_rounds = mean_points(curves, "round", "accuracy")
-        style = {**styles[system], "markevery": max(1, len(over_rounds) // 12)}
-        plot_mean(by_round, over_rounds, style)
-        sent = mean_points(curves, "uplink_bytes", "accuracy")
+        curves = [run["curve"] for run in systems[system]]
+        plot_mean(by_round, mean_points(curves, "round", "accuracy", 1, 0.01), styles[system])
+        sent = mean_points(curves, "uplink_bytes", "accuracy", 1e6, 0.01)
         if rises(sent):
-            plot_mean(by_bytes, sent, style, 1e6)
+            plot_mean(by_bytes, sent, styles[system])
     by_round.set(xlabel="round", ylabel="averaged accuracy (%)")
     by_bytes.set(xlabel="MB sent by all clients")
     tick_rounds(by_round)
@@ -75,14 +68,9 @@ def _styles(results: Sequence[dict]) -> dict[str, dict[str, Any]]:
     for number, system in enumerate((*_NAMES, *others)):
         styles[system] = {
             **line_style(number),
-            "color": COLORS[number % len(COLORS)],
             # Where the same color comes again, markers are hollow, then full.
             "fillstyle": "none" if number // len(COLORS) % 2 else "full",
             "linewidth": 2.4 if system == _OURS else 1.3,
             "label": system,
         }
     return styles
-
-
-def _percent(curve: list[dict]) -> list[dict]:
-    return [{**point, "accuracy": 100 * point["accuracy"]} for point in curve]

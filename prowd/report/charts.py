@@ -1,6 +1,5 @@
-"""Figures as SVG that belongs to the page: its colors, its text, and a description."""
+"""Charts of the report; their colors, lines and axes are those of the published figures too."""
 
-import hashlib
 import io
 import math
 import re
@@ -8,59 +7,59 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree
 
 import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from exchange.protocol import plain
 from prowd.publish.curves import MeanPoint
 
-# Points. The page shows a figure at least as many pixels wide, so that a point is a pixel or more.
-WIDTH = 360
-_TEXT_SIZE = 11.5
-# A color that matplotlib writes, and what the page has in its place, once for light, once for dark.
-TEXT, GRID, SURFACE = "#010203", "#010204", "#010205"
-_COLORS = {TEXT: "currentColor", GRID: "var(--grid)", SURFACE: "var(--surface)"}
-NUM_COLORS = 8
+# Colors after Okabe and Ito, which the color-blind tell apart; lighter or darker for contrast on
+# white, and beside each what the report has in its place on a dark page.
+_DARK = {
+    "#0072b2": "#56a8e0",
+    "#c4500b": "#ff8a4c",
+    "#00805f": "#2fc79b",
+    "#b0528c": "#e79cc8",
+    "#1b1f24": "#f2f4f6",
+    "#a97500": "#e6b022",
+    "#3a9bd0": "#9ad6f7",
+    "#6b5fb5": "#ada2f5",
+}
+COLORS = tuple(_DARK)
+_INK, _GRID = COLORS[4], "#d9dee3"
+THEMES = [(light[1:], light, dark) for light, dark in {**_DARK, _GRID: "#343a41"}.items()]
 _DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
 _MARKERS = "osD^vPX*"
-_SVG = "{http://www.w3.org/2000/svg}"
+# Points. The page shows a chart at least as many pixels wide, so that a point is a pixel or more.
+_WIDTH = 360
 _RC: Any = {
-    "font.size": _TEXT_SIZE,
-    "axes.titlesize": _TEXT_SIZE,
-    "axes.labelsize": _TEXT_SIZE,
-    "xtick.labelsize": _TEXT_SIZE,
-    "ytick.labelsize": _TEXT_SIZE,
-    "legend.fontsize": _TEXT_SIZE,
-    "text.color": TEXT,
-    "axes.labelcolor": TEXT,
-    "axes.edgecolor": TEXT,
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
+    "font.size": 11.5,
+    **{f"{part}.labelsize": "medium" for part in ("axes", "xtick", "ytick")},
+    "axes.titlesize": "medium",
+    "legend.fontsize": "medium",
+    **{f"{part}.color": _INK for part in ("text", "xtick", "ytick")},
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "grid.color": _GRID,
+    **{f"{part}.facecolor": "none" for part in ("axes", "figure", "savefig")},
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": GRID,
     "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    # Text stays text, in the page's font; and a dollar in a name is a dollar.
+    # Text stays text, and a dollar in a name is a dollar.
     "svg.fonttype": "none",
     "text.parse_math": False,
-    # The same bytes from the same numbers.
-    "svg.hashsalt": "prowd",
 }
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure of the page.
+class Chart:
+    """A chart of the page.
 
     Attributes
     ----------
@@ -80,146 +79,107 @@ class Figure:
     note: str = ""
 
 
-def color(number: int) -> str:
-    """Return the color of a style, as matplotlib gets it."""
-    return f"#0300{number % NUM_COLORS:02x}"
-
-
 def line_style(number: int) -> dict[str, Any]:
     """Return color, dashes and marker of a style: no two of the first 32 look the same in gray."""
     return {
-        "color": color(number),
-        "linestyle": _DASHES[number // NUM_COLORS % len(_DASHES)],
+        "color": COLORS[number % len(COLORS)],
+        "linestyle": _DASHES[number // len(COLORS) % len(_DASHES)],
         "marker": _MARKERS[number % len(_MARKERS)],
         "markersize": 4.5,
         "linewidth": 1.6,
     }
 
 
+def plot_mean(axes: Axes, points: Sequence[MeanPoint], style: dict[str, Any]) -> None:
+    """Draw means as a line and the spread around them as a band of its color."""
+    x, y = [p.x for p in points], [p.mean for p in points]
+    axes.plot(x, y, **{"markevery": max(1, len(points) // 12), **style})
+    spreads = [p.spread or 0.0 for p in points]
+    if any(spreads):
+        low, high = ([m + sign * s for m, s in zip(y, spreads, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def tick_rounds(axes: Axes) -> None:
+    """Tick whole rounds, also where there is but one."""
+    steps = [1, 2, 2.5, 5, 10]
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=steps, integer=True, min_n_ticks=1))
+
+
+def tick_powers(axes: Axes) -> None:
+    """Make x logarithmic, with few enough ticks for the limits that it has now."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high / low < 5:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    elif high / low < 200:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw and write within the style of the page."""
+    """Draw in the style of the page."""
     with matplotlib.rc_context(_RC):
         yield
 
 
-def canvas(height: float) -> Canvas:
-    """Return an empty figure, `height` in points."""
-    return Canvas(figsize=(WIDTH / 72, height / 72))
+def canvas(height: float, width: float = _WIDTH, layout: str = "constrained") -> Figure:
+    """Return an empty figure, its height and width in points."""
+    return Figure(figsize=(width / 72, height / 72), layout=layout)  # type: ignore[arg-type]  # "none" is not in its types.
 
 
 def label_rows(axes: Axes, names: Sequence[str], tops: Sequence[float]) -> None:
-    """Write names at the left above the rows of a horizontal chart, where long ones have room."""
-    axes.set_yticks([])
+    """Write names above the rows of a horizontal chart, where long ones have room."""
+    axes.set_yticks(tops, [shortened(name) for name in names], ha="left", va="bottom")
+    axes.tick_params(axis="y", length=0, pad=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
-    for name, top in zip(names, tops, strict=True):
-        axes.annotate(
-            shortened(name),
-            (0, top),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 1),
-            textcoords="offset points",
-            va="bottom",
-        )
 
 
 def shortened(name: str, most: int = 46) -> str:
-    """Return a name that fits in a figure and can be drawn."""
+    """Return a name that fits in a chart and can be drawn."""
     name = plain(name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def finish(drawn: Canvas, title: str, text: str, note: str = "") -> Figure:
-    """Turn a drawing into a figure of the page."""
-    svg = _of_the_page(drawn, {"role": "img", "aria-label": f"{title}. {text}"})
-    return Figure(title, text, svg, note)
+def finish(figure: Figure, title: str, text: str, note: str = "") -> Chart:
+    """Turn a figure into a chart of the page."""
+    return Chart(title, text, to_svg(figure, title + text), note)
 
 
-def swatch(style: int, legend: str) -> Markup:
-    """Return what a line of a style looks like, for a legend of the page that has this name."""
-    drawn = Canvas(figsize=(40 / 72, 14 / 72), layout="none")  # type: ignore[arg-type]  # Documented, not in its types.
-    axes = drawn.add_axes((0, 0, 1, 1), xlim=(0, 2), ylim=(-1, 1))
+def swatch(style: int, salt: str) -> Markup:
+    """Return what a line of a style looks like, for a legend of the page."""
+    figure = canvas(14, 40, "none")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 2), ylim=(-1, 1))
     axes.set_axis_off()
     axes.plot([0, 1, 2], [0, 0, 0], **line_style(style), markevery=[1])
-    return _of_the_page(drawn, {"aria-hidden": "true", "data-legend": legend})
+    return to_svg(figure, f"{salt}{style}")
 
 
-def _of_the_page(drawn: Canvas, attributes: Mapping[str, str]) -> Markup:
+def to_svg(figure: Figure, salt: str) -> Markup:
+    """Return a figure as an element of the page, in the page's colors.
+
+    The same figure and salt give the same bytes. Figures of other salts share no id.
+    """
     file = io.StringIO()
-    drawn.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    root = ElementTree.fromstring(_without_control_characters(file.getvalue()))
-    for part in root.findall(f"{_SVG}metadata"):
-        root.remove(part)
-    for name in ("width", "height"):
-        del root.attrib[name]
-    root.attrib |= {name: _without_control_characters(text) for name, text in attributes.items()}
-    told = "".join(attributes.values()) + file.getvalue()
-    _own_ids(root, f"f{hashlib.sha256(told.encode(errors='replace')).hexdigest()[:10]}")
-    return Markup(_serialize(root))
-
-
-def _without_control_characters(text: str) -> str:
-    # XML has none of them; a name from a damaged record may.
-    return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
-
-
-def _own_ids(root: ElementTree.Element, prefix: str) -> None:
-    """Keep only the names that are referred to, made unlike those of the page's other figures."""
-    link = "{http://www.w3.org/1999/xlink}href"
-    for element in root.iter():
-        if link in element.attrib:
-            element.attrib["href"] = element.attrib.pop(link)
-    written = " ".join(v for e in root.iter() for k, v in e.attrib.items() if k != "id")
-    used = set(re.findall(r"#([\w-]+)", written))
-    for element in root.iter():
-        if element.attrib.get("id") not in used:
-            element.attrib.pop("id", None)
-        for key, value in element.attrib.items():
-            if key == "id":
-                element.attrib[key] = f"{prefix}-{value}"
-            elif key not in ("aria-label", "data-legend"):
-                element.attrib[key] = _paged(value, used, prefix)
-
-
-def _paged(value: str, ids: set[str], prefix: str) -> str:
-    # The page's font, not one named at every word.
-    value = re.sub(r"font-family: [^;]*; ?", "", value)
-    value = re.sub(r"url\(#([\w-]+)\)", rf"url(#{prefix}-\1)", value)
-    if value.startswith("#") and value[1:] in ids:
-        return f"#{prefix}-{value[1:]}"
-    return re.sub(r"#01020[345]|#0300[0-9a-f]{2}", _variable, value)
-
-
-def _variable(match: re.Match) -> str:
-    written = match.group()
-    return _COLORS.get(written) or f"var(--series-{int(written[5:], 16)})"
-
-
-def _serialize(root: ElementTree.Element) -> str:
-    for element in root.iter():
-        # In a page of HTML no element of SVG has a prefix.
-        element.tag = element.tag.removeprefix(_SVG)
-    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+    salt = salt.encode(errors="replace").decode()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(file, format="svg", metadata=nothing)
+    svg = file.getvalue()
+    # What comes before the element; and ids that nothing refers to, the same in every figure.
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])
+    return Markup(re.sub("|".join((*COLORS, _GRID)), lambda color: f"var(--c{color[0][1:]})", svg))
 
 
 def described(values: Mapping[str, float], unit: str = "") -> str:
     """Put numbers into words."""
-    return ", ".join(f"{name} {number(value)}{unit}" for name, value in values.items())
+    return ", ".join(f"{name} {_number(value)}{unit}" for name, value in values.items())
 
 
-def number(value: float) -> str:
-    """Return a number with four digits at most."""
+def _number(value: float) -> str:
     return "unknown" if math.isnan(value) else f"{value:.4g}"
-
-
-def plot_mean(axes: Axes, points: Sequence[MeanPoint], style: dict, x_unit: float = 1) -> None:
-    """Draw means as a line and the spread around them as a band of its color."""
-    x = [point.x / x_unit for point in points]
-    axes.plot(x, [point.mean for point in points], **style)
-    low, high = (
-        [p.mean + sign * p.spread if p.spread is not None else p.mean for p in points]
-        for sign in (-1, 1)
-    )
-    if low != high:
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)

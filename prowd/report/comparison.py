@@ -1,163 +1,121 @@
 """What systems are compared by: accuracy over rounds and bytes, bytes by width, time by part."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import nan
 from statistics import mean
 
-from matplotlib.axes import Axes
-from matplotlib.patches import Patch
+import numpy as np
 
 from prowd.publish.curves import MeanPoint, curve, mean_points, rises
 from prowd.report import charts
+from prowd.report.charts import Chart
 from prowd.report.series import Scenario, Series
-from prowd.report.ticks import tick_powers, tick_rounds
 
 _PARTS = ("train", "aggregate", "evaluate")
-# Points: a bar, and a row's name and space above its bars.
-_BAR, _ROW, _FRAME = 15, 24, 74
 
 
-def accuracy_figures(scenario: Scenario) -> Iterator[charts.Figure]:
+def accuracy_charts(scenario: Scenario) -> Iterator[Chart]:
     """Draw accuracy over rounds, then over bytes, averaged and of each bit-width."""
     for x in ("round", "uplink_bytes"):
         for width in ("average", *scenario.widths()):
-            figure = _accuracy_figure(scenario, width, x)
-            if figure is not None:
-                yield figure
+            yield from _accuracy_chart(scenario, width, x)
 
 
-def _accuracy_figure(scenario: Scenario, width: str, x: str) -> charts.Figure | None:
+def _accuracy_chart(scenario: Scenario, width: str, x: str) -> Iterator[Chart]:
     of, senders = ("averaged", "all") if width == "average" else (f"{width}-bit", f"{width}-bit")
-    over = "rounds" if x == "round" else "bytes sent"
-    lines = {
-        series: _percent(
-            mean_points([curve(r.rounds, width) for r in series.records], x, "accuracy")
-        )
-        for series in scenario.series
-    }
-    lines = {series: points for series, points in lines.items() if points}
-    silent = [s.name for s, points in lines.items() if x == "uplink_bytes" and not rises(points)]
-    lines = {series: points for series, points in lines.items() if series.name not in silent}
+    over_bytes = x == "uplink_bytes"
+    lines: dict[Series, list[MeanPoint]] = {}
+    silent = []
+    for series in scenario.series:
+        curves = [curve(record.rounds, width) for record in series.records]
+        points = mean_points(curves, x, "accuracy", 1e6 if over_bytes else 1, 0.01)
+        if points and over_bytes and not rises(points):
+            silent.append(series.name)
+        else:
+            lines[series] = points
+    title = f"Accuracy, {of}, over {'bytes sent' if over_bytes else 'rounds'}"
+    label = f"sent by {senders} clients (MB)" if over_bytes else "round"
     note = f"{', '.join(silent)}: nothing is sent." if silent else ""
-    label = "round" if x == "round" else f"sent by {senders} clients (MB)"
-    unit = 1 if x == "round" else 1e6
-    title = f"Accuracy, {of}, over {over}"
-    return line_figure(title, label, "accuracy (%)", lines, note, unit, log=x != "round")
+    yield from line_chart(title, label, "accuracy (%)", lines, note, log=over_bytes)
 
 
-def line_figure(
+def line_chart(
     title: str,
     x_label: str,
     y_label: str,
     lines: Mapping[Series, Sequence[MeanPoint]],
     note: str = "",
-    x_unit: float = 1,
     log: bool = False,
-) -> charts.Figure | None:
-    """Draw a line a system, with the spread over its seeds; None if there is no line."""
+) -> Iterator[Chart]:
+    """Draw a line a system, with the spread over its seeds; nothing if there is no line."""
+    lines = {series: points for series, points in lines.items() if points}
     if not lines:
-        return None
-    drawn = charts.canvas(235)
-    axes = drawn.subplots()
+        return
+    figure = charts.canvas(235)
+    axes = figure.subplots()
     for series, points in lines.items():
-        few = max(1, len(points) // 12)
-        charts.plot_mean(
-            axes, points, {**charts.line_style(series.style), "markevery": few}, x_unit
-        )
+        charts.plot_mean(axes, points, charts.line_style(series.style))
     axes.set(xlabel=x_label, ylabel=y_label)
-    if log:
-        tick_powers(axes)
-    else:
-        tick_rounds(axes)
+    (charts.tick_powers if log else charts.tick_rounds)(axes)
     ends = {series.name: points[-1].mean for series, points in lines.items()}
     text = f"{y_label} against {x_label}; at the end: {charts.described(ends)}."
-    return charts.finish(drawn, title, text, note)
+    yield charts.finish(figure, title, text, note)
 
 
-def _percent(points: Iterable[MeanPoint]) -> list[MeanPoint]:
-    return [
-        MeanPoint(p.x, 100 * p.mean, None if p.spread is None else 100 * p.spread) for p in points
-    ]
-
-
-def bytes_figures(scenario: Scenario) -> Iterator[charts.Figure]:
-    """Draw the bytes that the clients of each width send and are sent in a round."""
-    kinds = [f"{w}-bit" for w in scenario.widths()]
+def cost_charts(scenario: Scenario) -> Iterator[Chart]:
+    """Draw the bytes a round that the clients of each width send and are sent, and its time."""
+    widths = scenario.widths()
+    names = [f"{width}-bit" for width in widths]
     for direction, key in (("up", "uplink_bytes"), ("down", "downlink_bytes")):
-        rows = {
-            series.name: {
-                f"{w}-bit": _mean_of_rounds(series, key, w) / 1e6 for w in series.widths()
-            }
-            for series in scenario.series
-        }
-        yield _bars(
-            f"Bytes {direction} a round, by width", "MB, all clients of a width", kinds, rows
-        )
+        rows = {s.name: _means(s, key, widths, 1e6) for s in scenario.series}
+        title = f"Bytes {direction} a round, by width"
+        yield _bars(title, "MB, all clients of a width", names, rows)
+    rows = {s.name: _means(s, "seconds", _PARTS) for s in scenario.series}
+    title = "Seconds of a round, by part"
+    yield _bars(title, "seconds, mean of all rounds", _PARTS, rows, stacked=True)
 
 
-def seconds_figure(scenario: Scenario) -> charts.Figure:
-    """Draw the time that each part of a round takes."""
-    rows = {
-        series.name: {part: _mean_of_rounds(series, "seconds", part) for part in _PARTS}
-        for series in scenario.series
-    }
-    return _bars(
-        "Seconds of a round, by part", "seconds, mean of all rounds", _PARTS, rows, stacked=True
-    )
-
-
-def _mean_of_rounds(series: Series, key: str, part: str) -> float:
-    rounds = (entry for record in series.records for entry in record.rounds)
-    return mean(getattr(entry, key).get(part, 0.0) for entry in rounds)
+def _means(series: Series, key: str, parts: Sequence[str], unit: float = 1) -> list[float]:
+    """Return the mean over all rounds of each part; NaN for a width that is not there."""
+    absent = set(parts) - {*series.widths(), *_PARTS}
+    entries = [getattr(entry, key) for record in series.records for entry in record.rounds]
+    return [
+        nan if part in absent else mean(entry.get(part, 0.0) for entry in entries) / unit
+        for part in parts
+    ]
 
 
 def _bars(
     title: str,
     x_label: str,
-    kinds: Sequence[str],
-    rows: Mapping[str, Mapping[str, float]],
+    parts: Sequence[str],
+    rows: Mapping[str, Sequence[float]],
     stacked: bool = False,
-) -> charts.Figure:
+) -> Chart:
     """Draw for each row its bars, one below the other or end to end, and what they come to."""
-    height = _ROW + _BAR * (1 if stacked else len(kinds))
-    drawn = charts.canvas(_FRAME + height * len(rows))
-    axes = drawn.subplots()
-    most = max((sum if stacked else max)([0.0, *row.values()]) for row in rows.values())
-    tops = [-height * i - _ROW for i in range(len(rows))]
-    for top, row in zip(tops, rows.values(), strict=True):
-        if stacked:
-            _stack(axes, top, [row[kind] for kind in kinds])
-        else:
-            _list(axes, top, [row.get(kind) for kind in kinds])
-    charts.label_rows(axes, list(rows), tops)
-    # Room for the numbers behind the bars.
-    axes.set(xlabel=x_label, xlim=(0, (most or 1) * 1.22), ylim=(-height * len(rows), 0))
-    handles = [Patch(color=charts.color(i), label=kind) for i, kind in enumerate(kinds)]
-    drawn.legend(
-        handles=handles, loc="outside upper left", ncols=min(4, len(kinds)), handlelength=1
-    )
-    text = " ".join(f"{name}: {charts.described(row)}." for name, row in rows.items())
-    return charts.finish(drawn, title, f"{x_label}. {text}")
-
-
-def _list(axes: Axes, top: float, values: Sequence[float | None]) -> None:
-    for number, value in enumerate(values):
-        if value is None:
-            continue
-        middle = top - _BAR * (number + 0.5)
-        axes.barh(middle, value, _BAR * 0.8, color=charts.color(number))
-        _annotate(axes, value, middle)
-
-
-def _stack(axes: Axes, top: float, values: Sequence[float]) -> None:
-    left = 0.0
-    for number, value in enumerate(values):
-        axes.barh(top - _BAR / 2, value, _BAR * 0.8, left=left, color=charts.color(number))
-        left += value
-    _annotate(axes, left, top - _BAR / 2)
-
-
-def _annotate(axes: Axes, value: float, middle: float) -> None:
-    text = f"{value:.3g}"
-    axes.annotate(
-        text, (value, middle), xytext=(3, 0), textcoords="offset points", va="center_baseline"
-    )
+    bar, name, frame = 15, 24, 74  # Points.
+    height = name + bar * (1 if stacked else len(parts))
+    figure = charts.canvas(frame + height * len(rows))
+    axes = figure.subplots()
+    tops = height * np.arange(len(rows)) + name
+    ends = np.zeros(len(rows))
+    for number, part in enumerate(parts):
+        values = np.array([row[number] for row in rows.values()])
+        middles = tops + bar * (0.5 if stacked else number + 0.5)
+        left = ends if stacked else 0
+        color = charts.COLORS[number % len(charts.COLORS)]
+        bars = axes.barh(middles, values, bar * 0.8, left=left, color=color, label=part)
+        ends = values + left
+        if not stacked or part == parts[-1]:
+            axes.bar_label(bars, [f"{end:.3g}" if end == end else "" for end in ends], padding=3)
+    charts.label_rows(axes, list(rows), tops.tolist())
+    most = axes.get_xlim()[1]
+    # Room for the numbers beyond the bars.
+    axes.set(xlabel=x_label, xlim=(0, most * 1.17), ylim=(height * len(rows), 0))
+    figure.legend(loc="outside upper left", ncols=min(4, len(parts)), handlelength=1)
+    known = {
+        name: {part: value for part, value in zip(parts, row, strict=True) if value == value}
+        for name, row in rows.items()
+    }
+    text = " ".join(f"{name}: {charts.described(row)}." for name, row in known.items())
+    return charts.finish(figure, title, f"{x_label}. {text}")

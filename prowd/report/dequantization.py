@@ -5,23 +5,22 @@ from math import isfinite
 from statistics import mean
 
 import numpy as np
-from matplotlib.axes import Axes
 
-from prowd.publish.curves import MeanPoint, mean_points
+from prowd.publish.curves import mean_points
 from prowd.records import Record, Weights
 from prowd.report import charts
-from prowd.report.comparison import line_figure
+from prowd.report.charts import Chart
+from prowd.report.comparison import line_chart
 from prowd.report.series import Scenario, Series
 
 _LOSSES = {
     "reconstruction-loss": "Dequantizer, reconstruction loss",
     "distill-loss": "Dequantizer, distillation loss",
 }
-_LOW, _HIGH = 1, 0
-_LAYER_ROW = 52
+_ALL = "all layers"
 
 
-def weight_figures(scenario: Scenario) -> Iterator[charts.Figure]:
+def weight_charts(scenario: Scenario) -> Iterator[Chart]:
     """Draw the weights of each low-bit group beside those of the high-bit group.
 
     Of each system its first run that has them: all layers together in the first and the last round
@@ -33,138 +32,76 @@ def weight_figures(scenario: Scenario) -> Iterator[charts.Figure]:
             continue
         first, last = record.weights[0], record.weights[-1]
         for width in last.counts.before:
-            moments = [first] if first.round != last.round and width in first.counts.before else []
-            for weights in [*moments, last]:
-                yield _pooled(series, record, weights, width)
-            yield _by_layer(series, record, last, width)
+            if first is not last and width in first.counts.before:
+                yield _weight_chart(series, record, first, width, layers=[])
+            yield _weight_chart(series, record, last, width, layers=list(last.counts.high))
 
 
-def _pooled(series: Series, record: Record, weights: Weights, width: str) -> charts.Figure:
-    drawn = charts.canvas(270)
-    panels = drawn.subplots(2, 1, sharex=True, sharey=True)
-    high = _share(np.sum(list(weights.counts.high.values()), axis=0))
-    distances = {}
-    for axes, (when, counts) in zip(panels, _before_and_after(weights, width), strict=True):
-        low = _share(np.sum(list(counts.values()), axis=0))
-        _draw_shares(axes, low, high, weights.reach)
-        distances[when] = float(np.abs(low - high).sum() / 2)
-        axes.set_ylabel("share (%)")
-        axes.text(0.02, 0.97, when, transform=axes.transAxes, va="top")
-    panels[0].legend(
-        [panels[0].lines[0], panels[0].collections[0]],
-        [f"{width}-bit", f"{weights.high}-bit"],
-        loc="upper right",
-        handlelength=1.2,
-    )
-    panels[1].set_xlabel(f"weight (std of its layer, {weights.high}-bit)")
+def _weight_chart(
+    series: Series, record: Record, weights: Weights, width: str, layers: Sequence[str]
+) -> Chart:
+    """Draw distributions before and after, side by side: of all layers, then of each."""
+    rows = [_ALL, *layers]
+    top, bottom, first, other = 44, 42, 90, 34  # Points, as is the space above each of the others.
+    height = top + bottom + first + (other + 18) * len(layers)
+    # Given the places: matplotlib takes ten seconds to find some for fifty panels.
+    figure = charts.canvas(height, layout="none")
+    grid = figure.add_gridspec(len(rows), 2, left=0.08, right=0.99, wspace=0.2, hspace=0.5)
+    grid.update(top=1 - top / height, bottom=bottom / height)
+    grid.set_height_ratios([first, *(other for _ in layers)])
+    panels = grid.subplots(squeeze=False, sharex=True, sharey="row")
+    counts, distances = weights.counts, {}
+    edges = np.linspace(-weights.reach, weights.reach, len(next(iter(counts.high.values()))) + 1)
+    for column, (when, of) in enumerate((("before", counts.before), ("after", counts.after))):
+        for layer, axes in zip(rows, panels[:, column], strict=True):
+            high, low = _shares(counts.high, layer), _shares(of[width], layer)
+            distances[layer, when] = float(np.abs(low - high).sum() / 2)
+            styles = {"color": charts.COLORS[0], "alpha": 0.35, "fill": True, "linewidth": 0}
+            axes.stairs(high, edges, label=f"{weights.high}-bit", **styles)
+            axes.stairs(low, edges, label=f"{width}-bit", color=charts.COLORS[1], linewidth=1.2)
+            axes.set_xlim(edges[0], edges[-1])
+        panels[-1, column].set_xlabel(f"{when} (std of the layer)")
+    for layer, axes in zip(rows, panels[:, 0], strict=True):
+        axes.set_title(charts.shortened(_short(layer)), loc="left", pad=3)
+    for axes in panels[1:].flat:
+        axes.set_yticks([])
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper left", ncols=2, handlelength=1.2)
     title = f"Weights of the {width}-bit group, round {weights.round}: {series.name}"
     text = (
-        f"Share of weights in each of {len(high)} bins, {width}-bit and {weights.high}-bit, before "
-        f"and after dequantization. Share of the {width}-bit weights in bins other than those of "
-        f"the {weights.high}-bit weights: {charts.described(distances, ' %')}."
+        f"Share of weights in each of {len(edges) - 1} bins, {width}-bit and {weights.high}-bit, "
+        f"before and after dequantization. Share of the {width}-bit weights in bins other than "
+        f"those of the {weights.high}-bit weights: "
     )
-    return charts.finish(drawn, title, text, _note(record, distances))
-
-
-def _by_layer(series: Series, record: Record, weights: Weights, width: str) -> charts.Figure:
-    layers = list(weights.counts.high)
-    drawn = charts.canvas(60 + _LAYER_ROW * len(layers))
-    panels = drawn.subplots(1, 2, sharex=True, sharey=True)
-    rows = [-_LAYER_ROW * (i + 1) for i in range(len(layers))]
-    distances: dict[str, list[float]] = {}
-    for axes, (when, counts) in zip(panels, _before_and_after(weights, width), strict=True):
-        for layer, bottom in zip(layers, rows, strict=True):
-            low, high = _share(counts[layer]), _share(weights.counts.high[layer])
-            _draw_shares(axes, low, high, weights.reach, bottom, _LAYER_ROW - 18)
-            distances.setdefault(when, []).append(float(np.abs(low - high).sum() / 2))
-        axes.set_title(f"{when}", loc="left")
-        axes.set_xlabel("weight (std)")
-        axes.set(yticks=[], ylim=(-_LAYER_ROW * len(layers), 0))
-        axes.spines["left"].set_visible(False)
-    charts.label_rows(panels[0], [_layer(n) for n in layers], [r + _LAYER_ROW - 17 for r in rows])
-    title = f"Layer by layer, {width}-bit group, round {weights.round}: {series.name}"
-    means = {when: mean(found) for when, found in distances.items()}
-    text = (
-        f"As above for each of {len(layers)} layers, {width}-bit as a line over {weights.high}-bit "
-        f"as an area. Share in other bins, mean of the layers: {charts.described(means, ' %')}."
+    told = [
+        f"{_short(layer)} before {distances[layer, 'before']:.4g} %, "
+        f"after {distances[layer, 'after']:.4g} %"
+        for layer in rows
+    ]
+    note = (
+        f"Share of weights (%). {distances[_ALL, 'before']:.1f} % in other bins before, "
+        f"{distances[_ALL, 'after']:.1f} % after; seed {record.settings.get('seed')}."
     )
-    note = f"Line: {width}-bit; area: {weights.high}-bit. {_note(record, means)}"
-    return charts.finish(drawn, title, text, note)
+    return charts.finish(figure, title, text + "; ".join(told) + ".", note)
 
 
-def _before_and_after(
-    weights: Weights, width: str
-) -> list[tuple[str, Mapping[str, Sequence[int]]]]:
-    counts = weights.counts
-    return [("before", counts.before[width]), ("after", counts.after[width])]
+def _shares(counts: Mapping[str, Sequence[int]], layer: str) -> np.ndarray:
+    found = np.sum(list(counts.values()), axis=0) if layer == _ALL else counts[layer]
+    return 100 * np.asarray(found, dtype=float) / max(int(np.sum(found)), 1)
 
 
-def _share(counts: Sequence[int]) -> np.ndarray:
-    total = max(int(np.sum(counts)), 1)
-    return 100 * np.asarray(counts, dtype=float) / total
-
-
-def _draw_shares(
-    axes: Axes,
-    low: np.ndarray,
-    high: np.ndarray,
-    reach: float,
-    bottom: float = 0.0,
-    height: float | None = None,
-) -> None:
-    """Draw two distributions; with a height, so that the higher one comes to it."""
-    scale = 1.0 if height is None else height / max(low.max(), high.max(), 1e-9)
-    edges = np.linspace(-reach, reach, len(low) + 1)
-    axes.fill_between(
-        edges,
-        np.append(high, high[-1]) * scale + bottom,
-        bottom,
-        step="post",
-        color=charts.color(_HIGH),
-        alpha=0.35,
-        linewidth=0,
-    )
-    axes.step(
-        edges,
-        np.append(low, low[-1]) * scale + bottom,
-        where="post",
-        color=charts.color(_LOW),
-        linewidth=1.2,
-    )
-    axes.set_xlim(-reach, reach)
-
-
-def _note(record: Record, distances: Mapping[str, float]) -> str:
-    before, after = distances.values()
-    seed = record.settings.get("seed")
-    return f"{before:.1f} % in other bins before, {after:.1f} % after; seed {seed}."
-
-
-def mask_figures(scenario: Scenario) -> Iterator[charts.Figure]:
+def mask_charts(scenario: Scenario) -> Iterator[Chart]:
     """Draw the share of coordinates that the masks keep, if not all: over rounds, in each layer."""
     for width in scenario.widths():
-        if not _is_masked(scenario, width):
-            continue
-        figure = _own_figure(
-            scenario,
-            f"mask-density-{width}",
-            f"Mask of the {width}-bit group over rounds",
-            "coordinates kept (%)",
-            100,
-        )
-        if figure is not None:
-            yield figure
+        name = f"mask-density-{width}"
+        entries = [e for s in scenario.series for record in s.records for e in record.rounds]
+        if any((entry.figure(name) or 0.0) < 1 for entry in entries if name in entry.own):
+            title = f"Mask of the {width}-bit group over rounds"
+            yield from _own_chart(scenario, name, title, "coordinates kept (%)", 0.01)
     for series in scenario.series:
         found = {width: _densities(series, width) for width in series.widths()}
-        found = {width: layers for width, layers in found.items() if layers}
-        if found:
-            yield _density_figure(series, found)
-
-
-def _is_masked(scenario: Scenario, width: str) -> bool:
-    name = f"mask-density-{width}"
-    rounds = [e for s in scenario.series for record in s.records for e in record.rounds]
-    return any((entry.figure(name) or 0.0) < 1 for entry in rounds if name in entry.own)
+        if found := {width: layers for width, layers in found.items() if layers}:
+            yield _density_chart(series, found)
 
 
 def _densities(series: Series, width: str) -> dict[str, list[float]]:
@@ -177,56 +114,50 @@ def _densities(series: Series, width: str) -> dict[str, list[float]]:
     return layers
 
 
-def _density_figure(
-    series: Series, found: Mapping[str, Mapping[str, list[float]]]
-) -> charts.Figure:
+def _density_chart(series: Series, found: Mapping[str, Mapping[str, list[float]]]) -> Chart:
     layers = list(dict.fromkeys(layer for densities in found.values() for layer in densities))
-    row = 22 + 10 * len(found)
-    drawn = charts.canvas(80 + row * len(layers))
-    axes = drawn.subplots()
+    row = 22 + 10 * len(found)  # Points.
+    figure = charts.canvas(80 + row * len(layers))
+    axes = figure.subplots()
+    text = []
     for number, (width, densities) in enumerate(found.items()):
-        style = charts.line_style(number) | {"linestyle": "none"}
-        y = [-row * layers.index(layer) - 26 - 10 * number for layer in densities]
-        x = [mean(values) for values in densities.values()]
+        means = {layer: mean(values) for layer, values in densities.items()}
+        y = [row * layers.index(layer) + 26 + 10 * number for layer in densities]
         lows, highs = ([f(values) for values in densities.values()] for f in (min, max))
-        axes.hlines(y, lows, highs, color=charts.color(number), linewidth=1.2, alpha=0.6)
-        axes.plot(x, y, **style, label=f"{width}-bit")
-    charts.label_rows(
-        axes, [_layer(n) for n in layers], [-row * i - 20 for i in range(len(layers))]
-    )
-    axes.set(xlim=(0, 100), ylim=(-row * len(layers), 0), xlabel="coordinates kept (%)")
-    drawn.legend(loc="outside upper left", ncols=min(4, len(found)), handlelength=1)
-    text = " ".join(
-        f"{width}-bit: {charts.described({n: mean(v) for n, v in densities.items()}, ' %')}."
-        for width, densities in found.items()
-    )
+        style = charts.line_style(number) | {"linestyle": "none"}
+        axes.hlines(y, lows, highs, color=style["color"], linewidth=1.2, alpha=0.6)
+        axes.plot(list(means.values()), y, **style, label=f"{width}-bit")
+        text.append(f"{width}-bit: {charts.described(means, ' %')}.")
+    charts.label_rows(axes, [_short(n) for n in layers], [row * i + 20 for i in range(len(layers))])
+    axes.set(xlim=(0, 100), ylim=(row * len(layers), 0), xlabel="coordinates kept (%)")
+    figure.legend(loc="outside upper left", ncols=min(4, len(found)), handlelength=1)
     note = "Mean of the rounds that had a mask, and their range."
-    return charts.finish(drawn, f"Mask of each layer: {series.name}", text, note)
+    return charts.finish(figure, f"Mask of each layer: {series.name}", " ".join(text), note)
 
 
-def loss_figures(scenario: Scenario) -> Iterator[charts.Figure]:
+def loss_charts(scenario: Scenario) -> Iterator[Chart]:
     """Draw the losses of the dequantizer's fine-tuning."""
     for name, title in _LOSSES.items():
-        figure = _own_figure(scenario, name, title, "loss")
-        if figure is not None:
-            yield figure
+        yield from _own_chart(scenario, name, title, "loss")
 
 
-def _own_figure(
-    scenario: Scenario, name: str, title: str, y_label: str, unit: float = 1.0
-) -> charts.Figure | None:
-    lines: dict[Series, list[MeanPoint]] = {}
-    for series in scenario.series:
-        curves = [_own_curve(record, name, unit) for record in series.records]
-        if any(curves):
-            lines[series] = mean_points(curves, "round", name)
-    return line_figure(title, "round", y_label, lines)
+def _own_chart(
+    scenario: Scenario, name: str, title: str, y_label: str, unit: float = 1
+) -> Iterator[Chart]:
+    """Draw over rounds what strategies report under a name."""
+    lines = {
+        series: mean_points([_own_curve(r, name) for r in series.records], "round", name, 1, unit)
+        for series in scenario.series
+    }
+    yield from line_chart(title, "round", y_label, lines)
 
 
-def _own_curve(record: Record, name: str, unit: float) -> list[dict[str, float]]:
+def _own_curve(record: Record, name: str) -> list[dict[str, float]]:
     found = [(entry.round, entry.figure(name)) for entry in record.rounds]
-    return [{"round": r, name: unit * v} for r, v in found if v is not None and isfinite(v)]
+    return [
+        {"round": r, name: value} for r, value in found if value is not None and isfinite(value)
+    ]
 
 
-def _layer(name: str) -> str:
-    return name.removesuffix(".weight")
+def _short(layer: str) -> str:
+    return layer.removesuffix(".weight")

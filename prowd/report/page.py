@@ -8,38 +8,51 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from core.errors import SettingsError
 from core.files import write_atomic
 from prowd.records import Record
 from prowd.report import charts
-from prowd.report.comparison import accuracy_figures, bytes_figures, seconds_figure
-from prowd.report.dequantization import loss_figures, mask_figures, weight_figures
+from prowd.report.comparison import accuracy_charts, cost_charts
+from prowd.report.dequantization import loss_charts, mask_charts, weight_charts
 from prowd.report.series import Scenario, arrange, by_settings
 from prowd.report.settings import common_table, disagreements, scenario_settings
-from prowd.report.tables import (
-    Table,
-    accuracy_table,
-    left_out_table,
-    runs_table,
-    with_seeds,
-)
+from prowd.report.tables import Table, accuracy_table, left_out_table, runs_table, with_seeds
 
-_NO_MASK = "Nothing was masked: every coordinate of every low-bit group was kept."
-_NO_LOSS = "The dequantizer was not fine-tuned (prowd-finetune-every)."
-_NO_WEIGHTS = (
-    "No run recorded the weights of its groups (weights.jsonl): ProWD does, since it has been "
-    "there, in rounds that are evaluated and have clients of two widths."
+# The parts of a scenario: title, charts, whether a line is a system's, what is said without any.
+_PARTS = (
+    ("Accuracy", accuracy_charts, True, "No run was evaluated yet."),
+    ("Bytes and time", cost_charts, False, ""),
+    (
+        "Weights, before and after dequantization",
+        weight_charts,
+        False,
+        "No run recorded the weights of its groups (weights.jsonl): ProWD does, in rounds that are "
+        "evaluated and have clients of two widths.",
+    ),
+    (
+        "Masks",
+        mask_charts,
+        True,
+        "Nothing was masked: every coordinate of every low-bit group was kept.",
+    ),
+    (
+        "Dequantizer",
+        loss_charts,
+        True,
+        "The dequantizer was not fine-tuned (prowd-finetune-every).",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Part:
-    """Figures under a heading, or what is said where there are none."""
+    """Charts under a heading, or what is said where there are none."""
 
     title: str
-    figures: Sequence[charts.Figure]
-    otherwise: str = ""
+    charts: Sequence[charts.Chart]
+    otherwise: str
     # What the colors of its lines mean, where they are the systems'.
-    legend: Sequence[tuple[Markup, str]] = ()
+    legend: Sequence[tuple[Markup, str]]
 
 
 @dataclass(frozen=True)
@@ -70,10 +83,16 @@ def write_page(
         All runs, also those that have no rounds.
     named : iterable of (str, str, Record), optional
         Scenario and system of each run. Without it, their settings tell.
+
+    Raises
+    ------
+    SettingsError
+        If it cannot be written.
     """
-    told = [record for record in records if record.rounds]
-    with_rounds = [part for part in named or () if part[2].rounds]
-    scenarios = by_settings(told) if named is None else arrange(with_rounds)
+    if named is None:
+        scenarios = by_settings([record for record in records if record.rounds])
+    else:
+        scenarios = arrange(part for part in named if part[2].rounds)
     environment = Environment(
         loader=PackageLoader("prowd.report", "."),
         autoescape=True,
@@ -85,7 +104,7 @@ def write_page(
         sections = [_section(scenario) for scenario in scenarios]
     text = environment.get_template("page.html").render(
         title=title,
-        num_colors=charts.NUM_COLORS,
+        themes=charts.THEMES,
         ends=_ends(records),
         runs=runs_table(records, scenarios),
         damage=[(record.folder, record.damage) for record in records if record.damage],
@@ -94,29 +113,20 @@ def write_page(
         common=common_table(scenarios),
         left_out=left_out_table(records),
     )
-    write_atomic(path, text.encode(errors="replace"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text.encode(errors="replace"))
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _section(scenario: Scenario) -> Section:
-    of_systems = {
-        "Accuracy": (accuracy_figures, "No run was evaluated yet."),
-        "Masks": (mask_figures, _NO_MASK),
-        "Dequantizer": (loss_figures, _NO_LOSS),
-    }
-    accuracy, masks, losses = (
-        Part(title, list(figures(scenario)), otherwise, _legend(scenario, title))
-        for title, (figures, otherwise) in of_systems.items()
-    )
-    title = "Weights, before and after dequantization"
-    weights = Part(title, list(weight_figures(scenario)), _NO_WEIGHTS)
-    costs = Part("Bytes and time", [*bytes_figures(scenario), seconds_figure(scenario)])
-    parts = [accuracy, costs, weights, masks, losses]
+    parts = []
+    for title, draw, of_systems, otherwise in _PARTS:
+        salt = f"{title}, {scenario.name}, "
+        legend = [(charts.swatch(s.style, salt), with_seeds(s)) for s in scenario.series]
+        parts.append(Part(title, list(draw(scenario)), otherwise, legend if of_systems else ()))
     return Section(scenario.name, accuracy_table(scenario), disagreements(scenario), parts)
-
-
-def _legend(scenario: Scenario, title: str) -> list[tuple[Markup, str]]:
-    name = f"{title}, {scenario.name}"
-    return [(charts.swatch(s.style, name), with_seeds(s)) for s in scenario.series]
 
 
 def _ends(records: Sequence[Record]) -> str:

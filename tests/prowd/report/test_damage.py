@@ -8,7 +8,7 @@ import pytest
 from report_page import Page, read
 from run_records import entry, write_run
 
-from prowd.report import write_page
+from prowd.report.page import write_page
 
 
 def test_times_that_are_not_known_do_not_keep_the_page_from_being_written(tmp_path):

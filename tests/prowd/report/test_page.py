@@ -1,7 +1,6 @@
 """The report from records: what the page says and in which order, and the command."""
 
 import re
-import sys
 
 import pytest
 from report_page import Page, read
@@ -9,7 +8,7 @@ from run_records import write_run
 
 from prowd.cli import main
 from prowd.publish.curves import mean_points
-from prowd.report import write_page
+from prowd.report.page import write_page
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,6 @@ EXPECTED = [
     "Seconds of a round, by part",
     "Weights of the 3-bit group, round 2: prowd",
     "Weights of the 3-bit group, round 4: prowd",
-    "Layer by layer, 3-bit group, round 4: prowd",
     "Mask of the 3-bit group over rounds",
     "Mask of each layer: prowd",
     "Dequantizer, reconstruction loss",
@@ -71,7 +69,11 @@ def test_every_figure_is_there_and_told_in_words(page):
         in page.figures["Seconds of a round, by part"]
     )
     assert page.figures["Mask of each layer: prowd"] == "3-bit: conv.weight 90 %, head.weight 50 %."
-    assert "after 0 %" in page.figures["Weights of the 3-bit group, round 4: prowd"]
+    # Every layer comes back to what the 32-bit group has, and so do all of them.
+    weights = page.figures["Weights of the 3-bit group, round 4: prowd"]
+    for rows in ("all layers", "conv", "head"):
+        assert re.search(rf"{rows} before [1-9][0-9.]* %, after 0 %", weights)
+    assert "all layers before" in page.figures["Weights of the 3-bit group, round 2: prowd"]
     assert "prowd 0.125" in page.figures["Dequantizer, reconstruction loss"]
 
 
@@ -143,12 +145,3 @@ def test_what_cannot_be_done_is_one_line(runs, capsys, arguments, reason):
     assert main(["report", *(a.format(run=runs / "Local-0") for a in arguments)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"prowd: {reason}")
-
-
-def test_without_matplotlib_the_extra_is_named(runs, monkeypatch, capsys):
-    for name in [n for n in sys.modules if n.startswith(("prowd.report", "matplotlib"))]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "prowd.publish.figures", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["report", str(runs / "Local-0")]) == 2
-    assert "pip install -e '.[figures]'" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from report_page import Page, read
 from run_records import write_run
 
 from prowd.records import read_record
-from prowd.report import write_page
+from prowd.report.page import write_page
 from prowd.report.series import arrange, by_settings
 from prowd.report.settings import common_settings, disagreements, scenario_settings
 
