@@ -1,37 +1,34 @@
-"""The runs of a comparison in the terminal: a table that lives, or plain lines where there is none.
+"""The runs of a comparison in the terminal: a line a run that is kept up to date.
 
-`flwr` itself writes into each run's log, so that nothing else appears between.
+Where there is no terminal, a line says when a run begins, and one when it ends. `flwr` itself
+writes into each run's log, so that nothing else appears between.
 """
 
-import os
+import math
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from rich.progress import Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from core.clock import clock
+from core.mix import width_name
 from prowd.compare.plan import Experiment
-from prowd.compare.progress import Progress, State, Watch, seconds_left
 from prowd.compare.runs import INTERRUPTED, PlannedRun, execute, pending, unique
+from prowd.records import read_record
 
-_STYLES = {
-    State.WAITING: "dim",
-    State.RUNNING: "bold",
-    State.DONE: "green",
-    State.FAILED: "bold red",
-}
-# What is left out first where a terminal has fewer lines than there are runs.
-_WORTH = (State.RUNNING, State.FAILED, State.WAITING, State.DONE)
-_SECONDS_BETWEEN_LOOKS = 1.0
+# The states of a run, what is worth most first: a terminal shows as many lines as it has. The line
+# of all runs has none.
+_STYLES = {"": "none", "running": "bold", "failed": "bold red", "waiting": "dim", "done": "green"}
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,9 @@ def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> Ou
     """
     waiting, all_runs = pending(runs), unique(runs)
     print(f"{experiment.title}: {len(all_runs) - len(waiting)} of {len(all_runs)} runs are done")
-    watch = Watch(all_runs, waiting)
-    terminal = is_terminal() and bool(waiting)
+    board = Board(experiment.title, all_runs, waiting)
+    # Rich takes any file for a terminal where FORCE_COLOR is set.
+    terminal = sys.stdout.isatty() and not board.live.console.is_dumb_terminal and bool(waiting)
     failures: dict[str, str] = {}
     stop, starting = threading.Event(), threading.Lock()
 
@@ -76,17 +74,20 @@ def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> Ou
     def run_one(number: int, run: PlannedRun) -> None:
         name = f"[{number}/{len(waiting)}] {run.folder.name}"
         say(f"{name} ...")
-        watch.begin(run)
+        began = time.monotonic()
+        board.begin(run)
         try:
             reason = execute(run, experiment.federation, stop, starting)
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}"
         if reason and reason != INTERRUPTED:
             failures[run.folder.name] = reason
-        say(f"{name}: {ended(watch.end(run, reason))}")
+        said = board.end(run, reason)
+        if not reason:
+            said = f"after {clock(time.monotonic() - began)} | {said or 'not evaluated'}"
+        say(f"{name}: {'failed:' if reason else 'done'} {said}")
 
-    shown = _shown(experiment.title, watch, jobs) if terminal else nullcontext()
-    with shown, ThreadPoolExecutor(jobs) as pool:
+    with board.live if terminal else nullcontext(), ThreadPoolExecutor(jobs) as pool:
         going = [pool.submit(run_one, number, run) for number, run in enumerate(waiting, 1)]
         try:
             for one in going:
@@ -100,83 +101,98 @@ def run_all(experiment: Experiment, runs: Sequence[PlannedRun], jobs: int) -> Ou
     return Outcome(failures, interrupted=stop.is_set())
 
 
-def is_terminal() -> bool:
-    """Return whether a table can live on the standard output."""
-    return sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
+class Board:
+    """A line a run: where it stands, its round, accuracy or why it failed, and the time left.
 
+    Runs begin and end in any thread.
 
-def ended(run: Progress) -> str:
-    """Return how a run ended, on one line."""
-    if run.state is State.FAILED:
-        return f"failed: {run.reason}"
-    took = run.seconds + (run.around or 0.0)
-    return f"done after {clock(took)} | {run.scores() or 'not evaluated'}"
+    Parameters
+    ----------
+    title : str
+        What is compared: the name of the line of all runs.
+    runs, waiting : sequence of PlannedRun
+        All of them, and those that have not completed.
+    """
 
+    def __init__(
+        self, title: str, runs: Sequence[PlannedRun], waiting: Sequence[PlannedRun]
+    ) -> None:
+        self._lock = threading.RLock()
+        self._running: list[PlannedRun] = []
+        # From all rounds of a run: one may take minutes.
+        self._progress = Progress(*_columns(), expand=True, speed_estimate_period=math.inf)
+        self._all = self._add(title, sum(run.num_rounds for run in waiting))
+        self._of = {run.folder: self._add(run.folder.name, run.num_rounds) for run in runs}
+        self._waiting = [self._of[run.folder] for run in waiting]
+        for run in runs:
+            if run not in waiting:
+                self._note(run, "done")
+        self._progress.start_task(self._all.id)
+        self.live = Live(get_renderable=self._table, console=Console(), refresh_per_second=1)
 
-def make_table(title: str, runs: Sequence[Progress], jobs: int, most: int | None = None) -> Table:
-    """Return the table of all runs, or of the `most` that are worth most; in the plan's order."""
-    ranked = sorted(range(len(runs)), key=lambda i: _WORTH.index(runs[i].state))
-    chosen = [runs[i] for i in sorted(ranked[:most])]
-    table = Table(
-        title=Text(title), caption=_summed_up(runs, jobs), box=box.SIMPLE_HEAD, expand=True
-    )
-    table.add_column("run", ratio=4, overflow="fold")
-    table.add_column("", no_wrap=True)
-    table.add_column("round", justify="right", no_wrap=True)
-    table.add_column("accuracy, or reason", ratio=5, overflow="fold")
-    table.add_column("left", justify="right", no_wrap=True)
-    for run in chosen:
-        left = seconds_left([run], 1) if run.state is State.RUNNING else None
-        table.add_row(
-            Text(run.name),
-            Text(run.state.value, _STYLES[run.state]),
-            Text(f"{run.rounds}/{run.num_rounds}" if run.num_rounds else ""),
-            Text(run.reason or run.scores()),
-            Text("" if left is None else clock(left)),
+    def _add(self, name: str, rounds: int) -> Task:
+        self._progress.add_task(name, start=False, total=rounds, rounds=rounds)
+        task = self._progress.tasks[-1]
+        task.fields |= {"state": "waiting", "style": _STYLES["waiting"], "said": ""}
+        return task
+
+    def begin(self, run: PlannedRun) -> None:
+        """Note that a run begins."""
+        with self._lock:
+            self._progress.start_task(self._of[run.folder].id)
+            self._running.append(run)
+
+    def end(self, run: PlannedRun, reason: str) -> str:
+        """Note that a run has ended, and why it failed if it did; return that or its accuracy."""
+        with self._lock:
+            self._running.remove(run)
+            return self._note(run, "failed" if reason else "done", reason)
+
+    def _table(self) -> Table:
+        """Return all lines; what matters less comes last, where a terminal may cut it off."""
+        ranks = list(_STYLES)
+        with self._lock:
+            for run in self._running:
+                self._note(run, "running")
+            self._note_all()
+            tasks = sorted(self._progress.tasks, key=lambda task: ranks.index(task.fields["state"]))
+            table = self._progress.make_tasks_table(tasks)
+        table.show_header = True
+        return table
+
+    def _note(self, run: PlannedRun, state: str, reason: str = "") -> str:
+        rounds, task = read_record(run.folder, weights=False).rounds, self._of[run.folder]
+        said = reason or scores(next((e.accuracy for e in reversed(rounds) if e.accuracy), {}))
+        style = _STYLES[state]
+        self._progress.update(task.id, completed=len(rounds), state=state, style=style, said=said)
+        if reason:
+            task.total = None  # No time is left.
+        return said
+
+    def _note_all(self) -> None:
+        counts = Counter(task.fields["state"] for task in self._of.values())
+        said = ", ".join(f"{counts[state]} {state}" for state in _STYLES if counts[state])
+        completed = sum(task.completed for task in self._waiting)
+        self._progress.update(self._all.id, completed=completed, state="", style=_STYLES[""], said=said)
+        # A run that failed has no more rounds.
+        self._all.total = sum(
+            task.completed if task.total is None else task.total for task in self._waiting
         )
-    return table
 
 
-def fitting_table(title: str, runs: Sequence[Progress], jobs: int, console: Console) -> Table:
-    """Return the table of as many runs as a terminal shows at once."""
-    most = len(runs)
-    while True:
-        table = make_table(title, runs, jobs, most)
-        # The cursor has a line of its own.
-        above = len(console.render_lines(table, pad=False)) + 1 - console.size.height
-        if above <= 0 or most == 1:
-            return table
-        most = max(1, most - above)
+def _columns() -> Iterator[ProgressColumn]:
+    def text(field: str, head: str, markup: bool = False, **column: Any) -> TextColumn:
+        return TextColumn(field, markup=markup, table_column=Column(head, **column))
+
+    slim: Any = {"justify": "right", "no_wrap": True}
+    yield text("{task.description}", "run", ratio=4, overflow="fold")
+    yield text("[{task.fields[style]}]{task.fields[state]}", "", markup=True, no_wrap=True)
+    yield text("{task.completed}/{task.fields[rounds]}", "round", **slim)
+    yield text("{task.fields[said]}", "accuracy, or reason", ratio=5, overflow="fold")
+    yield TimeRemainingColumn(compact=True, table_column=Column("left", **slim))
 
 
-def _summed_up(runs: Sequence[Progress], jobs: int) -> Text:
-    counts = Counter(run.state for run in runs)
-    said = ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state])
-    left = seconds_left(runs, jobs)
-    going = counts[State.WAITING] + counts[State.RUNNING]
-    return Text(f"{said}; about {clock(left)} left" if going and left is not None else said)
-
-
-@contextmanager
-def _shown(title: str, watch: Watch, jobs: int) -> Iterator[None]:
-    """Keep the table up to date meanwhile; at the end it has every run."""
-    console = Console(force_terminal=True)
-    over = threading.Event()
-
-    def fitting() -> Table:
-        return fitting_table(title, watch.now(), jobs, console)
-
-    with Live(fitting(), console=console, auto_refresh=False) as live:
-        looking = threading.Thread(target=_look, args=(live, fitting, over), daemon=True)
-        looking.start()
-        try:
-            yield
-        finally:
-            over.set()
-            looking.join()
-            live.update(make_table(title, watch.now(), jobs), refresh=True)
-
-
-def _look(live: Live, table: Callable[[], Table], over: threading.Event) -> None:
-    while not over.wait(_SECONDS_BETWEEN_LOOKS):
-        live.update(table(), refresh=True)
+def scores(accuracy: Mapping[str, float]) -> str:
+    """Write the accuracies of a round, the average first."""
+    ranked = sorted(accuracy, key=lambda width: width != "average")
+    return " ".join(f"{width_name(width)} {accuracy[width]:.2%}" for width in ranked)

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from core.errors import SettingsError
 from core.files import is_locked
+from core.settings import Settings
 from prowd.compare.plan import Experiment, Setting
 from prowd.records import read_summary
 
@@ -56,6 +57,13 @@ class PlannedRun:
     def completed(self) -> bool:
         """Whether the run is done and need not be run again."""
         return read_summary(self.folder).status == "completed"
+
+    @property
+    def num_rounds(self) -> int:
+        """How many rounds it is asked for."""
+        default = Settings.model_fields["num_server_rounds"].default
+        asked = self.settings.get("num-server-rounds", default)
+        return asked if isinstance(asked, int) else 0
 
 
 def planned_runs(

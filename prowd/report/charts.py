@@ -38,9 +38,7 @@ _MARKERS = "osD^vPX*"
 _WIDTH = 360
 _RC: Any = {
     "font.size": 11.5,
-    **{f"{part}.labelsize": "medium" for part in ("axes", "xtick", "ytick")},
     "axes.titlesize": "medium",
-    "legend.fontsize": "medium",
     **{f"{part}.color": _INK for part in ("text", "xtick", "ytick")},
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
