@@ -173,7 +173,9 @@ class Board:
         counts = Counter(task.fields["state"] for task in self._of.values())
         said = ", ".join(f"{counts[state]} {state}" for state in _STYLES if counts[state])
         completed = sum(task.completed for task in self._waiting)
-        self._progress.update(self._all.id, completed=completed, state="", style=_STYLES[""], said=said)
+        self._progress.update(
+            self._all.id, completed=completed, state="", style=_STYLES[""], said=said
+        )
         # A run that failed has no more rounds.
         self._all.total = sum(
             task.completed if task.total is None else task.total for task in self._waiting

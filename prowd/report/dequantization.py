@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from statistics import mean
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from prowd.publish.curves import mean_points
 from prowd.records import Record, Weights
@@ -40,54 +42,79 @@ def weight_charts(scenario: Scenario) -> Iterator[Chart]:
 def _weight_chart(
     series: Series, record: Record, weights: Weights, width: str, layers: Sequence[str]
 ) -> Chart:
-    """Draw distributions before and after, side by side: of all layers, then of each."""
-    rows = [_ALL, *layers]
-    top, bottom, first, other = 44, 42, 90, 34  # Points, as is the space above each of the others.
-    height = top + bottom + first + (other + 18) * len(layers)
-    # Given the places: matplotlib takes ten seconds to find some for fifty panels.
-    figure = charts.canvas(height, layout="none")
-    grid = figure.add_gridspec(len(rows), 2, left=0.08, right=0.99, wspace=0.2, hspace=0.5)
-    grid.update(top=1 - top / height, bottom=bottom / height)
-    grid.set_height_ratios([first, *(other for _ in layers)])
-    panels = grid.subplots(squeeze=False, sharex=True, sharey="row")
+    """Draw distributions before and after, side by side: of all layers, below them of each."""
+    row, title_row = 52, 18  # Points.
+    heights = [95, row * len(layers)] if layers else [95]
+    figure = charts.canvas(75 + sum(heights))
+    panels = figure.subplots(
+        len(heights), 2, squeeze=False, sharex=True, sharey="row", height_ratios=heights
+    )
+    names = (f"{weights.high}-bit", f"{width}-bit")
     counts, distances = weights.counts, {}
-    edges = np.linspace(-weights.reach, weights.reach, len(next(iter(counts.high.values()))) + 1)
     for column, (when, of) in enumerate((("before", counts.before), ("after", counts.after))):
-        for layer, axes in zip(rows, panels[:, column], strict=True):
+        for place, layer in enumerate([_ALL, *layers]):
             high, low = _shares(counts.high, layer), _shares(of[width], layer)
             distances[layer, when] = float(np.abs(low - high).sum() / 2)
-            styles = {"color": charts.COLORS[0], "alpha": 0.35, "fill": True, "linewidth": 0}
-            axes.stairs(high, edges, label=f"{weights.high}-bit", **styles)
-            axes.stairs(low, edges, label=f"{width}-bit", color=charts.COLORS[1], linewidth=1.2)
-            axes.set_xlim(edges[0], edges[-1])
+            if layer == _ALL:
+                _draw(panels[0, column], high, low, weights.reach, names)
+            else:
+                highest = (row - title_row) / max(high.max(), low.max(), 1e-9)
+                bottom = -row * place
+                _draw(
+                    panels[1, column], high * highest, low * highest, weights.reach, names, bottom
+                )
         panels[-1, column].set_xlabel(f"{when} (std of the layer)")
-    for layer, axes in zip(rows, panels[:, 0], strict=True):
-        axes.set_title(charts.shortened(_short(layer)), loc="left", pad=3)
-    for axes in panels[1:].flat:
-        axes.set_yticks([])
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper left", ncols=2, handlelength=1.2)
-    title = f"Weights of the {width}-bit group, round {weights.round}: {series.name}"
-    text = (
-        f"Share of weights in each of {len(edges) - 1} bins, {width}-bit and {weights.high}-bit, "
-        f"before and after dequantization. Share of the {width}-bit weights in bins other than "
-        f"those of the {weights.high}-bit weights: "
+    panels[0, 0].set_ylabel("share (%)")
+    if layers:
+        tops = [-row * place - title_row for place in range(len(layers))]
+        for axes in panels[1]:
+            charts.label_rows(axes, [_short(layer) for layer in layers], tops)
+        panels[1, 0].set_ylim(-row * len(layers), 0)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(),
+        loc="outside upper left",
+        ncols=2,
+        handlelength=1.2,
     )
+    title = f"Weights of the {width}-bit group, round {weights.round}: {series.name}"
     told = [
         f"{_short(layer)} before {distances[layer, 'before']:.4g} %, "
         f"after {distances[layer, 'after']:.4g} %"
-        for layer in rows
+        for layer in (_ALL, *layers)
     ]
+    text = (
+        f"Share of weights in each of {len(high)} bins, {width}-bit and {weights.high}-bit, before "
+        f"and after dequantization. Share of the {width}-bit weights in bins other than those of "
+        f"the {weights.high}-bit weights: {'; '.join(told)}."
+    )
     note = (
-        f"Share of weights (%). {distances[_ALL, 'before']:.1f} % in other bins before, "
+        f"{distances[_ALL, 'before']:.1f} % in other bins before, "
         f"{distances[_ALL, 'after']:.1f} % after; seed {record.settings.get('seed')}."
     )
-    return charts.finish(figure, title, text + "; ".join(told) + ".", note)
+    return charts.finish(figure, title, text, note)
 
 
 def _shares(counts: Mapping[str, Sequence[int]], layer: str) -> np.ndarray:
     found = np.sum(list(counts.values()), axis=0) if layer == _ALL else counts[layer]
     return 100 * np.asarray(found, dtype=float) / max(int(np.sum(found)), 1)
+
+
+def _draw(
+    axes: Axes,
+    high: np.ndarray,
+    low: np.ndarray,
+    reach: float,
+    names: tuple[str, str],
+    bottom: float = 0.0,
+) -> None:
+    """Draw one distribution as an area, the other as a line over it."""
+    edges = np.linspace(-reach, reach, len(high) + 1)
+    blue, orange, *_ = charts.COLORS
+    area: Any = {"fill": True, "alpha": 0.35, "linewidth": 0}
+    axes.stairs(high + bottom, edges, baseline=bottom, color=blue, label=names[0], **area)
+    line: Any = {"linewidth": 1.2}
+    axes.stairs(low + bottom, edges, baseline=bottom, color=orange, label=names[1], **line)
+    axes.set_xlim(-reach, reach)
 
 
 def mask_charts(scenario: Scenario) -> Iterator[Chart]:
