@@ -68,7 +68,7 @@ class Round(_Part):
     seconds : dict of str to float
         Of the "round" and its parts "train", "aggregate", "evaluate".
     left_out, left_out_of_evaluation : dict of str to str
-        By partition, why a client was set aside or failed.
+        By partition, why a client was rejected or failed.
     own : dict
         What the strategy reports.
     """
@@ -203,7 +203,7 @@ def read_record(folder: Path, weights: bool = True) -> Record:
     """
     damage: list[str] = []
     summary = _read_file(folder / "summary.json", Summary, damage)
-    # A run that is refused has no settings and no rounds, one that begins has none yet.
+    # A run with wrong settings has no settings and no rounds, one that begins has none yet.
     whole = summary.status not in ("failed", "running")
     if summary.status == "running" and is_locked(folder) is False:
         summary = summary.model_copy(update={"reason": KILLED})

@@ -1,4 +1,4 @@
-"""By how much ProWD leads: over each rival, against the ceiling, and in bytes for one accuracy."""
+"""ProWD's lead: over the baselines, against the ceiling, and in bytes for one accuracy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from statistics import mean
 
 from prowd.publish.table import LAST, by_system, markdown_row
 
-_OURS, _CEILING, _BYTES_RIVAL = "ProWD", "all-Float32", "FedCOM"
+_OURS, _CEILING, _BYTES_BASELINE = "ProWD", "all-Float32", "FedCOM"
 _NAIVE = ("FedAvg", "GroupedAvg")
-# What is no rival: the ceiling's and a rival's runs with parts that are not their own.
+# What is no baseline: the ceiling's and a baseline's runs with parts that are not their own.
 CONTROLS = frozenset({"all-Float32-server-step", "FedCOM-calibrated-broadcast"})
 _ROUNDED = 1e-6
 
@@ -21,47 +21,47 @@ class Margins:
     ----------
     ceiling, ours : float
         Accuracy where every client is Float32, and of ProWD.
-    best_rival, rival : str, float
+    best_baseline, baseline : str, float
         The most accurate of the others, and its accuracy.
     naive : dict of str to float
         Accuracies of FedAvg and GroupedAvg.
-    rival_bytes, our_bytes : float or None
+    baseline_bytes, our_bytes : float or None
         Sent up by FedCOM, and by ProWD, until the mean of three evaluations was at least the
         accuracy that FedCOM has in the table; None if it never was.
     """
 
     ceiling: float
     ours: float
-    best_rival: str
-    rival: float
+    best_baseline: str
+    baseline: float
     naive: dict[str, float]
-    rival_bytes: float | None
+    baseline_bytes: float | None
     our_bytes: float | None
 
     @property
     def distance_share(self) -> float | None:
-        """Distance of ProWD to the ceiling over the best rival's; None where either has none."""
-        if max(self.ours, self.rival) >= self.ceiling:
+        """Distance of ProWD to the ceiling over the best baseline's; None where either has none."""
+        if max(self.ours, self.baseline) >= self.ceiling:
             return None
-        return (self.ceiling - self.ours) / (self.ceiling - self.rival)
+        return (self.ceiling - self.ours) / (self.ceiling - self.baseline)
 
 
 def margins(results: Sequence[dict], scenario: str) -> Margins | None:
     """Return the margins in a scenario; None if a system that they speak of has no run there."""
     runs = by_system(result for result in results if result["scenario"] == scenario)
-    if not {_OURS, _CEILING, _BYTES_RIVAL, *_NAIVE} <= runs.keys():
+    if not {_OURS, _CEILING, _BYTES_BASELINE, *_NAIVE} <= runs.keys():
         return None
     accuracy = {s: mean(r["accuracy"]["average"] for r in own) for s, own in runs.items()}
-    rivals = accuracy.keys() - {_OURS, _CEILING, *CONTROLS}
-    best = max(sorted(rivals), key=accuracy.__getitem__)
+    baselines = accuracy.keys() - {_OURS, _CEILING, *CONTROLS}
+    best = max(sorted(baselines), key=accuracy.__getitem__)
     return Margins(
         ceiling=accuracy[_CEILING],
         ours=accuracy[_OURS],
-        best_rival=best,
-        rival=accuracy[best],
+        best_baseline=best,
+        baseline=accuracy[best],
         naive={system: accuracy[system] for system in _NAIVE},
-        rival_bytes=_bytes_until(runs[_BYTES_RIVAL], accuracy[_BYTES_RIVAL]),
-        our_bytes=_bytes_until(runs[_OURS], accuracy[_BYTES_RIVAL]),
+        baseline_bytes=_bytes_until(runs[_BYTES_BASELINE], accuracy[_BYTES_BASELINE]),
+        our_bytes=_bytes_until(runs[_OURS], accuracy[_BYTES_BASELINE]),
     )
 
 
@@ -81,7 +81,7 @@ def to_markdown(results: Sequence[dict]) -> str:
     scenarios = dict.fromkeys(str(result["scenario"]) for result in results)
     found = {scenario: margins(results, scenario) for scenario in scenarios}
     lines = [
-        "| | ceiling | ProWD | best rival | distance to the ceiling, of the best rival's "
+        "| | ceiling | ProWD | best baseline | distance to the ceiling, of the best baseline's "
         "| lead over FedAvg | over GroupedAvg | MB up for FedCOM's accuracy, FedCOM / ProWD |",
         "| --- " * 8 + "|",
     ]
@@ -97,10 +97,10 @@ def _row(scenario: str, m: Margins) -> str:
         scenario,
         f"{100 * m.ceiling:.2f}",
         f"{100 * m.ours:.2f}",
-        f"{m.best_rival} {100 * m.rival:.2f}",
+        f"{m.best_baseline} {100 * m.baseline:.2f}",
         share,
         *(f"{100 * (m.ours - accuracy):+.2f}" for accuracy in m.naive.values()),
-        f"{_megabytes(m.rival_bytes)} / {_megabytes(m.our_bytes)}",
+        f"{_megabytes(m.baseline_bytes)} / {_megabytes(m.our_bytes)}",
     ]
     return markdown_row(cells)
 

@@ -10,7 +10,7 @@ from prowd.records import Record
 
 # What tells seeds and repetitions of one system apart, and no more.
 _OF_A_RUN = ("seed", "output-dir", "run-name", "resume")
-# Systems are compared in one federation: the same data, dealt in the same way to the same widths.
+# Systems are compared in one federation: the same data, partitioned alike among the same widths.
 _OF_A_FEDERATION = (
     "dataset",
     "data-dir",
@@ -136,39 +136,34 @@ def _seeds(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def _with_ceilings(federations: list[list[list[Record]]]) -> list[list[list[Record]]]:
-    ceilings = [f for f in federations if _is_float32(f[0][0].settings)]
-    others = [f for f in federations if f not in ceilings]
-    joined: list[list[list[Record]]] = []
-    lonely = list(ceilings)
-    for systems in others:
-        joining = [c for c in ceilings if _data(c) == _data(systems)]
-        lonely = [c for c in lonely if c not in joining]
-        joined.append([*systems, *(runs for c in joining for runs in c)])
-    return [*joined, *lonely]
+    """Add the systems of federations of Float32 clients alone to the others of their data."""
+    ceilings = [systems for systems in federations if _is_float32(systems)]
+    others = [systems for systems in federations if systems not in ceilings]
+    joined = [
+        [*systems, *(runs for c in ceilings if _data(c) == _data(systems) for runs in c)]
+        for systems in others
+    ]
+    return joined + [c for c in ceilings if _data(c) not in map(_data, others)]
 
 
-def _is_float32(settings: Mapping[str, object]) -> bool:
+def _is_float32(systems: list[list[Record]]) -> bool:
     try:
-        return set(parse_mix(str(settings.get("bit-mix")))) == {32}
+        return set(parse_mix(str(systems[0][0].settings.get("bit-mix")))) == {32}
     except ValueError:
         return False
 
 
 def _data(systems: list[list[Record]]) -> str:
-    federation = _federation(systems[0][0].settings)
-    return _key({key: value for key, value in federation.items() if key != "bit-mix"})
+    return _key(_federation(systems[0][0].settings) | {"bit-mix": ""})
 
 
 def _titles(federations: Sequence[Mapping[str, object]]) -> list[str]:
     """Name federations by what differs and is not empty, or by all of it if that is too little."""
     told = [{k: v for k, v in settings.items() if not _is_empty(v)} for settings in federations]
-    titles = _differences(told, from_usual=False)
-    every = _differences(federations, from_usual=False)
+    titles, every = _differences(told), _differences(federations)
     if len(set(titles)) < len(set(every)):
         titles = every
-    return [
-        title or all_of_it or "all runs" for title, all_of_it in zip(titles, every, strict=True)
-    ]
+    return [title or whole or "all runs" for title, whole in zip(titles, every, strict=True)]
 
 
 def _is_empty(value: object) -> bool:
@@ -177,40 +172,36 @@ def _is_empty(value: object) -> bool:
 
 
 def _system_names(systems: list[list[Record]]) -> list[str]:
-    names = [str(runs[0].settings.get("strategy") or runs[0].folder.name) for runs in systems]
-    extended = list(names)
-    for name, count in Counter(names).items():
-        if count > 1:
-            places = [i for i, other in enumerate(names) if other == name]
-            settings = [_shared(systems[i][0].settings) for i in places]
-            different = _differences(settings, prefix=f"{name}-", from_usual=True)
-            for i, difference in zip(places, different, strict=True):
-                extended[i] = f"{name}, {difference}" if difference else name
+    strategies = [str(runs[0].settings.get("strategy") or runs[0].folder.name) for runs in systems]
+    names = list(strategies)
+    for strategy in set(strategies):
+        places = [i for i, other in enumerate(strategies) if other == strategy]
+        settings = [_shared(systems[i][0].settings) for i in places]
+        found = _differences(settings, f"{strategy}-", from_usual=True)
+        for i, difference in zip(places, found, strict=True):
+            names[i] += f", {difference}" if difference else ""
     # Repetitions of one seed.
-    repeated = {name for name, count in Counter(extended).items() if count > 1}
     return [
-        f"{name} ({runs[0].folder.name})" if name in repeated else name
-        for name, runs in zip(extended, systems, strict=True)
+        f"{name} ({runs[0].folder.name})" if names.count(name) > 1 else name
+        for name, runs in zip(names, systems, strict=True)
     ]
 
 
 def _differences(
-    all_settings: Sequence[Mapping[str, object]], *, prefix: str = "", from_usual: bool
+    all_settings: Sequence[Mapping[str, object]], prefix: str = "", from_usual: bool = False
 ) -> list[str]:
     """Describe each by the settings in which any two differ.
 
     With `from_usual`, by those of them alone in which it leaves the most common value. `prefix` is
     taken off the names of settings.
     """
-    keys = dict.fromkeys(key for settings in all_settings for key in settings)
     described: list[list[str]] = [[] for _ in all_settings]
-    for key in keys:
+    for key in dict.fromkeys(key for settings in all_settings for key in settings):
         values = [settings.get(key) for settings in all_settings]
-        counts = Counter(map(_key, values))
-        usual = counts.most_common(1)[0][0]
+        [(usual, count), *_] = Counter(map(_key, values)).most_common()
         for parts, value in zip(described, values, strict=True):
             said = value is not None and not (from_usual and _key(value) == usual)
-            if said and len(counts) > 1:
+            if said and count < len(values):
                 short = key.removeprefix(prefix)
                 parts.append(f"no {short}" if value == "" else f"{short} {_shown(value)}")
     return [", ".join(parts) for parts in described]

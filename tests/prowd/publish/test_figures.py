@@ -84,6 +84,12 @@ def test_where_nothing_is_sent_there_is_nothing_over_bytes(drawn):
     assert [len(axes.get_lines()) for axes in figure.axes] == [1, 0]
 
 
+def test_one_round_has_one_tick(drawn):
+    figure = drawn("half", [result("half", "ProWD", rounds=1)])
+    low, high = figure.axes[0].get_xlim()
+    assert [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high] == [3]
+
+
 @pytest.mark.parametrize(
     ("smallest", "rounds"), [(5e6, 10), (2.6e6, 36), (1e6, 4), (5e3, 3), (9e6, 100), (1e5, 9000)]
 )

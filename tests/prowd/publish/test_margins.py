@@ -33,14 +33,14 @@ RESULTS = [
 
 def test_margins_by_hand():
     found = margins(RESULTS, "50-50")
-    assert found.best_rival == "FedCOM"
+    assert found.best_baseline == "FedCOM"
     assert found.ours == pytest.approx(0.58)
     # 0.62 - 0.58 over 0.62 - 0.54.
     assert found.distance_share == pytest.approx(0.5)
     assert found.naive == {"FedAvg": pytest.approx(0.41), "GroupedAvg": pytest.approx(0.45)}
     # In rounds 2 to 4 ProWD has 0.54, 0.56 and 0.58 on average: 0.56 is more than FedCOM's 0.54,
     # which FedCOM has of its last three.
-    assert (found.our_bytes, found.rival_bytes) == (3_600_000, 5_000_000)
+    assert (found.our_bytes, found.baseline_bytes) == (3_600_000, 5_000_000)
 
 
 def test_a_single_evaluation_that_is_as_accurate_is_not_enough():
@@ -48,9 +48,9 @@ def test_a_single_evaluation_that_is_as_accurate_is_not_enough():
     assert margins([*RESULTS[2:], *swings], "50-50").our_bytes == 5 * 900_000
 
 
-def test_a_rival_with_a_part_of_ours_is_none():
+def test_a_baseline_with_a_part_of_ours_is_none():
     helped = runs("FedCOM-calibrated-broadcast", [[0.6] * 5])
-    assert margins([*RESULTS, *helped], "50-50").best_rival == "FedCOM"
+    assert margins([*RESULTS, *helped], "50-50").best_baseline == "FedCOM"
 
 
 def test_an_accuracy_that_is_never_reached_is_said_so():

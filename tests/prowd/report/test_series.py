@@ -52,8 +52,8 @@ def test_titles_leave_out_what_is_empty(tmp_path):
     """A folder of images has settings that a data set of its own name leaves empty."""
     plain = {"data-dir": "", "image-size": 0, "partitioner": "iid", "partition-file": ""}
     images = {"dataset": "image-folder", "data-dir": "/d", "image-size": 16}
-    dealt = {"partitioner": "file", "partition-file": "/p"}
-    for name, changes in (("a", {}), ("b", images), ("c", dealt)):
+    from_file = {"partitioner": "file", "partition-file": "/p"}
+    for name, changes in (("a", {}), ("b", images), ("c", from_file)):
         write_run(tmp_path / name, "fedavg", 0, **{**plain, **changes})
     assert [scenario.name for scenario in by_settings(read(tmp_path))] == [
         "dataset digits, partitioner iid",
