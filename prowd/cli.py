@@ -19,11 +19,7 @@ from core.files import printable, user_path
 # What a shell reports of a command that Ctrl-C ended, and of one whose output nobody reads.
 _INTERRUPTED, _UNREAD = 130, 141
 _PAGE = "report.html"
-_EXTRAS = {
-    "onnx": "export",
-    "onnxruntime": "export",
-    "onnxscript": "export",
-}
+_EXTRA = ("onnx", "onnxruntime", "onnxscript")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         of = printable(error.filename) if error.filename else "the output cannot be written"
         return _failed(f"{of}: {error.strerror or error}")
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        brings = f"; pip install -e '.[{extra}]' brings it" if extra else ""
+        extra = (error.name or "").partition(".")[0] in _EXTRA
+        brings = "; pip install -e '.[export]' brings it" if extra else ""
         return _failed(f"{error.name or error} is not installed{brings}")
     except Exception as error:
         return _failed(explain(error, {}))

@@ -2,11 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from core.errors import SettingsError
 from core.files import write_atomic
@@ -16,7 +15,7 @@ from prowd.report.comparison import accuracy_charts, cost_charts
 from prowd.report.dequantization import loss_charts, mask_charts, weight_charts
 from prowd.report.series import Scenario, arrange, by_settings
 from prowd.report.settings import common_table, disagreements, scenario_settings
-from prowd.report.tables import Table, accuracy_table, left_out_table, runs_table, with_seeds
+from prowd.report.tables import accuracy_table, left_out_table, runs_table, with_seeds
 
 # The parts of a scenario: title, charts, whether a line is a system's, what is said without any.
 _PARTS = (
@@ -42,27 +41,6 @@ _PARTS = (
         "The dequantizer was not fine-tuned (prowd-finetune-every).",
     ),
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    """Charts under a heading, or what is said where there are none."""
-
-    title: str
-    charts: Sequence[charts.Chart]
-    otherwise: str
-    # What the colors of its lines mean, where they are the systems'.
-    legend: Sequence[tuple[Markup, str]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """What the page shows of one scenario."""
-
-    name: str
-    accuracy: Table
-    alarms: Sequence[str]
-    parts: Sequence[Part]
 
 
 def write_page(
@@ -120,13 +98,21 @@ def write_page(
         raise SettingsError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _section(scenario: Scenario) -> Section:
+def _section(scenario: Scenario) -> dict[str, Any]:
+    """Return what the page shows of a scenario."""
     parts = []
     for title, draw, of_systems, otherwise in _PARTS:
         salt = f"{title}, {scenario.name}, "
-        legend = [(charts.swatch(s.style, salt), with_seeds(s)) for s in scenario.series]
-        parts.append(Part(title, list(draw(scenario)), otherwise, legend if of_systems else ()))
-    return Section(scenario.name, accuracy_table(scenario), disagreements(scenario), parts)
+        lines = scenario.series if of_systems else ()
+        legend = [(charts.swatch(series.style, salt), with_seeds(series)) for series in lines]
+        found = {"charts": list(draw(scenario)), "otherwise": otherwise, "legend": legend}
+        parts.append({"title": title, **found})
+    return {
+        "name": scenario.name,
+        "accuracy": accuracy_table(scenario),
+        "alarms": disagreements(scenario),
+        "parts": parts,
+    }
 
 
 def _ends(records: Sequence[Record]) -> str:
