@@ -54,8 +54,7 @@ def run_rounds(
     Raises
     ------
     FederationError
-        If no client could be used in the first round, or no result in three rounds in a row or in
-        the last ones, in which every node was asked.
+        If no client could be used in the first round, or as `server_app.unused` says.
     """
     arrays = to_arrays(state)
     began = time.monotonic()
@@ -130,6 +129,8 @@ def _run_round(
     if trained.dropped:
         # Whom it was asked of, to count again when the run goes on.
         entry |= {"dropped": trained.dropped, "asked": sorted(trained.sampled)}
+    if trained.unchanged:
+        entry["unchanged"] = trained.unchanged
     if scores.by_clients:
         entry["evaluated_by_clients"] = scores.by_clients
     return entry, arrays
@@ -210,6 +211,7 @@ def totals(entry: Mapping[str, Any], left: float) -> dict[str, float]:
         "downlink_bytes/all": sum(entry["downlink_bytes"].values()),
         "clients/not_in_the_evaluation": len(entry["left_out_of_evaluation"]),
         "dropped": float("dropped" in entry),
+        "unchanged": float("unchanged" in entry),
         "seconds/left": left,
     }
 
@@ -223,11 +225,11 @@ def format_round(entry: Mapping[str, Any], num_rounds: int, left: float) -> str:
     clients, seconds = entry["clients"], entry["seconds"]
     up, down = also["uplink_bytes/all"], also["downlink_bytes/all"]
     missing = _missing(clients, also["clients/not_in_the_evaluation"])
-    dropped = f" | dropped: {entry['dropped']}" if "dropped" in entry else ""
+    not_used = "".join(f" | {w}: {entry[w]}" for w in ("dropped", "unchanged") if w in entry)
     return (
         f"round {entry['round']}/{num_rounds} | {accuracy or 'not evaluated'} | "
         f"up {format_bytes(up)}, down {format_bytes(down)} | "
-        f"clients {clients['aggregated']} of {clients['sampled']}{missing}{dropped} | "
+        f"clients {clients['aggregated']} of {clients['sampled']}{missing}{not_used} | "
         f"{seconds['round']:.1f} s, {clock(also['seconds/left'])} left"
     )
 

@@ -199,7 +199,8 @@ class MixedPrecisionStrategy(Strategy):
         Returns
         -------
         dict of str to Tensor or None
-            The next model; None to keep the present one.
+            The next model; None to keep the present one, which the round's line says. A run in
+            which no round made one has failed, unless `evaluates_on_server` is False.
         """
 
     def state_for(self, bits: int, state: State) -> State:
@@ -389,6 +390,8 @@ class MixedPrecisionStrategy(Strategy):
         if reason:
             self.roll_back(before)
             self.round_log.dropped = plain(reason)
+        elif state is None and self.round_log.aggregated and self.evaluates_on_server:
+            self.round_log.unchanged = f"{type(self).__name__}.combine returned no model"
         return None if reason else state
 
     @property
