@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.grid import FLOAT_BITS, MAX_BITS, largest_code, per_channel
+from quant.kinds import check_tensors
 from quant.update import QuantizedTensor, quantize_fitted
 
 _HIDDEN = 16
@@ -83,6 +84,7 @@ class Rungs:
         known : mapping of int to mapping of str to QuantizedTensor, optional
             The model as it already is on some rungs; on the others it is rounded to nearest.
         """
+        check_tensors("weights", weights)
         ladder = tuple(ladder)
         if list(ladder) != sorted(set(ladder)) or ladder[-1] != FLOAT_BITS:
             raise ValueError(f"a ladder rises to {FLOAT_BITS}; got {ladder}")

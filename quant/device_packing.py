@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant.grid import largest_code
+from quant.kinds import check_kind
 from quant.packing import BLOCK, off_grid, offset_of, pack, slices_of
 
 # Blocks at a time: memory for 25 bytes a code.
@@ -36,6 +37,7 @@ def pack_tensor(codes: Tensor, bits: int) -> memoryview:
     ValueError
         As `pack` does.
     """
+    check_kind("codes", codes, Tensor)
     if codes.device.type == "cpu":
         return pack(codes.detach().numpy(), bits)
     packed = pack_on_device(codes, bits)

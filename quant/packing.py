@@ -18,6 +18,7 @@ from math import gcd
 import numpy as np
 
 from quant.grid import check_bits, largest_code
+from quant.kinds import check_kind
 
 BLOCK = 1 << 19  # codes at a time: the working set stays in the cache
 
@@ -59,6 +60,7 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
     ValueError
         If a code lies off the grid, the array does not hold integers, or `bits` is not 2 to 16.
     """
+    check_kind("codes", codes, np.ndarray)
     if codes.dtype.kind not in "iu":
         raise ValueError(f"codes have dtype {codes.dtype}; allowed are integers")
     flat, limit = np.ascontiguousarray(codes).reshape(-1), largest_code(bits)

@@ -16,6 +16,7 @@ import xxhash
 from quant.coding import read_codes, unfold_codes
 from quant.flat import FlatCodes, FlatFloats, FlatUpdate
 from quant.grid import ALLOWED_WIDTHS, is_width, largest_code
+from quant.kinds import check_kind
 from quant.layout import CODES, Layout, layout_of
 from quant.packing import PackingError, unpack
 from quant.update import Content, Update, UpdateSpec
@@ -93,6 +94,9 @@ def open_update(
     UpdateError
         If the payload is altered, or not an update of this model, width, content and stamp.
     """
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise UpdateError(f"data: a {type(data).__name__} is not allowed: it should be bytes")
+    check_kind("spec", spec, UpdateSpec)
     if not is_width(bits):
         raise UpdateError(f"payload has {bits} bits; allowed are {ALLOWED_WIDTHS}")
     layout = layout_of(spec, bits)
