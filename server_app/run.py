@@ -236,7 +236,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
 def _write_model(run: Run, record: RunRecord, done: int, model: State) -> None:
     """Write the model of the last round, if there was one and the server has the model."""
     if done and run.strategy.evaluates_on_server:
-        model = run.strategy.state_for(max(run.strategy.nodes.widths()), model)
+        model = run.strategy.state_at(max(run.strategy.nodes.widths()), model)
         network = run.evaluator.network(quantize_state(model, FLOAT_BITS))
         record.write_model(tensors_of(network.cpu(), model))
 

@@ -16,6 +16,7 @@ from strategies.errors import FederationError
 from strategies.inbox import patiently
 from strategies.queries import Queries
 from strategies.replies import last_line
+from strategies.undocumented import is_simulated
 from task.errors import SettingsError
 from task.protocol import DECLARATION, Declaration, ProtocolError, plain
 from task.seeds import Stream, derive_seed
@@ -72,6 +73,7 @@ class Nodes:
         self._before = 0
         self._parts = 0
         self._gathered = False
+        self._simulated = False
 
     @property
     def most_examples(self) -> int:
@@ -101,6 +103,7 @@ class Nodes:
             If fewer than `min_nodes` can take part when the time is up, all were refused, or no
             number of partitions has the most declarations.
         """
+        self._simulated = is_simulated(grid)
         deadline, most = time.monotonic() + self._wait, 0
         while True:
             self._look(grid)
@@ -142,6 +145,12 @@ class Nodes:
         if not connected:
             return f"no node is connected after {self._wait:g} s"
         heard = len(self._declared.keys() | self._refused.keys())
+        if not heard and self._simulated:
+            return (
+                f"none of {connected} simulated nodes has answered after {self._wait:g} s "
+                "(node-wait); Flower's simulation is still starting, or cannot start and its log "
+                "says why, as with client-resources-num-cpus=0"
+            )
         if self._refused:
             reason = next(iter(self._refused.values()))
             return f"{reason} ({len(self._refused)} of {connected} connected nodes are refused)"

@@ -251,8 +251,9 @@ def test_nodes_that_fail_one_after_another_end_no_run_as_completed(tmp_path):
 
 def test_a_strategy_that_makes_no_model_is_named(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "own_strategies", sys.modules[__name__])
-    with pytest.raises(FederationError, match="no round changed the model: Makes.combine returned"):
+    with pytest.raises(FederationError) as error:
         run(tmp_path, 2, strategy="own_strategies:Makes")
+    assert str(error.value) == "no round changed the model: Makes.combine returned no model"
     assert summary(tmp_path)["status"] == "failed"
     assert "clients 2 of 2 | unchanged: Makes.combine returned no model | " in caplog.text
     # One that gathers updates for some rounds is another matter.
