@@ -269,7 +269,8 @@ def _array(tensor: Tensor, strategy: str, name: str) -> np.ndarray:
         return tensor.detach().cpu().contiguous().numpy()
     except (AttributeError, RuntimeError, TypeError) as error:
         raise SettingsError(
-            f"strategy: the checkpoint of {strategy} has {name}, which cannot be written: {in_one_line(error)}"
+            f"strategy: the checkpoint of {strategy} has {name}, which cannot be written: "
+            f"{in_one_line(error)}"
         ) from None
 
 
