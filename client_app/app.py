@@ -164,7 +164,8 @@ def on_evaluate(message: Message, context: Context) -> Message:
     model = ready_to_evaluate(
         job.model, job.settings, job.client.bits, job.scales, pixels, pick_device("auto")
     )
-    score = evaluate(model, evaluation_images(job.settings))
+    seed = derive_seed(job.seed, Stream.EVALUATION)
+    score = evaluate(model, evaluation_images(job.settings), seed)
     return answer(message, _report(job, score, started))
 
 

@@ -33,7 +33,7 @@ from task.files import checksum, printable, reason, write_atomic
 from task.reference import in_one_line
 
 # Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
-FORMAT = 5
+FORMAT = 6
 # Packages of which another version may compute other numbers.
 _DECIDING = ("prowd", "torch", "torchvision", "numpy", "flwr", "flwr-datasets")
 # Settings that may change on resume: they decide where, how long and with how much patience a run

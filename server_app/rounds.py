@@ -168,7 +168,8 @@ def _evaluate(
     by_clients = _evaluate_on_clients(grid, strategy, settings, server_round, arrays)
     if not strategy.evaluates_on_server:
         return _Scores(_part(by_clients, "accuracy-"), _part(by_clients, "loss-"))
-    return _Scores(*_evaluate_on_server(strategy, to_state(arrays), evaluator), by_clients)
+    state = to_state(arrays)
+    return _Scores(*_evaluate_on_server(strategy, server_round, state, evaluator), by_clients)
 
 
 def _evaluate_on_clients(
@@ -186,10 +187,10 @@ def _evaluate_on_clients(
 
 
 def _evaluate_on_server(
-    strategy: MixedPrecisionStrategy, state: State, evaluator: Evaluator
+    strategy: MixedPrecisionStrategy, server_round: int, state: State, evaluator: Evaluator
 ) -> tuple[dict[str, float], dict[str, float]]:
     widths = strategy.nodes.widths()
-    scores = {b: evaluator.score(strategy.model_for(b, state)) for b in widths}
+    scores = {b: evaluator.score(strategy.model_for(b, state), server_round) for b in widths}
     for bits, score in scores.items():
         if not isfinite(score.loss):
             log(WARNING, "prowd: the loss of the model at %d bits is %s", bits, score.loss)
