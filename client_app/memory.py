@@ -6,6 +6,7 @@ well: one file a round, of which two stay, since the server may go on from befor
 """
 
 import json
+import os
 from collections.abc import Mapping
 from logging import WARNING
 from pathlib import Path
@@ -77,6 +78,8 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
         isinstance(own, str) and Path(own).is_absolute() and "\0" not in own
     ):
         raise SettingsError(f"node-config: state-dir is {own!r}; it must be an absolute path")
+    if own is not None:
+        _refuse_impossible(own)
     if not keep_in or (own is None and "bits" in node_config):
         return None
     name = Path(keep_in).name
@@ -86,6 +89,18 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
         return None
     folder = Path(own) / name if own else Path(keep_in)
     return folder / str(node_config["partition-id"])
+
+
+def _refuse_impossible(folder: str) -> None:
+    """Refuse a folder that can neither be there nor be made, as one of too long a name."""
+    try:
+        os.lstat(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SettingsError(
+            f"node-config: state-dir: {printable(folder)} cannot be used: {reason(error)}"
+        ) from None
 
 
 def store(state: RecordDict, folder: Path | None, server_round: int) -> None:

@@ -151,6 +151,8 @@ class RoundLog:
         Payload bytes by width, summed over clients.
     dropped : str
         Why the result of the round was dropped; empty if it was not.
+    unchanged : str
+        Why the model is the one before, though updates were used; empty if it is not.
     own : dict
         What the strategy itself reports: numbers, texts, lists, and mappings under text keys.
     detailed : bool
@@ -166,6 +168,7 @@ class RoundLog:
     uplink_bytes: Counter[int] = field(default_factory=Counter)
     downlink_bytes: Counter[int] = field(default_factory=Counter)
     dropped: str = ""
+    unchanged: str = ""
     own: dict[str, object] = field(default_factory=dict)
     detailed: bool = False
     weights: dict[str, object] = field(default_factory=dict)

@@ -16,17 +16,17 @@ State = dict[str, Tensor]
 _FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
-def next_model(model: object, start: Mapping[str, Tensor], owner: str) -> State:
-    """Return the next model of a round: every tensor of the one before, in its shape and order.
+def checked_model(model: object, start: Mapping[str, Tensor], source: str) -> State:
+    """Return a model that a strategy made: every tensor of another one, in its shape and order.
 
     Parameters
     ----------
     model : object
-        From `MixedPrecisionStrategy.combine`.
+        From `MixedPrecisionStrategy.combine` or `state_for`.
     start : mapping of str to Tensor
-        The model that the round began with.
-    owner : str
-        Class that it is from, for the error.
+        The model that it was made from.
+    source : str
+        Class and method that it is from, for the error.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def next_model(model: object, start: Mapping[str, Tensor], owner: str) -> State:
         wrong = next((w for n in start if (w := _unlike(model[n], n, start[n]))), "")
     if wrong:
         raise SettingsError(
-            f"strategy: {owner}.combine returns {wrong}; allowed: all tensors of the model by name"
+            f"strategy: {source} returns {wrong}; allowed: all tensors of the model by name"
         )
     assert isinstance(model, Mapping)
     # The same objects where they can be: what is kept of them too need not be looked at twice.

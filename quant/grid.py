@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.arguments import check_kind
 from core.bits import MIN_BITS, check_bits
 
 # Up to this width the few levels are worth more near zero than at the extremes.
@@ -103,6 +104,7 @@ def absmax_scale(weight: Tensor, bits: int) -> Tensor:
     Tensor
         Float32 scales ``[channels]``, positive.
     """
+    _check_weight(weight)
     rows = weight.detach().flatten(1)
     # Twice over the weights, and eight times as fast as their magnitudes in memory of their own.
     absmax = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).float()
@@ -136,6 +138,7 @@ def mse_scale(weight: Tensor, bits: int) -> Tensor:
     """
     if check_bits(bits) > _CLIPPED_BITS:
         raise ValueError(f"bits is {bits}; clipping is fitted at {MIN_BITS} to {_CLIPPED_BITS}")
+    _check_weight(weight)
     rows = weight.detach().flatten(1).float()
     # All passes over some channels while they are in the cache: several times as fast.
     block = _BLOCK if rows.device.type == "cpu" else _BLOCK_ON_GPU
@@ -280,6 +283,8 @@ def dequantize(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> Tenso
         Float32, contiguous, of the shape of `codes`: where the values go, as new memory takes
         longer to get than to fill.
     """
+    check_kind("codes", codes, Tensor)
+    check_kind("scale", scale, Tensor)
     if codes.numel() <= _BLOCK or codes.device.type != "cpu":
         values = codes.to(torch.float32) if out is None else out.copy_(codes)
         return values.mul_(per_channel(scale, codes.ndim))
@@ -296,6 +301,8 @@ def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     gradient passes unchanged where the weight is not clipped and is zero where it is. If a weight
     is NaN or infinite, all of the result is NaN, where torch's kernel alone would give levels.
     """
+    check_kind("weight", weight, Tensor)
+    check_kind("scale", scale, Tensor)
     limit = largest_code(bits)
     zero_point = torch.zeros(scale.numel(), dtype=torch.int32, device=scale.device)
     on_grid = torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -limit, limit)
@@ -308,7 +315,15 @@ def nan_unless_finite(values: Tensor) -> Tensor:
     return values.detach().sum(dtype=torch.float32) * 0
 
 
+def _check_weight(weight: Tensor) -> None:
+    check_kind("weight", weight, Tensor)
+    if not weight.ndim:
+        raise ValueError("weight: it is one number; allowed: a tensor [channels, ...]")
+
+
 def _check_operands(weight: Tensor, scale: Tensor) -> None:
+    _check_weight(weight)
+    check_kind("scale", scale, Tensor)
     check_finite(weight.detach(), "the weight")
     check_scale(scale)
 

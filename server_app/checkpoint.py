@@ -33,7 +33,7 @@ from server_app.plain import to_json
 from server_app.record import versions, writing
 
 # Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
-FORMAT = 5
+FORMAT = 6
 # Packages of which another version may compute other numbers.
 _DECIDING = ("prowd", "torch", "torchvision", "numpy", "flwr", "flwr-datasets")
 # Settings that may change on resume: they decide where, how long and with how much patience a run
@@ -269,7 +269,8 @@ def _array(tensor: Tensor, strategy: str, name: str) -> np.ndarray:
         return tensor.detach().cpu().contiguous().numpy()
     except (AttributeError, RuntimeError, TypeError) as error:
         raise SettingsError(
-            f"{strategy}: its checkpoint has {name}, which cannot be written: {in_one_line(error)}"
+            f"strategy: the checkpoint of {strategy} has {name}, which cannot be written: "
+            f"{in_one_line(error)}"
         ) from None
 
 
@@ -282,7 +283,7 @@ def _to_bytes(checkpoint: Checkpoint) -> bytes:
         "seconds": checkpoint.seconds,
         "model": list(checkpoint.model),
         "strategy": list(checkpoint.tensors),
-        "values": to_json(checkpoint.values, strategy, "checkpoint", as_null=False),
+        "values": to_json(checkpoint.values, f"strategy: {strategy}", "checkpoint", as_null=False),
     }
     # safetensors writes the memory of an array, whatever its strides say.
     arrays = {f"model/{n}": t.contiguous().numpy() for n, t in checkpoint.model.items()}

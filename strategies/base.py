@@ -28,7 +28,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from core.constructors import Broadcast, checked, names_in
-from core.errors import FederationError
+from core.errors import FederationError, SettingsError
 from exchange.decoding import decode_in_turn
 from exchange.inbox import Batch
 from exchange.instructions import completed, with_config
@@ -49,7 +49,7 @@ from exchange.round_plan import Asked
 from exchange.screening import usable
 from exchange.states import (
     State,
-    next_model,
+    checked_model,
     to_array,
     to_arrays,
     to_state,
@@ -199,7 +199,8 @@ class MixedPrecisionStrategy(Strategy):
         Returns
         -------
         dict of str to Tensor or None
-            The next model; None to keep the present one.
+            The next model; None to keep the present one, which the round's line says. A run in
+            which no round made one has failed, unless `evaluates_on_server` is False.
         """
 
     def state_for(self, bits: int, state: State) -> State:
@@ -208,7 +209,12 @@ class MixedPrecisionStrategy(Strategy):
 
     def model_for(self, bits: int, state: State) -> Update:
         """Return the model as clients of a width compute with it."""
-        return self._at_width(bits, self.state_for(bits, state), self.weight_step)
+        return self._at_width(bits, self.state_at(bits, state), self.weight_step)
+
+    def state_at(self, bits: int, state: State) -> State:
+        """Return what `state_for` does, which a subclass writes; what is no model is refused."""
+        source = f"{type(self).__name__}.state_for"
+        return checked_model(self.state_for(bits, state), state, source)
 
     def on_grid(self, state: State) -> list[str]:
         """Return the names of the weights that low-bit clients hold on a grid.
@@ -379,7 +385,8 @@ class MixedPrecisionStrategy(Strategy):
         try:
             state = self.combine(server_round, self._asked.start, updates)
             if state is not None:
-                state = next_model(state, self._asked.start, type(self).__name__)
+                source = f"{type(self).__name__}.combine"
+                state = checked_model(state, self._asked.start, source)
             reason = why_unusable(state, what_is_kept(self.checkpoint)[0], before.tensors)
         except RoundDropped as error:
             state, reason = None, str(error)
@@ -389,6 +396,8 @@ class MixedPrecisionStrategy(Strategy):
         if reason:
             self.roll_back(before)
             self.round_log.dropped = plain(reason)
+        elif state is None and self.round_log.aggregated and self.evaluates_on_server:
+            self.round_log.unchanged = f"{type(self).__name__}.combine returned no model"
         return None if reason else state
 
     @property
@@ -408,9 +417,12 @@ class MixedPrecisionStrategy(Strategy):
             model = self.model_for(bits, start)
         else:
             # Fixed-point weights have the client's own width.
-            model = self._at_width(downlink_bits, self.state_for(bits, start), weight_step=0.0)
+            model = self._at_width(downlink_bits, self.state_at(bits, start), weight_step=0.0)
         if model.bits != downlink_bits:
-            raise ValueError(f"model_for: the model has {model.bits} bits, not {downlink_bits}")
+            raise SettingsError(
+                f"strategy: {type(self).__name__}.model_for returns a model of {model.bits} bits; "
+                f"allowed: {downlink_bits}"
+            )
         if downlink_bits != FLOAT_BITS:
             # In the form that every reply is read beside.
             model = FlatUpdate.of(model)

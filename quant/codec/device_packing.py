@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from core.arguments import check_kind
 from quant.codec.packing import BLOCK, off_grid, offset_of, pack, slices_of
 from quant.grid import largest_code
 
@@ -36,6 +37,7 @@ def pack_tensor(codes: Tensor, bits: int) -> memoryview:
     ValueError
         As `pack` does.
     """
+    check_kind("codes", codes, Tensor)
     if codes.device.type == "cpu":
         return pack(codes.detach().numpy(), bits)
     packed = pack_on_device(codes, bits)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
+from core.arguments import check_kind
 from core.bits import ALLOWED_WIDTHS, is_width
 from quant.codec.coding import read_codes, unfold_codes
 from quant.codec.flat import FlatCodes, FlatFloats, FlatUpdate
@@ -94,6 +95,9 @@ def open_update(
     UpdateError
         If the payload is altered, or not an update of this model, width, content and stamp.
     """
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise UpdateError(f"data: a {type(data).__name__} is not allowed: it should be bytes")
+    check_kind("spec", spec, UpdateSpec)
     if not is_width(bits):
         raise UpdateError(f"payload has {bits} bits; allowed are {ALLOWED_WIDTHS}")
     layout = layout_of(spec, bits)

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
+from core.arguments import check_kind
 from core.bits import ALLOWED_WIDTHS, FLOAT_BITS, is_width
 from quant.codec.coding import compress_codes
 from quant.codec.device_packing import pack_tensor
@@ -43,6 +44,7 @@ PACKED, CODED, CODED_FROM_START = 0, 1, 2
 
 def payload_size(spec: UpdateSpec, bits: int) -> int:
     """Return the bytes of an update of width `bits`: exact if packed, the most if coded."""
+    check_kind("spec", spec, UpdateSpec)
     layout = layout_of(spec, bits)
     return fixed_size(layout) + layout.packed_bytes
 
@@ -68,6 +70,9 @@ def encode_update(
     ValueError
         If a code lies off the grid of `update.bits`, or a value is not finite.
     """
+    check_kind("update", update, Update)
+    if start is not None:
+        check_kind("start", start, Update)
     layout = layout_of(_spec_of(update), update.bits)
     table, flat = layout.table, FlatUpdate.joined(update)
     coding, codes = _shortest(flat.quantized, coded, start)

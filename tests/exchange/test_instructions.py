@@ -123,7 +123,7 @@ def test_a_model_for_of_another_width_is_not_sent_under_a_wrong_one():
         def model_for(self, bits, state):
             return to_bits(state, 4)
 
-    with pytest.raises(ValueError, match="model_for: the model has 4 bits, not 8"):
+    with pytest.raises(SettingsError, match=r"Wrong\.model_for returns a model of 4 bits; a"):
         run_round(Wrong(broadcast="nearest"), nodes()[1], STATE)
 
 

@@ -30,6 +30,7 @@ from quant import (
     quantize_state,
     quantize_stochastic,
     quantized_layers,
+    refit_scales,
     set_scales,
     spec_of,
     weight_scales,
@@ -127,6 +128,20 @@ def test_a_strict_step_refuses_a_gradient_by_name(bad):
     with pytest.raises(NonFiniteError, match=r"0\.weight: the gradient is not finite"):
         optimizer.step()
     assert torch.equal(model[0].weight, before)
+
+
+def test_a_strict_step_refuses_what_is_not_finite_off_the_grid_too():
+    model = prepare(nn.Sequential(nn.Linear(2, 1)), QuantConfig(4))
+    named, generator = model.named_parameters(), torch.Generator().manual_seed(0)
+    optimizer = StrictSGD(named, weight_scales(model), 4, generator=generator, lr=1e30)
+    before = model[0].bias.detach().clone()
+    model[0].bias.grad = torch.tensor([float("nan")])
+    with pytest.raises(NonFiniteError, match=r"0\.bias: the gradient is not finite"):
+        optimizer.step()
+    assert torch.equal(model[0].bias, before)
+    model[0].bias.grad = torch.tensor([1e30])
+    with pytest.raises(NonFiniteError, match=r"0\.bias: the parameter is not finite"):
+        optimizer.step()
 
 
 def test_calibration_names_the_layer_that_is_reached_by_nan():
@@ -310,6 +325,43 @@ def test_weights_that_are_loaded_have_a_scale_that_fits_them():
     assert torch.equal(model.weight_scale, fit_scale(larger["weight"], 8))
     kept = io.BytesIO()
     torch.save(model.state_dict(), kept)
+
+
+@pytest.mark.parametrize("change", ["assign", "reset", "init"])
+def test_other_weights_have_a_scale_that_fits_them(change):
+    model = prepare(nn.Sequential(nn.Linear(2, 2)), QuantConfig(8, 8))
+    calibrate_activations(model, lambda m: m(torch.rand(3, 2)))
+    set_scales(model, {"0.weight": torch.full((2,), 1e-4)})
+    if change == "assign":
+        model[0].weight = nn.Parameter(torch.tensor([[5.0, 1.0], [0.5, 2.0]]))
+    elif change == "reset":
+        model[0].reset_parameters()
+    else:  # As a step of an optimizer, which keeps the grid; `prepare` says what to call.
+        nn.init.constant_(model[0].weight, 3.0)
+        refit_scales(model)
+    assert torch.equal(model[0].weight_scale, fit_scale(model[0].weight, 8))
+    assert (model[0].input_grid is None) == (change != "init")
+    assert torch.allclose(model[0].quantized_weight(), model[0].weight, atol=0.02)
+
+
+def test_a_new_weight_of_another_type_is_refused():
+    model = prepare(nn.Linear(2, 2), QuantConfig(8))
+    before = model.weight
+    with pytest.raises(TypeError, match=r"its weight cannot be torch\.float64"):
+        model.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    assert model.weight is before
+
+
+def test_a_prepared_model_is_quantized_on_the_grid_that_it_computes_on():
+    model = prepare(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), QuantConfig(4))
+    set_scales(model, {"0.weight": torch.tensor([0.5, 0.25])})
+    update = quantize_model(model, 4)
+    assert update.scales["0.weight"].tolist() == [0.5, 0.25]
+    assert torch.equal(update.dequantize()["0.weight"], model[0].quantized_weight())
+    assert torch.equal(update.scales["1.weight"], fit_scale(model[1].weight, 4))
+    # At another width there is no such grid.
+    assert torch.equal(quantize_model(model, 8).scales["0.weight"], fit_scale(model[0].weight, 8))
+    assert not quantize_model(model, 32).quantized
 
 
 def test_layers_take_their_input_by_keyword():
