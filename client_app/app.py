@@ -17,7 +17,6 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 
 from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
-from client_app.messages import answer, answer_query, config_in, instruction_in, model_in
 from client_app.node import declare
 from client_app.tracking import TrackedRound, next_correction
 from core.devices import pick_device
@@ -27,7 +26,18 @@ from core.files import printable, reason
 from core.seeds import Stream, derive_seed
 from core.settings import Settings
 from core.simulation import in_simulation
-from exchange.protocol import MOST_LOSS, Declaration, Instruction, Report, plain
+from exchange.protocol import (
+    MOST_LOSS,
+    Declaration,
+    Instruction,
+    Report,
+    answer,
+    answer_query,
+    config_in,
+    instruction_in,
+    model_in,
+    plain,
+)
 from quant import (
     Update,
     UpdateSpec,

@@ -5,7 +5,6 @@ the bit, and it is too large and too private to travel. So each client writes it
 well: one file a round, of which two stay, since the server may go on from before the last round.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from logging import WARNING
@@ -14,12 +13,11 @@ from pathlib import Path
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.logger import log
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
 from core.errors import SettingsError
-from core.files import checksum, printable, reason, write_atomic
+from core.files import printable, reason, write_atomic
+from core.tensor_files import read_tensors, to_bytes
 
 _MODEL, _SCALES = "own-model", "own-scales"
 _ENDING = ".safetensors"
@@ -115,9 +113,8 @@ def store(state: RecordDict, folder: Path | None, server_round: int) -> None:
     }
     names = {key: list(record) for key, record in state.array_records.items()}
     values = {key: dict(record) for key, record in state.config_records.items()}
-    head = json.dumps({"names": names, "values": values})
-    metadata = {"prowd": head, "sha256": checksum(head, arrays)}
-    write_atomic(_file(folder, server_round), save(arrays, metadata))
+    data = to_bytes({"names": names, "values": values}, arrays)
+    write_atomic(_file(folder, server_round), data)
     rounds = _rounds(folder)
     earlier = [r for r in rounds if r < server_round]
     for other in rounds:
@@ -140,24 +137,18 @@ def recall(state: RecordDict, folder: Path | None, before: int) -> None:
     path = _file(folder, earlier[-1])
     try:
         state.update(_read(path))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         what = printable(path), reason(error)
         log(WARNING, "prowd: %s is damaged and counts as lost: %s", *what)
 
 
 def _read(path: Path) -> RecordDict:
     kept = RecordDict()
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        if metadata["sha256"] != checksum(metadata["prowd"], arrays):
-            raise ValueError("its checksum is of something else")
-        head = json.loads(metadata["prowd"])
-        for key, names in head["names"].items():
-            kept[key] = to_record({name: tensors[f"{key}/{name}"] for name in names})
-        for key, values in head["values"].items():
-            kept[key] = ConfigRecord(values)
+    head, tensors = read_tensors(path)
+    for key, names in head["names"].items():
+        kept[key] = to_record({name: tensors[f"{key}/{name}"] for name in names})
+    for key, values in head["values"].items():
+        kept[key] = ConfigRecord(values)
     return kept
 
 

@@ -14,9 +14,8 @@ from core.arguments import check_number
 from core.errors import FederationError, SettingsError
 from core.seeds import Stream, derive_seed
 from exchange.inbox import patiently
-from exchange.protocol import DECLARATION, Declaration, ProtocolError, plain
+from exchange.protocol import DECLARATION, Declaration, ProtocolError, last_line, plain
 from exchange.queries import Queries
-from exchange.replies import last_line
 from exchange.undocumented import is_simulated
 from quant import ALLOWED_WIDTHS, is_width
 

@@ -1,13 +1,13 @@
 """The rounds of a run: train, aggregate, evaluate, record, one line each."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from math import isfinite
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
@@ -99,7 +99,7 @@ def _run_round(
     last = server_round == settings.num_server_rounds
     evaluates = last or server_round % settings.evaluate_every == 0
     strategy.round_log.detailed = evaluates
-    replies = _Timed(receive(grid, batches, settings.round_timeout, strategy.largest_payload))
+    replies = receive(grid, batches, settings.round_timeout, strategy.largest_payload)
     aggregated, metrics = strategy.aggregate_train(server_round, replies)
     arrays = arrays if aggregated is None else aggregated
     combined = time.monotonic()
@@ -117,8 +117,8 @@ def _run_round(
         "downlink_bytes": _by_width(trained.downlink_bytes + evaluated.downlink_bytes),
         "seconds": {
             "round": ended - started,
-            "train": replies.ended - started,
-            "aggregate": combined - replies.ended,
+            "train": trained.received - started,
+            "aggregate": combined - trained.received,
             "evaluate": ended - combined,
         },
         "clients": _clients(trained),
@@ -134,18 +134,6 @@ def _run_round(
     if scores.by_clients:
         entry["evaluated_by_clients"] = scores.by_clients
     return entry, arrays
-
-
-class _Timed:
-    """Replies as they come, and when the last one had come."""
-
-    def __init__(self, replies: Iterator[Message]) -> None:
-        self._replies = replies
-        self.ended = time.monotonic()
-
-    def __iter__(self) -> Iterator[Message]:
-        yield from self._replies
-        self.ended = time.monotonic()
 
 
 @dataclass(frozen=True)

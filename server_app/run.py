@@ -16,8 +16,7 @@ from core.errors import SettingsError
 from core.files import printable
 from core.reference import is_reference
 from core.settings import Settings
-from exchange.rollback import what_is_kept
-from exchange.states import State
+from exchange.states import State, what_is_kept
 from exchange.undocumented import is_simulated
 from quant import (
     FLOAT_BITS,

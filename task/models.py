@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from core.errors import SettingsError
 from core.files import is_utf8, printable
 from core.reference import in_one_line, is_reference, load_reference
-from quant import federated_state, is_finite
-from quant.codec.reading import LARGEST_VALUE
+from quant import LARGEST_VALUE, federated_state, is_finite
 
 # A pixel x of 0..255 enters the network as PIXEL_SCALE * x + PIXEL_OFFSET, in -2..2.
 PIXEL_SCALE, PIXEL_OFFSET = 4 / 255, -2.0

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from core.constructors import checked, own_options
 from core.seeds import Stream, derive_seed, drawn_under
-from exchange.averaging import WeightedMean
 from exchange.replies import ClientUpdate
 from exchange.states import State, join_states, split_states
 from quant import (
@@ -35,6 +34,7 @@ from quant import (
     Reference,
     Rungs,
     StartReference,
+    WeightedMean,
     add_drift,
     cosine,
     fine_tune,

@@ -4,10 +4,9 @@ import pytest
 import torch
 from specs import to_bits
 
-from exchange.averaging import WeightedMean, mean_of
 from exchange.protocol import Declaration, Report
 from exchange.replies import ClientUpdate
-from quant import Update
+from quant import Update, WeightedMean, mean_of
 
 
 def updates(bits):

@@ -6,17 +6,17 @@ import time
 
 import pytest
 import torch
+from exchange.decoding import decode_in_turn
 from federation import assert_same_update, report
 from specs import to_bits
 from xxhash import xxh3_64_intdigest
 
-from exchange.decoding import decode_in_turn
 from exchange.protocol import Declaration, Instruction, Report
 from exchange.replies import Packed
 from exchange.round_plan import Asked
-from quant import FlatUpdate, OpenedUpdate, UpdateSpec, decode_update, encode_update
+from quant import FlatUpdate, OpenedUpdate, UpdateSpec, decode, encode
 
-# Where the layout in quant/codec/wire.py says how the codes were coded.
+# Where the layout in quant/codec/encode.py says how the codes were coded.
 CODING = 7
 SPEC = UpdateSpec({"w": (16, 400), "b": (16,)}, {"w"})
 
@@ -41,7 +41,7 @@ def replies_of(widths, coded=True, uplink="weights"):
         noise = state_of(1 + partition)
         trained = {name: tensor + 0.05 * noise[name] for name, tensor in start.items()}
         update = to_bits(trained, bits, sent.scales)
-        payload = encode_update(update, coded=coded, start=sent, stamp=1)
+        payload = encode(update, coded=coded, start=sent, stamp=1)
         numbers = Report.from_record(report(10))
         packed.append(Packed(client, payload if uplink != "nothing" else b"", numbers))
     return asked, packed
@@ -62,7 +62,7 @@ def test_each_reply_comes_in_its_turn_with_what_it_holds(count, coded):
     assert not rejected
     for item, update in pairs:
         bits, sent = item.client.bits, asked.models[item.client.partition_id]
-        assert_same_update(update, decode_update(item.payload, SPEC, bits, start=sent, stamp=1))
+        assert_same_update(update, decode(item.payload, SPEC, bits, start=sent, stamp=1))
 
 
 def test_the_order_given_is_kept_and_not_that_of_partitions():

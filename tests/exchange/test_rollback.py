@@ -5,7 +5,7 @@ import torch
 from federation import ScriptedClient, federation, run_round
 from specs import difference_of, to_bits
 
-from exchange.rollback import why_unusable
+from exchange.states import why_unusable
 from strategies import STRATEGIES, FedAvg, FederationError, FlowerStrategy, ProWD, ProWDOptions
 from strategies.flower import FlowerOptions, flower_names
 from strategies.grouped import GroupedAvg
@@ -23,7 +23,7 @@ LARGEST = 3e38
 @pytest.fixture(autouse=True)
 def any_value(monkeypatch):
     """Payloads may hold what a float32 holds: no real strategy then needs to diverge first."""
-    monkeypatch.setattr("quant.codec.reading.LARGEST_VALUE", 3.4e38)
+    monkeypatch.setattr("quant.codec.decode.LARGEST_VALUE", 3.4e38)
     # Flower collects garbage after every array that it takes out of a record.
     monkeypatch.setattr("gc.collect", lambda *_: 0)
 

@@ -17,8 +17,8 @@ from quant import (
     UpdateSpec,
     calibrate_activations,
     calibrated_rounding,
-    decode_update,
-    encode_update,
+    decode,
+    encode,
     fake_quantize,
     fit_scale,
     load_state,
@@ -109,7 +109,7 @@ def test_statistics_that_are_not_finite_are_no_constants():
     norm.running_var[0] = float("nan")
     assert "0.running_var" in spec_of(nn.Sequential(norm)).shapes
     with pytest.raises(ValueError, match="an update must be finite"):
-        encode_update(quantize_model(nn.Sequential(norm), 8))
+        encode(quantize_model(nn.Sequential(norm), 8))
 
 
 def test_large_finite_values_are_rounded_though_their_sum_overflows():
@@ -194,7 +194,7 @@ def test_only_layers_that_are_prepared_have_codes_and_all_else_arrives_as_it_is(
     # The scale of a transposed convolution would lie along its other dimension.
     assert torch.equal(update.floats["up.weight"], model.up.weight)
     received = prepare(Everything(), QuantConfig(3))
-    load_state(received, decode_update(encode_update(update), spec, 3).dequantize())
+    load_state(received, decode(encode(update), spec, 3).dequantize())
     for name, layer in quantized_layers(received):
         layer.weight_scale = update.quantized[f"{name}.weight"].scale
     assert torch.equal(received.eval()(tokens), model.eval()(tokens))
@@ -382,4 +382,4 @@ def test_layers_take_their_input_by_keyword():
 def test_toy_states_of_tests_are_those_of_layers():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
     one, other = to_bits(model.state_dict(), 4), quantize_model(model, 4)
-    assert encode_update(one) == encode_update(other)
+    assert encode(one) == encode(other)

@@ -19,7 +19,7 @@ from exchange.protocol import INSTRUCTION, MODEL, Instruction
 from quant import (
     QuantizedTensor,
     Update,
-    decode_update,
+    decode,
     federated_state,
     fit_scale,
     quantized_layers,
@@ -360,7 +360,7 @@ def test_clients_start_on_exactly_the_codes_that_were_evaluated(
     assert len(trained) == 6
     # The first model is the seed's.
     first = to_bits(federated_state(build_model("resnet8", 1, 8, 10, 0)), 2).quantized
-    sent = decode_update(trained[2].content[MODEL][MODEL].data, SPEC, 2).quantized
+    sent = decode(trained[2].content[MODEL][MODEL].data, SPEC, 2).quantized
     for name, tensor in sent.items():
         assert torch.equal(tensor.scale, first[name].scale)
         assert torch.equal(tensor.codes, first[name].codes) == (broadcast == "nearest")
@@ -369,7 +369,7 @@ def test_clients_start_on_exactly_the_codes_that_were_evaluated(
         node = grid.nodes[message.metadata.dst_node_id]
         bits = (2, 4, 32)[node.config["partition-id"]]
         assert (asked.server_round, asked.downlink_bits) == (2, bits)
-        sent = decode_update(message.content[MODEL][MODEL].data, SPEC, bits)
+        sent = decode(message.content[MODEL][MODEL].data, SPEC, bits)
         model, weights, scales = models[bits]
         assert_same_update(sent, model)
         if bits == 32:

@@ -12,8 +12,8 @@ from specs import spec_of_state, to_bits
 from quant import (
     PackingError,
     UpdateError,
-    decode_update,
-    encode_update,
+    decode,
+    encode,
     largest_code,
     packed_size,
     payload_size,
@@ -333,13 +333,13 @@ SPEC = spec_of_state(model())
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 11, 16])
 def test_a_coded_payload_is_the_same_update_in_fewer_bytes(bits):
     start, update = to_bits(model(), bits), to_bits(model(1, moved=0.05), bits)
-    plain = encode_update(update)
-    coded = encode_update(update, coded=True)
-    from_start = encode_update(update, coded=True, start=start)
+    plain = encode(update)
+    coded = encode(update, coded=True)
+    from_start = encode(update, coded=True, start=start)
     assert len(from_start) < len(plain) == payload_size(SPEC, bits)
     assert len(from_start) <= len(coded) <= len(plain)
     for data in (plain, coded, from_start):
-        back = decode_update(data, SPEC, bits, start=start)
+        back = decode(data, SPEC, bits, start=start)
         assert torch.equal(back.quantized["w"].codes.int(), update.quantized["w"].codes.int())
         assert torch.equal(back.quantized["w"].scale, update.quantized["w"].scale)
         assert torch.equal(back.floats["b"], update.floats["b"])
@@ -349,27 +349,27 @@ def test_codes_that_do_not_get_shorter_are_packed():
     generator = torch.Generator().manual_seed(0)
     uniform = {"w": torch.rand(40, 60, generator=generator) * 2 - 1, "b": torch.zeros(40)}
     update = to_bits(uniform, 8)
-    assert encode_update(update, coded=True) == encode_update(update)
+    assert encode(update, coded=True) == encode(update)
     # Nothing is quantized at all.
     update = to_bits(uniform, 32)
-    assert encode_update(update, coded=True) == encode_update(update)
+    assert encode(update, coded=True) == encode(update)
 
 
 def test_a_payload_that_refers_to_codes_that_were_not_sent_is_refused():
     start, update = to_bits(model(), 4), to_bits(model(1, moved=0.05), 4)
-    data = encode_update(update, coded=True, start=start)
+    data = encode(update, coded=True, start=start)
     for other in (None, to_bits(model(), 8), to_bits(model(), 32)):
         with pytest.raises(UpdateError, match="refers to codes that were not sent"):
-            decode_update(data, SPEC, 4, start=other)
+            decode(data, SPEC, 4, start=other)
 
 
 def test_a_coded_payload_is_shorter_than_a_packed_one_or_it_is_refused():
     """What is longer can only be a bomb, or a client that pads."""
     update = to_bits(model(), 4)
-    data = encode_update(update)
+    data = encode(update)
     codes = update.quantized["w"].codes.numpy().ravel()
     head = data[: len(data) - packed_size(codes.size, 4)]
     stored = frame(np.random.default_rng(0).bytes(codes.size // 2))
     long = head[:7] + b"\1" + head[8:] + stored
     with pytest.raises(UpdateError, match="coded, takes less than"):
-        decode_update(long, SPEC, 4)
+        decode(long, SPEC, 4)

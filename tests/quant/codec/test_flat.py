@@ -9,11 +9,10 @@ from quant import (
     FlatUpdate,
     UpdateSpec,
     UpdateSum,
-    decode_update,
-    encode_update,
+    decode,
+    encode,
 )
-from quant.codec.flat import FlatCodes, FlatFloats
-from quant.codec.layout import layout_of
+from quant.codec.layout import FlatCodes, FlatFloats, layout_of
 
 SHAPES = {
     "conv": (8, 3, 3, 3),
@@ -41,7 +40,7 @@ def filled(shapes):
 def test_a_decoded_update_holds_the_tensors_that_were_sent(bits):
     state = model(shapes=filled(SHAPES))
     sent = to_bits(state, bits)
-    got = decode_update(encode_update(sent), spec_of_state(state), bits)
+    got = decode(encode(sent), spec_of_state(state), bits)
     assert isinstance(got, FlatUpdate)
     assert set(got.quantized) == set(sent.quantized)
     assert len(got.quantized) == len(sent.quantized)
