@@ -30,8 +30,9 @@ def to_bytes(head: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes
     arrays : mapping of str to ndarray
         Contiguous ones: safetensors writes the memory of an array, whatever its strides say.
     """
-    text = json.dumps(head)
-    return save(dict(arrays), {"prowd": text, "sha256": _checksum(text, arrays)})
+    # Under one key: safetensors writes several in any order.
+    whole = {"sha256": _checksum(head, arrays), "head": head}
+    return save(dict(arrays), {"prowd": json.dumps(whole)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -56,19 +57,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        head = json.loads(metadata["prowd"])
+        whole = json.loads(metadata["prowd"])
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        whole = metadata["sha256"] == _checksum(metadata["prowd"], arrays)
+        is_whole = whole["sha256"] == _checksum(whole["head"], arrays)
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DamagedError(reason(error)) from None
-    if not whole or not isinstance(head, dict):
+    if not is_whole or not isinstance(whole["head"], dict):
         raise DamagedError("its checksum is of something else")
-    return head, tensors
+    return whole["head"], tensors
 
 
-def _checksum(head: str, arrays: Mapping[str, np.ndarray]) -> str:
+def _checksum(head: object, arrays: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of the head, and of each array's name, type, shape and bytes by name."""
-    digest = hashlib.sha256(head.encode())
+    digest = hashlib.sha256(json.dumps(head).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())

@@ -6,7 +6,7 @@ float32 scale per output channel (dimension 0). This file is the only place that
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import isfinite
 
 import numpy as np
@@ -74,6 +74,7 @@ def naming(tensor: str) -> Iterator[None]:
         raise type(error)(f"{tensor}: {error}") from None
 
 
+@cache
 def largest_code(bits: int) -> int:
     """Return the largest code of the grid, ``2**(bits - 1) - 1``."""
     return 2 ** (check_bits(bits) - 1) - 1

@@ -36,6 +36,9 @@ _UNWEIGHED = {"strategy": zstandard.STRATEGY_FAST}
 # saves little is also slow to read.
 _WEIGHED = {"strategy": zstandard.STRATEGY_BTOPT, "target_length": 32}
 
+# Of a frame's descriptor: a dictionary, a checksum, or a bit without a meaning.
+_MORE_THAN_CODES = 0b11111
+
 
 def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None) -> bytes:
     """Code codes, or their differences from `start`.
@@ -90,7 +93,7 @@ def decompress(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
     """
     try:
         frame = zstandard.get_frame_parameters(data, format=_FORMAT)
-        if frame.content_size != _size(count, bits) or frame.has_checksum or frame.dict_id:
+        if frame.content_size != _size(count, bits) or data[0] & _MORE_THAN_CODES:
             raise PackingError(f"the coded codes are not those of {count} weights")
         whole = zstandard.ZstdDecompressor(format=_FORMAT).decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:

@@ -17,7 +17,6 @@ from math import gcd
 
 import numpy as np
 
-from core.arguments import check_kind
 from core.bits import check_bits
 from quant.grid import largest_code
 
@@ -61,7 +60,7 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
     ValueError
         If a code lies off the grid, the array does not hold integers, or `bits` is not 2 to 16.
     """
-    check_kind("codes", codes, np.ndarray)
+    codes = np.asarray(codes)
     if codes.dtype.kind not in "iu":
         raise ValueError(f"codes have dtype {codes.dtype}; allowed are integers")
     flat, limit = np.ascontiguousarray(codes).reshape(-1), largest_code(bits)

@@ -52,8 +52,7 @@ NO_MODEL = "model: a NoneType is not allowed: it should be a Module"
         (lambda: quant.fake_quantize(torch.ones(1), 1.0, 4), "scale: a float"),
         (lambda: quant.relevancy_mask([1.0], torch.ones(1)), "low: a list"),
         (lambda: quant.Rungs.of(None, (4, 32)), "weights: a NoneType"),
-        (lambda: quant.pack([1], 4), "codes: a list"),
-        (lambda: quant.pack_tensor([1], 4), "codes: a list"),
+        (lambda: quant.pack(None, 4), "codes have dtype object; allowed are integers"),
         *[
             (call, NO_MODEL)
             for call in (

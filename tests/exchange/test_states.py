@@ -23,7 +23,8 @@ LARGEST = 3e38
 @pytest.fixture(autouse=True)
 def any_value(monkeypatch):
     """Payloads may hold what a float32 holds: no real strategy then needs to diverge first."""
-    monkeypatch.setattr("quant.codec.decode.LARGEST_VALUE", 3.4e38)
+    for module in ("quant.codec.decode", "exchange.states"):
+        monkeypatch.setattr(f"{module}.LARGEST_VALUE", 3.4e38)
     # Flower collects garbage after every array that it takes out of a record.
     monkeypatch.setattr("gc.collect", lambda *_: 0)
 
