@@ -89,16 +89,17 @@ class QuantLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # What `layer.weight = nn.Parameter(...)` calls.
-        new_weight = name == "weight" and param is not None and "weight_scale" in self._buffers
-        if new_weight and param.dtype != torch.float32:
+        if name != "weight" or param is None or "weight_scale" not in self._buffers:
+            super().register_parameter(name, param)
+            return
+        if param.dtype != torch.float32:
             raise TypeError(_wrong_dtype(param.dtype))
         super().register_parameter(name, param)
-        if new_weight:
-            self._take_new_weights(name)
+        self._take_new_weights(name)
 
     def reset_parameters(self) -> None:
         """Draw new weights, as torch's layer does, and fit the scale to them."""
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # Of the layer beside it.
         if "weight_scale" in self._buffers:
             self._take_new_weights("weight")
 

@@ -101,10 +101,9 @@ def _eight_bits(file: Any, name: str) -> Any:
 
 def _check_maxval(file: Any, name: str) -> None:
     """Refuse a PGM or PPM file with a value above the one that it calls white: Pillow clips it."""
-    decoder, _, offset, arguments = file.tile[0] if file.tile else ("", None, 0, ())
-    if decoder != "ppm":  # It reads such values, or refuses them itself.
+    if not file.tile or file.tile[0][0] != "ppm":  # Else it reads them, or refuses them itself.
         return
-    maxval = arguments[-1]
+    _, _, offset, (_, maxval) = file.tile[0]
     count = file.width * file.height * len(file.getbands())
     values = np.fromfile(name, ">u2" if maxval > 255 else "u1", count, offset=offset)
     if values.size and (top := int(values.max())) > maxval:

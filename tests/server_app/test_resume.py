@@ -297,7 +297,7 @@ def test_a_model_of_other_shapes_under_the_same_name_is_refused(two_rounds):
 
 def test_another_format_is_refused(two_rounds):
     put_back(two_rounds, format=99)
-    with pytest.raises(SettingsError, match=r"has format 99; this version reads 5$"):
+    with pytest.raises(SettingsError, match=r"has format 99; this version reads 6$"):
         resume(two_rounds, 3)
 
 
