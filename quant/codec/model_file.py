@@ -223,13 +223,13 @@ def load_model(path: str | PathLike) -> PackedModel:
     try:
         head, tensors = read_tensors(Path(path))
         if head.pop("version", None) != _VERSION:
-            raise ModelFileError(f"{path}: no packed model of version {_VERSION}")
+            raise ModelFileError(f"no packed model of version {_VERSION}")
         update = _read_update(tensors, *(head.pop(key) for key in ("bits", "shapes", "quantized")))
         grids = {layer: ActivationGrid(*grid) for layer, grid in head.pop("grids").items()}
         return PackedModel(update, grids=grids, **head)
-    except ModelFileError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelFileError(f"{path}: is damaged or no packed model: {error}") from None
 
 
@@ -240,6 +240,9 @@ def _read_update(
     quantized: list[str],
 ) -> Update:
     """Read what the file holds, as strictly as a payload is read."""
+    of_codes = [f"{name}_{part}" for name in quantized for part in ("packed", "scale")]
+    if {*of_codes, *(shapes.keys() - set(quantized))} != set(tensors):
+        raise ModelFileError("it holds other tensors than it says")
     codes, floats = {}, {}
     for name, shape in shapes.items():
         if name not in quantized:

@@ -1,4 +1,4 @@
-"""Replies decoded in turn: in order, each by what it is, whichever of two threads decompressed it."""
+"""Replies decoded in order, each by what it is, whichever of two threads decompressed it."""
 
 import struct
 import threading
