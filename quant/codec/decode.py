@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from core.arguments import check_kind
+from core.bits import check_width
 from quant.codec.coding import decompress, read_codes
 from quant.codec.encode import (
     CHECKSUM_OFFSET,
@@ -95,8 +96,11 @@ def decode(
     UpdateError
         If the payload is anything but a whole, unaltered, finite update of this model, width,
         content and stamp.
+    ValueError
+        If `bits` is no bit-width.
     """
     check_kind("spec", spec, UpdateSpec)
+    check_width("bits", bits)
     return _Payload(data, Expected(spec, bits, content, start, stamp)).read()
 
 

@@ -138,7 +138,7 @@ def test_numpys_numbers_are_numbers():
             lambda: quantize_state(ONE, 8, {"w": torch.zeros(2)}),
             "w: a scale is 0; allowed",
         ),
-        (lambda: decode(b"", spec_of(nn.Linear(2, 2)), "8"), "payload has 8 bits; allowed"),
+        (lambda: decode(b"", spec_of(nn.Linear(2, 2)), "8"), "bits: '8' is not allowed"),
         (lambda: FineTuning(steps=0), "steps: 0 is not allowed: it should be a whole number >= 1"),
         (lambda: FineTuning(learning_rate=NAN), "learning_rate: nan is not allowed"),
         (lambda: FineTuning(distill_weight=-1), "distill_weight: -1 is not allowed"),

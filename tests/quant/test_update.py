@@ -283,7 +283,7 @@ def test_another_width_than_declared_is_refused(declared):
 def test_a_width_that_does_not_exist_is_refused(bits):
     # A client that lies in its declaration and in the header alike.
     data = encode(to_bits(small_state(), 4))
-    with pytest.raises(UpdateError):
+    with pytest.raises(ValueError, match=f"bits: {bits} is not allowed"):
         decode(with_checksum(with_byte(data, BITS, bits)), SPEC, bits)
 
 
