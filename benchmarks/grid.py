@@ -10,10 +10,9 @@ from flwr.common.logger import FLOWER_LOGGER
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from exchange.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report
-from exchange.states import to_array
+from exchange.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report, to_array
 from exchange.undocumented import NodeInfo, Run, be_in_a_run, give_id
-from quant import encode_update, quantize_fitted
+from quant import encode, quantize_fitted
 from strategies import MixedPrecisionStrategy
 
 be_in_a_run()
@@ -110,7 +109,7 @@ def reporting_grid(
     """
     moved = _moved(model)
     payloads = {
-        bits: encode_update(
+        bits: encode(
             quantize_fitted(moved, bits, weights_of(moved)),
             coded=coded,
             start=quantize_fitted(model, bits, weights_of(model)) if from_start else None,

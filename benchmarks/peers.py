@@ -14,11 +14,10 @@ from exchange.states import to_arrays
 from quant import (
     QuantConfig,
     absmax_scale,
-    encode_update,
+    encode,
     federated_state,
     fit_scale,
     pack,
-    pack_tensor,
     prepare,
     quantize_fitted,
     quantize_model,
@@ -161,7 +160,7 @@ def _time_beside_nvflare(form: str, bits: int, device: str) -> Figure:
 
     def ours() -> memoryview:
         there = weights.to(device)
-        return pack_tensor(quantize_nearest(there, fit_scale(there, bits), bits), bits)
+        return pack(quantize_nearest(there, fit_scale(there, bits), bits).cpu().numpy(), bits)
 
     with _nvflare_computes_on(device):
         seconds = side_by_side({"ours": ours, "theirs": partial(quantize, weights)}, _REPEATS)
@@ -182,7 +181,7 @@ def _size_and_error_beside_nvflare(form: str, widest: int) -> list[Figure]:
     scales = state["absmax"].repeat(state.get("blocksize", _BLOCKSIZE))[: levels.size]
     back = torch.from_numpy(levels * scales).view_as(weights)
     nearer = quantize_fitted({"w": weights}, widest, ["w"])
-    size = len(encode_update(nearer, coded=True)) / sum(array.nbytes for array in arrays)
+    size = len(encode(nearer, coded=True)) / sum(array.nbytes for array in arrays)
     error = float((nearer.dequantize()["w"] - weights).norm() / (back - weights).norm())
     return [
         Figure(f"{widest}-bit, coded, bytes, against NVFlare's {form}", size, _AHEAD),
@@ -220,7 +219,7 @@ def _flower() -> list[Figure]:
     theirs = 10 * sum(len(array.data) for array in to_arrays(federated_state(model)).values())
     figures = []
     for bits in (2, 3, 4, 8):
-        low, high = (encode_update(quantize_model(model, b), coded=True) for b in (bits, 32))
+        low, high = (encode(quantize_model(model, b), coded=True) for b in (bits, 32))
         ours = 5 * (len(low) + len(high))
         label = f"bytes up, half {bits}-bit and half float32, against Flower's FedAvg"
         figures.append(Figure(label, ours / theirs, _AHEAD))

@@ -6,7 +6,7 @@ from benchmarks.measure import Figure, report
 from core.settings import Settings
 from quant import (
     Update,
-    encode_update,
+    encode,
     federated_state,
     load_state,
     payload_size,
@@ -44,13 +44,13 @@ def _packed() -> list[Figure]:
         cells = []
         for bits in _WIDTHS:
             update = quantize_model(model, bits)
-            packed = len(encode_update(update))
+            packed = len(encode(update))
             ratio = packed / (full * bits / 32)
             cells.append(f"{ratio:.3f}")
             if count > _LARGE:
                 figures.append(Figure(f"{name}, {bits}-bit, of {bits}/32", ratio, _GOAL))
             if count > _LARGE and bits in _CODED_GOALS:
-                coded = len(encode_update(update, coded=True)) / packed
+                coded = len(encode(update, coded=True)) / packed
                 label = f"{name}, {bits}-bit, coded by itself, of packed"
                 figures.append(Figure(label, coded, _CODED_GOALS[bits]))
         print(f"| {name} | {count:,} | " + " | ".join(cells) + " |")
@@ -65,10 +65,10 @@ def _coded() -> list[Figure]:
     for bits in (2, 3, 4, 8):
         update, start = _trained(bits)
         codes = sum(tensor.codes.numel() for tensor in update.quantized.values())
-        packed = len(encode_update(update))
+        packed = len(encode(update))
         other = packed - codes * bits / 8
         sizes = [packed]
-        sizes += [len(encode_update(update, coded=True, start=s)) for s in (None, start)]
+        sizes += [len(encode(update, coded=True, start=s)) for s in (None, start)]
         cells = [f"{8 * (size - other) / codes:.2f}" for size in sizes]
         print(f"| {bits}-bit | {' | '.join(cells)} | bits a weight |")
         if bits in _CODED_GOALS:

@@ -1,10 +1,12 @@
 """What a client does with each message. Everything it learns with comes from `task` and `quant`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from logging import DEBUG, ERROR
+from pathlib import Path
 from traceback import walk_tb
 
 import torch
@@ -15,7 +17,6 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 
 from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
-from client_app.messages import answer, answer_query, config_in, instruction_in, model_in
 from client_app.node import declare
 from client_app.tracking import TrackedRound, next_correction
 from core.devices import pick_device
@@ -25,7 +26,18 @@ from core.files import printable, reason
 from core.seeds import Stream, derive_seed
 from core.settings import Settings
 from core.simulation import in_simulation
-from exchange.protocol import MOST_LOSS, Declaration, Instruction, Report, plain
+from exchange.protocol import (
+    MOST_LOSS,
+    Declaration,
+    Instruction,
+    Report,
+    answer,
+    answer_query,
+    config_in,
+    instruction_in,
+    model_in,
+    plain,
+)
 from quant import (
     Update,
     UpdateSpec,
@@ -133,15 +145,22 @@ def on_train(message: Message, context: Context) -> Message:
 def _keep(kept: RecordDict, context: Context, instruction: Instruction) -> None:
     # Last of all, so that a client whose training failed keeps what it had.
     folder = state_folder(context.node_config, instruction.keep_in)
-    try:
+    with _naming_folder(context, folder, "written"):
         store(kept, folder, instruction.server_round)
+    context.state.update(kept)
+
+
+@contextmanager
+def _naming_folder(context: Context, folder: Path | None, done: str) -> Iterator[None]:
+    """Turn an OSError into one line that names the folder, and the setting that it is from."""
+    try:
+        yield
     except OSError as error:
         own = "state-dir" in context.node_config
         setting = "node-config: state-dir" if own else "output-dir"
         raise SettingsError(
-            f"{setting}: {printable(folder)} cannot be written: {reason(error)}"
+            f"{setting}: {printable(folder)} cannot be {done}: {reason(error)}"
         ) from None
-    context.state.update(kept)
 
 
 @app.evaluate()
@@ -155,7 +174,8 @@ def on_evaluate(message: Message, context: Context) -> Message:
     model = ready_to_evaluate(
         job.model, job.settings, job.client.bits, job.scales, pixels, pick_device("auto")
     )
-    score = evaluate(model, evaluation_images(job.settings))
+    seed = derive_seed(job.seed, Stream.EVALUATION)
+    score = evaluate(model, evaluation_images(job.settings), seed)
     return answer(message, _report(job, score, started))
 
 
@@ -208,7 +228,8 @@ def _open(message: Message, context: Context) -> _Job:
     folder = state_folder(context.node_config, instruction.keep_in)
     # What a round's training kept is from before its evaluation, but not from before itself.
     trained = message.metadata.message_type == MessageType.EVALUATE
-    recall(context.state, folder, instruction.server_round + trained)
+    with _naming_folder(context, folder, "read"):
+        recall(context.state, folder, instruction.server_round + trained)
     data = load_dataset(settings)
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
     spec = spec_of(model)

@@ -5,7 +5,7 @@ the bit, and it is too large and too private to travel. So each client writes it
 well: one file a round, of which two stay, since the server may go on from before the last round.
 """
 
-import json
+import os
 from collections.abc import Mapping
 from logging import WARNING
 from pathlib import Path
@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.logger import log
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
 from core.errors import SettingsError
-from core.files import checksum, printable, reason, write_atomic
+from core.files import printable, reason, write_atomic
+from core.tensor_files import read_tensors, to_bytes
 
 _MODEL, _SCALES = "own-model", "own-scales"
 _ENDING = ".safetensors"
@@ -77,6 +76,8 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
         isinstance(own, str) and Path(own).is_absolute() and "\0" not in own
     ):
         raise SettingsError(f"node-config: state-dir is {own!r}; it must be an absolute path")
+    if own is not None:
+        _refuse_impossible(own)
     if not keep_in or (own is None and "bits" in node_config):
         return None
     name = Path(keep_in).name
@@ -86,6 +87,18 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
         return None
     folder = Path(own) / name if own else Path(keep_in)
     return folder / str(node_config["partition-id"])
+
+
+def _refuse_impossible(folder: str) -> None:
+    """Refuse a folder that can neither be there nor be made, as one of too long a name."""
+    try:
+        os.lstat(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SettingsError(
+            f"node-config: state-dir: {printable(folder)} cannot be used: {reason(error)}"
+        ) from None
 
 
 def store(state: RecordDict, folder: Path | None, server_round: int) -> None:
@@ -100,9 +113,8 @@ def store(state: RecordDict, folder: Path | None, server_round: int) -> None:
     }
     names = {key: list(record) for key, record in state.array_records.items()}
     values = {key: dict(record) for key, record in state.config_records.items()}
-    head = json.dumps({"names": names, "values": values})
-    metadata = {"prowd": head, "sha256": checksum(head, arrays)}
-    write_atomic(_file(folder, server_round), save(arrays, metadata))
+    data = to_bytes({"names": names, "values": values}, arrays)
+    write_atomic(_file(folder, server_round), data)
     rounds = _rounds(folder)
     earlier = [r for r in rounds if r < server_round]
     for other in rounds:
@@ -125,24 +137,18 @@ def recall(state: RecordDict, folder: Path | None, before: int) -> None:
     path = _file(folder, earlier[-1])
     try:
         state.update(_read(path))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         what = printable(path), reason(error)
         log(WARNING, "prowd: %s is damaged and counts as lost: %s", *what)
 
 
 def _read(path: Path) -> RecordDict:
     kept = RecordDict()
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        if metadata["sha256"] != checksum(metadata["prowd"], arrays):
-            raise ValueError("its checksum is of something else")
-        head = json.loads(metadata["prowd"])
-        for key, names in head["names"].items():
-            kept[key] = to_record({name: tensors[f"{key}/{name}"] for name in names})
-        for key, values in head["values"].items():
-            kept[key] = ConfigRecord(values)
+    head, tensors = read_tensors(path)
+    for key, names in head["names"].items():
+        kept[key] = to_record({name: tensors[f"{key}/{name}"] for name in names})
+    for key, values in head["values"].items():
+        kept[key] = ConfigRecord(values)
     return kept
 
 

@@ -1,8 +1,13 @@
-"""Arguments of constructors, refused in one line: name, value, and what is allowed."""
+"""Arguments of constructors and functions, refused in one line that names them."""
 
+from collections.abc import Iterable, Mapping
 from math import isfinite, nan
 from numbers import Integral, Real
 from sys import float_info
+
+from torch import Tensor
+
+_WORDS = {Mapping: "a mapping by name", Tensor: "a tensor"}
 
 
 def check_number(
@@ -39,3 +44,51 @@ def check_number(
         and (below is None or number < below)
     ):
         raise ValueError(f"{name}: {value!r} is not allowed: it should be {allowed}")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Refuse what is of another kind.
+
+    >>> check_kind("state", None, Mapping)
+    Traceback (most recent call last):
+        ...
+    ValueError: state: a NoneType is not allowed: it should be a mapping by name
+
+    Raises
+    ------
+    ValueError
+        One line.
+    """
+    if not isinstance(value, kind):
+        allowed = _WORDS.get(kind, f"a {kind.__name__}")
+        raise ValueError(f"{name}: a {type(value).__name__} is not allowed: it should be {allowed}")
+
+
+def check_tensors(name: str, value: object) -> None:
+    """Refuse what is no mapping of tensors by name.
+
+    Raises
+    ------
+    ValueError
+        One line.
+    """
+    check_kind(name, value, Mapping)
+    assert isinstance(value, Mapping)
+    for key, part in value.items():
+        check_kind(f"{name}: {key}", part, Tensor)
+
+
+def check_names(name: str, value: object) -> frozenset[str]:
+    """Return names that were given; a text alone would be the names of its letters.
+
+    Raises
+    ------
+    ValueError
+        If they are no collection of texts; one line.
+    """
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
+        raise ValueError(f"{name}: {value!r} is not allowed: it should be several names")
+    given = list(value)
+    if odd := [part for part in given if not isinstance(part, str)]:
+        raise ValueError(f"{name}: it holds {odd[0]!r}; allowed: names")
+    return frozenset(given)

@@ -1,8 +1,8 @@
 """Arguments of strategies in the library, held to the rules that the settings of a run have."""
 
-from collections.abc import Iterable
 from typing import Literal, TypeVar, get_args
 
+from core.arguments import check_names
 from core.errors import SettingsError
 from core.options import Options
 from core.settings import Settings
@@ -44,19 +44,17 @@ equal to 1
 
 
 def names_in(argument: str, names: object) -> frozenset[str]:
-    """Return names that were given; a text alone would be the names of its letters.
+    """Return names that were given, as `core.arguments.check_names` does.
 
     Raises
     ------
     SettingsError
         If they are no collection of texts.
     """
-    if not isinstance(names, Iterable) or isinstance(names, str):
-        raise SettingsError(f"{argument}: {names!r} is not allowed: it should be several names")
-    given = list(names)
-    if odd := [name for name in given if not isinstance(name, str)]:
-        raise SettingsError(f"{argument}: it holds {odd[0]!r}; allowed: names")
-    return frozenset(given)
+    try:
+        return check_names(argument, names)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def own_options(options: Own | None, kind: type[Own], owner: object) -> Own:

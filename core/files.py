@@ -5,14 +5,10 @@ A crash leaves a file's old content or the new one, never a part.
 
 import errno
 import fcntl
-import hashlib
 import os
 import stat
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
 
 from core.errors import SettingsError, words_of
 
@@ -121,12 +117,3 @@ def is_locked(folder: Path) -> bool | None:
     finally:
         os.close(descriptor)
     return False
-
-
-def checksum(head: str, arrays: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 of the head, and of each array's name, type, shape and bytes by name."""
-    digest = hashlib.sha256(head.encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

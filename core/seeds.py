@@ -1,8 +1,11 @@
 """Independent random streams from the run's one seed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
+import torch
 
 
 class Stream(IntEnum):
@@ -16,6 +19,11 @@ class Stream(IntEnum):
     DIFFERENCE = 6
     MASK = 7
     ROUNDING = 8
+    # What a model draws by itself: as teacher and student, in the evaluation, and where unlabelled
+    # images pass through it.
+    DISTILLATION = 9
+    EVALUATION = 10
+    CALIBRATION = 11
 
 
 def derive_seed(seed: int, *path: int) -> int:
@@ -24,3 +32,12 @@ def derive_seed(seed: int, *path: int) -> int:
     Different paths give independent streams; the same path gives the same seed on every machine.
     """
     return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def drawn_under(seed: int, *path: int) -> Iterator[None]:
+    """Let a model draw its random numbers under `derive_seed`; torch's own go on as they were."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive_seed(seed, *path))
+        yield

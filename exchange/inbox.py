@@ -1,7 +1,7 @@
 """Replies taken from Flower's grid one at a time; one that cannot be read is an error, no crash."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import WARNING
 from typing import TypeVar
 
@@ -12,7 +12,9 @@ from flwr.serverapp import Grid
 
 from core.arguments import check_number
 from core.errors import FederationError
+from exchange.protocol import Declaration, last_line
 from exchange.pulling import NotYetComplete, only_the_reply
+from exchange.round_plan import RoundLog
 from exchange.undocumented import unreadable
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
@@ -167,3 +169,57 @@ def _checked(reply: Message) -> Message:
     if not reply.has_error() and not isinstance(reply.content, RecordDict):
         raise TypeError(f"it holds a {type(reply.content).__name__}")
     return reply
+
+
+def match_replies(
+    messages: list[Message],
+    clients: dict[int, Declaration],
+    replies: Iterable[Message],
+    round_log: RoundLog,
+) -> Iterator[tuple[Declaration, Message]]:
+    """Yield the replies that carry content, with the client that each comes from.
+
+    A reply is matched by the message that it answers: an error for a node that vanished comes from
+    the SuperLink itself. Errors and missing replies are noted in the log, replies to anything
+    else ignored.
+    """
+    waiting: dict[str, Declaration] = {}
+    known = 0
+    for reply in replies:
+        if known < len(messages):
+            # Not before: a message has no ID until it has been pushed, or is yet to be made.
+            waiting |= _by_message_id(messages[known:], clients)
+            known = len(messages)
+        client = waiting.pop(reply.metadata.reply_to_message_id, None)
+        if client is None:
+            continue
+        if reply.has_error():
+            round_log.failed[client.partition_id] = last_line(reply.error.reason)
+        else:
+            yield client, reply
+    waiting |= _by_message_id(messages[known:], clients)
+    for client in waiting.values():
+        round_log.failed[client.partition_id] = "no reply in time"
+
+
+def _by_message_id(
+    messages: Iterable[Message], clients: dict[int, Declaration]
+) -> dict[str, Declaration]:
+    return {m.metadata.message_id: clients[m.metadata.dst_node_id] for m in messages}
+
+
+def warn_of_left_out(
+    server_round: int, clients: Mapping[int, Declaration], round_log: RoundLog
+) -> None:
+    """Log which of the clients that were asked, by node ID, are left out, and why."""
+    reasons = round_log.rejected | round_log.failed
+    for node_id, client in clients.items():
+        if reason := reasons.get(client.partition_id):
+            log(
+                WARNING,
+                "Round %d goes on without node %d (partition %d): %s",
+                server_round,
+                node_id,
+                client.partition_id,
+                reason,
+            )

@@ -14,9 +14,9 @@ from core.arguments import check_number
 from core.errors import FederationError, SettingsError
 from core.seeds import Stream, derive_seed
 from exchange.inbox import patiently
-from exchange.protocol import DECLARATION, Declaration, ProtocolError, plain
+from exchange.protocol import DECLARATION, Declaration, ProtocolError, last_line, plain
 from exchange.queries import Queries
-from exchange.replies import last_line
+from exchange.undocumented import is_simulated
 from quant import ALLOWED_WIDTHS, is_width
 
 _POLL = 0.1
@@ -71,6 +71,7 @@ class Nodes:
         self._before = 0
         self._parts = 0
         self._gathered = False
+        self._simulated = False
 
     @property
     def most_examples(self) -> int:
@@ -100,6 +101,7 @@ class Nodes:
             If fewer than `min_nodes` can take part when the time is up, all were refused, or no
             number of partitions has the most declarations.
         """
+        self._simulated = is_simulated(grid)
         deadline, most = time.monotonic() + self._wait, 0
         while True:
             self._look(grid)
@@ -141,6 +143,12 @@ class Nodes:
         if not connected:
             return f"no node is connected after {self._wait:g} s"
         heard = len(self._declared.keys() | self._refused.keys())
+        if not heard and self._simulated:
+            return (
+                f"none of {connected} simulated nodes has answered after {self._wait:g} s "
+                "(node-wait); Flower's simulation is still starting, or cannot start and its log "
+                "says why, as with client-resources-num-cpus=0"
+            )
         if self._refused:
             reason = next(iter(self._refused.values()))
             return f"{reason} ({len(self._refused)} of {connected} connected nodes are refused)"

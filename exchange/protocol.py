@@ -1,12 +1,18 @@
-"""What passes between a strategy and a client besides the model: declaration, instruction, report.
+"""The messages between a strategy and a client: declaration, instruction, model, report and update.
 
-Each is a frozen dataclass of plain values. `to_record` turns it into what a Flower record holds,
-`from_record` back, refusing what is missing, of the wrong type, or unknown.
+All but the model and the update are frozen dataclasses of plain values. `to_record` turns them into
+what a Flower record holds, `from_record` back, refusing what is missing, of the wrong type, or
+unknown. The functions below them are all that a ClientApp needs to take part under any strategy of
+this project; it may train as it likes. `client_app.app` is one.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from quant import STYPE, Update, UpdateSpec, decode, encode
 
 # Keys of the records in a message.
 MODEL = "model"
@@ -30,6 +36,12 @@ Uplink = Literal["weights", "difference", "nothing"]
 def plain(text: str) -> str:
     """Return a stranger's text as one short line that can be logged."""
     return "".join(c if c.isprintable() else "?" for c in text[:500])
+
+
+def last_line(reason: str | None) -> str:
+    """Return the last line of an error's reason: of a traceback, what was raised."""
+    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
+    return plain(lines[-1]) if lines else "no reason given"
 
 
 class ProtocolError(ValueError):
@@ -171,3 +183,83 @@ class Report(_Record):
     seconds: float
     steps: int = 0
     began_clean: int = 0
+
+
+def to_array(payload: bytes) -> Array:
+    """Wrap a payload as the one array of a record."""
+    return Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
+
+
+def answer_query(message: Message, declaration: Declaration) -> Message:
+    """Answer the server's query what this node is."""
+    record = ConfigRecord(declaration.to_record())
+    return Message(RecordDict({DECLARATION: record}), reply_to=message)
+
+
+def instruction_in(message: Message) -> Instruction:
+    """Return what a message to train or to evaluate asks.
+
+    Raises
+    ------
+    ProtocolError
+        If it is none of this project's strategies'.
+    """
+    return Instruction.from_record(cast(ConfigRecord, message.content[INSTRUCTION]))
+
+
+def config_in(message: Message) -> dict[str, Any]:
+    """Return what Flower's `start` was given for the clients; empty if that was nothing."""
+    return dict(cast(ConfigRecord, message.content[CONFIG])) if CONFIG in message.content else {}
+
+
+def model_in(message: Message, spec: UpdateSpec) -> Update | None:
+    """Return the model that a message carries, as it was sent; None if it carries none.
+
+    Parameters
+    ----------
+    message : Message
+        To train or to evaluate.
+    spec : UpdateSpec
+        Tensors of the model, ``quant.spec_of(network)``.
+
+    Raises
+    ------
+    UpdateError
+        If it is not a whole, unaltered model of these tensors.
+    """
+    bits = instruction_in(message).downlink_bits
+    if not bits:
+        return None
+    # By key: Flower's views of one kind of record tie the message into a cycle.
+    arrays = cast(ArrayRecord, message.content[MODEL])
+    return decode(arrays[MODEL].data, spec, bits)
+
+
+def answer(
+    message: Message, report: Report, update: Update | None = None, sent: Update | None = None
+) -> Message:
+    """Answer a message to train or to evaluate.
+
+    Parameters
+    ----------
+    message : Message
+        The message.
+    report : Report
+        The client's numbers.
+    update : Update, optional
+        What it was asked to send: its weights, or the difference to what it was sent.
+    sent : Update, optional
+        The model that it was sent (`model_in`): where this came as codes of the update's width,
+        the update's codes travel as differences from them.
+    """
+    content = RecordDict({REPORT: MetricRecord(report.to_record())})
+    if update is not None:
+        asked = instruction_in(message)
+        payload = encode(
+            update,
+            coded=bool(asked.coded),
+            start=sent if asked.starts_from_codes(update.bits) else None,
+            stamp=asked.server_round,
+        )
+        content[UPDATE] = ArrayRecord({UPDATE: to_array(payload)})
+    return Message(content, reply_to=message)

@@ -1,16 +1,32 @@
-"""Replies one by one: checked at the door, a bad one set aside."""
+"""Replies one by one, validated on receipt: report, payload, and how large its values are."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from logging import WARNING
-from math import isfinite
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, sqrt
 
 from flwr.app import ArrayRecord, Message, MetricRecord
-from flwr.common.logger import log
+from torch import Tensor
 
-from exchange.protocol import MOST_LOSS, REPORT, UPDATE, Declaration, ProtocolError, Report, plain
-from quant import STYPE, Update
+from exchange.protocol import (
+    MOST_LOSS,
+    REPORT,
+    UPDATE,
+    Declaration,
+    ProtocolError,
+    Report,
+    plain,
+)
+from exchange.round_plan import RoundPlan
+from quant import (
+    STYPE,
+    Update,
+    UpdateError,
+    decode_all,
+    is_statistic,
+    squares_at_most,
+)
+
+Norms = Mapping[str, float]
 
 
 class BadReply(ValueError):
@@ -21,8 +37,8 @@ class BadReply(ValueError):
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A client's reply as it came: the payload not yet unpacked."""
+class Reply:
+    """A client's reply as it came: the payload is yet to be decoded."""
 
     client: Declaration
     payload: bytes
@@ -31,7 +47,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """A client's reply, unpacked and checked.
+    """A client's reply, decoded and validated.
 
     Attributes
     ----------
@@ -48,7 +64,7 @@ class ClientUpdate:
     report: Report
 
 
-def open_report(reply: Message, server_round: int) -> Report:
+def read_report(reply: Message, server_round: int) -> Report:
     """Read and check the report in a reply.
 
     Raises
@@ -90,13 +106,13 @@ def payload_of(reply: Message) -> bytes | None:
     return arrays[UPDATE].data
 
 
-def open_training_reply(
+def read_reply(
     reply: Message,
     client: Declaration,
     server_round: int,
-    size: int,
+    most_bytes: int,
     most_steps: int | None = None,
-) -> Packed:
+) -> Reply:
     """Take the report and, if one was asked for, the packed update out of a training reply.
 
     Parameters
@@ -107,8 +123,8 @@ def open_training_reply(
         Who sent it.
     server_round : int
         Round that it has to be of.
-    size : int
-        Bytes that its update takes at most; 0 if none was asked for.
+    most_bytes : int
+        That its update takes; 0 if none was asked for.
     most_steps : int or None
         Optimizer steps that it can have taken; None if that is not known.
 
@@ -118,115 +134,187 @@ def open_training_reply(
         If the reply does not hold exactly one update of no more than this size, or its report
         cannot be true.
     """
-    report = open_report(reply, server_round)
+    report = read_report(reply, server_round)
     if report.num_examples > client.num_examples:
         raise BadReply(
             f"it reports {report.num_examples} examples and declared {client.num_examples}"
         )
     if most_steps is not None and report.steps > most_steps:
         raise BadReply(f"it reports {report.steps} steps; its examples allow {most_steps}")
-    if not size:
-        return Packed(client, b"", report)
+    if not most_bytes:
+        return Reply(client, b"", report)
     payload = payload_of(reply)
     if payload is None:
         raise BadReply(f"the reply does not hold one array of type {STYPE}")
-    if len(payload) > size:
+    if len(payload) > most_bytes:
         # Here, so that what is too long is not kept until its turn comes.
-        raise BadReply(f"its payload has {len(payload)} bytes; this model takes {size}")
-    return Packed(client, payload, report)
+        raise BadReply(f"its payload has {len(payload)} bytes; this model takes {most_bytes}")
+    return Reply(client, payload, report)
 
 
-@dataclass
-class RoundLog:
-    """What happened to the clients of one round.
+def decode_in_order(
+    plan: RoundPlan, replies: Sequence[Reply], rejected: MutableMapping[int, str]
+) -> Iterator[ClientUpdate]:
+    """Decode replies in the order given; malformed ones are left out.
 
-    Attributes
+    Parameters
     ----------
-    sampled, aggregated : list of int
-        Partitions that were asked, and those whose update was used.
-    rejected, failed : dict of int to str
-        Partitions that sent something unusable, and those that sent an error or nothing, with the
-        reason.
-    uplink_bytes, downlink_bytes : Counter of int
-        Payload bytes by width, summed over clients.
-    dropped : str
-        Why the result of the round was dropped; empty if it was not.
-    own : dict
-        What the strategy itself reports: numbers, texts, lists, and mappings under text keys.
-    detailed : bool
-        Whether this round is to be recorded in full.
-    weights : dict
-        Then, from a strategy that has them, `WeightDistributions.to_record`.
+    plan : RoundPlan
+        What they are held against.
+    replies : sequence of Reply
+        The replies.
+    rejected : mutable mapping of int to str
+        Is told of those that are left out: partition and reason.
     """
-
-    sampled: list[int] = field(default_factory=list)
-    aggregated: list[int] = field(default_factory=list)
-    rejected: dict[int, str] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)
-    uplink_bytes: Counter[int] = field(default_factory=Counter)
-    downlink_bytes: Counter[int] = field(default_factory=Counter)
-    dropped: str = ""
-    own: dict[str, object] = field(default_factory=dict)
-    detailed: bool = False
-    weights: dict[str, object] = field(default_factory=dict)
-
-    @property
-    def left_out(self) -> dict[int, str]:
-        """Partitions that were asked in vain, with the reason."""
-        return self.rejected | self.failed
-
-    def warn(self, server_round: int, clients: Mapping[int, Declaration]) -> None:
-        """Log which of the clients that were asked, by node ID, are left out, and why."""
-        for node_id, client in clients.items():
-            if reason := self.left_out.get(client.partition_id):
-                log(
-                    WARNING,
-                    "Round %d goes on without node %d (partition %d): %s",
-                    server_round,
-                    node_id,
-                    client.partition_id,
-                    reason,
-                )
-
-
-def match_replies(
-    messages: list[Message],
-    clients: dict[int, Declaration],
-    replies: Iterable[Message],
-    round_log: RoundLog,
-) -> Iterator[tuple[Declaration, Message]]:
-    """Yield the replies that carry content, with the client that each comes from.
-
-    A reply is matched by the message that it answers: an error for a node that vanished comes from
-    the SuperLink itself. Errors and missing replies are noted in the log, replies to anything
-    else ignored.
-    """
-    waiting: dict[str, Declaration] = {}
-    known = 0
-    for reply in replies:
-        if known < len(messages):
-            # Not before: a message has no ID until it has been pushed, or is yet to be made.
-            waiting |= _by_message_id(messages[known:], clients)
-            known = len(messages)
-        client = waiting.pop(reply.metadata.reply_to_message_id, None)
-        if client is None:
-            continue
-        if reply.has_error():
-            round_log.failed[client.partition_id] = last_line(reply.error.reason)
+    expected = [(r.payload, plan.expected[r.client.partition_id]) for r in replies]
+    for reply, update in zip(replies, decode_all(expected), strict=True):
+        if isinstance(update, UpdateError):
+            rejected[reply.client.partition_id] = str(update)
         else:
-            yield client, reply
-    waiting |= _by_message_id(messages[known:], clients)
-    for client in waiting.values():
-        round_log.failed[client.partition_id] = "no reply in time"
+            yield ClientUpdate(reply.client, update, reply.report)
+        # Let go of it before the next one is decoded.
+        del update
 
 
-def last_line(reason: str | None) -> str:
-    """Return the last line of an error's reason: of a traceback, what was raised."""
-    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return plain(lines[-1]) if lines else "no reason given"
+def within_norms(
+    plan: RoundPlan, replies: list[Reply], bound: float, rejected: MutableMapping[int, str]
+) -> list[Reply]:
+    """Return the replies whose updates are not out of all proportion (`too_large`).
+
+    Parameters
+    ----------
+    plan, replies, rejected
+        As of `decode_in_order`.
+    bound : float
+        Of the strategy; 0 lets everything pass.
+    """
+    sent = scale_of(plan.start)
+    if not bound or all_small((_norms_at_most(plan, reply) for reply in replies), sent, bound):
+        return replies
+    # Seldom: the norms themselves are needed, for which everything is decoded once more.
+    norms = {
+        item.client.partition_id: norms_of(item.update.dequantize())
+        for item in decode_in_order(plan, replies, rejected)
+    }
+    large = too_large(norms, sent, bound)
+    rejected.update(large)
+    return [r for r in replies if r.client.partition_id in norms.keys() - large.keys()]
 
 
-def _by_message_id(
-    messages: Iterable[Message], clients: dict[int, Declaration]
-) -> dict[str, Declaration]:
-    return {m.metadata.message_id: clients[m.metadata.dst_node_id] for m in messages}
+def _norms_at_most(plan: RoundPlan, reply: Reply) -> Norms:
+    squares = squares_at_most(reply.payload, plan.expected[reply.client.partition_id])
+    return _norms_from(*squares)
+
+
+def norms_of(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the Euclidean norms of a model's parameters and of its BatchNorm statistics."""
+    squares = {"parameters": 0.0, "statistics": 0.0}
+    for name, tensor in values.items():
+        squares[_kind(name)] += float(tensor.norm()) ** 2
+    return _norms_from(**squares)
+
+
+def _norms_from(parameters: float, statistics: float) -> dict[str, float]:
+    """Return the same from their sums of squares."""
+    return {"parameters": sqrt(parameters), "statistics": sqrt(statistics)}
+
+
+def scale_of(model: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the norms that updates are measured by: a model's, or if it is all zeros, of ones.
+
+    A linear model may begin with zeros, beside which everything would be too large.
+    """
+    counts = {"parameters": 0, "statistics": 0}
+    for name, tensor in model.items():
+        counts[_kind(name)] += tensor.numel()
+    return {kind: norm or sqrt(counts[kind]) for kind, norm in norms_of(model).items()}
+
+
+def all_small(largest: Iterable[Norms], sent: Norms, bound: float) -> bool:
+    """Return whether no update can be `too_large`, whatever the others are.
+
+    Parameters
+    ----------
+    largest : iterable of mapping
+        Norms that the updates have at most.
+    sent, bound
+        As of `too_large`.
+    """
+    most = _most(sent, bound)
+    return all(norms[kind] <= most[kind] for norms in largest for kind in most)
+
+
+def too_large(updates: Mapping[int, Norms], sent: Norms, bound: float) -> dict[int, str]:
+    """Say which updates are out of all proportion.
+
+    An update may be `bound` times as large as the model that was sent, or as the round's median
+    update if that is larger. The model alone would not do, as all honest clients may leave a small
+    one far behind; nor the median, as all but one may stand still. Of an even number the lower
+    median is taken, so that of two clients the smaller one counts.
+
+    One that comes alone is its own median, and is held against the model only. Statistics may be
+    the square of `bound` times as large as the model's, as variances grow so when weights grow by
+    `bound`.
+
+    Parameters
+    ----------
+    updates : mapping of int to mapping
+        `norms_of` the decoded update of each partition.
+    sent : mapping
+        `scale_of` the model that was sent.
+    bound : float
+        From 1; 0 lets everything pass.
+
+    Returns
+    -------
+    dict of int to str
+        The reason by partition.
+    """
+    reasons: dict[int, str] = {}
+    if not bound or not updates:
+        return reasons
+    alone = len(updates) == 1
+    for kind, by_model in _most(sent, bound).items():
+        norms = sorted(norms[kind] for norms in updates.values())
+        median = 0.0 if alone else norms[(len(norms) - 1) // 2]
+        most = max(by_model, median * bound)
+        for partition, own in updates.items():
+            if own[kind] > most:
+                reasons[partition] = (
+                    f"its {kind} have a norm of {own[kind]:.3g}; norm-bound {bound:g} allows "
+                    f"{most:.3g}"
+                )
+    return reasons
+
+
+def _most(sent: Norms, bound: float) -> dict[str, float]:
+    """Norms that are allowed whatever the other updates are."""
+    return {k: n * (bound**2 if k == "statistics" else bound) for k, n in sent.items()}
+
+
+def _kind(name: str) -> str:
+    return "statistics" if is_statistic(name) else "parameters"
+
+
+def training_metrics(reports: Sequence[Report]) -> MetricRecord:
+    """Average what clients saw in training, weighted by examples."""
+    total = sum(r.num_examples for r in reports)
+    return MetricRecord(
+        {
+            "num-examples": total,
+            "train-loss": sum(r.loss * r.num_examples for r in reports) / total,
+            "train-accuracy": sum(r.accuracy * r.num_examples for r in reports) / total,
+            "train-seconds": sum(r.seconds for r in reports),
+        }
+    )
+
+
+def evaluation_metrics(reports: Mapping[int, Sequence[Report]]) -> MetricRecord:
+    """Average accuracy and loss over the clients of each width, and over all, each client alike."""
+    groups = {str(bits): group for bits, group in sorted(reports.items())}
+    groups["average"] = [report for group in reports.values() for report in group]
+    record = MetricRecord()
+    for name, group in groups.items():
+        record[f"accuracy-{name}"] = sum(r.accuracy for r in group) / len(group)
+        record[f"loss-{name}"] = sum(r.loss for r in group) / len(group)
+    return record

@@ -1,29 +1,29 @@
-"""What one round asks of each client, which its reply is held against."""
+"""One round: what is asked of each client, and what happened to it."""
 
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
-import numpy as np
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 
-from exchange.norms import norms_from
-from exchange.protocol import Declaration, Instruction
-from exchange.replies import Packed, open_training_reply
-from exchange.states import State
-from quant import (
-    FLOAT_BITS,
-    OpenedUpdate,
-    Update,
-    UpdateError,
-    UpdateSpec,
-    is_variance,
-    open_update,
-    payload_size,
-    squares_at_most,
+from core.errors import SettingsError
+from exchange.protocol import (
+    BY_BROADCAST,
+    CONFIG,
+    Declaration,
+    Instruction,
+    ProtocolError,
+    Uplink,
 )
+from exchange.states import State
+from quant import FLOAT_BITS, MAX_BITS, MIN_BITS, Expected, Update, UpdateSpec, is_width
+
+_ALLOWED = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"
 
 
 @dataclass
-class Asked:
+class RoundPlan:
     """The messages of one round, and what they ask of whom.
 
     Attributes
@@ -34,8 +34,8 @@ class Asked:
         Its tensors.
     clients : dict of int to Declaration
         By node ID.
-    instructions, models : dict of int to Instruction, and to Update
-        By partition; the model as the client was sent it, where it was sent one.
+    instructions, expected : dict of int to Instruction, and to Expected
+        By partition: what the client is asked, and the update that it then sends.
     messages : list of Message
         One a client, of those that were made so far.
     """
@@ -44,102 +44,122 @@ class Asked:
     spec: UpdateSpec = field(default_factory=lambda: UpdateSpec({}))
     clients: dict[int, Declaration] = field(default_factory=dict)
     instructions: dict[int, Instruction] = field(default_factory=dict)
-    models: dict[int, Update] = field(default_factory=dict)
+    expected: dict[int, Expected] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
-
-    def uplink_bits(self, client: Declaration) -> int:
-        """Return the width of the update that a client was asked for; 0 if for none."""
-        instruction = self.instructions[client.partition_id]
-        if instruction.uplink == "nothing":
-            return 0
-        return instruction.uplink_bits or client.bits
-
-    def uplink_size(self, client: Declaration) -> int:
-        """Return the most bytes that this update takes."""
-        bits = self.uplink_bits(client)
-        return payload_size(self.spec, bits) if bits else 0
 
     @property
     def largest_payload(self) -> int:
-        """Bytes of the largest update that a client was asked for."""
-        return max((self.uplink_size(client) for client in self.clients.values()), default=0)
+        """Bytes of the largest update that a client is asked for."""
+        return max((expected.most_bytes for expected in self.expected.values()), default=0)
 
-    def open(self, client: Declaration, reply: Message, most_steps: int | None) -> Packed:
-        """Take apart a reply to one of the messages.
+    def ask(self, client: Declaration, instruction: Instruction) -> None:
+        """Plan what a client is asked."""
+        bits = instruction.uplink_bits or client.bits
+        self.instructions[client.partition_id] = instruction
+        self.expected[client.partition_id] = (
+            Expected(self.spec, 0)
+            if instruction.uplink == "nothing"
+            else Expected(self.spec, bits, instruction.uplink, stamp=instruction.server_round)
+        )
 
-        Parameters
-        ----------
-        client : Declaration
-            Who sent it.
-        reply : Message
-            With content.
-        most_steps : int or None
-            Steps that the client can have taken; None if that is not known.
-
-        Raises
-        ------
-        BadReply
-            If it does not hold what was asked for.
-        """
-        server_round = self.instructions[client.partition_id].server_round
-        size = self.uplink_size(client)
-        return open_training_reply(reply, client, server_round, size, most_steps)
-
-    def norms_at_most(self, item: Packed) -> dict[str, float]:
-        """Bound the norms of an update without unpacking it (`exchange.norms`)."""
-        bits = self.uplink_bits(item.client)
-        return norms_from(*squares_at_most(item.payload, self.spec, bits) if bits else (0.0, 0.0))
-
-    def open_update(self, item: Packed) -> OpenedUpdate | None:
-        """Check a payload up to its values; None if none was asked for.
-
-        Raises
-        ------
-        UpdateError
-            If it is not an update of this model, width, content and round.
-        """
-        instruction = self.instructions[item.client.partition_id]
-        if instruction.uplink == "nothing":
-            return None
-        bits, stamp = self.uplink_bits(item.client), instruction.server_round
-        return open_update(item.payload, self.spec, bits, instruction.uplink, stamp)
-
-    def read_update(
-        self,
-        item: Packed,
-        opened: OpenedUpdate | None,
-        unfolded: np.ndarray | None = None,
-    ) -> Update:
-        """Read and check the values; an update of none if none was asked for.
-
-        Parameters
-        ----------
-        item : Packed
-            The reply.
-        opened : OpenedUpdate or None
-            Its payload, from `open_update`.
-        unfolded : ndarray, optional
-            What the payload unfolded to, if it did already.
-
-        Raises
-        ------
-        UpdateError
-            If they are not those of an update, or lead to no model.
-        """
-        if opened is None:
-            return Update(FLOAT_BITS, "weights", {}, {})
-        partition = item.client.partition_id
-        instruction, sent = self.instructions[partition], self.models.get(partition)
-        from_codes = instruction.starts_from_codes(opened.layout.bits)
-        unfolded = opened.unfold() if unfolded is None else unfolded
-        update = opened.read(unfolded, start=sent if from_codes else None)
-        if sent is not None and update.content == "difference":
-            _check_variances(update, sent)
-        return update
+    def sent(self, client: Declaration, model: Update) -> None:
+        """Note the model that a client was sent, which its update may refer to."""
+        expected = self.expected[client.partition_id]
+        self.expected[client.partition_id] = replace(expected, start=model)
 
 
-def _check_variances(difference: Update, sent: Update) -> None:
-    """Refuse a difference that nobody can have trained: it ends below a variance of zero."""
-    for name, moved in difference.floats.items():
-        if is_variance(name) and (sent.floats[name] + moved < 0).any():
-            raise UpdateError(f"{name} is a variance and would become negative")
+@dataclass
+class RoundLog:
+    """What happened to the clients of one round.
+
+    Attributes
+    ----------
+    sampled, aggregated : list of int
+        Partitions that were asked, and those whose update was used.
+    rejected, failed : dict of int to str
+        Partitions that sent something unusable, and those that sent an error or nothing, with the
+        reason.
+    uplink_bytes, downlink_bytes : Counter of int
+        Payload bytes by width, summed over clients.
+    received : float
+        When the last reply had come, on `time.monotonic`.
+    dropped : str
+        Why the result of the round was dropped; empty if it was not.
+    unchanged : str
+        Why the model is the one before, though updates were used; empty if it is not.
+    own : dict
+        What the strategy itself reports: numbers, texts, lists, and mappings under text keys.
+    detailed : bool
+        Whether this round is to be recorded in full.
+    weights : dict
+        Then, from a strategy that has them, `WeightDistributions.to_record`.
+    """
+
+    sampled: list[int] = field(default_factory=list)
+    aggregated: list[int] = field(default_factory=list)
+    rejected: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    uplink_bytes: Counter[int] = field(default_factory=Counter)
+    downlink_bytes: Counter[int] = field(default_factory=Counter)
+    received: float = 0.0
+    dropped: str = ""
+    unchanged: str = ""
+    own: dict[str, object] = field(default_factory=dict)
+    detailed: bool = False
+    weights: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Partitions that were asked in vain, with the reason."""
+        return self.rejected | self.failed
+
+
+def completed(instruction: Instruction, by_broadcast: int, owner: str) -> Instruction:
+    """Return an instruction with the width of its downlink put in.
+
+    Parameters
+    ----------
+    instruction : Instruction
+        From `MixedPrecisionStrategy.instruct`.
+    by_broadcast : int
+        Width of the downlink where the instruction names none.
+    owner : str
+        Class that it is from, for the errors.
+
+    Raises
+    ------
+    SettingsError
+        If it asks for what there is not.
+    """
+    asks = f"{owner}.instruct asks for"
+    if not isinstance(instruction, Instruction):
+        raise SettingsError(f"strategy: {owner}.instruct returns no Instruction: {instruction!r}")
+    downlink = instruction.downlink_bits
+    if downlink == BY_BROADCAST:
+        downlink = by_broadcast
+    for key, bits in (("downlink-bits", downlink), ("uplink-bits", instruction.uplink_bits)):
+        if type(bits) is not int or (bits and not is_width(bits)):
+            raise SettingsError(f"{key}: {asks} {bits!r}; allowed: {_ALLOWED}")
+    if instruction.uplink not in get_args(Uplink):
+        allowed = ", ".join(get_args(Uplink))
+        raise SettingsError(f"uplink: {asks} {instruction.uplink!r}; allowed: {allowed}")
+    try:
+        Instruction.from_record(instruction.to_record())
+    except ProtocolError as error:
+        raise SettingsError(f"strategy: {asks} what cannot be sent: {error}") from None
+    if instruction.tracking_epoch and downlink != FLOAT_BITS:
+        raise SettingsError(
+            f"downlink-bits: {asks} {downlink} beside tracking, whose corrections need the exact "
+            f"model; allowed: {FLOAT_BITS}"
+        )
+    return replace(instruction, downlink_bits=downlink)
+
+
+def with_config(messages: Iterable[Message], config: Mapping | None) -> list[Message]:
+    """Add to messages what Flower's `start` was given for the clients, if anything was."""
+    messages = list(messages)
+    if config:
+        for message in messages:
+            # A record each: a client in this process may change its own.
+            message.content[CONFIG] = ConfigRecord(dict(config))
+    return messages

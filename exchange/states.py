@@ -1,32 +1,34 @@
-"""State dicts as the server handles them: to and from Flower's records, joined, checked."""
+"""State dicts as the server handles them: validated, kept, put back, and in Flower's records."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from core.errors import SettingsError
-from quant import STYPE, is_variance
-from quant.codec import reading
+from quant import LARGEST_VALUE, is_variance
 
 State = dict[str, Tensor]
 # What NumPy holds too; a model is float32 again when the next round begins.
 _FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
-def next_model(model: object, start: Mapping[str, Tensor], owner: str) -> State:
-    """Return the next model of a round: every tensor of the one before, in its shape and order.
+def checked_model(model: object, start: Mapping[str, Tensor], source: str) -> State:
+    """Return a model that a strategy made: every tensor of another one, in its shape and order.
 
     Parameters
     ----------
     model : object
-        From `MixedPrecisionStrategy.combine`.
+        From `MixedPrecisionStrategy.combine` or `state_for`.
     start : mapping of str to Tensor
-        The model that the round began with.
-    owner : str
-        Class that it is from, for the error.
+        The model that it was made from.
+    source : str
+        Class and method that it is from, for the error.
 
     Raises
     ------
@@ -43,7 +45,7 @@ def next_model(model: object, start: Mapping[str, Tensor], owner: str) -> State:
         wrong = next((w for n in start if (w := _unlike(model[n], n, start[n]))), "")
     if wrong:
         raise SettingsError(
-            f"strategy: {owner}.combine returns {wrong}; allowed: all tensors of the model by name"
+            f"strategy: {source} returns {wrong}; allowed: all tensors of the model by name"
         )
     assert isinstance(model, Mapping)
     # The same objects where they can be: what is kept of them too need not be looked at twice.
@@ -61,27 +63,87 @@ def _unlike(value: object, name: str, before: Tensor) -> str:
     return ""
 
 
-def not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """Return the name of a tensor that holds NaN or an infinity, None if there is none.
+class RoundDropped(Exception):
+    """Raised in `combine` where no model can be made of a round; the message says why."""
 
-    A model that has one is never sent.
+
+def what_is_kept(checkpoint: Callable[[], object]) -> tuple[State, dict[str, object]]:
+    """Return what a strategy's `checkpoint` returns: tensors and values by name.
+
+    Raises
+    ------
+    SettingsError
+        If it returns anything else.
     """
-    for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            continue
-        # What is not finite stays so in a sum, which is faster than a look at every value. That of
-        # many ordinary float16 values would overflow in float16.
-        if not isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
-            return name
-    return None
+    match checkpoint():
+        case (Mapping() as tensors, Mapping() as values):
+            return dict(tensors), dict(values)
+        case other:
+            name = getattr(checkpoint, "__qualname__", "checkpoint")
+            raise SettingsError(
+                f"strategy: {name} returns a {type(other).__name__}; allowed: two mappings, one "
+                "of tensors and one of values that JSON can hold"
+            )
 
 
-def too_large(state: Mapping[str, Tensor]) -> str | None:
-    """Return the name of a tensor that holds what no update may, None if there is none."""
-    for name, tensor in state.items():
-        if tensor.numel() and not max(map(abs, tensor.aminmax())) <= reading.LARGEST_VALUE:
-            return name
-    return None
+@dataclass(frozen=True)
+class Snapshot:
+    """What a strategy kept before a round, by value: nothing that it does later changes it.
+
+    Attributes
+    ----------
+    tensors, values : dict
+        As `MixedPrecisionStrategy.checkpoint` returned them.
+    """
+
+    tensors: State
+    values: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any], replaced: bool
+    ) -> "Snapshot":
+        """Copy what `checkpoint` returned, but for tensors that are only ever replaced."""
+        kept = {n: t if replaced else t.detach().clone() for n, t in tensors.items()}
+        return cls(kept, copy.deepcopy(dict(values)))
+
+
+def why_unusable(
+    model: Mapping[str, Tensor] | None, kept: Mapping[str, Tensor], before: Mapping[str, Tensor]
+) -> str:
+    """Say why a round's result cannot be used; empty if it can.
+
+    Parameters
+    ----------
+    model : mapping of str to Tensor or None
+        The next model, if one was made.
+    kept : mapping of str to Tensor
+        What the strategy keeps for later rounds.
+    before : mapping of str to Tensor
+        What it kept before; a tensor that was not finite then is not this round's fault.
+    """
+    known = set()
+    for name, tensor in (model or {}).items():
+        known.add(id(tensor))
+        # As it is sent: a float64 value may be beyond float32.
+        largest = _largest(tensor.float())
+        if not isfinite(largest):
+            return f"its model is not finite ({name})"
+        if largest > LARGEST_VALUE:
+            return f"its model holds more than {LARGEST_VALUE:g} ({name}), which no client takes"
+    for name, tensor in kept.items():
+        was_finite = name not in before or isfinite(_largest(before[name]))
+        if id(tensor) not in known and not isfinite(_largest(tensor)) and was_finite:
+            return f"what the strategy keeps is not finite ({name})"
+    return ""
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest magnitude; NaN if a value is."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return 0.0
+    smallest, largest = tensor.detach().aminmax()
+    return max(-float(smallest), float(largest))
 
 
 def without_negative_variances(state: Mapping[str, Tensor]) -> State:
@@ -101,11 +163,6 @@ def split_states(joined: State) -> dict[str, State]:
         key, _, name = path.rpartition("/")
         states.setdefault(key, {})[name] = tensor
     return states
-
-
-def to_array(payload: bytes) -> Array:
-    """Wrap a payload as the one array of a record."""
-    return Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
 
 
 def to_state(arrays: ArrayRecord) -> State:

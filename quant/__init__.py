@@ -5,13 +5,18 @@ Tensors and bytes in, tensors and bytes out; nothing here knows of Flower.
 
 from core.bits import ALLOWED_WIDTHS, FLOAT_BITS, MAX_BITS, MIN_BITS, check_bits, is_width
 from quant.alignment import add_drift, level_drift
-from quant.codec.bounds import squares_at_most
-from quant.codec.device_packing import pack_tensor
-from quant.codec.flat import FlatUpdate, UpdateSum
+from quant.codec.decode import (
+    LARGEST_VALUE,
+    Expected,
+    UpdateError,
+    decode,
+    decode_all,
+    squares_at_most,
+)
+from quant.codec.encode import STYPE, encode, payload_size
+from quant.codec.layout import FlatUpdate, WeightedMean
 from quant.codec.model_file import ModelFileError, PackedModel, load_model
 from quant.codec.packing import PackingError, pack, packed_size, unpack
-from quant.codec.reading import OpenedUpdate, UpdateError, decode_update, open_update
-from quant.codec.wire import STYPE, encode_update, payload_size
 from quant.dequantizer.finetuning import FineTuning, Losses, fine_tune
 from quant.dequantizer.ladder import (
     GlobalReference,
@@ -74,17 +79,18 @@ from quant.update import (
 __all__ = [
     "ALLOWED_WIDTHS",
     "FLOAT_BITS",
+    "LARGEST_VALUE",
     "MAX_BITS",
     "MIN_BITS",
     "SGD",
     "STYPE",
+    "Expected",
     "FineTuning",
     "FlatUpdate",
     "GlobalReference",
     "Losses",
     "ModelFileError",
     "NonFiniteError",
-    "OpenedUpdate",
     "PackedModel",
     "PackingError",
     "ProgressiveDequantizer",
@@ -100,16 +106,17 @@ __all__ = [
     "Update",
     "UpdateError",
     "UpdateSpec",
-    "UpdateSum",
+    "WeightedMean",
     "absmax_scale",
     "add_drift",
     "calibrate_activations",
     "calibrated_rounding",
     "check_bits",
     "cosine",
-    "decode_update",
+    "decode",
+    "decode_all",
     "dequantize",
-    "encode_update",
+    "encode",
     "fake_quantize",
     "federated_state",
     "fine_tune",
@@ -127,9 +134,7 @@ __all__ = [
     "load_model",
     "load_state",
     "mse_scale",
-    "open_update",
     "pack",
-    "pack_tensor",
     "packed_size",
     "payload_size",
     "prepare",

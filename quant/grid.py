@@ -6,13 +6,14 @@ float32 scale per output channel (dimension 0). This file is the only place that
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import isfinite
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.arguments import check_kind
 from core.bits import MIN_BITS, check_bits
 
 # Up to this width the few levels are worth more near zero than at the extremes.
@@ -73,6 +74,7 @@ def naming(tensor: str) -> Iterator[None]:
         raise type(error)(f"{tensor}: {error}") from None
 
 
+@cache
 def largest_code(bits: int) -> int:
     """Return the largest code of the grid, ``2**(bits - 1) - 1``."""
     return 2 ** (check_bits(bits) - 1) - 1
@@ -103,6 +105,7 @@ def absmax_scale(weight: Tensor, bits: int) -> Tensor:
     Tensor
         Float32 scales ``[channels]``, positive.
     """
+    _check_weight(weight)
     rows = weight.detach().flatten(1)
     # Twice over the weights, and eight times as fast as their magnitudes in memory of their own.
     absmax = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).float()
@@ -136,6 +139,7 @@ def mse_scale(weight: Tensor, bits: int) -> Tensor:
     """
     if check_bits(bits) > _CLIPPED_BITS:
         raise ValueError(f"bits is {bits}; clipping is fitted at {MIN_BITS} to {_CLIPPED_BITS}")
+    _check_weight(weight)
     rows = weight.detach().flatten(1).float()
     # All passes over some channels while they are in the cache: several times as fast.
     block = _BLOCK if rows.device.type == "cpu" else _BLOCK_ON_GPU
@@ -280,6 +284,8 @@ def dequantize(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> Tenso
         Float32, contiguous, of the shape of `codes`: where the values go, as new memory takes
         longer to get than to fill.
     """
+    check_kind("codes", codes, Tensor)
+    check_kind("scale", scale, Tensor)
     if codes.numel() <= _BLOCK or codes.device.type != "cpu":
         values = codes.to(torch.float32) if out is None else out.copy_(codes)
         return values.mul_(per_channel(scale, codes.ndim))
@@ -296,6 +302,8 @@ def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     gradient passes unchanged where the weight is not clipped and is zero where it is. If a weight
     is NaN or infinite, all of the result is NaN, where torch's kernel alone would give levels.
     """
+    check_kind("weight", weight, Tensor)
+    check_kind("scale", scale, Tensor)
     limit = largest_code(bits)
     zero_point = torch.zeros(scale.numel(), dtype=torch.int32, device=scale.device)
     on_grid = torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -limit, limit)
@@ -308,7 +316,15 @@ def nan_unless_finite(values: Tensor) -> Tensor:
     return values.detach().sum(dtype=torch.float32) * 0
 
 
+def _check_weight(weight: Tensor) -> None:
+    check_kind("weight", weight, Tensor)
+    if not weight.ndim:
+        raise ValueError("weight: it is one number; allowed: a tensor [channels, ...]")
+
+
 def _check_operands(weight: Tensor, scale: Tensor) -> None:
+    _check_weight(weight)
+    check_kind("scale", scale, Tensor)
     check_finite(weight.detach(), "the weight")
     check_scale(scale)
 

@@ -19,6 +19,8 @@ from math import ceil, floor
 import torch
 from torch import Tensor
 
+from core.arguments import check_kind
+
 # Masks of short vectors are few and far apart, so that the sweep has to be fine; with many
 # coordinates alternation from a few points comes near to the best and costs seconds less.
 _SHORT = 4096
@@ -57,6 +59,8 @@ def relevancy_mask(
     -----
     The first display of "Selective Weight Aggregation" in the ProWD poster.
     """
+    check_kind("low", low, Tensor)
+    check_kind("high", high, Tensor)
     if low.shape != high.shape:
         raise ValueError(f"movements have shapes {tuple(low.shape)} and {tuple(high.shape)}")
     if not 0 <= at_least <= at_most <= 1:

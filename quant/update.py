@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from core.arguments import check_number
+from core.arguments import check_kind, check_names, check_number, check_tensors
 from core.bits import FLOAT_BITS
 from quant.grid import (
     absmax_scale,
@@ -134,7 +134,7 @@ class UpdateSpec:
             As of the class.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in float_tensors(state).items()}
-        return cls(shapes, frozenset(on_grid))
+        return cls(shapes, check_names("on_grid", on_grid))
 
     def quantized(self, bits: int) -> list[str]:
         """Names of the tensors that an update of width `bits` quantizes."""
@@ -147,6 +147,7 @@ class UpdateSpec:
 
 def float_tensors(state: Mapping[str, object]) -> dict[str, Tensor]:
     """Return what of a state dict holds floating-point numbers: what can be sent and averaged."""
+    check_kind("state", state, Mapping)
     return {
         name: value.detach()
         for name, value in state.items()
@@ -172,10 +173,11 @@ def fixed_point(
     Raises
     ------
     ValueError
-        If the step is not a positive number.
+        If the step is not a positive number, or there is no such tensor.
     """
     check_number("step", step, above=0)
-    return {name: torch.full((state[name].shape[0],), step) for name in names}
+    named = _named(state, names)
+    return {name: torch.full((tensor.shape[0],), step) for name, tensor in named.items()}
 
 
 def fit_scales(state: Mapping[str, Tensor], names: Iterable[str], bits: int) -> dict[str, Tensor]:
@@ -185,12 +187,27 @@ def fit_scales(state: Mapping[str, Tensor], names: Iterable[str], bits: int) -> 
     ------
     NonFiniteError
         If one of them holds a NaN or an infinity; the message names it.
+    ValueError
+        If there is no such tensor.
     """
     scales = {}
-    for name in names:
+    for name, tensor in _named(state, names).items():
         with naming(name):
-            scales[name] = fit_scale(state[name], bits)
+            scales[name] = fit_scale(tensor, bits)
     return scales
+
+
+def _named(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the named tensors of a state, in its order."""
+    check_kind("state", state, Mapping)
+    wanted = check_names("names", names)
+    if odd := sorted(wanted - state.keys()):
+        raise ValueError(f"names: there is no tensor {odd[0]!r}")
+    named = {name: tensor for name, tensor in state.items() if name in wanted}
+    check_tensors("state", named)
+    if odd := [name for name, tensor in named.items() if not tensor.ndim]:
+        raise ValueError(f"names: {odd[0]} is one number; allowed: tensors [channels, ...]")
+    return named
 
 
 def quantize_state(
@@ -228,6 +245,8 @@ def quantize_state(
         raise ValueError(
             f"scales is None; at {bits} bits it says what is quantized (weight_scales, fit_scales)"
         )
+    if scales is not None:
+        check_tensors("scales", scales)
     tensors = float_tensors(state)
     spec = UpdateSpec.of(tensors, () if bits == FLOAT_BITS else scales or ())
     quantized = {}
@@ -281,8 +300,9 @@ def quantize_difference(
     NonFiniteError
         If one of those holds a NaN or an infinity; the message names it.
     """
+    check_kind("difference", difference, Mapping)
     tensors = float_tensors(difference)
-    spec = UpdateSpec.of(tensors, names)
+    spec = UpdateSpec.of(tensors, check_names("names", names))
     quantized = {}
     for name in spec.quantized(bits):
         with naming(name):

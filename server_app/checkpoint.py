@@ -13,7 +13,6 @@ on the wire but the name of that folder, or of the run.
 """
 
 import json
-import stat
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,19 +20,19 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
 from core.errors import SettingsError
-from core.files import checksum, printable, reason, write_atomic
+from core.files import printable, reason, write_atomic
 from core.reference import in_one_line
-from exchange.states import State, not_finite
+from core.tensor_files import DamagedError, read_tensors, to_bytes
+from exchange.states import State
+from quant import is_finite
 from server_app.plain import to_json
 from server_app.record import versions, writing
 
 # Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
-FORMAT = 5
+FORMAT = 6
 # Packages of which another version may compute other numbers.
 _DECIDING = ("prowd", "torch", "torchvision", "numpy", "flwr", "flwr-datasets")
 # Settings that may change on resume: they decide where, how long and with how much patience a run
@@ -215,30 +214,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     path = folder / _FOLDER / _FILE
     named = printable(path)
     try:
-        # safe_open calls a file missing that we may not see, and waits for what is a pipe.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise SettingsError(f"resume: {named} is no regular file")
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        head = json.loads(metadata["prowd"])
+        head, kept = read_tensors(path)
         if head["format"] != FORMAT:
             raise SettingsError(
                 f"resume: {named} has format {head['format']}; this version reads {FORMAT}"
             )
-        arrays = {name: tensor.numpy() for name, tensor in kept.items()}
-        if metadata["sha256"] != checksum(metadata["prowd"], arrays):
-            raise SettingsError(f"resume: {named} is damaged: its checksum is of something else")
         # In the order of the run: safetensors keeps its own.
         model = {name: kept[f"model/{name}"] for name in head["model"]}
         tensors = {name: kept[f"strategy/{name}"] for name in head["strategy"]}
-        if not_finite(model) is not None:
+        if not all(map(is_finite, model.values())):
             raise SettingsError(f"resume: the model in {named} is not finite")
         identity = Identity(**head["identity"])
         return Checkpoint(identity, head["round"], head["seconds"], model, tensors, head["values"])
     except (FileNotFoundError, NotADirectoryError):
         raise SettingsError(f"resume: there is no checkpoint {named}") from None
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, DamagedError, KeyError, TypeError) as error:
         raise SettingsError(
             f"resume: {named} is no checkpoint that can be read: {reason(error)}"
         ) from None
@@ -269,7 +259,8 @@ def _array(tensor: Tensor, strategy: str, name: str) -> np.ndarray:
         return tensor.detach().cpu().contiguous().numpy()
     except (AttributeError, RuntimeError, TypeError) as error:
         raise SettingsError(
-            f"{strategy}: its checkpoint has {name}, which cannot be written: {in_one_line(error)}"
+            f"strategy: the checkpoint of {strategy} has {name}, which cannot be written: "
+            f"{in_one_line(error)}"
         ) from None
 
 
@@ -282,13 +273,11 @@ def _to_bytes(checkpoint: Checkpoint) -> bytes:
         "seconds": checkpoint.seconds,
         "model": list(checkpoint.model),
         "strategy": list(checkpoint.tensors),
-        "values": to_json(checkpoint.values, strategy, "checkpoint", as_null=False),
+        "values": to_json(checkpoint.values, f"strategy: {strategy}", "checkpoint", as_null=False),
     }
-    # safetensors writes the memory of an array, whatever its strides say.
     arrays = {f"model/{n}": t.contiguous().numpy() for n, t in checkpoint.model.items()}
     arrays |= {f"strategy/{n}": _array(t, strategy, n) for n, t in checkpoint.tensors.items()}
-    text = json.dumps(head)
-    return save(arrays, {"prowd": text, "sha256": checksum(text, arrays)})
+    return to_bytes(head, arrays)
 
 
 def _as_toml(settings: Mapping[str, object]) -> bytes:

@@ -216,7 +216,10 @@ class _LastWords(logging.Filter):
         if self._too_much:
             return self._too_much
         if self._error is not None:
-            return f"Flower's simulation has ended: {explain(_root(self._error), {})}"
+            root = _root(self._error)
+            if isinstance(root, ZeroDivisionError):  # Flower divides by nothing else there.
+                return "federation-config: client-resources-num-cpus=0 is not allowed; 1 or more is"
+            return f"Flower's simulation has ended: {explain(root, {})}"
         if superlink_ended:
             return f"the SuperLink that started this run has ended; {_GOES_ON}"
         return f"stopped by {_signal()}; {_GOES_ON}"

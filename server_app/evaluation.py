@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from core.devices import pick_device
+from core.seeds import Stream, derive_seed, drawn_under
 from core.settings import Settings
 from quant import Update, load_state, quantize_state, weight_scales
 from task.calibration import calibrate_activations, round_weights
@@ -57,9 +58,10 @@ class Evaluator:
             self._model, self._settings, model.bits, model.scales, self._buffer, self._device
         )
 
-    def score(self, model: Update) -> Score:
-        """Evaluate a model at its width on all those images."""
-        return evaluate(self.network(model), self._images)
+    def score(self, model: Update, server_round: int = 0) -> Score:
+        """Evaluate a model at its width on all those images; a round draws its own numbers."""
+        seed = derive_seed(self._settings.seed, Stream.EVALUATION, server_round)
+        return evaluate(self.network(model), self._images, seed)
 
 
 class CalibratedRounding:
@@ -90,6 +92,11 @@ class CalibratedRounding:
 
     def _round(self, state: Mapping[str, Tensor], bits: int) -> Update:
         load_state(self._model, dict(state))
+        # Not of a round: what the last one ended with is what the next begins with.
+        with drawn_under(self._settings.seed, Stream.CALIBRATION):
+            return self._rounded(state, bits)
+
+    def _rounded(self, state: Mapping[str, Tensor], bits: int) -> Update:
         network = at_width(self._model, self._settings, bits)
         scales = weight_scales(network)
         network.to(self._device)
@@ -106,6 +113,7 @@ def make_predict(
     """Return ``f(u; w)``: differentiable logits on some of the buffer; None without a buffer.
 
     BatchNorm uses the statistics of the images at hand, as no others fit weights in the making.
+    Dropout draws from torch's own generator: who calls it seeds that.
     """
     if not len(buffer):
         return None
@@ -118,8 +126,6 @@ def make_predict(
         parameters = {n: weights[n].to(device) for n, _ in network.named_parameters()}
         # Fresh buffers each time: training mode writes its running statistics into them.
         fresh = {name: b.clone() for name, b in buffers.items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return functional_call(network, {**parameters, **fresh}, (images,)).cpu()
+        return functional_call(network, {**parameters, **fresh}, (images,)).cpu()
 
     return predict

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import nn
+
 from core.files import user_path
 from core.mix import parse_mix
 from core.options import Options
 from core.settings import Settings
 from quant import FLOAT_BITS
 from strategies import STRATEGIES
+from task.calibration import has_statistics
 
 # What has an effect only where another setting is not as named here.
 _NEEDS = {
@@ -23,11 +26,17 @@ _NEEDS = {
     # Local training sends no update.
     "norm-bound": ("strategy", ("local",)),
 }
+# What has none in local training, where the server evaluates no model and is sent none, with one of
+# these broadcasts.
+_IDLE_IN_LOCAL = {
+    "server-device": ("auto", "float32", "nearest"),
+    "lossless-coding": ("auto", "float32"),
+}
 # What has none where all clients are Float32,
 _OF_LOW_BITS = frozenset(
     {
         *("low-bit-training", "weight-step", "activation-bits", "gradient-bits", "broadcast"),
-        *("prowd-reference", "prowd-ladder", "prowd-dequantize"),
+        *("prowd-reference", "prowd-ladder", "prowd-dequantize", "lossless-coding"),
     }
 )
 # and where all are of one width.
@@ -76,12 +85,18 @@ def _why_idle(key: str, given: Mapping[str, object], simulated: bool) -> str:
     needed, idle_at = _NEEDS.get(key, ("", ()))
     if needed and given[needed] in idle_at:
         return f"{needed}={given[needed]}"
+    # What goes on was told which device it is on, whatever the user gave.
+    told = key == "server-device" and given["resume"]
+    if given["strategy"] == "local" and given["broadcast"] in _IDLE_IN_LOCAL.get(key, ()):
+        return "" if told else "strategy=local"
     if key == "bit-mix" and not simulated:
         return "networked nodes, which declare their own"
     # A strategy of the user's own may send what it likes at any width.
     if simulated and str(given["strategy"]).partition(":")[0] in STRATEGIES:
         widths = parse_mix(str(given["bit-mix"])).keys()
         only_float = key in _OF_LOW_BITS and widths == {FLOAT_BITS}
+        if key == "lossless-coding":  # A difference may have a width of its own.
+            only_float &= given.get(f"{given['strategy']}-bits", 0) in (0, FLOAT_BITS)
         if only_float or (key in _OF_SEVERAL_WIDTHS and len(widths) == 1):
             return f"bit-mix={given['bit-mix']}"
     if given["resume"] and key in ("run-name", "output-dir"):
@@ -90,3 +105,13 @@ def _why_idle(key: str, given: Mapping[str, object], simulated: bool) -> str:
         if user_path(key, str(given[key])) != here:
             return "resume, which goes on with that run's record"
     return ""
+
+
+def idle_with_model(settings: Settings, model: nn.Module) -> list[str]:
+    """Return the same lines of what a model makes idle."""
+    if settings.calibrate_normalization or has_statistics(model):
+        return []
+    return [
+        f"calibrate-normalization: False has no effect with model={settings.model}, which has no "
+        "BatchNorm"
+    ]

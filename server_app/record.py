@@ -206,7 +206,8 @@ class RunRecord:
         """
         self._refuse_if_ended()
         # Before anything is written: what a strategy reports may be what no file can hold.
-        written = {key: to_json(value, key) for key, value in entry.items()}
+        # Only what is the strategy's own can be so, which stands under its name.
+        written = {key: to_json(value, f"strategy: {key}") for key, value in entry.items()}
         if weights:
             seen = {"round": entry["round"], **weights}
             self._append("weights.jsonl", to_json(seen, "weights.jsonl"))

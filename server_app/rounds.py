@@ -1,13 +1,13 @@
 """The rounds of a run: train, aggregate, evaluate, record, one line each."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from math import isfinite
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
@@ -54,8 +54,7 @@ def run_rounds(
     Raises
     ------
     FederationError
-        If no client could be used in the first round, or no result in three rounds in a row or in
-        the last ones, in which every node was asked.
+        If no client could be used in the first round, or as `server_app.unused` says.
     """
     arrays = to_arrays(state)
     began = time.monotonic()
@@ -100,7 +99,7 @@ def _run_round(
     last = server_round == settings.num_server_rounds
     evaluates = last or server_round % settings.evaluate_every == 0
     strategy.round_log.detailed = evaluates
-    replies = _Timed(receive(grid, batches, settings.round_timeout, strategy.largest_payload))
+    replies = receive(grid, batches, settings.round_timeout, strategy.largest_payload)
     aggregated, metrics = strategy.aggregate_train(server_round, replies)
     arrays = arrays if aggregated is None else aggregated
     combined = time.monotonic()
@@ -118,8 +117,8 @@ def _run_round(
         "downlink_bytes": _by_width(trained.downlink_bytes + evaluated.downlink_bytes),
         "seconds": {
             "round": ended - started,
-            "train": replies.ended - started,
-            "aggregate": combined - replies.ended,
+            "train": trained.received - started,
+            "aggregate": combined - trained.received,
             "evaluate": ended - combined,
         },
         "clients": _clients(trained),
@@ -130,21 +129,11 @@ def _run_round(
     if trained.dropped:
         # Whom it was asked of, to count again when the run goes on.
         entry |= {"dropped": trained.dropped, "asked": sorted(trained.sampled)}
+    if trained.unchanged:
+        entry["unchanged"] = trained.unchanged
     if scores.by_clients:
         entry["evaluated_by_clients"] = scores.by_clients
     return entry, arrays
-
-
-class _Timed:
-    """Replies as they come, and when the last one had come."""
-
-    def __init__(self, replies: Iterator[Message]) -> None:
-        self._replies = replies
-        self.ended = time.monotonic()
-
-    def __iter__(self) -> Iterator[Message]:
-        yield from self._replies
-        self.ended = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -167,7 +156,8 @@ def _evaluate(
     by_clients = _evaluate_on_clients(grid, strategy, settings, server_round, arrays)
     if not strategy.evaluates_on_server:
         return _Scores(_part(by_clients, "accuracy-"), _part(by_clients, "loss-"))
-    return _Scores(*_evaluate_on_server(strategy, to_state(arrays), evaluator), by_clients)
+    state = to_state(arrays)
+    return _Scores(*_evaluate_on_server(strategy, server_round, state, evaluator), by_clients)
 
 
 def _evaluate_on_clients(
@@ -185,10 +175,10 @@ def _evaluate_on_clients(
 
 
 def _evaluate_on_server(
-    strategy: MixedPrecisionStrategy, state: State, evaluator: Evaluator
+    strategy: MixedPrecisionStrategy, server_round: int, state: State, evaluator: Evaluator
 ) -> tuple[dict[str, float], dict[str, float]]:
     widths = strategy.nodes.widths()
-    scores = {b: evaluator.score(strategy.model_for(b, state)) for b in widths}
+    scores = {b: evaluator.score(strategy.model_for(b, state), server_round) for b in widths}
     for bits, score in scores.items():
         if not isfinite(score.loss):
             log(WARNING, "prowd: the loss of the model at %d bits is %s", bits, score.loss)
@@ -210,6 +200,7 @@ def totals(entry: Mapping[str, Any], left: float) -> dict[str, float]:
         "downlink_bytes/all": sum(entry["downlink_bytes"].values()),
         "clients/not_in_the_evaluation": len(entry["left_out_of_evaluation"]),
         "dropped": float("dropped" in entry),
+        "unchanged": float("unchanged" in entry),
         "seconds/left": left,
     }
 
@@ -223,11 +214,11 @@ def format_round(entry: Mapping[str, Any], num_rounds: int, left: float) -> str:
     clients, seconds = entry["clients"], entry["seconds"]
     up, down = also["uplink_bytes/all"], also["downlink_bytes/all"]
     missing = _missing(clients, also["clients/not_in_the_evaluation"])
-    dropped = f" | dropped: {entry['dropped']}" if "dropped" in entry else ""
+    not_used = "".join(f" | {w}: {entry[w]}" for w in ("dropped", "unchanged") if w in entry)
     return (
         f"round {entry['round']}/{num_rounds} | {accuracy or 'not evaluated'} | "
         f"up {format_bytes(up)}, down {format_bytes(down)} | "
-        f"clients {clients['aggregated']} of {clients['sampled']}{missing}{dropped} | "
+        f"clients {clients['aggregated']} of {clients['sampled']}{missing}{not_used} | "
         f"{seconds['round']:.1f} s, {clock(also['seconds/left'])} left"
     )
 

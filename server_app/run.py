@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
 import torch
@@ -16,8 +16,7 @@ from core.errors import SettingsError
 from core.files import printable
 from core.reference import is_reference
 from core.settings import Settings
-from exchange.rollback import what_is_kept
-from exchange.states import State
+from exchange.states import State, what_is_kept
 from exchange.undocumented import is_simulated
 from quant import (
     FLOAT_BITS,
@@ -29,6 +28,7 @@ from quant import (
 from server_app.build import build_strategy, read_settings
 from server_app.checkpoint import Checkpoint, Checkpoints, Identity, read_checkpoint
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
+from server_app.idle import idle_with_model
 from server_app.record import RunRecord, read_json
 from server_app.rounds import run_rounds
 from strategies import MixedPrecisionStrategy
@@ -100,6 +100,8 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     if is_reference(settings.model):
         again = build_model(settings.model, *shape, settings.seed)
         check_repeatable(model, again, settings.model)
+    for line in idle_with_model(settings, model):
+        log(WARNING, "prowd: %s", line)
     buffer = server_pixels(settings)
     if min(settings.mix) < FLOAT_BITS:
         check_quantizable(model, settings.model)
@@ -236,7 +238,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
 def _write_model(run: Run, record: RunRecord, done: int, model: State) -> None:
     """Write the model of the last round, if there was one and the server has the model."""
     if done and run.strategy.evaluates_on_server:
-        model = run.strategy.state_for(max(run.strategy.nodes.widths()), model)
+        model = run.strategy.state_at(max(run.strategy.nodes.widths()), model)
         network = run.evaluator.network(quantize_state(model, FLOAT_BITS))
         record.write_model(tensors_of(network.cpu(), model))
 

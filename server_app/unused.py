@@ -1,4 +1,4 @@
-"""Rounds whose result was not used, and when they mean that no later one will be."""
+"""Rounds whose result was not used, and when they mean that the run has failed."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -11,11 +11,15 @@ class UnusedRounds:
     """The rounds since the last one whose result was used.
 
     A round is used if a client's update counted and the result was not dropped. Where clients are
-    sampled, a few in a row may meet the same bad ones: only rounds that together asked every node
-    in vain say that nothing can come of it.
+    sampled, a few in a row may meet the same bad ones: while rounds are left, only those that
+    together asked every node in vain say that nothing can come of it. At the end of the run it has
+    failed too if the last rounds, and more than half of all, asked several nodes in vain, or if the
+    strategy never made a model.
     """
 
     def __init__(self) -> None:
+        self._unchanged = ""
+        self._changed = False
         self._forget()
 
     def _forget(self) -> None:
@@ -28,6 +32,9 @@ class UnusedRounds:
         dropped = entry.get("dropped", "")
         left_out = entry.get("left_out") or {}
         if entry["clients"]["aggregated"] and not dropped:
+            # A strategy may gather updates for some rounds before it makes a model of them.
+            self._unchanged = entry.get("unchanged", "")
+            self._changed |= not self._unchanged
             self._forget()
             return
         self._rounds.append(entry["round"])
@@ -45,9 +52,16 @@ class UnusedRounds:
         is_last : bool
             Whether no round is left.
         """
-        in_vain = {str(partition) for partition in partitions} <= self._asked
-        if not self._rounds or not in_vain or not (is_last or len(self._rounds) >= _MOST):
+        if is_last and self._unchanged and not self._changed:
+            return f"no round changed the model: {self._unchanged}"
+        if not self._rounds or not (is_last or len(self._rounds) >= _MOST):
             return ""
         first, last = self._rounds[0], self._rounds[-1]
+        if {str(partition) for partition in partitions} <= self._asked:
+            asked = "every node was"
+        elif is_last and len(self._asked) > 1 and 2 * len(self._rounds) > last:
+            asked = f"{len(self._asked)} nodes were"
+        else:
+            return ""
         rounds = f"round {last}" if first == last else f"rounds {first} to {last}"
-        return f"no result could be used in {rounds}, though every node was asked: {self._reason}"
+        return f"no result could be used in {rounds}, though {asked} asked: {self._reason}"

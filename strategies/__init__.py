@@ -1,10 +1,11 @@
 """Strategies for mixed-precision federations, by name. A new one is one file and one line here."""
 
 from core.errors import FederationError
-from exchange.averaging import WeightedMean
 from exchange.inbox import receive
-from exchange.replies import ClientUpdate, RoundLog
-from exchange.rollback import RoundDropped
+from exchange.replies import ClientUpdate
+from exchange.round_plan import RoundLog
+from exchange.states import RoundDropped
+from quant import WeightedMean
 from strategies.base import MixedPrecisionStrategy
 from strategies.differences import FedCOM, FedCOMGATE, FedPAQ
 from strategies.fedavg import FedAvg

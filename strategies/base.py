@@ -6,6 +6,7 @@ seed, packs the model, reads the replies one by one, sets bad ones aside, and ha
 on in the order of their partitions, so that sums do not depend on who answered first.
 """
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -28,31 +29,40 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from core.constructors import Broadcast, checked, names_in
-from core.errors import FederationError
-from exchange.decoding import decode_in_turn
-from exchange.inbox import Batch
-from exchange.instructions import completed, with_config
-from exchange.metrics import evaluation_metrics, training_metrics
+from core.errors import FederationError, SettingsError
+from exchange.inbox import Batch, match_replies, warn_of_left_out
 from exchange.nodes import Nodes, sample_nodes
-from exchange.protocol import INSTRUCTION, MODEL, Declaration, Instruction, Report, plain
+from exchange.protocol import (
+    INSTRUCTION,
+    MODEL,
+    Declaration,
+    Instruction,
+    Report,
+    plain,
+    to_array,
+)
 from exchange.replies import (
     BadReply,
     ClientUpdate,
-    Packed,
-    RoundLog,
-    match_replies,
-    open_report,
+    Reply,
+    decode_in_order,
+    evaluation_metrics,
     payload_of,
+    read_reply,
+    read_report,
+    training_metrics,
+    within_norms,
 )
-from exchange.rollback import RoundDropped, Snapshot, what_is_kept, why_unusable
-from exchange.round_plan import Asked
-from exchange.screening import usable
+from exchange.round_plan import RoundLog, RoundPlan, completed, with_config
 from exchange.states import (
+    RoundDropped,
+    Snapshot,
     State,
-    next_model,
-    to_array,
+    checked_model,
     to_arrays,
     to_state,
+    what_is_kept,
+    why_unusable,
     without_negative_variances,
 )
 from quant import (
@@ -60,7 +70,7 @@ from quant import (
     FlatUpdate,
     Update,
     UpdateSpec,
-    encode_update,
+    encode,
     fixed_point,
     quantize_fitted,
     quantize_state,
@@ -87,7 +97,7 @@ class MixedPrecisionStrategy(Strategy):
     weight_step : float
         Step of the weights of low-bit clients in fixed point; 0 where each channel has its own.
     norm_bound : float
-        Largest norm of an update, in that of the usual ones (`exchange.norms`); 0: any.
+        Largest norm of an update, in that of the usual ones (`exchange.replies`); 0: any.
     coded : bool
         Whether codes are entropy-coded on their way, in both directions (`quant.codec.coding`).
     local_epochs : int or None
@@ -172,7 +182,7 @@ class MixedPrecisionStrategy(Strategy):
         self.evaluate_log = RoundLog()
         # Where simulated clients keep what they need again after a crash (`Instruction.keep_in`).
         self.clients_keep_in = ""
-        self._asked = Asked()
+        self._plan = RoundPlan()
 
     # --- what a subclass says ------------------------------------------------------------------
 
@@ -199,7 +209,8 @@ class MixedPrecisionStrategy(Strategy):
         Returns
         -------
         dict of str to Tensor or None
-            The next model; None to keep the present one.
+            The next model; None to keep the present one, which the round's line says. A run in
+            which no round made one has failed, unless `evaluates_on_server` is False.
         """
 
     def state_for(self, bits: int, state: State) -> State:
@@ -208,7 +219,12 @@ class MixedPrecisionStrategy(Strategy):
 
     def model_for(self, bits: int, state: State) -> Update:
         """Return the model as clients of a width compute with it."""
-        return self._at_width(bits, self.state_for(bits, state), self.weight_step)
+        return self._at_width(bits, self.state_at(bits, state), self.weight_step)
+
+    def state_at(self, bits: int, state: State) -> State:
+        """Return what `state_for` does, which a subclass writes; what is no model is refused."""
+        source = f"{type(self).__name__}.state_for"
+        return checked_model(self.state_for(bits, state), state, source)
 
     def on_grid(self, state: State) -> list[str]:
         """Return the names of the weights that low-bit clients hold on a grid.
@@ -275,20 +291,20 @@ class MixedPrecisionStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Read the replies as they come, then combine the good updates in order."""
-        packed = []
-        asked = self._asked
-        for client, reply in match_replies(asked.messages, asked.clients, replies, self.round_log):
-            item = self._accept(client, reply)
-            if item is not None:
-                packed.append(item)
-        packed.sort(key=lambda item: item.client.partition_id)
+        """Validate the replies as they come, then combine the good updates in order."""
+        plan, round_log = self._plan, self.round_log
+        accepted = []
+        for client, reply in match_replies(plan.messages, plan.clients, replies, round_log):
+            if (item := self._accept(client, reply)) is not None:
+                accepted.append(item)
+        round_log.received = time.monotonic()
+        accepted.sort(key=lambda item: item.client.partition_id)
+        good = within_norms(plan, accepted, self.norm_bound, round_log.rejected)
         reports: list[Report] = []
-        good = usable(asked, packed, self.norm_bound, self.round_log.rejected)
-        state = self._combine_or_drop(server_round, self._unpack(good, reports))
-        self.round_log.warn(server_round, asked.clients)
-        if self.round_log.dropped:
-            log(WARNING, "Round %d is left out: %s", server_round, self.round_log.dropped)
+        state = self._combine_or_drop(server_round, self._updates(good, reports))
+        warn_of_left_out(server_round, plan.clients, round_log)
+        if round_log.dropped:
+            log(WARNING, "Round %d is left out: %s", server_round, round_log.dropped)
         arrays = None if state is None else to_arrays(without_negative_variances(state))
         return arrays, training_metrics(reports) if reports else None
 
@@ -298,8 +314,8 @@ class MixedPrecisionStrategy(Strategy):
         """Make a message for each node that is to evaluate the model at its own width."""
         self.evaluate_log = RoundLog()
         if not self.fraction_evaluate:
-            self._asked = Asked()
-            return self._asked.messages
+            self._plan = RoundPlan()
+            return self._plan.messages
         kind, fraction = MessageType.EVALUATE, self.fraction_evaluate
         batches = self._ask(kind, fraction, server_round, arrays, grid, self.evaluate_log)
         return with_config((message for batch in batches for message in batch()), config)
@@ -309,15 +325,13 @@ class MixedPrecisionStrategy(Strategy):
     ) -> MetricRecord | None:
         """Average the clients' accuracies and losses by width, and over all clients."""
         reports: dict[int, list[Report]] = {}
-        asked = self._asked
-        for client, reply in match_replies(
-            asked.messages, asked.clients, replies, self.evaluate_log
-        ):
+        plan, round_log = self._plan, self.evaluate_log
+        for client, reply in match_replies(plan.messages, plan.clients, replies, round_log):
             try:
-                reports.setdefault(client.bits, []).append(open_report(reply, server_round))
+                reports.setdefault(client.bits, []).append(read_report(reply, server_round))
             except BadReply as error:
-                self.evaluate_log.rejected[client.partition_id] = str(error)
-        self.evaluate_log.warn(server_round, asked.clients)
+                round_log.rejected[client.partition_id] = str(error)
+        warn_of_left_out(server_round, plan.clients, round_log)
         return evaluation_metrics(reports) if reports else None
 
     def summary(self) -> None:
@@ -339,13 +353,12 @@ class MixedPrecisionStrategy(Strategy):
         purpose = (server_round, int(kind == MessageType.EVALUATE))
         clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, *purpose)
         start = to_state(arrays)
-        self._asked = asked = Asked(start, self._spec(start, clients), clients)
+        self._plan = plan = RoundPlan(start, self._spec(start, clients), clients)
         for client in clients.values():
-            instruction = self._instruction_for(server_round, client)
-            asked.instructions[client.partition_id] = instruction
+            plan.ask(client, self._instruction_for(server_round, client))
             round_log.sampled.append(client.partition_id)
         widths = sorted({client.bits for client in clients.values()}, reverse=True)
-        return [partial(self._messages_to, bits, kind, asked, round_log) for bits in widths]
+        return [partial(self._messages_to, bits, kind, plan, round_log) for bits in widths]
 
     def _spec(self, start: State, clients: Mapping[int, Declaration]) -> UpdateSpec:
         low_bit = any(client.bits != FLOAT_BITS for client in clients.values())
@@ -353,33 +366,35 @@ class MixedPrecisionStrategy(Strategy):
         return UpdateSpec.of(start, self.on_grid(start) if asked_low else ())
 
     def _messages_to(
-        self, bits: int, kind: str, asked: Asked, round_log: RoundLog
+        self, bits: int, kind: str, plan: RoundPlan, round_log: RoundLog
     ) -> list[Message]:
         """Make the messages to the nodes of a width."""
-        packed: dict[int, tuple[ArrayRecord, Update]] = {}
+        models: dict[int, tuple[ArrayRecord, Update]] = {}
         messages = []
-        for node_id, client in asked.clients.items():
+        for node_id, client in plan.clients.items():
             if client.bits != bits:
                 continue
-            instruction = asked.instructions[client.partition_id]
+            instruction = plan.instructions[client.partition_id]
             content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
             if downlink_bits := instruction.downlink_bits:
                 # They share one record: Flower then stores the model once.
-                if downlink_bits not in packed:
-                    packed[downlink_bits] = self._pack_model(asked.start, bits, downlink_bits)
-                content[MODEL], asked.models[client.partition_id] = packed[downlink_bits]
-                round_log.downlink_bytes[bits] += len(packed[downlink_bits][0][MODEL].data)
+                if downlink_bits not in models:
+                    models[downlink_bits] = self._encode_model(plan.start, bits, downlink_bits)
+                content[MODEL], model = record, _ = models[downlink_bits]
+                plan.sent(client, model)
+                round_log.downlink_bytes[bits] += len(record[MODEL].data)
             messages.append(Message(content, node_id, kind))
-        asked.messages += messages
+        plan.messages += messages
         return messages
 
     def _combine_or_drop(self, server_round: int, updates: Iterator[ClientUpdate]) -> State | None:
         """Return the next model, or None and all that is kept as it was before."""
         before = Snapshot.of(*what_is_kept(self.checkpoint), self.replaces_kept)
         try:
-            state = self.combine(server_round, self._asked.start, updates)
+            state = self.combine(server_round, self._plan.start, updates)
             if state is not None:
-                state = next_model(state, self._asked.start, type(self).__name__)
+                source = f"{type(self).__name__}.combine"
+                state = checked_model(state, self._plan.start, source)
             reason = why_unusable(state, what_is_kept(self.checkpoint)[0], before.tensors)
         except RoundDropped as error:
             state, reason = None, str(error)
@@ -389,32 +404,39 @@ class MixedPrecisionStrategy(Strategy):
         if reason:
             self.roll_back(before)
             self.round_log.dropped = plain(reason)
+        elif state is None and self.round_log.aggregated and self.evaluates_on_server:
+            self.round_log.unchanged = f"{type(self).__name__}.combine returned no model"
         return None if reason else state
 
     @property
     def largest_payload(self) -> int:
         """Bytes of the largest update that a client was asked for in the last messages."""
-        return self._asked.largest_payload
+        return self._plan.largest_payload
 
     def _instruction_for(self, server_round: int, client: Declaration) -> Instruction:
         by_broadcast = FLOAT_BITS if self.broadcast == "float32" else client.bits
-        asked = completed(self.instruct(server_round, client), by_broadcast, type(self).__name__)
-        return replace(asked, coded=int(self.coded), keep_in=self.clients_keep_in)
+        instruction = completed(
+            self.instruct(server_round, client), by_broadcast, type(self).__name__
+        )
+        return replace(instruction, coded=int(self.coded), keep_in=self.clients_keep_in)
 
-    def _pack_model(
+    def _encode_model(
         self, start: State, bits: int, downlink_bits: int
     ) -> tuple[ArrayRecord, Update]:
         if downlink_bits == bits != FLOAT_BITS:
             model = self.model_for(bits, start)
         else:
             # Fixed-point weights have the client's own width.
-            model = self._at_width(downlink_bits, self.state_for(bits, start), weight_step=0.0)
+            model = self._at_width(downlink_bits, self.state_at(bits, start), weight_step=0.0)
         if model.bits != downlink_bits:
-            raise ValueError(f"model_for: the model has {model.bits} bits, not {downlink_bits}")
+            raise SettingsError(
+                f"strategy: {type(self).__name__}.model_for returns a model of {model.bits} bits; "
+                f"allowed: {downlink_bits}"
+            )
         if downlink_bits != FLOAT_BITS:
             # In the form that every reply is read beside.
             model = FlatUpdate.of(model)
-        return ArrayRecord({MODEL: to_array(encode_update(model, coded=self.coded))}), model
+        return ArrayRecord({MODEL: to_array(encode(model, coded=self.coded))}), model
 
     def _at_width(self, bits: int, state: State, weight_step: float) -> Update:
         """Return a model at a width, rounded as `broadcast` says."""
@@ -429,10 +451,12 @@ class MixedPrecisionStrategy(Strategy):
             return quantize_state(state, bits, fixed_point(state, names, weight_step))
         return quantize_fitted(state, bits, names)
 
-    def _accept(self, client: Declaration, reply: Message) -> Packed | None:
+    def _accept(self, client: Declaration, reply: Message) -> Reply | None:
         self.round_log.uplink_bytes[client.bits] += len(payload_of(reply) or b"")
+        most_bytes = self._plan.expected[client.partition_id].most_bytes
+        server_round = self._plan.instructions[client.partition_id].server_round
         try:
-            return self._asked.open(client, reply, self._most_steps(client))
+            return read_reply(reply, client, server_round, most_bytes, self._most_steps(client))
         except BadReply as error:
             self.round_log.rejected[client.partition_id] = str(error)
             return None
@@ -442,8 +466,10 @@ class MixedPrecisionStrategy(Strategy):
             return None
         return self.local_epochs * ceil(client.num_examples / self.batch_size)
 
-    def _unpack(self, packed: list[Packed], reports: list[Report]) -> Iterator[ClientUpdate]:
-        for item, update in decode_in_turn(self._asked, packed, self.round_log.rejected):
+    def _updates(self, replies: list[Reply], reports: list[Report]) -> Iterator[ClientUpdate]:
+        for item in decode_in_order(self._plan, replies, self.round_log.rejected):
             self.round_log.aggregated.append(item.client.partition_id)
             reports.append(item.report)
-            yield ClientUpdate(item.client, update, item.report)
+            yield item
+            # Let go of it before the next one is decoded.
+            del item

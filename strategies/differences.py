@@ -9,13 +9,12 @@ from pydantic import Field
 from core.constructors import own_options
 from core.errors import SettingsError
 from core.options import Options, WidthOrNone
-from exchange.averaging import mean_of
 from exchange.protocol import Declaration, Instruction, Report
 from exchange.replies import ClientUpdate
-from exchange.rollback import Snapshot
-from exchange.states import State
+from exchange.states import Snapshot, State
 from quant import is_statistic
 from strategies.base import MixedPrecisionStrategy
+from strategies.fedavg import mean_of
 
 
 class DifferenceOptions(Options):

@@ -1,10 +1,12 @@
 """FedAvg: the mean of the clients' weights, each naively dequantized to float32."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from exchange.averaging import mean_of
+from torch import Tensor
+
 from exchange.replies import ClientUpdate
 from exchange.states import State
+from quant import WeightedMean
 from strategies.base import MixedPrecisionStrategy
 
 
@@ -20,3 +22,13 @@ class FedAvg(MixedPrecisionStrategy):
     ) -> State | None:
         """Return the mean of the clients' weights."""
         return mean_of(updates) or None
+
+
+def mean_of(updates: Iterable[ClientUpdate]) -> dict[str, Tensor]:
+    """Return the mean of what the clients sent, weighted by examples; empty if none did."""
+    average = WeightedMean()
+    for item in updates:
+        # A client that was asked for nothing sent no tensor.
+        if item.update.floats or item.update.quantized:
+            average.add_update(item.update, item.report.num_examples)
+    return average.mean()

@@ -24,8 +24,7 @@ from core.options import Options, parse_assignments
 from exchange.inbox import Batch
 from exchange.protocol import Declaration, Instruction, plain
 from exchange.replies import ClientUpdate
-from exchange.rollback import RoundDropped
-from exchange.states import State, to_arrays, to_state
+from exchange.states import RoundDropped, State, to_arrays, to_state
 from strategies.base import MixedPrecisionStrategy
 
 PREFIX = "flwr:"

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from exchange.averaging import WeightedMean
 from exchange.replies import ClientUpdate
 from exchange.states import State, join_states, split_states
+from quant import WeightedMean
 from strategies.base import MixedPrecisionStrategy
 
 

@@ -69,6 +69,15 @@ def round_weights(model: nn.Module, pixels: np.ndarray) -> dict[str, QuantizedTe
     return {n: QuantizedTensor(t.codes.cpu(), t.scale.cpu()) for n, t in rounded.items()}
 
 
+def has_statistics(model: nn.Module) -> bool:
+    """Return whether a model has statistics that `calibrate_normalization` replaces."""
+    return bool(_with_statistics(model))
+
+
+def _with_statistics(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
 @contextmanager
 def _collected_statistics(model: nn.Module) -> Iterator[bool]:
     """Let BatchNorm compute with, and average, the statistics of what passes; yield if any does."""
@@ -82,7 +91,7 @@ def _collected_statistics(model: nn.Module) -> Iterator[bool]:
 @contextmanager
 def _normalized_by_batch(model: nn.Module, momentum: float | None) -> Iterator[list[_BatchNorm]]:
     """Let BatchNorm compute with the statistics of what passes; yield its layers."""
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = _with_statistics(model)
     momenta = [layer.momentum for layer in layers]
     model.eval()
     for layer in layers:

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from core.errors import SettingsError
 from core.files import is_utf8, printable
 from core.reference import in_one_line, is_reference, load_reference
-from quant import federated_state, is_finite
-from quant.codec.reading import LARGEST_VALUE
+from quant import LARGEST_VALUE, federated_state, is_finite
 
 # A pixel x of 0..255 enters the network as PIXEL_SCALE * x + PIXEL_OFFSET, in -2..2.
 PIXEL_SCALE, PIXEL_OFFSET = 4 / 255, -2.0
@@ -167,6 +166,11 @@ def _check_weights(model: nn.Module, name: str) -> None:
             raise SettingsError(f"model: {name!r}: {key} is on meta; allowed: weights in memory")
         if key in sent and tensor.layout != torch.strided:
             raise SettingsError(f"model: {name!r}: {key} is {tensor.layout}; allowed: dense")
+        if key in sent and _is_expanded(tensor):
+            raise SettingsError(
+                f"model: {name!r}: {key} is expanded: values of its share one place in memory, "
+                "which no weights can be loaded into; allowed: memory of its own, as of clone()"
+            )
     for key, weight in model.named_parameters():
         if isinstance(weight, nn.parameter.UninitializedParameter):
             continue
@@ -174,6 +178,13 @@ def _check_weights(model: nn.Module, name: str) -> None:
             raise SettingsError(f"model: {name!r}: {key} is {weight.dtype}; allowed: torch.float32")
         if not is_finite(weight.detach()):
             raise SettingsError(f"model: {name!r}: {key} is not finite before any training")
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    if nn.parameter.is_lazy(cast(Any, tensor)) or tensor.layout != torch.strided:
+        return False
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.numel() > 0 and any(size > 1 and not step for size, step in pairs)
 
 
 def _check_sent(model: nn.Module, name: str) -> None:
@@ -260,9 +271,11 @@ def _try_model(model: nn.Module, name: str, channels: int, size: int, num_classe
         with torch.no_grad():
             logits = model(images)
     except Exception as error:  # Whatever the user's code raises.
+        # What a model of the user's own needs is not known here, and may be mended in it.
+        advice = "" if is_reference(name) else "; set image-size if it needs others"
         raise SettingsError(
             f"model: {name!r} does not take {channels}x{size}x{size} images "
-            f"({in_one_line(error)}); if it needs others set image-size, or take another model"
+            f"({in_one_line(error)}){advice}"
         ) from None
     _check_weights(model, name)  # A lazy layer has its weights now.
     _check_sent(model, name)

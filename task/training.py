@@ -20,7 +20,7 @@ from core.devices import device_of
 from core.errors import SettingsError
 from core.mix import check_client_bits
 from core.reference import in_one_line
-from core.seeds import Stream, derive_seed
+from core.seeds import Stream, derive_seed, drawn_under
 from core.settings import Settings
 from quant import (
     FLOAT_BITS,
@@ -269,8 +269,16 @@ def _check_gradients(model: nn.Module, step: int) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images) -> Score:
-    """Return loss and accuracy of a model on images, where the model is."""
+def evaluate(model: nn.Module, images: Images, seed: int = 0) -> Score:
+    """Return loss and accuracy of a model on images, where the model is.
+
+    The seed is of what a model draws that draws random numbers in evaluation too.
+    """
+    with drawn_under(seed):
+        return _evaluate(model, images)
+
+
+def _evaluate(model: nn.Module, images: Images) -> Score:
     model.eval()
     device = device_of(model)
     size = _EVALUATION_BATCH
@@ -324,9 +332,10 @@ def ready_to_evaluate(
     network = at_width(model, settings, bits)
     set_scales(network, scales)
     network.to(device)
-    calibrate_activations(network, pixels)
-    if settings.calibrate_normalization:
-        calibrate_normalization(network, pixels[: settings.server_buffer])
+    with drawn_under(settings.seed, Stream.CALIBRATION):
+        calibrate_activations(network, pixels)
+        if settings.calibrate_normalization:
+            calibrate_normalization(network, pixels[: settings.server_buffer])
     return network
 
 

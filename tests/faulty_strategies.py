@@ -215,6 +215,19 @@ class CheckpointText(FedAvg):
         return {"kept": "text"}, {}
 
 
+class StateForNothing(FedAvg):
+    def state_for(self, bits, state):
+        return {}
+
+
+class ModelForOther(FedAvg):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs | {"broadcast": "nearest"})
+
+    def model_for(self, bits, state):
+        return super().model_for(32, state)
+
+
 class ModelForNothing(FedAvg):
     def model_for(self, bits, state):
         pass

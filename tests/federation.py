@@ -26,7 +26,7 @@ from exchange.protocol import (
 )
 from exchange.states import to_arrays
 from exchange.undocumented import NodeInfo, be_in_a_run, give_id
-from quant import STYPE, Update, UpdateSpec, decode_update, encode_update
+from quant import STYPE, Update, UpdateSpec, decode, encode
 
 be_in_a_run()
 
@@ -160,12 +160,12 @@ class ScriptedClient:
         received = {}
         if MODEL in message.content:
             data = message.content[MODEL][MODEL].data
-            received = decode_update(data, self.spec, instruction.downlink_bits).dequantize()
+            received = decode(data, self.spec, instruction.downlink_bits).dequantize()
         content = RecordDict()
         if instruction.uplink != "nothing":
             sent = self.train(received)
             update = sent if isinstance(sent, Update) else to_bits(sent, self.bits)
-            payload = encode_update(update, stamp=instruction.server_round)
+            payload = encode(update, stamp=instruction.server_round)
             content[UPDATE] = payload_record(payload)
         reported = {"server_round": instruction.server_round} | self.reported
         content[REPORT] = report(self.declaration.num_examples, **reported)

@@ -22,12 +22,12 @@ from xxhash import xxh3_64_intdigest
 
 from quant import (
     UpdateError,
-    decode_update,
-    encode_update,
+    decode,
+    encode,
     largest_code,
 )
 
-# Where the layout in quant/codec/wire.py puts the fields of the header.
+# Where the layout in quant/codec/encode.py puts the fields of the header.
 CODING, TABLE_BYTES, CHECKSUM, TABLE = 7, 8, 12, 20
 WIDTHS = (2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 32)
 SHAPES = (
@@ -68,7 +68,7 @@ class Target:
             update = difference_of(state, bits, generator)
         self.bits, self.content = bits, content
         self.spec = spec_of_state(state)
-        data = encode_update(update, coded=coded, start=self.start)
+        data = encode(update, coded=coded, start=self.start)
         self.coding = data[CODING]
         self.data = np.frombuffer(data, np.uint8)
 
@@ -174,7 +174,7 @@ def check(data: bytes, target: Target) -> bool:
     """
     bits = target.bits
     try:
-        update = decode_update(data, target.spec, bits, target.content, target.start)
+        update = decode(data, target.spec, bits, target.content, target.start)
     except UpdateError:
         return False
     assert (update.bits, update.content) == (bits, target.content)

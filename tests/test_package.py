@@ -102,7 +102,7 @@ def test_importing_it_imports_nothing_heavy():
 
 def test_the_app_for_flower_brings_it():
     settings = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-    assert "prowd/**/*.py" in settings["tool"]["flwr"]["app"]["fab-include"]
+    assert "prowd/__init__.py" in settings["tool"]["flwr"]["app"]["fab-include"]
 
 
 def test_its_docstring_uses_names_that_exist():

@@ -68,7 +68,7 @@ def export(
         pixel_scale=PIXEL_SCALE,
         pixel_offset=PIXEL_OFFSET,
     )
-    path = _write(stem, "prowd", packed.to_bytes())
+    path = _write(stem, "safetensors", packed.to_bytes())
     # What is measured is the file.
     accuracy = evaluate(load_model(path).network(run.model), images).accuracy
     yield _line(path, f"accuracy {accuracy:.2%}")

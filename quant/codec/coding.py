@@ -35,13 +35,9 @@ _UNWEIGHED = {"strategy": zstandard.STRATEGY_FAST}
 # Differences repeat runs of zeros. Which of them are worth a reference is weighed, as one that
 # saves little is also slow to read.
 _WEIGHED = {"strategy": zstandard.STRATEGY_BTOPT, "target_length": 32}
+
 # Of a frame's descriptor: a dictionary, a checksum, or a bit without a meaning.
 _MORE_THAN_CODES = 0b11111
-# Kinds of a block: one byte, repeated, and one without a meaning.
-_REPEATED, _RESERVED = 1, 3
-# An honest frame has a few blocks, and at most one for two thousand bytes that unfold. One for 256
-# is allowed, so that nobody makes a receiver walk for long.
-_FEW_BLOCKS, _SMALL_BLOCK = 4, 256
 
 
 def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None) -> bytes:
@@ -57,7 +53,7 @@ def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None
     Returns
     -------
     bytes
-        What `unfold_codes` reads.
+        What `decompress` reads.
     """
     weighing = _UNWEIGHED if start is None else _WEIGHED
     parameters = zstandard.ZstdCompressionParameters(
@@ -73,8 +69,8 @@ def compress_codes(codes: np.ndarray, bits: int, start: np.ndarray | None = None
     return b"".join([*parts, stream.flush()])
 
 
-def unfold_codes(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
-    """Undo the entropy coding of `compress_codes`; no more than the size of `count` codes unfolds.
+def decompress(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
+    """Undo the entropy coding of `compress_codes`, of no more bytes than `count` codes take.
 
     Parameters
     ----------
@@ -88,58 +84,32 @@ def unfold_codes(data: bytes | memoryview, bits: int, count: int) -> np.ndarray:
     Returns
     -------
     ndarray
-        What `read_codes` reads, uint8, in memory of its own.
+        What `read_codes` reads, uint8.
 
     Raises
     ------
     PackingError
         If the data is not one frame, of the size of `count` codes and with nothing beside them.
     """
-    size = _size(count, bits)
     try:
-        claimed = zstandard.get_frame_parameters(data, format=_FORMAT).content_size
-        if claimed != size or not _is_one_frame(data, size):
+        frame = zstandard.get_frame_parameters(data, format=_FORMAT)
+        if frame.content_size != _size(count, bits) or data[0] & _MORE_THAN_CODES:
             raise PackingError(f"the coded codes are not those of {count} weights")
-        stream = zstandard.ZstdDecompressor(format=_FORMAT).stream_reader(data)
-        # Not to bytes, which cannot be written to: codes of 8 bits stay where they are unfolded.
-        unfolded = np.empty(size, np.uint8)
-        if stream.readinto(unfolded) != size or stream.read(1):
-            raise PackingError(f"the coded codes do not unfold to those of {count} weights")
+        whole = zstandard.ZstdDecompressor(format=_FORMAT).decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise PackingError(f"the coded codes cannot be read: {error}") from None
-    return unfolded
-
-
-def _is_one_frame(data: bytes | memoryview, size: int) -> bool:
-    """Return whether this is a frame and nothing else, by its header and those of its blocks.
-
-    A stream, unlike `ZstdDecompressor.decompress`, would stop before what it need not read.
-    """
-    descriptor = data[0]
-    if descriptor & _MORE_THAN_CODES:
-        return False
-    has_window = not descriptor >> 5 & 1
-    place = 1 + has_window + (not has_window, 2, 4, 8)[descriptor >> 6]
-    for _ in range(_FEW_BLOCKS + size // _SMALL_BLOCK):
-        header = int.from_bytes(data[place : place + 3], "little")
-        is_last, kind, length = header & 1, header >> 1 & 3, header >> 3
-        if kind == _RESERVED:
-            return False
-        place += 3 + (1 if kind == _REPEATED else length)
-        if is_last or place >= len(data):
-            return bool(is_last) and place == len(data)
-    return False
+    return np.frombuffer(whole, np.uint8)
 
 
 def read_codes(
-    unfolded: np.ndarray, bits: int, count: int, start: np.ndarray | None = None
+    data: np.ndarray, bits: int, count: int, start: np.ndarray | None = None
 ) -> np.ndarray:
-    """Read the codes that `unfold_codes` unfolded, or their differences from `start`.
+    """Read the codes of what `decompress` returned, or their differences from `start`.
 
     Parameters
     ----------
-    unfolded : ndarray
-        uint8, contiguous and writable. Codes of 8 bits are left in it.
+    data : ndarray
+        uint8, contiguous.
     bits : int
         Bit-width, 2 to 16.
     count : int
@@ -158,12 +128,12 @@ def read_codes(
         If they are not so many, or not on the grid of `bits`.
     """
     if bits == 8:
-        return _read_bytes(unfolded, count, start)
+        return _read_bytes(data, count, start)
     codes = np.empty(count, np.int8 if bits < 8 else np.int16)
     narrow, limit = word_type(bits), largest_code(bits)
     mask = narrow((1 << bits) - 1)
     has_room = sum(_cut(bits)) > bits
-    for place, words in _joined(unfolded, bits, count):
+    for place, words in _joined(data, bits, count):
         block = codes[place]
         off_grid = has_room and words.max() > mask
         if start is not None:
@@ -177,13 +147,12 @@ def read_codes(
     return codes
 
 
-def _read_bytes(unfolded: np.ndarray, count: int, start: np.ndarray | None) -> np.ndarray:
-    """Read codes of 8 bits where they lie, as they are their own words."""
-    codes = unfolded.view(np.int8)
+def _read_bytes(data: np.ndarray, count: int, start: np.ndarray | None) -> np.ndarray:
+    """Read codes of 8 bits, which are their own words."""
+    codes = data.view(np.int8)
     if codes.size != count:
         raise PackingError(f"{count} codes of 8 bits take {count} bytes; got {codes.size}")
-    if start is not None:
-        codes += start.astype(np.int8, copy=False)
+    codes = codes.copy() if start is None else np.add(codes, start, dtype=np.int8, casting="unsafe")
     if count and codes.min() < -largest_code(8):
         raise PackingError("a code lies off the grid of width 8")
     return codes
@@ -211,14 +180,14 @@ def _words(codes: np.ndarray, bits: int, start: np.ndarray | None) -> Iterator[n
         yield words
 
 
-def _joined(unfolded: np.ndarray, bits: int, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+def _joined(data: np.ndarray, bits: int, count: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Undo `_planes`, as `unpack_words` does."""
     high, low = _cut(bits)
     if not low:
-        yield from unpack_words(unfolded, high, count)
+        yield from unpack_words(data, high, count)
         return
     half, mask = np.uint16(_half(low)), np.uint16((1 << bits) - 1)
-    planes = unpack_words(unfolded[:count], high, count), unpack_words(unfolded[count:], low, count)
+    planes = unpack_words(data[:count], high, count), unpack_words(data[count:], low, count)
     for (place, above), (_, below) in zip(*planes, strict=True):
         # A shift of integers this short takes NumPy longer.
         words = np.multiply(above, 1 << low, dtype=np.uint16)

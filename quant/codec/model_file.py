@@ -1,20 +1,11 @@
-"""A model at a bit-width as one file, with all that it takes to compute with it.
+"""A model at a bit-width as one safetensors file, with all that it takes to compute with it.
 
-Layout (little-endian)::
-
-    magic "PRWM" | version u8 | head bytes u32
-    head      JSON (UTF-8), an object: the fields of `PackedModel` but `update`, an activation grid
-              as [scale, low, high]
-    update    the tensors, as they travel packed (`quant.codec.wire`)
-
-The seed of the update's checksum is the XXH3 of everything before it, which so covers the whole
-file. Nothing is pickled. All sizes are compared with the length of the file before anything is
-allocated.
+A quantized weight ``w`` is two tensors, ``w_packed``, its codes (`quant.codec.packing`), and
+``w_scale``; the others are float32 under their own names. The file's metadata says the rest.
 """
 
 import copy
-import json
-import struct
+import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, fields
 from math import isfinite
@@ -24,12 +15,14 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from core.bits import FLOAT_BITS, check_bits
-from quant.codec.reading import UpdateError, decode_update, read_spec
-from quant.codec.wire import encode_update
+from core.tensor_files import read_tensors, to_bytes
+from quant.codec.decode import decode
+from quant.codec.encode import encode
+from quant.codec.layout import FlatUpdate
+from quant.codec.packing import pack, packed_size, unpack
 from quant.grid import largest_code
 from quant.qat.activations import ActivationGrid
 from quant.qat.layers import (
@@ -42,11 +35,9 @@ from quant.qat.layers import (
     spec_of,
     weight_scales,
 )
-from quant.update import Update, quantize_state
+from quant.update import QuantizedTensor, Update, quantize_state
 
-_MAGIC = b"PRWM"
-_VERSION = 2
-_HEADER = struct.Struct("<4sBI")
+_VERSION = 3
 # Who makes a network as the file says allocates what these say.
 _MOST = {"channels": 3, "size": 1024}
 
@@ -191,43 +182,17 @@ class PackedModel:
         ValueError
             If a tensor is not finite.
         """
+        update = FlatUpdate.of(self.update)
+        arrays = {name: tensor.numpy() for name, tensor in update.floats.items()}
+        for name, tensor in update.quantized.items():
+            codes = np.frombuffer(pack(tensor.codes.numpy(), update.bits), np.uint8)
+            arrays |= {f"{name}_packed": codes, f"{name}_scale": tensor.scale.numpy()}
         about = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "update"}
         about["grids"] = {layer: astuple(grid) for layer, grid in self.grids.items()}
-        head = json.dumps(about, allow_nan=False).encode()
-        head = _HEADER.pack(_MAGIC, _VERSION, len(head)) + head
-        return head + encode_update(self.update, stamp=xxhash.xxh3_64_intdigest(head))
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """Read the content of a file.
-
-        Raises
-        ------
-        ModelFileError
-            If it is anything but a whole, unaltered packed model of this version.
-        """
-        if len(data) < _HEADER.size:
-            raise ModelFileError(f"{len(data)} bytes are no packed model")
-        magic, version, length = _HEADER.unpack_from(data)
-        if magic != _MAGIC:
-            raise ModelFileError(f"begins with {magic!r}, not {_MAGIC!r}: no packed model")
-        if version != _VERSION:
-            raise ModelFileError(f"has version {version}; understood is {_VERSION}")
-        end = _HEADER.size + length
-        if end > len(data):
-            raise ModelFileError(f"is cut short: {len(data)} bytes of {end} and more")
-        try:
-            # First the update, whose checksum says whether the head is whole.
-            payload = data[end:]
-            bits, spec = read_spec(payload)
-            update = decode_update(payload, spec, bits, stamp=xxhash.xxh3_64_intdigest(data[:end]))
-            about = json.loads(data[_HEADER.size : end])
-            grids = {layer: ActivationGrid(*grid) for layer, grid in about.pop("grids").items()}
-            return cls(update, grids=grids, **about)
-        except UpdateError as error:
-            raise ModelFileError(f"is damaged or no packed model: {error}") from None
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ModelFileError(f"has a head that cannot be used: {error}") from None
+        shapes = {name: list(shape) for name, shape in update.spec.shapes.items()}
+        quantized = sorted(update.quantized)
+        layout = {"version": _VERSION, "bits": self.bits, "shapes": shapes, "quantized": quantized}
+        return to_bytes({**layout, **about}, arrays)
 
 
 def load_model(path: str | PathLike) -> PackedModel:
@@ -249,8 +214,46 @@ def load_model(path: str | PathLike) -> PackedModel:
         If the file is anything but a whole, unaltered packed model of this version.
     OSError
         If there is no such file, or it cannot be read.
+
+    Examples
+    --------
+    >>> packed = load_model("resnet8-4bit.safetensors")  # doctest: +SKIP
+    >>> network = packed.network(model)  # doctest: +SKIP
     """
     try:
-        return PackedModel.from_bytes(Path(path).read_bytes())
+        head, tensors = read_tensors(Path(path))
+        if head.pop("version", None) != _VERSION:
+            raise ModelFileError(f"no packed model of version {_VERSION}")
+        update = _read_update(tensors, *(head.pop(key) for key in ("bits", "shapes", "quantized")))
+        grids = {layer: ActivationGrid(*grid) for layer, grid in head.pop("grids").items()}
+        return PackedModel(update, grids=grids, **head)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{path}: is damaged or no packed model: {error}") from None
+
+
+def _read_update(
+    tensors: Mapping[str, Tensor],
+    bits: int,
+    shapes: Mapping[str, list[int]],
+    quantized: list[str],
+) -> Update:
+    """Read what the file holds, as strictly as a payload is read."""
+    of_codes = [f"{name}_{part}" for name in quantized for part in ("packed", "scale")]
+    if {*of_codes, *(shapes.keys() - set(quantized))} != set(tensors):
+        raise ModelFileError("it holds other tensors than it says")
+    codes, floats = {}, {}
+    for name, shape in shapes.items():
+        if name not in quantized:
+            floats[name] = tensors[name].view(shape)
+            continue
+        packed = tensors[f"{name}_packed"].numpy()
+        count = math.prod(shape)
+        # Before anything is allocated.
+        if packed.size != packed_size(count, bits):
+            raise ModelFileError(f"{name} has {packed.size} bytes of codes for {count} weights")
+        unpacked = torch.from_numpy(unpack(packed, bits, count)).view(shape)
+        codes[name] = QuantizedTensor(unpacked, tensors[f"{name}_scale"])
+    update = Update(bits, "weights", codes, floats)
+    return decode(encode(update), update.spec, bits)

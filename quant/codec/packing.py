@@ -60,6 +60,7 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
     ValueError
         If a code lies off the grid, the array does not hold integers, or `bits` is not 2 to 16.
     """
+    codes = np.asarray(codes)
     if codes.dtype.kind not in "iu":
         raise ValueError(f"codes have dtype {codes.dtype}; allowed are integers")
     flat, limit = np.ascontiguousarray(codes).reshape(-1), largest_code(bits)

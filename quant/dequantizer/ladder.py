@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from core.arguments import check_tensors
 from core.bits import FLOAT_BITS, MAX_BITS
 from quant.grid import largest_code, per_channel
 from quant.update import QuantizedTensor, quantize_fitted
@@ -84,6 +85,7 @@ class Rungs:
         known : mapping of int to mapping of str to QuantizedTensor, optional
             The model as it already is on some rungs; on the others it is rounded to nearest.
         """
+        check_tensors("weights", weights)
         ladder = tuple(ladder)
         if list(ladder) != sorted(set(ladder)) or ladder[-1] != FLOAT_BITS:
             raise ValueError(f"a ladder rises to {FLOAT_BITS}; got {ladder}")

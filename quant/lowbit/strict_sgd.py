@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from core.arguments import check_number
+from core.arguments import check_kind, check_number, check_tensors
 from core.bits import FLOAT_BITS, check_width
 from quant.grid import check_finite, dequantize, naming, quantize_nearest, quantize_stochastic
 from quant.lowbit.eager import SGD
@@ -55,7 +55,9 @@ class StrictSGD(SGD):
         check_number("lr", lr, above=0)
         check_number("momentum", momentum, least=0, below=1)
         check_number("weight_decay", weight_decay, least=0)
-        named = dict(named_parameters)
+        check_kind("generator", generator, torch.Generator)
+        check_tensors("scales", scales)
+        self._named = named = _by_name(named_parameters)
         if odd := scales.keys() - named.keys():
             raise ValueError(f"scales: there is no parameter {min(odd)!r}")
         super().__init__(named.values(), lr=lr, momentum=momentum, weight_decay=weight_decay)
@@ -75,25 +77,40 @@ class StrictSGD(SGD):
         Raises
         ------
         NonFiniteError
-            If a gradient, or a weight after the step, holds a NaN or an infinity; the message names
-            it. Rounding would make an ordinary code of it.
+            If a gradient, or a parameter after the step, holds a NaN or an infinity; the message
+            names it. Rounding would make an ordinary code of it.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for name, (weight, _) in self._on_grid.items():
-            if weight.grad is None:
+        for name, parameter in self._named.items():
+            if parameter.grad is None:
                 continue
             with naming(name):
-                check_finite(weight.grad, "the gradient")
-            if self._gradient_bits != FLOAT_BITS:
-                weight.grad = fake_quantize_gradient(
-                    weight.grad, self._gradient_bits, self._generator
+                check_finite(parameter.grad, "the gradient")
+            if name in self._on_grid and self._gradient_bits != FLOAT_BITS:
+                parameter.grad = fake_quantize_gradient(
+                    parameter.grad, self._gradient_bits, self._generator
                 )
         super().step()
+        for name, parameter in self._named.items():
+            if name not in self._on_grid:  # Those are checked as they are rounded.
+                with naming(name):
+                    check_finite(parameter, "the parameter")
         for name, (weight, scale) in self._on_grid.items():
             with naming(name):
                 codes = quantize_stochastic(weight, scale, self._bits, self._generator)
             weight.copy_(dequantize(codes, scale))
         return loss
+
+
+def _by_name(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    pairs = list(named_parameters)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(
+            "named_parameters: they are no pairs; allowed: names and parameters, as of "
+            "model.named_parameters()"
+        )
+    check_tensors("named_parameters", dict(pairs))
+    return dict(pairs)

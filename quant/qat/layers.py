@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core.arguments import check_kind, check_tensors
 from core.bits import FLOAT_BITS, check_width
 from quant.grid import check_finite, fake_quantize, fit_scale, is_finite, naming
 from quant.qat.activations import (
@@ -25,7 +26,14 @@ from quant.qat.activations import (
     put_on_grid,
     quantize_error,
 )
-from quant.update import Update, UpdateSpec, float_tensors, is_statistic, quantize_fitted
+from quant.update import (
+    Update,
+    UpdateSpec,
+    fit_scales,
+    float_tensors,
+    is_statistic,
+    quantize_state,
+)
 
 
 @dataclass(frozen=True)
@@ -79,13 +87,32 @@ class QuantLayer(nn.Module):
             raise TypeError(_wrong_dtype(dtype))
         return super()._apply(fn, recurse)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # What `layer.weight = nn.Parameter(...)` calls.
+        if name != "weight" or param is None or "weight_scale" not in self._buffers:
+            super().register_parameter(name, param)
+            return
+        if param.dtype != torch.float32:
+            raise TypeError(_wrong_dtype(param.dtype))
+        super().register_parameter(name, param)
+        self._take_new_weights(name)
+
+    def reset_parameters(self) -> None:
+        """Draw new weights, as torch's layer does, and fit the scale to them."""
+        super().reset_parameters()  # type: ignore[misc]  # Of the layer beside it.
+        if "weight_scale" in self._buffers:
+            self._take_new_weights("weight")
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if f"{prefix}weight" in state_dict:
-            # It was fitted to what the weights before made of the images.
-            self.input_grid = None
-            with naming(f"{prefix}weight"):
-                self.refit_scale()
+            self._take_new_weights(f"{prefix}weight")
+
+    def _take_new_weights(self, name: str) -> None:
+        # It was fitted to what the weights before made of the images.
+        self.input_grid = None
+        with naming(name):
+            self.refit_scale()
 
     @torch.no_grad()
     def refit_scale(self) -> None:
@@ -148,6 +175,7 @@ def quantizable_weights(model: nn.Module) -> list[str]:
 
 def _quantizable(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers by the names of their weights."""
+    check_kind("model", model, nn.Module)
     uses = Counter(_place_of(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {
         f"{name}.weight".removeprefix("."): module
@@ -173,6 +201,7 @@ def federated_state(model: nn.Module) -> dict[str, Tensor]:
     before any training, as a mask of attention does, is a constant of the model and is not sent;
     one of BatchNorm's statistics that does is none, but wrong.
     """
+    check_kind("model", model, nn.Module)
     floats = float_tensors(model.state_dict())
     buffers = floats.keys() & {name for name, _ in model.named_buffers() if not is_statistic(name)}
     constant = {name for name in buffers if not is_finite(floats[name])}
@@ -181,6 +210,7 @@ def federated_state(model: nn.Module) -> dict[str, Tensor]:
 
 def tensors_of(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
     """Return the named tensors of a model as they are now, in its order."""
+    check_kind("model", model, nn.Module)
     return {name: t.detach() for name, t in model.state_dict().items() if name in names}
 
 
@@ -201,18 +231,32 @@ def spec_of(model: nn.Module) -> UpdateSpec:
 
 
 def quantize_model(model: nn.Module, bits: int) -> Update:
-    """Bring an ordinary model to a bit-width by rounding its weights to nearest.
+    """Bring a model to a bit-width by rounding its weights to nearest.
+
+    A layer that is prepared for this width keeps its scale (`set_scales`), so that the result is
+    what the model computes with; all others are fitted.
 
     Examples
     --------
     >>> quantize_model(nn.Linear(3, 2), 4).quantized["weight"].codes.dtype
     torch.int8
     """
-    return quantize_fitted(federated_state(model), bits, quantizable_weights(model))
+    state, names = federated_state(model), quantizable_weights(model)
+    if bits == FLOAT_BITS:
+        return quantize_state(state, bits)
+    layers = dict(layers_by_weight(model))
+    own = {
+        name: layers[name].weight_scale
+        for name in names
+        if name in layers and layers[name].config.weight_bits == bits
+    }
+    return quantize_state(state, bits, fit_scales(state, {*names} - own.keys(), bits) | own)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load the tensors of a state; all else of the model, as step counters, stays as it is."""
+    check_kind("model", model, nn.Module)
+    check_kind("state", state, Mapping)
     # Changed in place: a state dict also holds the versions of its modules, which some read.
     whole = model.state_dict()
     whole.update(state)
@@ -235,7 +279,10 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     -------
     nn.Module
         The same model. Scales are fitted to its present weights, and again whenever weights are
-        loaded into it; after either, grids of activations are to be fitted anew.
+        loaded into it, a layer is given another `nn.Parameter`, or its ``reset_parameters`` is
+        called; after each, grids of activations are to be fitted anew. What changes weights in
+        place, as an optimizer, `torch.nn.init` or ``weight.data``, leaves the scales as they are,
+        and clips what is beyond them: call `refit_scales` after it.
 
     Raises
     ------
@@ -279,6 +326,7 @@ def _wrong_dtype(dtype: torch.dtype) -> str:
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
     """Yield the names and quantization-aware layers of a prepared model."""
+    check_kind("model", model, nn.Module)
     for name, module in model.named_modules():
         if isinstance(module, (QuantConv2d, QuantLinear)):
             yield name, module
@@ -312,6 +360,7 @@ def set_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
         If there is no such layer, or a scale is not one positive number for each of its channels.
     """
     layers = dict(layers_by_weight(model))
+    check_tensors("scales", scales)
     for name, scale in scales.items():
         if name not in layers:
             raise ValueError(f"{name}: there is no layer that was prepared with this weight")
@@ -337,6 +386,7 @@ def set_generator(model: nn.Module, generator: torch.Generator) -> None:
     generator : torch.Generator
         On the model's device. Without one, layers draw from torch's own, as dropout does.
     """
+    check_kind("generator", generator, torch.Generator)
     for _, layer in quantized_layers(model):
         layer.generator = generator
 

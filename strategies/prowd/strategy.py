@@ -22,8 +22,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from core.constructors import checked, own_options
-from core.seeds import Stream, derive_seed
-from exchange.averaging import WeightedMean
+from core.seeds import Stream, derive_seed, drawn_under
 from exchange.replies import ClientUpdate
 from exchange.states import State, join_states, split_states
 from quant import (
@@ -35,6 +34,7 @@ from quant import (
     Reference,
     Rungs,
     StartReference,
+    WeightedMean,
     add_drift,
     cosine,
     fine_tune,
@@ -348,16 +348,13 @@ class ProWD(MixedPrecisionStrategy):
             stochastic=self.low_bit_training == "strict",
             group_size=max(groups[bits].count for bits in low) if in_groups else 1,
         )
-        predict = None
-        if self.predict is not None:
-            predict = lambda weights: self.predict({**state, **weights})  # noqa: E731
         losses = fine_tune(
             self.dequantizer,
             {name: state[name] for name in self._quantized(state)},
             high,
             reference,
             config,
-            predict,
+            self._predicting(server_round, state),
             torch.Generator().manual_seed(derive_seed(self.seed, Stream.FINE_TUNING, server_round)),
         )
         if losses.undone:
@@ -367,6 +364,20 @@ class ProWD(MixedPrecisionStrategy):
         self.round_log.own["reconstruction-loss"] = losses.reconstruction
         if losses.distill is not None:
             self.round_log.own["distill-loss"] = losses.distill
+
+    def _predicting(
+        self, server_round: int, state: State
+    ) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+        """Return ``f(u; w)`` with all else of a model as it is: in a round one mask of dropout."""
+        predict = self.predict
+        if predict is None:
+            return None
+
+        def predicted(weights: Mapping[str, Tensor]) -> Tensor:
+            with drawn_under(self.seed, Stream.DISTILLATION, server_round):
+                return predict({**state, **weights})
+
+        return predicted
 
 
 def _flat(state: State, start: State, names: Mapping[str, Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from task.data.image_folder import (
     find_parts,
     in_short,
     list_images,
+    refuse_masks,
     refuse_one_class,
     same_folders,
 )
@@ -195,6 +196,7 @@ def _from_image_folder(folder: Path, image_size: int) -> Dataset:
     parts = find_parts(folder)
     listing = list_images(parts.train)
     refuse_one_class(parts.train, listing)
+    refuse_masks(parts.train, listing)
     if parts.test is None:
         return _held_out_of(folder, listing, image_size)
     test_listing = list_images(parts.test)

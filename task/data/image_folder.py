@@ -36,6 +36,15 @@ _PARTS = frozenset(
         *("val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "heldout"),
     }
 )
+# Names of folders that hold an image each and what is drawn over it, file by file, as data for
+# segmentation has.
+_IMAGES = frozenset({"image", "images", "img", "imgs", "input", "inputs", "original", "originals"})
+_MASKS = frozenset(
+    {
+        *("mask", "masks", "label", "labels", "annotation", "annotations", "gt", "groundtruth"),
+        *("segmentation", "segmentations", "segmented", "target", "targets"),
+    }
+)
 _AFTER_PARTS = ("dataset", "data", "set", "split", "images", "image", "imgs", "img")
 
 
@@ -170,6 +179,24 @@ def refuse_one_class(folder: Path, listing: Listing) -> None:
         f"data-dir: {printable(folder)} has one class, {printable(name)} (it holds {holds}); "
         "allowed: 2 or more class folders; data-dir may be one level too high or too low"
     )
+
+
+def refuse_masks(folder: Path, listing: Listing) -> None:
+    """Refuse images and their masks, which are no two classes.
+
+    Raises
+    ------
+    SettingsError
+        If all class folders have such names, and both kinds are there.
+    """
+    words = [set(re.split("[^a-z]+", name.lower())) - {""} for name in listing.classes]
+    known = _IMAGES | _MASKS | _PARTS
+    masks = [bool(own & _MASKS) for own in words]
+    if all(own <= known and own & (_IMAGES | _MASKS) for own in words) and len(set(masks)) == 2:
+        raise SettingsError(
+            f"data-dir: {printable(folder)} holds {in_short(listing.classes)}, which name images "
+            "and their masks and not classes; allowed: one folder of images for each class"
+        )
 
 
 def in_short(names: Sequence[str], most: int = 10) -> str:

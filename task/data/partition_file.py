@@ -1,10 +1,12 @@
 """A deal of the training images that the user wrote: which client holds which."""
 
 import codecs
+import json
 import os
 import stat
 import zlib
-from functools import lru_cache
+from collections import Counter
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +63,8 @@ def read_partition_file(file: str, num_images: int) -> tuple[np.ndarray, ...]:
         raise _error(path, f"is not in UTF-8, as byte {error.start} shows") from None
     try:
         dealt = _Deal.model_validate_json(data).clients
+        # Of two values under one key, it takes the last.
+        json.loads(data, object_pairs_hook=partial(_refuse_twice, path))
     except ValidationError as error:
         raise _error(path, _first(error)) from None
     if not dealt:
@@ -98,6 +102,12 @@ def _read(path: Path, most: int = -2) -> bytes:
             return file.read(most + 1)
     except OSError as error:
         raise _error(path, f"cannot be read: {reason(error)}") from None
+
+
+def _refuse_twice(path: Path, pairs: list[tuple[str, object]]) -> None:
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise _error(path, f"holds {key!r} {count} times; allowed: once")
 
 
 def _first(error: ValidationError) -> str:

@@ -14,7 +14,7 @@ from core.errors import SettingsError
 from core.files import printable, reason
 
 # Raised with every change of what pixels a file gives: arrays cached under another are not used.
-RULES = 3
+RULES = 4
 
 # Pillow would run Ghostscript on an EPS file, whatever its name ends with.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -87,6 +87,7 @@ def _eight_bits(file: Any, name: str) -> Any:
     if frames > 1:
         raise _error(name, f"holds {frames} images", "allowed: one a file")
     depth = _depth(file)
+    _check_maxval(file, name)
     image = _upright(file)
     if not image.width or not image.height:
         raise _error(name, "has no pixels", "allowed: one and more")
@@ -96,6 +97,17 @@ def _eight_bits(file: Any, name: str) -> Any:
     elif (clear := file.info.get("transparency")) is not None and depth:
         image.info["transparency"] = _clear_of_eight_bits(clear, depth, name)
     return _on_white(image)
+
+
+def _check_maxval(file: Any, name: str) -> None:
+    """Refuse a PGM or PPM file with a value above the one that it calls white: Pillow clips it."""
+    if not file.tile or file.tile[0][0] != "ppm":  # Else it reads them, or refuses them itself.
+        return
+    _, _, offset, (_, maxval) = file.tile[0]
+    count = file.width * file.height * len(file.getbands())
+    values = np.fromfile(name, ">u2" if maxval > 255 else "u1", count, offset=offset)
+    if values.size and (top := int(values.max())) > maxval:
+        raise _error(name, f"has a value of {top} above its maxval", f"allowed: 0 to {maxval}")
 
 
 def _depth(file: Any) -> int:

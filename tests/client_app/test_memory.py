@@ -144,3 +144,12 @@ def test_a_node_with_a_wrong_state_dir_is_refused(wrong):
     with pytest.raises(SettingsError, match="node-config: state-dir is"):
         state_folder(config, "/x")
     assert "must be an absolute path" in declare(config, {}, False).refused
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/below"])
+def test_a_state_dir_that_can_never_be_there_is_refused_by_name(tmp_path, name):
+    (tmp_path / "file").touch()
+    own = {"partition-id": 0, "num-partitions": 1, "bits": 8, "state-dir": str(tmp_path / name)}
+    refused = declare(own, {}, simulated=False).refused
+    assert refused.startswith(f"node-config: state-dir: {tmp_path / name} cannot be used: ")
+    assert "\n" not in refused

@@ -12,8 +12,8 @@ from quant import (
     FineTuning,
     QuantConfig,
     StrictSGD,
-    decode_update,
-    encode_update,
+    decode,
+    encode,
     fit_scales,
     fixed_point,
     prepare,
@@ -138,7 +138,7 @@ def test_numpys_numbers_are_numbers():
             lambda: quantize_state(ONE, 8, {"w": torch.zeros(2)}),
             "w: a scale is 0; allowed",
         ),
-        (lambda: decode_update(b"", spec_of(nn.Linear(2, 2)), "8"), "payload has 8 bits; allowed"),
+        (lambda: decode(b"", spec_of(nn.Linear(2, 2)), "8"), "bits: '8' is not allowed"),
         (lambda: FineTuning(steps=0), "steps: 0 is not allowed: it should be a whole number >= 1"),
         (lambda: FineTuning(learning_rate=NAN), "learning_rate: nan is not allowed"),
         (lambda: FineTuning(distill_weight=-1), "distill_weight: -1 is not allowed"),
@@ -164,7 +164,7 @@ def test_widths_of_numpys_types_count_as_what_they_hold():
     assert type(QuantConfig(bits).weight_bits) is int
     update = quantize_state(ONE, bits, fit_scales(ONE, ["w"], bits))
     assert type(update.bits) is int
-    assert encode_update(update) == encode_update(quantize_state(ONE, 8, update.scales))
+    assert encode(update) == encode(quantize_state(ONE, 8, update.scales))
 
 
 @pytest.mark.parametrize("most", [0, -1, 1.5, NAN, "9", True])

@@ -3,7 +3,9 @@
 import importlib.util
 import re
 import sys
+import threading
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,3 +66,40 @@ def test_the_picture_and_the_words_have_the_same_folders():
     drawn = set(re.findall(r'^    (\w+)\["', PAGE, re.M))
     listed = set(re.findall(r"^\| `(\w+)/` \|", PAGE, re.M))
     assert drawn == listed == set(PACKAGES)
+
+
+def files_between_training_and_the_next_model(output_dir):
+    """Files of our own that a round of FedAvg enters from the end of training to the next model."""
+    config = {**CONFIG, "strategy": "fedavg", "low-bit-training": "strict", "model": "toy:net"}
+    config |= {"num-server-rounds": 1, "samples-per-client": 48, "run-name": "run"}
+    config |= {"output-dir": str(output_dir)}
+    entered, watching = set(), False
+
+    def profile(frame, event, _):
+        nonlocal watching
+        path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if not path.is_relative_to(PROJECT) or path.is_relative_to(PROJECT / "tests"):
+            return
+        if event == "return" and name == "train" and path.name == "training.py":
+            watching = True
+        elif event == "return" and name == "aggregate_train":
+            watching = False
+        elif watching and event == "call":
+            entered.add(str(path.relative_to(PROJECT)))
+
+    node = ClientAppNode(0, 1, config, {"bits": 4})
+    threading.setprofile(profile)
+    sys.setprofile(profile)
+    try:
+        main(InProcessGrid({50: node}), Context(1, 0, {}, RecordDict(), config))
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return entered
+
+
+def test_an_update_passes_the_files_of_the_table(tmp_path):
+    table = PAGE.split("### From a trained model to the next one")[1].split("\n\n")[2]
+    named = set(re.findall(r"^\| `([\w/]+\.py)`", table, re.M))
+    assert files_between_training_and_the_next_model(tmp_path) == named
+    assert len(named) <= 14

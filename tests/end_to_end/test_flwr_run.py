@@ -15,7 +15,7 @@ WIDTHS = ["2", "4", "8", "32"]
 PLAN = f"""
 title = "{{title}}"
 seeds = [3]
-federation = "num-supernodes=4 client-resources-num-cpus=1"
+federation = "num-supernodes=4 client-resources-num-cpus=2"
 [settings]
 model = "toy:net"
 num-server-rounds = {{rounds}}

@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from client_app.tracking import effective_steps
 from exchange.protocol import REPORT, UPDATE
-from quant import encode_update
+from quant import encode
 from strategies import STRATEGIES, FedAvg, FedCOMGATE
 
 STATE = {
@@ -23,9 +23,9 @@ STATE = {
     "bn.running_mean": torch.zeros(4),
     "bn.running_var": torch.ones(4),
 }
-# Of the layout in quant/codec/wire.py: the checksum stands 12 bytes in, the table begins after it.
+# Of quant/codec/encode.py: the checksum stands 12 bytes in, the table begins after it.
 CHECKSUM, TABLE, BITS = 12, 20, 5
-TABLE_SIZE = struct.unpack_from("<I", encode_update(to_bits(STATE, 4)), 8)[0]
+TABLE_SIZE = struct.unpack_from("<I", encode(to_bits(STATE, 4)), 8)[0]
 SCALES = TABLE + TABLE_SIZE
 # Behind one scale for each of four channels: `b`, means and variances, four of each.
 FLOATS = SCALES + 4 * 4
@@ -100,7 +100,7 @@ ALTERATIONS = {
     "negative variance": (last_variance(-1.0), "is a variance"),
     "another width in the header": (at(BITS, bytes([8])), "8 bits; the client declared 4"),
     "another width throughout": (
-        lambda d: encode_update(to_bits(STATE, 8)),
+        lambda d: encode(to_bits(STATE, 8)),
         "bytes; this model takes",
     ),
     "other shape": (at(TABLE + 5, struct.pack("<II", 6, 4)), "the table of tensors"),
@@ -301,7 +301,7 @@ def test_memory_stays_bounded_however_much_comes(size):
             content[UPDATE] = payload_record(bytes(size or 8_000_000))
             if size:
                 # A payload that is right, beside much that nobody asked for.
-                content[UPDATE] = payload_record(encode_update(to_bits(STATE, 8), stamp=1))
+                content[UPDATE] = payload_record(encode(to_bits(STATE, 8), stamp=1))
                 content["more"] = ArrayRecord({"x": Array("uint8", (size,), "own", bytes(size))})
             yield Message(content, reply_to=message)
 

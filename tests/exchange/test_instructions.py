@@ -11,7 +11,7 @@ from specs import spec_of_state, to_bits
 from core.errors import SettingsError
 from exchange.protocol import INSTRUCTION, MODEL, Instruction
 from exchange.states import to_arrays
-from quant import decode_update
+from quant import decode
 from strategies import FedAvg, FedCOMGATE, FlowerStrategy, Local
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -63,7 +63,7 @@ def test_a_model_has_the_width_that_was_asked_for(asked, broadcast):
     expected = rounded(STATE, asked).dequantize()
     for data, labelled in sent(grid):
         assert labelled == asked == data[5]
-        model = decode_update(data, spec_of_state(STATE), asked).dequantize()
+        model = decode(data, spec_of_state(STATE), asked).dequantize()
         assert all(torch.equal(model[name], expected[name]) for name in STATE)
 
 
@@ -79,7 +79,7 @@ def test_a_fixed_point_step_is_for_a_clients_own_width():
     """At another, the step would not span the weights."""
     _, grid = nodes()
     run_round(asking(downlink_bits=8)(broadcast="nearest", weight_step=0.125), grid, STATE)
-    updates = [decode_update(data, spec_of_state(STATE), 8) for data, _ in sent(grid)]
+    updates = [decode(data, spec_of_state(STATE), 8) for data, _ in sent(grid)]
     fitted = to_bits(STATE, 8).quantized["w"].scale
     assert torch.equal(updates[0].quantized["w"].scale, fitted)
     assert torch.equal(updates[1].quantized["w"].scale, torch.full((3,), 0.125))
@@ -123,7 +123,7 @@ def test_a_model_for_of_another_width_is_not_sent_under_a_wrong_one():
         def model_for(self, bits, state):
             return to_bits(state, 4)
 
-    with pytest.raises(ValueError, match="model_for: the model has 4 bits, not 8"):
+    with pytest.raises(SettingsError, match=r"Wrong\.model_for returns a model of 4 bits; a"):
         run_round(Wrong(broadcast="nearest"), nodes()[1], STATE)
 
 

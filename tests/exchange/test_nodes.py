@@ -1,11 +1,12 @@
 """Who holds which partition, through `Nodes.gather` on a grid whose nodes come and go."""
 
 import logging
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from federation import LateGrid, ScriptedClient, federation
+from federation import LateGrid, ScriptedClient, SimulatedGrid, federation
 
 from core.errors import SettingsError
 from exchange.nodes import Nodes
@@ -264,3 +265,14 @@ def test_a_federation_of_nobody_is_said_to_be_one():
     one.declaration = replace(one.declaration, bits=0, refused="no bits")
     with pytest.raises(FederationError, match=r"no bits .1 of 1 connected nodes are refused"):
         Nodes(wait=0.01).gather(federation([one], STATE))
+
+
+def test_a_simulation_that_does_not_start_in_time_is_not_the_nodes_fault():
+    class NotYet(LateGrid, SimulatedGrid):
+        def has_answered(self, node_id):
+            return False
+
+    grid = NotYet(federation([client(0, 2), client(1, 2)], STATE).nodes)
+    said = "none of 2 simulated nodes has answered after 0.01 s (node-wait); Flower's simulation is"
+    with pytest.raises(FederationError, match=re.escape(said)):
+        Nodes(wait=0.01).gather(grid)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from exchange.norms import all_small, norms_of, scale_of, too_large
+from exchange.replies import all_small, norms_of, scale_of, too_large
 
 
 def test_the_bound_by_hand():

@@ -428,7 +428,7 @@ def test_a_message_is_there_throughout_its_round(link):
     """Its time begins when it is sent, whatever time the packing of the models took."""
     federation = Federation(link)
     replies = federation.ask(timeout=100.0)
-    messages = federation.strategy._asked.messages
+    messages = federation.strategy._plan.messages
     for message in messages:
         message.metadata.__dict__["_created_at"] -= 1000.0
     assert len(list(replies)) == 3

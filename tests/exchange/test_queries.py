@@ -37,7 +37,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     for module in ("nodes", "queries"):
-        monkeypatch.setattr(f"strategies.{module}.time", clock)
+        monkeypatch.setattr(f"exchange.{module}.time", clock)
     return clock
 
 

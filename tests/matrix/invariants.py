@@ -65,7 +65,7 @@ def records_its_bytes(trace: Trace) -> None:
 def sends_the_widths_asked_for(trace: Trace) -> None:
     """Models go out at the broadcast's width, the same to all of a width; updates come at theirs.
 
-    `decode_update` accepts a payload of one width, spec, content and round only.
+    `decode` accepts a payload of one width, spec, content and round only.
     """
     for server_round in trace.rounds:
         by_width: dict[int, set[bytes]] = defaultdict(set)

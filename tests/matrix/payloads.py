@@ -8,7 +8,7 @@ from matrix.running import Exchange, Trace
 from matrix.tiny import ON_GRID
 from torch import Tensor
 
-from quant import Update, UpdateSpec, decode_update
+from quant import Update, UpdateSpec, decode
 
 Values = dict[str, np.ndarray]
 
@@ -18,7 +18,7 @@ def sent_to(trace: Trace, exchange: Exchange) -> Update | None:
     if exchange.sent is None:
         return None
     spec = UpdateSpec.of(trace.starts[exchange.instruction.server_round], ON_GRID)
-    return decode_update(exchange.sent, spec, trace.cell.downlink_bits(exchange.partition))
+    return decode(exchange.sent, spec, trace.cell.downlink_bits(exchange.partition))
 
 
 def returned_by(trace: Trace, exchange: Exchange) -> Update | None:
@@ -30,7 +30,7 @@ def returned_by(trace: Trace, exchange: Exchange) -> Update | None:
     start = sent if sent is not None and sent.bits == bits else None
     spec = UpdateSpec.of(trace.starts[server_round], ON_GRID)
     content = exchange.instruction.uplink
-    return decode_update(exchange.returned, spec, bits, content, start, server_round)
+    return decode(exchange.returned, spec, bits, content, start, server_round)
 
 
 def float64(state: Mapping[str, Tensor]) -> Values:

@@ -17,8 +17,8 @@ from quant import (
     UpdateSpec,
     calibrate_activations,
     calibrated_rounding,
-    decode_update,
-    encode_update,
+    decode,
+    encode,
     fake_quantize,
     fit_scale,
     load_state,
@@ -30,6 +30,7 @@ from quant import (
     quantize_state,
     quantize_stochastic,
     quantized_layers,
+    refit_scales,
     set_scales,
     spec_of,
     weight_scales,
@@ -108,7 +109,7 @@ def test_statistics_that_are_not_finite_are_no_constants():
     norm.running_var[0] = float("nan")
     assert "0.running_var" in spec_of(nn.Sequential(norm)).shapes
     with pytest.raises(ValueError, match="an update must be finite"):
-        encode_update(quantize_model(nn.Sequential(norm), 8))
+        encode(quantize_model(nn.Sequential(norm), 8))
 
 
 def test_large_finite_values_are_rounded_though_their_sum_overflows():
@@ -127,6 +128,20 @@ def test_a_strict_step_refuses_a_gradient_by_name(bad):
     with pytest.raises(NonFiniteError, match=r"0\.weight: the gradient is not finite"):
         optimizer.step()
     assert torch.equal(model[0].weight, before)
+
+
+def test_a_strict_step_refuses_what_is_not_finite_off_the_grid_too():
+    model = prepare(nn.Sequential(nn.Linear(2, 1)), QuantConfig(4))
+    named, generator = model.named_parameters(), torch.Generator().manual_seed(0)
+    optimizer = StrictSGD(named, weight_scales(model), 4, generator=generator, lr=1e30)
+    before = model[0].bias.detach().clone()
+    model[0].bias.grad = torch.tensor([float("nan")])
+    with pytest.raises(NonFiniteError, match=r"0\.bias: the gradient is not finite"):
+        optimizer.step()
+    assert torch.equal(model[0].bias, before)
+    model[0].bias.grad = torch.tensor([1e30])
+    with pytest.raises(NonFiniteError, match=r"0\.bias: the parameter is not finite"):
+        optimizer.step()
 
 
 def test_calibration_names_the_layer_that_is_reached_by_nan():
@@ -179,7 +194,7 @@ def test_only_layers_that_are_prepared_have_codes_and_all_else_arrives_as_it_is(
     # The scale of a transposed convolution would lie along its other dimension.
     assert torch.equal(update.floats["up.weight"], model.up.weight)
     received = prepare(Everything(), QuantConfig(3))
-    load_state(received, decode_update(encode_update(update), spec, 3).dequantize())
+    load_state(received, decode(encode(update), spec, 3).dequantize())
     for name, layer in quantized_layers(received):
         layer.weight_scale = update.quantized[f"{name}.weight"].scale
     assert torch.equal(received.eval()(tokens), model.eval()(tokens))
@@ -312,6 +327,43 @@ def test_weights_that_are_loaded_have_a_scale_that_fits_them():
     torch.save(model.state_dict(), kept)
 
 
+@pytest.mark.parametrize("change", ["assign", "reset", "init"])
+def test_other_weights_have_a_scale_that_fits_them(change):
+    model = prepare(nn.Sequential(nn.Linear(2, 2)), QuantConfig(8, 8))
+    calibrate_activations(model, lambda m: m(torch.rand(3, 2)))
+    set_scales(model, {"0.weight": torch.full((2,), 1e-4)})
+    if change == "assign":
+        model[0].weight = nn.Parameter(torch.tensor([[5.0, 1.0], [0.5, 2.0]]))
+    elif change == "reset":
+        model[0].reset_parameters()
+    else:  # As a step of an optimizer, which keeps the grid; `prepare` says what to call.
+        nn.init.constant_(model[0].weight, 3.0)
+        refit_scales(model)
+    assert torch.equal(model[0].weight_scale, fit_scale(model[0].weight, 8))
+    assert (model[0].input_grid is None) == (change != "init")
+    assert torch.allclose(model[0].quantized_weight(), model[0].weight, atol=0.02)
+
+
+def test_a_new_weight_of_another_type_is_refused():
+    model = prepare(nn.Linear(2, 2), QuantConfig(8))
+    before = model.weight
+    with pytest.raises(TypeError, match=r"its weight cannot be torch\.float64"):
+        model.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    assert model.weight is before
+
+
+def test_a_prepared_model_is_quantized_on_the_grid_that_it_computes_on():
+    model = prepare(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), QuantConfig(4))
+    set_scales(model, {"0.weight": torch.tensor([0.5, 0.25])})
+    update = quantize_model(model, 4)
+    assert update.scales["0.weight"].tolist() == [0.5, 0.25]
+    assert torch.equal(update.dequantize()["0.weight"], model[0].quantized_weight())
+    assert torch.equal(update.scales["1.weight"], fit_scale(model[1].weight, 4))
+    # At another width there is no such grid.
+    assert torch.equal(quantize_model(model, 8).scales["0.weight"], fit_scale(model[0].weight, 8))
+    assert not quantize_model(model, 32).quantized
+
+
 def test_layers_take_their_input_by_keyword():
     class ByKeyword(nn.Sequential):
         def forward(self, x):
@@ -330,4 +382,4 @@ def test_layers_take_their_input_by_keyword():
 def test_toy_states_of_tests_are_those_of_layers():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
     one, other = to_bits(model.state_dict(), 4), quantize_model(model, 4)
-    assert encode_update(one) == encode_update(other)
+    assert encode(one) == encode(other)

@@ -38,14 +38,18 @@ def test_numbers_of_numpy_and_what_is_not_finite_come_back(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "values", "words"),
     [
-        ({}, {"seen": {1, 2}}, "my.module:Own/checkpoint/seen is {1, 2}, a set"),
+        ({}, {"seen": {1, 2}}, "strategy: my.module:Own/checkpoint/seen is {1, 2}, a set"),
         # Python would write it as text, and not read it back as a number.
-        ({}, {"by": {4: 0.5}}, "my.module:Own/checkpoint/by has the key 4"),
-        ({"m": 3.0}, {}, "my.module:Own: its checkpoint has m, which cannot be written: Attribute"),
+        ({}, {"by": {4: 0.5}}, "strategy: my.module:Own/checkpoint/by has the key 4"),
+        (
+            {"m": 3.0},
+            {},
+            "strategy: the checkpoint of my.module:Own has m, which cannot be wri",
+        ),
         (
             {"m": torch.ones(2, dtype=torch.bfloat16)},
             {},
-            "my.module:Own: its checkpoint has m, which cannot be written: TypeError",
+            "strategy: the checkpoint of my.module:Own has m, which cannot be written: TypeError",
         ),
     ],
 )

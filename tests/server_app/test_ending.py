@@ -261,6 +261,21 @@ def test_a_simulation_that_failed_says_at_what(folder, said):
     assert any("Traceback" in text for text in said.of_server)
 
 
+def test_a_client_without_a_cpu_is_named_and_no_division(folder, said, monkeypatch):
+    monkeypatch.setattr("ray.nodes", lambda: [{"Resources": {"CPU": 2}}])
+
+    def happens(_):
+        try:
+            pool_size_from_resources({"num_cpus": 0, "num_gpus": 0.0})
+        except ZeroDivisionError as error:
+            log(ERROR, "%s raised an exception", "Simulation", exc_info=error)
+        flower_exits()
+
+    run(folder, happens)
+    expected = "federation-config: client-resources-num-cpus=0 is not allowed; 1 or more is"
+    assert_failed(folder, said, expected)
+
+
 def test_a_superlink_that_is_gone_is_told(folder, said, monkeypatch):
     def happens(_):
         monkeypatch.setattr(os, "getppid", lambda: 1)

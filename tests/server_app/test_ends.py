@@ -566,6 +566,8 @@ STRATEGIES = [
     ("CombineShape", f"{RETURNS}head.bias of shape [1] for [10]{ALL}"),
     ("CombineIntegers", f"{RETURNS}head.bias that is torch.int64 for torch.float32{ALL}"),
     ("CombineSparse", f"{RETURNS}head.bias that is sparse for torch.float32{ALL}"),
+    ("StateForNothing", f"StateForNothing.state_for returns no conv1.weight{ALL}"),
+    ("ModelForOther", "ModelForOther.model_for returns a model of 32 bits; allowed: 4"),
     ("CheckpointRaises", f"{FAILED} before its first round: OSError: one two (faulty_strategies"),
     ("CheckpointAlone", "CheckpointAlone.checkpoint returns a dict; allowed: two mappings, one of"),
     ("EvaluateRaises", f"{FAILED} in round 1: RuntimeError: one two (faulty_strategies.py:"),
@@ -598,16 +600,19 @@ SAYING = [
     ("CombineDrops", "no client could be used in the first round: not?this one"),
     ("OwnSettingsError", "strategy-options: not this one"),
     ("OwnFederationError", "the quorum is lost"),
-    ("CheckpointObject", "faulty_strategies:CheckpointObject/checkpoint/kept is <object obj"),
+    (
+        "CheckpointObject",
+        "strategy: faulty_strategies:CheckpointObject/checkpoint/kept is <",
+    ),
     (
         "CheckpointText",
-        "faulty_strategies:CheckpointText: its checkpoint has kept, which cannot be",
+        "strategy: the checkpoint of faulty_strategies:CheckpointText has kept, which cannot be",
     ),
-    ("OwnObject", "faulty_strategies:OwnObject/loss/mine is <object obj"),
-    ("OwnKey", f"faulty_strategies:OwnKey has the key 1{CANNOT}"),
-    ("OwnBytes", f"faulty_strategies:OwnBytes/loss is b'1', a bytes{CANNOT}"),
-    ("OwnNoUtf8", rf"faulty_strategies:OwnNoUtf8/name is 'b\udcff', a str{CANNOT}"),
-    ("OwnEndless", "faulty_strategies:OwnEndless/again holds itself, which JSON cannot"),
+    ("OwnObject", "strategy: faulty_strategies:OwnObject/loss/mine is <object obj"),
+    ("OwnKey", f"strategy: faulty_strategies:OwnKey has the key 1{CANNOT}"),
+    ("OwnBytes", f"strategy: faulty_strategies:OwnBytes/loss is b'1', a bytes{CANNOT}"),
+    ("OwnNoUtf8", rf"strategy: faulty_strategies:OwnNoUtf8/name is 'b\udcff', a str{CANNOT}"),
+    ("OwnEndless", "strategy: faulty_strategies:OwnEndless/again holds itself, which JSON cannot"),
 ]
 
 
@@ -720,6 +725,19 @@ def test_a_state_dir_that_cannot_be_written_is_named(tmp_path):
     assert first.startswith(rf"node-config: state-dir: {tmp_path}/line\nend/")
     assert re.search("/[01] cannot be written: Not a directory$", first)
     assert recorded_line_of(end) == f"no client could be used in the first round: {first}"
+
+
+def test_a_state_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def long_name(*_):
+        raise OSError(36, "File name too long")
+
+    monkeypatch.setattr("client_app.memory._rounds", long_name)
+    node_config = {"bits": 8, "state-dir": str(tmp_path / "own")}
+    end = end_of(tmp_path, {"strategy": "fedcomgate"}, InProcessGrid, node_config)
+    first, _ = end.log.ends_of_clients()
+    assert first.startswith(f"node-config: state-dir: {tmp_path}/own/")
+    assert first.endswith("cannot be read: File name too long")
+    recorded_line_of(end)
 
 
 def test_a_checkpoint_that_a_simulated_client_cannot_write_is_named(tmp_path, monkeypatch):

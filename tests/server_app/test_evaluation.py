@@ -10,6 +10,7 @@ from federation import ClientAppNode, InProcessGrid, assert_same_update, in_an_a
 from flwr.app import Context, RecordDict
 from specs import to_bits
 from torch import nn
+from torch.nn import functional as F
 
 import client_app.app as client_app
 from core.errors import SettingsError
@@ -18,7 +19,7 @@ from exchange.protocol import INSTRUCTION, MODEL, Instruction
 from quant import (
     QuantizedTensor,
     Update,
-    decode_update,
+    decode,
     federated_state,
     fit_scale,
     quantized_layers,
@@ -28,8 +29,8 @@ from quant import (
 )
 from server_app.app import main
 from server_app.build import build_strategy, read_settings
-from server_app.evaluation import CalibratedRounding, Evaluator
-from strategies import STRATEGIES
+from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
+from strategies import STRATEGIES, ProWD
 from task.calibration import calibrate_activations, calibrate_normalization, round_weights
 from task.data.dataset import Images
 from task.models import build_model, to_input
@@ -359,7 +360,7 @@ def test_clients_start_on_exactly_the_codes_that_were_evaluated(
     assert len(trained) == 6
     # The first model is the seed's.
     first = to_bits(federated_state(build_model("resnet8", 1, 8, 10, 0)), 2).quantized
-    sent = decode_update(trained[2].content[MODEL][MODEL].data, SPEC, 2).quantized
+    sent = decode(trained[2].content[MODEL][MODEL].data, SPEC, 2).quantized
     for name, tensor in sent.items():
         assert torch.equal(tensor.scale, first[name].scale)
         assert torch.equal(tensor.codes, first[name].codes) == (broadcast == "nearest")
@@ -368,7 +369,7 @@ def test_clients_start_on_exactly_the_codes_that_were_evaluated(
         node = grid.nodes[message.metadata.dst_node_id]
         bits = (2, 4, 32)[node.config["partition-id"]]
         assert (asked.server_round, asked.downlink_bits) == (2, bits)
-        sent = decode_update(message.content[MODEL][MODEL].data, SPEC, bits)
+        sent = decode(message.content[MODEL][MODEL].data, SPEC, bits)
         model, weights, scales = models[bits]
         assert_same_update(sent, model)
         if bits == 32:
@@ -394,3 +395,83 @@ def test_local_clients_begin_on_codes_and_are_sent_nothing_more(tmp_path, monkey
     ]
     assert widths == [32, 4, 2]
     assert len(carrying) == 3
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in evaluation too, as Monte Carlo dropout does."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(1), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(F.dropout(self.norm(x).flatten(1), 0.5, training=True))
+
+
+def test_a_model_that_draws_in_evaluation_is_evaluated_under_seed_and_round():
+    held_out, buffer = images(200), images(20, seed=1).pixels
+    torch.manual_seed(0)
+    model = Noisy()
+    update = to_bits(state_of(model), 8)
+
+    def score(seed, server_round):
+        torch.rand(7)  # Whatever was drawn before.
+        evaluator = Evaluator(Settings(seed=seed), model, held_out, buffer)
+        return evaluator.score(update, server_round)
+
+    before = torch.get_rng_state()
+    evaluate(model, held_out)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert score(3, 1) == score(3, 1)
+    assert len({score(3, 1), score(3, 2), score(4, 1)}) == 3
+    codes = []
+    for _ in range(2):
+        torch.rand(7)
+        rounded = CalibratedRounding(Settings(seed=3), model, buffer)(state_of(model), 3)
+        codes.append(rounded.quantized["head.weight"].codes)
+    assert torch.equal(*codes)
+
+
+def test_clients_evaluate_a_model_that_draws_under_seed_and_round(tmp_path, monkeypatch):
+    seeds = []
+    real = client_app.evaluate
+
+    def seen(model, held_out, seed):
+        seeds.append(seed)
+        return real(model, held_out, seed)
+
+    monkeypatch.setattr(client_app, "evaluate", seen)
+    for name in ("one", "other"):
+        config = {
+            "strategy": "fedavg",
+            "model": "toy:net",
+            "bit-mix": "8:0.5,32:0.5",
+            "samples-per-client": 16,
+            "server-buffer": 16,
+            "fraction-evaluate": 1.0,
+            "num-server-rounds": 2,
+            "output-dir": str(tmp_path),
+            "run-name": name,
+        }
+        grid = InProcessGrid({10 + i: ClientAppNode(i, 2, config) for i in range(2)})
+        main(grid, Context(1, 0, {}, RecordDict(), config))
+    assert seeds[:4] == seeds[4:]
+    assert len(set(seeds)) == 4
+
+
+def test_dropout_of_the_distillation_has_one_mask_in_a_round_and_another_in_the_next():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+    strategy = ProWD(seed=5, predict=make_predict(model, images().pixels))
+    state = state_of(model)
+
+    def logits(server_round):
+        torch.rand(7)
+        return strategy._predicting(server_round, state)({})
+
+    assert torch.equal(logits(1), logits(1))
+    assert not torch.equal(logits(1), logits(2))
+    strategy.seed = 6
+    again = logits(1)
+    strategy.seed = 5
+    assert not torch.equal(logits(1), again)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from server_app.idle import idle_settings
+from core.settings import Settings
+from server_app.idle import idle_settings, idle_with_model
+from task.models import build_model
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 DEFAULTS = PYPROJECT["tool"]["flwr"]["app"]["config"]
@@ -41,6 +43,18 @@ def test_the_defaults_are_no_news():
         (
             {"strategy": "local", "norm-bound": 2.0},
             "norm-bound: 2.0 has no effect with strategy=local",
+        ),
+        (
+            {"strategy": "local", "server-device": "cpu"},
+            "server-device: 'cpu' has no effect with strategy=local",
+        ),
+        (
+            {"strategy": "local", "lossless-coding": False},
+            "lossless-coding: False has no effect with strategy=local",
+        ),
+        (
+            {"strategy": "fedpaq", "bit-mix": "32:1.0", "lossless-coding": False},
+            "lossless-coding: False has no effect with bit-mix=32:1.0",
         ),
         (
             {"strategy": "fedavg", "bit-mix": "32:1.0", "activation-bits": 4},
@@ -82,6 +96,16 @@ def test_what_has_no_effect_is_named(changes, line):
         {"resume": "/runs/a", "output-dir": "/runs", "run-name": "a"},
         {"strategy": "package.module:Class", "bit-mix": "32:1.0", "broadcast": "nearest"},
         {"prowd-finetune-every": 1, "prowd-ladder": "8,32"},
+        {"lossless-coding": False, "server-device": "cpu"},
+        {"strategy": "local", "broadcast": "calibrated", "server-device": "cpu"},
+        {"strategy": "local", "broadcast": "nearest", "lossless-coding": False},
+        {"strategy": "local", "server-device": "cpu", "resume": "/runs/a"},
+        {
+            "strategy": "fedcom",
+            "bit-mix": "32:1.0",
+            "fedcom-bits": 4,
+            "lossless-coding": False,
+        },
     ],
 )
 def test_what_has_an_effect_is_not(changes):
@@ -93,3 +117,14 @@ def test_networked_nodes_have_their_own_widths():
     assert idle_settings(changes, simulated=False) == [
         "bit-mix: '32:1.0' has no effect with networked nodes, which declare their own"
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "calibrates", "told"),
+    [("cnn", False, True), ("cnn", True, False), ("resnet8", False, False)],
+)
+def test_calibration_of_no_normalization_is_told(model, calibrates, told):
+    settings = Settings(model=model, calibrate_normalization=calibrates)
+    lines = idle_with_model(settings, build_model(model, 1, 8, 10, 0))
+    line = "calibrate-normalization: False has no effect with model=cnn, which has no BatchNorm"
+    assert lines == ([line] if told else [])

@@ -177,14 +177,14 @@ ITSELF["x"] = ITSELF
 @pytest.mark.parametrize(
     ("own", "where"),
     [
-        ({"x": {1, 2}}, "my.module:Own/x is {1, 2}, a set"),
-        ({"x": [0, {"y": b"z"}]}, "my.module:Own/x/1/y is b'z', a bytes"),
-        ({"x": 1j}, "my.module:Own/x is 1j, a complex"),
-        ({"x": object}, "my.module:Own/x is <class 'object'>, a type"),
-        ({"x": 10**5000}, "my.module:Own/x is too large, a int"),
-        ({4: 0.5}, "my.module:Own has the key 4"),
-        ({"x": {("a", 1): 0.5}}, "my.module:Own/x has the key ('a', 1)"),
-        (ITSELF, "my.module:Own/x holds itself"),
+        ({"x": {1, 2}}, "strategy: my.module:Own/x is {1, 2}, a set"),
+        ({"x": [0, {"y": b"z"}]}, "strategy: my.module:Own/x/1/y is b'z', a bytes"),
+        ({"x": 1j}, "strategy: my.module:Own/x is 1j, a complex"),
+        ({"x": object}, "strategy: my.module:Own/x is <class 'object'>, a type"),
+        ({"x": 10**5000}, "strategy: my.module:Own/x is too large, a int"),
+        ({4: 0.5}, "strategy: my.module:Own has the key 4"),
+        ({"x": {("a", 1): 0.5}}, "strategy: my.module:Own/x has the key ('a', 1)"),
+        (ITSELF, "strategy: my.module:Own/x holds itself"),
     ],
 )
 def test_what_no_file_can_hold_is_one_line_and_leaves_no_half_a_round(tmp_path, own, where):

@@ -24,7 +24,7 @@ from client_app.memory import own_model
 from core.clock import clock
 from core.errors import SettingsError
 from exchange.protocol import UPDATE
-from quant import decode_update, spec_of
+from quant import decode, spec_of
 from server_app.app import main
 from server_app.rounds import format_bytes, format_round
 from task.models import MODELS, build_model
@@ -363,7 +363,7 @@ def test_fixed_point_clients_stay_on_one_grid(tmp_path, strategy):
             assert torch.equal(scale, torch.full_like(scale, 2**-6))
             assert torch.equal(state[name] * 64, (state[name] * 64).round())
         return
-    updates = [decode_update(data, spec, 8, stamp=r) for r, data in enumerate(sent[1::2], 1)]
+    updates = [decode(data, spec, 8, stamp=r) for r, data in enumerate(sent[1::2], 1)]
     assert len(updates) == 2
     for update in updates:
         for tensor in update.quantized.values():

@@ -52,9 +52,13 @@ VAIN = [entry(n, left_out=(0, 1)) for n in (2, 3, 4)]
         (VAIN[:2], (0, 1), False, ""),
         (VAIN[:2], (0, 1), True, LINE.replace("4", "3")),
         (VAIN[:1], (0, 1), True, LINE.replace("rounds 2 to 4", "round 2")),
-        # Another node is there, that was not asked.
+        # Another node is there, that was not asked: it may yet bring something, until the end.
         (VAIN, (0, 1, 2), False, ""),
-        (VAIN, (0, 1, 2), True, ""),
+        (VAIN, (0, 1, 2), True, LINE.replace("every node was", "2 nodes were")),
+        # The last rounds, but not most of the run; and too few of them.
+        ([entry(n, left_out=(n,)) for n in (5, 6, 7, 8)], range(100), True, ""),
+        ([entry(n, left_out=(n,)) for n in (4, 5, 6, 7)], range(100), True, "4 nodes were asked"),
+        ([entry(2, left_out=(2,))], range(100), True, ""),
         # One bad client that three rounds in a row happened to sample.
         ([entry(n, left_out=(7,)) for n in (5, 6, 7)], (6, 7, 8), True, ""),
         # Together the samples were everybody.
@@ -77,6 +81,22 @@ def test_when_a_run_has_failed(entries, nodes, is_last, reason):
     assert reason in found if reason else not found
 
 
+GATHERS = "Own.combine returned no model"
+
+
+@pytest.mark.parametrize(
+    ("unchanged", "is_last", "reason"),
+    [
+        ([GATHERS] * 5, False, ""),
+        ([GATHERS] * 5, True, f"no round changed the model: {GATHERS}"),
+        ([GATHERS, GATHERS, "", GATHERS], True, ""),
+    ],
+)
+def test_a_strategy_that_never_makes_a_model_has_failed_at_the_end(unchanged, is_last, reason):
+    rounds = [entry(n, 2) | {"unchanged": why} for n, why in enumerate(unchanged, 1)]
+    assert fatal(rounds, (0, 1), is_last) == reason
+
+
 class Failing(ClientAppNode):
     """Fails in training from a round on."""
 
@@ -95,6 +115,20 @@ class Diverging(FedAvg):
     def combine(self, server_round, start, updates):
         state = super().combine(server_round, start, updates)
         return {n: t * (torch.inf if server_round > 1 else 1.0) for n, t in state.items()}
+
+
+class Makes(FedAvg):
+    """Makes no model but in one round, if any."""
+
+    in_round = 0
+
+    def combine(self, server_round, start, updates):
+        state = super().combine(server_round, start, updates)
+        return state if server_round == self.in_round else None
+
+
+class MakesTheSecond(Makes):
+    in_round = 2
 
 
 class GroupsDiverge(GroupedAvg):
@@ -201,3 +235,30 @@ def test_a_dropped_result_is_recorded_and_ends_the_run(tmp_path, monkeypatch, ki
         assert each["dropped"] == str(error.value).removeprefix(line)
         assert each["asked"] == [0, 1]
         assert f"clients 2 of 2 | dropped: {each['dropped']} | " in caplog.text
+
+
+def test_nodes_that_fail_one_after_another_end_no_run_as_completed(tmp_path):
+    """One node of many is asked in a round, and from the second round on each fails."""
+    from_two = tuple(range(2, 7))
+    with pytest.raises(FederationError) as error:
+        run(tmp_path, 6, [from_two] * 30, fraction_train=0.01, samples_per_client=4)
+    asked = {name for each in entries(tmp_path)[1:] for name in each["left_out"]}
+    assert 1 < len(asked) < 6
+    line = f"no result could be used in rounds 2 to 6, though {len(asked)} nodes were asked: no"
+    assert str(error.value).startswith(line)
+    assert summary(tmp_path)["status"] == "failed"
+
+
+def test_a_strategy_that_makes_no_model_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "own_strategies", sys.modules[__name__])
+    with pytest.raises(FederationError) as error:
+        run(tmp_path, 2, strategy="own_strategies:Makes")
+    assert str(error.value) == "no round changed the model: Makes.combine returned no model"
+    assert summary(tmp_path)["status"] == "failed"
+    assert "clients 2 of 2 | unchanged: Makes.combine returned no model | " in caplog.text
+    # One that gathers updates for some rounds is another matter.
+    run(tmp_path / "other", 3, strategy="own_strategies:MakesTheSecond")
+    assert summary(tmp_path / "other")["status"] == "completed"
+    unchanged = [each.get("unchanged") for each in entries(tmp_path / "other")]
+    said = "MakesTheSecond.combine returned no model"
+    assert unchanged == [said, None, said]

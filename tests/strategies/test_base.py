@@ -17,7 +17,7 @@ from specs import to_bits
 from exchange.nodes import sample_nodes
 from exchange.protocol import REPORT, UPDATE, Declaration
 from exchange.states import to_arrays
-from quant import encode_update
+from quant import encode
 from strategies import FedAvg, FederationError
 
 STATE = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
@@ -55,7 +55,7 @@ def content(payload=None, metrics=None):
 
 def encoded(bits, state=None):
     state = state or {n: t + 9 for n, t in STATE.items()}
-    return encode_update(to_bits(state, bits), stamp=1)
+    return encode(to_bits(state, bits), stamp=1)
 
 
 NAN = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}

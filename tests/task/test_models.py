@@ -163,6 +163,16 @@ def no_module(channels, size, num_classes):
 def another_size(channels, size, num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(1, num_classes))
 
+def expanded(channels, size, num_classes):
+    model = net(channels, size, num_classes)
+    model[1].weight = nn.Parameter(torch.rand(1, size * size * channels).expand(num_classes, -1))
+    return model
+
+def expanded_buffer(channels, size, num_classes):
+    model = net(channels, size, num_classes)
+    model.register_buffer("mask", torch.ones(1).expand(3))
+    return model
+
 def another_length(channels, size, num_classes):
     return net(channels, size, num_classes + 1)
 
@@ -229,6 +239,8 @@ def test_a_factory_that_does_not_repeat_itself_is_refused(own, factory, reason):
         ("another_length", "gives logits [2, 11] for 2 images; it must be [2, 10]"),
         ("one_for_all", "gives logits [1, 10] for 2 images; it must be [2, 10]"),
         ("pair", "gives a tuple, not logits"),
+        ("expanded", "1.weight is expanded: values of its share one place in memory"),
+        ("expanded_buffer", "mask is expanded: values of its share one place in memory"),
     ],
 )
 def test_what_a_factory_gets_wrong_is_named(own, factory, reason):
@@ -236,6 +248,8 @@ def test_what_a_factory_gets_wrong_is_named(own, factory, reason):
     assert message.startswith("model: ")
     assert own("")[:-1] in message
     assert reason in message
+    # It has no effect on what is wrong in a model of the user's own.
+    assert "image-size" not in message
 
 
 class Masked(nn.Sequential):

@@ -14,7 +14,7 @@ from core.settings import Settings
 from quant import (
     QuantConfig,
     StrictSGD,
-    encode_update,
+    encode,
     fake_quantize,
     federated_state,
     fit_scale,
@@ -260,7 +260,7 @@ IDS = ["float32", "qat", "strict", "qat with gradient-bits"]
 def test_same_seed_same_update_other_seed_other_update(config):
     def sent(seed):
         update, score = update_and_score(small_model(), some_images(24), config, seed)
-        return encode_update(update), score
+        return encode(update), score
 
     torch.manual_seed(100)
     first = sent(5)

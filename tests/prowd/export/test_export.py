@@ -46,7 +46,7 @@ def finished(tmp_path_factory):
     """A run of ProWD, and by width the network that the server evaluated last."""
     networks = {}
 
-    def spy(evaluator, model):
+    def spy(evaluator, model, server_round):
         networks[model.bits] = network = evaluator.network(model)
         return server_app.evaluation.evaluate(network, evaluator._images)
 

@@ -5,10 +5,11 @@ import torch
 from specs import difference_of, spec_of_state, to_bits
 
 from quant import (
+    Expected,
     QuantizedTensor,
     Update,
     UpdateSpec,
-    encode_update,
+    encode,
     squares_at_most,
 )
 
@@ -33,7 +34,7 @@ def test_the_bound_by_hand():
     )
     expected = (3 * 1.5**2 + 3 * 6.0**2 + 5.0 + 16.0, 9.0 + 4.0)
     for coded in (False, True):
-        assert squares_at_most(encode_update(update, coded=coded), spec, 3) == expected
+        assert squares_at_most(encode(update, coded=coded), Expected(spec, 3)) == expected
 
 
 def some_model():
@@ -50,7 +51,7 @@ def test_no_update_is_larger_than_its_bounds(bits):
     updates = [to_bits(model, bits)]
     updates.append(difference_of(model, bits, torch.Generator().manual_seed(2)))
     for update in updates:
-        parameters, statistics = squares_at_most(encode_update(update), spec, bits)
+        parameters, statistics = squares_at_most(encode(update), Expected(spec, bits))
         exact = {name: float(v.double().square().sum()) for name, v in update.dequantize().items()}
         of_statistics = sum(square for name, square in exact.items() if "running" in name)
         assert statistics == pytest.approx(of_statistics)
@@ -66,11 +67,11 @@ def test_what_has_no_statistics_or_no_floats_has_a_bound():
         spec, ones = spec_of_state(model), to_bits(model, 8)
         count = torch.Size(*shapes.values()).numel()
         expected = (0.0, count) if "n.running_var" in shapes else (count, 0.0)
-        assert squares_at_most(encode_update(ones), spec, 8) == pytest.approx(expected)
+        assert squares_at_most(encode(ones), Expected(spec, 8)) == pytest.approx(expected)
 
 
 def test_a_payload_that_is_cut_short_has_no_bounds():
     spec = spec_of_state(some_model())
-    payload = encode_update(to_bits(some_model(), 4))
-    assert squares_at_most(payload[:100], spec, 4) == (0.0, 0.0)
-    assert squares_at_most(b"", spec, 4) == (0.0, 0.0)
+    payload = encode(to_bits(some_model(), 4))
+    assert squares_at_most(payload[:100], Expected(spec, 4)) == (0.0, 0.0)
+    assert squares_at_most(b"", Expected(spec, 4)) == (0.0, 0.0)

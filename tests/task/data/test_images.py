@@ -217,7 +217,8 @@ def test_spoilt_cache_is_made_anew(tmp_path, logged, spoil):
 
 
 @pytest.mark.parametrize(
-    ("changed", "value"), [("task.data.images.RULES", "others"), ("PIL.__version__", "99.0")]
+    ("changed", "value"),
+    [("task.data.images.RULES", "others"), ("PIL.__version__", "99.0")],
 )
 def test_cache_of_other_rules_of_decoding_is_not_used(tmp_path, monkeypatch, changed, value):
     grey_folder(tmp_path / "in")

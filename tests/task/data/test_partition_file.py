@@ -113,6 +113,8 @@ def test_a_file_that_leaves_the_server_too_few_is_refused(write, function):
         ('{"clients": {"0": [1]}}', "clients: Input should be a valid array"),
         ("[[0], [1]]", "it: Input should be an object"),
         ("{}", "clients: Field required"),
+        ('{"clients": [[0], [1]], "clients": [[2]]}', "holds 'clients' 2 times; allowed: once"),
+        ('{"clients": 5, "clients": [[0], [1]]}', "holds 'clients' 2 times; allowed: once"),
         ('{"clients": [[0]], "buffer": [1]}', "buffer: Extra inputs are not permitted"),
         ('{"clients": [[0]', "it: Invalid JSON: EOF while parsing"),
         ("[" * 50_000, "it: Invalid JSON: recursion limit exceeded"),

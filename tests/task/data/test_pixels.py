@@ -351,3 +351,22 @@ def test_name_that_is_no_utf_8_or_has_line_ends_is_one_line(tmp_path):
     message = str(caught.value)
     assert message.startswith(f"data-dir: {tmp_path}/a\\xff\\n.png cannot be decoded")
     assert len(message.encode().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "top", "maxval"),
+    [
+        (b"P5 2 1 100\n" + bytes([100, 101]), 101, 100),
+        (b"P6 1 1 7\n" + bytes([7, 0, 255]), 255, 7),
+        (b"P5 2 1 4095\n" + struct.pack(">HH", 4095, 4096), 4096, 4095),
+        (b"P6 1 1 256\n" + struct.pack(">HHH", 1, 300, 2), 300, 256),
+    ],
+)
+def test_a_value_above_the_maxval_is_refused_and_not_clipped(refusal, data, top, maxval):
+    said = refusal(data, "1.ppm")
+    assert said == f"has a value of {top} above its maxval; allowed: 0 to {maxval}"
+
+
+@pytest.mark.parametrize("kind", [b"P2 2 1 100\n100 101\n", b"P3 1 1 7\n7 0 255\n"])
+def test_a_plain_value_above_the_maxval_is_refused_too(refusal, kind):
+    assert refusal(kind, "1.ppm").startswith("cannot be decoded: Channel value too large")

@@ -5,7 +5,7 @@ import torch
 from federation import ScriptedClient, federation, run_round
 from specs import difference_of, to_bits
 
-from exchange.rollback import why_unusable
+from exchange.states import why_unusable
 from strategies import STRATEGIES, FedAvg, FederationError, FlowerStrategy, ProWD, ProWDOptions
 from strategies.flower import FlowerOptions, flower_names
 from strategies.grouped import GroupedAvg
@@ -23,7 +23,7 @@ LARGEST = 3e38
 @pytest.fixture(autouse=True)
 def any_value(monkeypatch):
     """Payloads may hold what a float32 holds: no real strategy then needs to diverge first."""
-    monkeypatch.setattr("quant.codec.reading.LARGEST_VALUE", 3.4e38)
+    monkeypatch.setattr("quant.codec.decode.LARGEST_VALUE", 3.4e38)
     # Flower collects garbage after every array that it takes out of a record.
     monkeypatch.setattr("gc.collect", lambda *_: 0)
 
@@ -85,7 +85,7 @@ def test_the_run_goes_on_as_if_the_round_had_never_been(name):
     difference = name in ("fedpaq", "fedcom")
     disturbed, quiet = make(name), make(name)
     models, dropped = run(disturbed, (1, 2, 3, 4), [Client(i, difference) for i in range(5)])
-    assert "not finite" in dropped[2]
+    assert "not finite" in dropped[2] or "holds more than 1e+08" in dropped[2]
     assert [dropped[r] for r in (1, 3, 4)] == ["", "", ""]
     expected, _ = run(quiet, (1, 3, 4), [Client(i, difference) for i in range(5)])
     assert models[2] is models[1]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from specs import to_bits
 
-from exchange.averaging import WeightedMean, mean_of
 from exchange.protocol import Declaration, Report
 from exchange.replies import ClientUpdate
-from quant import Update
+from quant import Update, WeightedMean
+from strategies.fedavg import mean_of
 
 
 def updates(bits):
@@ -20,14 +20,14 @@ def updates(bits):
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16, 32])
 def test_updates_and_their_float32_values_have_the_same_mean(bits):
-    packed, lifted = WeightedMean(), WeightedMean()
+    packed, dequantized = WeightedMean(), WeightedMean()
     for weight, update in enumerate(updates(bits), start=1):
         packed.add_update(update, 0.1 * weight)
-        lifted.add(update.dequantize(), 0.1 * weight)
-    assert (packed.count, packed.weight) == (lifted.count, lifted.weight)
-    assert packed.mean().keys() == lifted.mean().keys()
+        dequantized.add(update.dequantize(), 0.1 * weight)
+    assert (packed.count, packed.weight) == (dequantized.count, dequantized.weight)
+    assert packed.mean().keys() == dequantized.mean().keys()
     for name, mean in packed.mean().items():
-        torch.testing.assert_close(mean, lifted.mean()[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mean, dequantized.mean()[name], rtol=1e-5, atol=1e-6)
 
 
 def test_the_mean_by_hand():

@@ -1,4 +1,4 @@
-"""The wire: an update as one strict, self-describing payload.
+"""Encoding: an update as one strict, self-describing payload.
 
 Layout (little-endian)::
 
@@ -13,8 +13,8 @@ The checksum, XXH3 of 64 bits, covers everything else in the payload, so that no
 unnoticed. Its seed is a number that both sides know, the stamp, so that what was sent in one round
 is refused in another. Nothing is pickled. The receiver knows every name and shape beforehand
 (`UpdateSpec`) and therefore the length of everything but coded codes, which are never longer than
-packed ones: it is compared before anything is allocated, and no more is unfolded than there are
-codes.
+packed ones: it is compared before anything is allocated, and no more is decompressed than there
+are codes.
 """
 
 import struct
@@ -24,30 +24,37 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
-from core.bits import ALLOWED_WIDTHS, FLOAT_BITS, is_width
+from core.bits import FLOAT_BITS
 from quant.codec.coding import compress_codes
-from quant.codec.device_packing import pack_tensor
-from quant.codec.flat import FlatCodes, FlatUpdate
-from quant.codec.layout import Layout, layout_of
+from quant.codec.layout import HEADER, FlatCodes, FlatUpdate, layout_of
+from quant.codec.packing import pack
 from quant.update import Content, Update, UpdateSpec
 
 STYPE = "prowd.update/8"
 
 MAGIC = b"PRWD"
 VERSION = 8
-HEADER = struct.Struct("<4sBBBBIQ")
 CHECKSUM_OFFSET = HEADER.size - 8
 CONTENTS: tuple[str, ...] = get_args(Content)
 PACKED, CODED, CODED_FROM_START = 0, 1, 2
 
 
 def payload_size(spec: UpdateSpec, bits: int) -> int:
-    """Return the bytes of an update of width `bits`: exact if packed, the most if coded."""
+    """Return the bytes of an update of width `bits`: exact if packed, the most if coded.
+
+    Examples
+    --------
+    >>> spec = UpdateSpec({"weight": (10, 64), "bias": (10,)}, frozenset({"weight"}))
+    >>> payload_size(spec, 4), payload_size(spec, 32)
+    (460, 2660)
+    """
+    if not isinstance(spec, UpdateSpec):
+        raise _wrong("spec", spec, UpdateSpec)
     layout = layout_of(spec, bits)
-    return fixed_size(layout) + layout.packed_bytes
+    return layout.fixed_bytes + layout.packed_bytes
 
 
-def encode_update(
+def encode(
     update: Update, *, coded: bool = False, start: Update | None = None, stamp: int = 0
 ) -> bytes:
     """Serialize an update.
@@ -67,28 +74,41 @@ def encode_update(
     ------
     ValueError
         If a code lies off the grid of `update.bits`, or a value is not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from quant import decode, quantize_state
+    >>> update = quantize_state({"weight": torch.ones(2, 2)}, bits=4)
+    >>> data = encode(update, stamp=3)
+    >>> decode(data, update.spec, bits=4, stamp=3).dequantize()
+    {'weight': tensor([[1., 1.],
+            [1., 1.]])}
     """
-    layout = layout_of(_spec_of(update), update.bits)
-    table, flat = layout.table, FlatUpdate.joined(update)
+    for name, given in (("update", update), ("start", update if start is None else start)):
+        if not isinstance(given, Update):
+            raise _wrong(name, given, Update)
+    if update.bits == FLOAT_BITS and update.quantized:
+        raise ValueError(f"an update of 32 bits quantizes {sorted(update.quantized)}")
+    layout, flat = layout_of(update.spec, update.bits), FlatUpdate.of(update)
     coding, codes = _shortest(flat.quantized, coded, start)
     body = [_bytes_of(flat.quantized.scales), _bytes_of(flat.floats.flat), codes]
     content = CONTENTS.index(update.content)
-    head = HEADER.pack(MAGIC, VERSION, update.bits, content, coding, len(table), 0)
+    head = HEADER.pack(MAGIC, VERSION, update.bits, content, coding, len(layout.table), 0)
     head = head[:CHECKSUM_OFFSET]
     checksum = xxhash.xxh3_64(head, seed=stamp)
-    for part in (table, *body):
+    for part in (layout.table, *body):
         checksum.update(part)
-    return b"".join([head, struct.pack("<Q", checksum.intdigest()), table, *body])
+    return b"".join([head, struct.pack("<Q", checksum.intdigest()), layout.table, *body])
 
 
 def _shortest(flat: FlatCodes, coded: bool, start: Update | None) -> tuple[int, bytes | memoryview]:
     """Return the shortest of the allowed forms of the codes, and which it is."""
-    bits = flat.layout.bits
+    bits, codes = flat.layout.bits, flat.codes.numpy()
     if not flat.layout.num_codes:
         return PACKED, b""
-    forms: list[tuple[int, bytes | memoryview]] = [(PACKED, pack_tensor(flat.codes, bits))]
+    forms: list[tuple[int, bytes | memoryview]] = [(PACKED, pack(codes, bits))]
     if coded:
-        codes = flat.codes.cpu().numpy()
         forms.append((CODED, compress_codes(codes, bits)))
         if start is not None:
             known = FlatUpdate.of(start).quantized.codes.numpy()
@@ -96,29 +116,14 @@ def _shortest(flat: FlatCodes, coded: bool, start: Update | None) -> tuple[int, 
     return min(forms, key=lambda form: len(form[1]))
 
 
-def parts_of(data: bytes, layout: Layout) -> tuple[np.ndarray, np.ndarray, memoryview]:
-    """Return scales, floats and bytes of the codes, as they lie in a payload of enough bytes."""
-    position, rest = HEADER.size + len(layout.table), fixed_size(layout)
-    scales = np.frombuffer(data, "<f4", layout.num_scales, position)
-    floats = np.frombuffer(data, "<f4", layout.num_floats, rest - 4 * layout.num_floats)
-    return scales, floats, memoryview(data)[rest:]
-
-
-def fixed_size(layout: Layout) -> int:
-    """Bytes of everything but the codes."""
-    return HEADER.size + len(layout.table) + 4 * (layout.num_scales + layout.num_floats)
-
-
-def _spec_of(update: Update) -> UpdateSpec:
-    if not is_width(update.bits):
-        raise ValueError(f"bits is {update.bits}; allowed are {ALLOWED_WIDTHS}")
-    if update.bits == FLOAT_BITS and update.quantized:
-        raise ValueError(f"an update of 32 bits quantizes {sorted(update.quantized)}")
-    return update.spec
-
-
 def _bytes_of(values: Tensor) -> bytes:
-    array = values.cpu().numpy().astype("<f4", copy=False)
+    array = values.numpy().astype("<f4", copy=False)
     if not np.isfinite(array).all():
         raise ValueError("an update must be finite; training diverged")
     return array.tobytes()
+
+
+def _wrong(name: str, value: object, kind: type) -> ValueError:
+    return ValueError(
+        f"{name}: a {type(value).__name__} is not allowed: it should be a {kind.__name__}"
+    )
