@@ -84,7 +84,7 @@ def accuracy(scores):
 
 def test_the_files_are_the_network_that_the_server_evaluated(finished, folder, capsys):
     assert export(folder) == 0
-    packed, model = folder / "export" / "resnet8-4bit.prowd", folder / "export/resnet8-4bit.onnx"
+    packed, model = folder / "export" / "resnet8-4bit.safetensors", folder / "export/resnet8-4bit.onnx"
     found = logits(packed)
     with torch.no_grad():
         want = finished[1][4](load_model(packed).to_input(IMAGES.pixels)).numpy()
@@ -108,22 +108,22 @@ def test_the_files_are_the_network_that_the_server_evaluated(finished, folder, c
 def test_at_32_bits_it_is_the_float32_model_of_the_record(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert export(folder, "--bits", 32, "--output", tmp_path / "there") == 2
-    floats = load_model(tmp_path / "there" / "resnet8-32bit.prowd").update.floats
+    floats = load_model(tmp_path / "there" / "resnet8-32bit.safetensors").update.floats
     saved = load_file(folder / "model.safetensors")
     assert floats.keys() == saved.keys()
     assert all(torch.equal(floats[name], tensor) for name, tensor in saved.items())
-    assert accuracy(logits(tmp_path / "there" / "resnet8-32bit.prowd")) == recorded(folder, 32)
+    assert accuracy(logits(tmp_path / "there" / "resnet8-32bit.safetensors")) == recorded(folder, 32)
 
 
 def test_a_width_that_the_run_did_not_have(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     export(folder, "--bits", 3)
-    packed = load_model(folder / "export" / "resnet8-3bit.prowd")
+    packed = load_model(folder / "export" / "resnet8-3bit.safetensors")
     assert (packed.bits, packed.activation_bits) == (3, 3)
     codes = torch.cat([t.codes.flatten() for t in packed.update.quantized.values()])
     assert int(codes.abs().max()) == largest_code(3)
     assert "after round 2, not recorded" in capsys.readouterr().out
-    assert accuracy(logits(folder / "export" / "resnet8-3bit.prowd")) > 0.5
+    assert accuracy(logits(folder / "export" / "resnet8-3bit.safetensors")) > 0.5
 
 
 def test_without_the_extra_the_packed_file_is_there_and_the_extra_is_named(
@@ -132,7 +132,7 @@ def test_without_the_extra_the_packed_file_is_there_and_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert export(folder) == 2
     assert "'.[export]' brings it" in capsys.readouterr().err
-    assert [path.name for path in (folder / "export").iterdir()] == ["resnet8-4bit.prowd"]
+    assert [path.name for path in (folder / "export").iterdir()] == ["resnet8-4bit.safetensors"]
 
 
 @pytest.fixture
