@@ -189,10 +189,8 @@ class PackedModel:
             arrays |= {f"{name}_packed": codes, f"{name}_scale": tensor.scale.numpy()}
         about = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "update"}
         about["grids"] = {layer: astuple(grid) for layer, grid in self.grids.items()}
-        shapes = {name: list(shape) for name, shape in update.spec.shapes.items()}
-        quantized = sorted(update.quantized)
-        layout = {"version": _VERSION, "bits": self.bits, "shapes": shapes, "quantized": quantized}
-        return to_bytes({**layout, **about}, arrays)
+        shapes = {name: list(tensor.codes.shape) for name, tensor in update.quantized.items()}
+        return to_bytes({"version": _VERSION, "bits": self.bits, "shapes": shapes, **about}, arrays)
 
 
 def load_model(path: str | PathLike) -> PackedModel:
@@ -224,7 +222,7 @@ def load_model(path: str | PathLike) -> PackedModel:
         head, tensors = read_tensors(Path(path))
         if head.pop("version", None) != _VERSION:
             raise ModelFileError(f"no packed model of version {_VERSION}")
-        update = _read_update(tensors, *(head.pop(key) for key in ("bits", "shapes", "quantized")))
+        update = _read_update(tensors, head.pop("bits"), head.pop("shapes"))
         grids = {layer: ActivationGrid(*grid) for layer, grid in head.pop("grids").items()}
         return PackedModel(update, grids=grids, **head)
     except ModelFileError as error:
@@ -234,26 +232,20 @@ def load_model(path: str | PathLike) -> PackedModel:
 
 
 def _read_update(
-    tensors: Mapping[str, Tensor],
-    bits: int,
-    shapes: Mapping[str, list[int]],
-    quantized: list[str],
+    tensors: Mapping[str, Tensor], bits: int, shapes: Mapping[str, list[int]]
 ) -> Update:
     """Read what the file holds, as strictly as a payload is read."""
-    of_codes = [f"{name}_{part}" for name in quantized for part in ("packed", "scale")]
-    if {*of_codes, *(shapes.keys() - set(quantized))} != set(tensors):
-        raise ModelFileError("it holds other tensors than it says")
-    codes, floats = {}, {}
+    floats, codes = dict(tensors), {}
     for name, shape in shapes.items():
-        if name not in quantized:
-            floats[name] = tensors[name].view(shape)
-            continue
-        packed = tensors[f"{name}_packed"].numpy()
+        packed, scale = floats.pop(f"{name}_packed").numpy(), floats.pop(f"{name}_scale")
         count = math.prod(shape)
         # Before anything is allocated.
         if packed.size != packed_size(count, bits):
             raise ModelFileError(f"{name} has {packed.size} bytes of codes for {count} weights")
         unpacked = torch.from_numpy(unpack(packed, bits, count)).view(shape)
-        codes[name] = QuantizedTensor(unpacked, tensors[f"{name}_scale"])
+        codes[name] = QuantizedTensor(unpacked, scale)
+    for name, tensor in floats.items():
+        if tensor.dtype != torch.float32:
+            raise ModelFileError(f"{name} is {tensor.dtype}; allowed: torch.float32")
     update = Update(bits, "weights", codes, floats)
     return decode(encode(update), update.spec, bits)

@@ -84,7 +84,10 @@ def accuracy(scores):
 
 def test_the_files_are_the_network_that_the_server_evaluated(finished, folder, capsys):
     assert export(folder) == 0
-    packed, model = folder / "export" / "resnet8-4bit.safetensors", folder / "export/resnet8-4bit.onnx"
+    packed, model = (
+        folder / "export" / "resnet8-4bit.safetensors",
+        folder / "export/resnet8-4bit.onnx",
+    )
     found = logits(packed)
     with torch.no_grad():
         want = finished[1][4](load_model(packed).to_input(IMAGES.pixels)).numpy()
@@ -112,7 +115,9 @@ def test_at_32_bits_it_is_the_float32_model_of_the_record(folder, tmp_path, monk
     saved = load_file(folder / "model.safetensors")
     assert floats.keys() == saved.keys()
     assert all(torch.equal(floats[name], tensor) for name, tensor in saved.items())
-    assert accuracy(logits(tmp_path / "there" / "resnet8-32bit.safetensors")) == recorded(folder, 32)
+    assert accuracy(logits(tmp_path / "there" / "resnet8-32bit.safetensors")) == recorded(
+        folder, 32
+    )
 
 
 def test_a_width_that_the_run_did_not_have(folder, capsys, monkeypatch):
