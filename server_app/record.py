@@ -20,6 +20,7 @@ from torch import Tensor
 
 from core.errors import SettingsError
 from core.files import is_utf8, printable, read_regular, reason, user_path, write_atomic
+from core.run_record import CONFIG, MODEL, ROUNDS, SUMMARY, WEIGHTS
 from server_app.board import Board
 from server_app.plain import to_json
 from server_app.unused import UnusedRounds
@@ -157,7 +158,7 @@ class RunRecord:
         self._resumed_after = resumed_after
         if resumed_after is not None:
             # Read before anything is rewritten.
-            self._config_before = read_json(folder / "config.json")
+            self._config_before = read_json(folder / CONFIG)
             self._recount(resumed_after)
         self.write_summary("running")
 
@@ -180,7 +181,7 @@ class RunRecord:
             before = dict(self._config_before)
             earlier = before.pop("earlier", [])
             config |= {"resumed_after": self._resumed_after, "earlier": [*earlier, before]}
-        self._write_json("config.json", config)
+        self._write_json(CONFIG, config)
 
     def append_round(
         self,
@@ -210,8 +211,8 @@ class RunRecord:
         written = {key: to_json(value, f"strategy: {key}") for key, value in entry.items()}
         if weights:
             seen = {"round": entry["round"], **weights}
-            self._append("weights.jsonl", to_json(seen, "weights.jsonl"))
-        self._append("rounds.jsonl", written)
+            self._append(WEIGHTS, to_json(seen, WEIGHTS))
+        self._append(ROUNDS, written)
         self._count(written)
         with writing(self.folder / "tensorboard"):
             self._board.add_round(written, weights or {}, totals or {})
@@ -220,7 +221,7 @@ class RunRecord:
         """Write the float32 global model."""
         # Each of its own memory: the file holds none that layers share.
         tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-        self._write("model.safetensors", save(tensors))
+        self._write(MODEL, save(tensors))
 
     def write_summary(self, status: str, reason: str = "") -> None:
         """Write how the run stands: running, completed or failed, and why.
@@ -232,7 +233,7 @@ class RunRecord:
         """
         with self._lock:
             self._refuse_if_ended()
-            self._write_json("summary.json", self._summary(status, reason))
+            self._write_json(SUMMARY, self._summary(status, reason))
             self._ended = status != "running"
 
     def _refuse_if_ended(self) -> None:
@@ -257,7 +258,7 @@ class RunRecord:
 
     def _recount(self, rounds: int) -> None:
         """Count the rounds of the checkpoint again, and drop what was written after it."""
-        path = self.folder / "rounds.jsonl"
+        path = self.folder / ROUNDS
         try:
             lines = read_regular(path).decode().splitlines()[:rounds] if rounds else []
             entries = [json.loads(line) for line in lines]
@@ -270,12 +271,12 @@ class RunRecord:
             ) from None
         for entry in entries:
             self._count(entry)
-        self._write("rounds.jsonl", "".join(f"{line}\n" for line in lines).encode())
-        weights = self.folder / "weights.jsonl"
+        self._write(ROUNDS, "".join(f"{line}\n" for line in lines).encode())
+        weights = self.folder / WEIGHTS
         if weights.exists():
             with writing(weights):
                 kept = [line for line in read_regular(weights).splitlines() if _is_of(line, rounds)]
-            self._write("weights.jsonl", b"".join(line + b"\n" for line in kept))
+            self._write(WEIGHTS, b"".join(line + b"\n" for line in kept))
 
     def _count(self, entry: Mapping[str, Any]) -> None:
         self._uplink += sum(entry["uplink_bytes"].values())

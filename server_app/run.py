@@ -15,6 +15,7 @@ from core.devices import pick_device
 from core.errors import SettingsError
 from core.files import printable
 from core.reference import is_reference
+from core.run_record import SUMMARY
 from core.settings import Settings
 from exchange.states import State, what_is_kept
 from exchange.undocumented import is_simulated
@@ -248,7 +249,7 @@ def _refuse_completed(folder: Path, done: int, asked: int) -> None:
         raise SettingsError(
             f"num-server-rounds: {asked}, but {printable(folder)} has {done} rounds already"
         )
-    status = read_json(folder / "summary.json").get("status")
+    status = read_json(folder / SUMMARY).get("status")
     if done == asked and status == "completed":
         raise SettingsError(
             f"resume: {printable(folder)} is completed with its {done} rounds; "

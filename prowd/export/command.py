@@ -9,8 +9,9 @@ import torch
 from core.errors import SettingsError
 from core.files import write_atomic
 from core.mix import check_client_bits
+from core.run_record import Round
 from prowd.export.onnx_model import to_onnx
-from prowd.records import Round, read_record
+from prowd.records import read_record
 from quant import PackedModel, load_model
 from server_app.run import Run, reopen
 from task.data.dataset import Images, load_dataset

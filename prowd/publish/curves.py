@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 from math import isfinite, nan
 from statistics import mean, stdev
 
-from prowd.records import Round
+from core.run_record import Round
 
 
 def curve(rounds: Sequence[Round], width: str = "average") -> list[dict[str, float]]:

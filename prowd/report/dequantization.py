@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from core.run_record import Weights
 from prowd.publish.curves import mean_points
-from prowd.records import Record, Weights
+from prowd.records import Record
 from prowd.report import charts
 from prowd.report.charts import Chart
 from prowd.report.comparison import line_chart

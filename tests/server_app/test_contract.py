@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import client_app.app as client_app
 from client_app.memory import own_model
+from core.run_record import CONFIG, ROUNDS, SUMMARY, Config, Round, Summary
 from core.seeds import derive_seed
 from core.settings import Settings
 from exchange.protocol import MODEL, UPDATE
@@ -125,6 +126,20 @@ def test_bytes_on_the_wire_are_those_of_the_table(tmp_path, system):
                 expected = {}
             assert entry[key] == expected
     assert set(entries[0]["accuracy"]) == {*map(str, widths), "average"}
+
+
+def test_what_is_written_is_the_schema_of_the_record(tmp_path):
+    """Every key of a run, clients' evaluation and dropped rounds included."""
+    folder, _ = run(tmp_path, MIXED, **{"fraction-evaluate": 1.0})
+    for name, kind in ((CONFIG, Config), (SUMMARY, Summary)):
+        written = json.loads((folder / name).read_text())
+        assert written.keys() <= kind.model_fields.keys()
+        kind.model_validate(written, strict=True)
+    entries = [json.loads(line) for line in (folder / ROUNDS).open()]
+    sometimes = {"dropped", "unchanged", "asked"}
+    expected = Round.model_fields.keys() - sometimes - {"own"} | {"prowd"}
+    assert [entry.keys() for entry in entries] == [expected] * 2
+    assert [Round.model_validate(entry).round for entry in entries] == [1, 2]
 
 
 @pytest.mark.parametrize(
