@@ -133,7 +133,7 @@ def format_assignments(values: Mapping[str, object]) -> str:
             parts += [] if value is None else [f"{key} = {_toml(value)}"]
         except (TypeError, ValueError):
             raise ValueError(
-                f"{key}: {_shown(value)} is not allowed: TOML has no {type(value).__name__} like "
+                f"{key}: {shown(value)} is not allowed: TOML has no {type(value).__name__} like "
                 "it; allowed: numbers, text, true, false, and lists and mappings of them"
             ) from None
     return ", ".join(parts)
@@ -158,11 +158,11 @@ def _line(error: Mapping[str, Any], prefix: str) -> str:
     if isinstance(cause := error.get("ctx", {}).get("error"), SettingsError):
         return str(cause)
     if error["type"] == "extra_forbidden":
-        return f"{key}: there is no such setting (value {_shown(error['input'])})"
-    return f"{key}: {_shown(error['input'])} is not allowed: {message[0].lower()}{message[1:]}"
+        return f"{key}: there is no such setting (value {shown(error['input'])})"
+    return f"{key}: {shown(error['input'])} is not allowed: {message[0].lower()}{message[1:]}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Return a value as one writes it, but of a long one its beginning."""
     text = repr(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ..."

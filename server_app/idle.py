@@ -7,7 +7,6 @@ from torch import nn
 
 from core.files import user_path
 from core.mix import parse_mix
-from core.options import Options
 from core.settings import Settings
 from quant import FLOAT_BITS
 from strategies import STRATEGIES
@@ -64,7 +63,7 @@ def idle_settings(run_config: Mapping[str, object], simulated: bool = True) -> l
     defaults = Settings().to_settings()
     owners: dict[str, str] = {}
     for name, kind in STRATEGIES.items():
-        own = getattr(kind, "Options", Options)().to_settings(f"{name}-")
+        own = kind.Options().to_settings(f"{name}-")
         defaults |= own
         owners |= dict.fromkeys(own, name)
     given = {**defaults, **run_config}

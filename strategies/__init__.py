@@ -6,6 +6,7 @@ from exchange.inbox import receive
 from exchange.replies import ClientUpdate, RoundLog
 from exchange.rollback import RoundDropped
 from strategies.base import MixedPrecisionStrategy
+from strategies.context import StrategyContext
 from strategies.differences import FedCOM, FedCOMGATE, FedPAQ
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
@@ -23,8 +24,16 @@ STRATEGIES: dict[str, type[MixedPrecisionStrategy]] = {
     "fedcomgate": FedCOMGATE,
     "grouped-avg": GroupedAvg,
     "local": Local,
-    "flwr": FlowerStrategy,  # as flwr:NAME
+    "flwr": FlowerStrategy,
 }
+# How a class of the user's own is written.
+OWN_CLASS = "package.module:Class"
+
+
+def strategy_names() -> list[str]:
+    """Return how each of `STRATEGIES` is written in the setting ``strategy``."""
+    return [f"{name}:{k.suffix}" if k.suffix else name for name, k in STRATEGIES.items()]
+
 
 __all__ = [
     "STRATEGIES",
@@ -43,6 +52,7 @@ __all__ = [
     "ProWDOptions",
     "RoundDropped",
     "RoundLog",
+    "StrategyContext",
     "WeightedMean",
     "receive",
 ]
