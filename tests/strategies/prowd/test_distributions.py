@@ -74,8 +74,7 @@ def a_round(detailed):
         ScriptedClient(1, 2, 32, lambda _: moved),
     ]
     grid = federation(clients, start)
-    strategy = ProWD(context=with_w())
+    strategy = ProWD(context=with_w(detailed=lambda server_round: detailed))
     messages = strategy.configure_train(1, to_arrays(start), None, grid)
-    strategy.round_log.detailed = detailed
     arrays, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))
     return strategy, to_state(arrays)

@@ -222,7 +222,9 @@ def test_a_ladder_that_grows_keeps_the_blocks_it_has():
     late = ScriptedClient(2, 3, 2, shrink)
     late.spec = spec_of_state(start)
     grid.nodes[102] = late
-    strategy.options = ProWDOptions(finetune_every=0)
+    tuned = strategy
+    strategy = ProWD(ProWDOptions(finetune_every=0), with_w(node_wait=0.5))
+    strategy.restore(*tuned.checkpoint())
     run_round(strategy, grid, start, 2)
     assert strategy.dequantizer.ladder == (2, 4, 8, 16, 32)
     kept = strategy.dequantizer.blocks["4"].state_dict()
