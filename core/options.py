@@ -4,6 +4,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from math import isfinite
 from typing import Annotated, Any, Self
 
@@ -23,6 +24,22 @@ class Allowed:
     """What a setting may be, in words, where neither type nor bounds say it; for settings.md."""
 
     words: str
+
+
+class Idle(Enum):
+    """A federation in which an option of a strategy has no effect, which a user is told."""
+
+    ALL_FLOAT32 = "all clients are Float32"
+    ONE_WIDTH = "all clients are of one width"
+    NO_BUFFER = "the server has no unlabelled images"
+
+
+@dataclass(frozen=True)
+class IdleWith:
+    """Another option of the same strategy, by its key, and the value that leaves one no effect."""
+
+    key: str
+    value: object
 
 
 _WIDTH_OR_NONE = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"

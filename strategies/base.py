@@ -99,6 +99,9 @@ class MixedPrecisionStrategy(Strategy):
     options: Any
     # What stands behind the colon of ``strategy="name:suffix"``, in words; empty: no colon.
     suffix = ""
+    # Settings of every run that have no effect, and the values of `broadcast` with which they have
+    # none; no values: whatever it is.
+    idle: Mapping[str, tuple[str, ...]] = {}
     evaluates_on_server = True
     # Whether the tensors that `checkpoint` returns are only ever replaced, and never changed in
     # place: they need not be copied then. Whoever keeps something else says so again.

@@ -23,6 +23,12 @@ class Local(MixedPrecisionStrategy):
     """
 
     evaluates_on_server = False
+    # No update is sent; the server evaluates no model, and calibrates none if it sends no codes.
+    idle: Mapping[str, tuple[str, ...]] = {
+        "norm-bound": (),
+        "server-device": ("auto", "float32", "nearest"),
+        "lossless-coding": ("auto", "float32"),
+    }
 
     def __init__(
         self, options: Options | None = None, context: StrategyContext | None = None
