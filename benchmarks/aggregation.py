@@ -7,9 +7,9 @@ from torch import Tensor
 
 from benchmarks.grid import reporting_grid, weights_of
 from benchmarks.measure import Figure, ratio, report, side_by_side
+from core.constructors import Broadcast
 from exchange.states import to_arrays
-from strategies import FedAvg, RoundLog
-from strategies.base import Broadcast
+from strategies import FedAvg, StrategyContext
 
 _CLIENTS, _REPEATS, _GOAL = 100, 7, 0.2
 # Whether codes are entropy-coded, and from codes that the client was sent.
@@ -48,13 +48,14 @@ def _figure(bits: int, form: str) -> Figure:
     ]
     coded, from_start = _FORMS[form]
     broadcast: Broadcast = "nearest" if from_start else "float32"
-    strategy = FedAvg(broadcast=broadcast, quantized=weights_of(model))
+    context = StrategyContext(broadcast=broadcast, quantized=weights_of(model))
+    strategy = FedAvg(context=context)
     grid = reporting_grid(model, [bits] * _CLIENTS, coded, from_start)
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
     replies = list(grid.send_and_receive(messages))
 
     def ours() -> None:
-        strategy.round_log = RoundLog()
+        strategy.round_log.aggregated.clear()
         strategy.aggregate_train(1, replies)
         assert len(strategy.round_log.aggregated) == _CLIENTS
 

@@ -12,7 +12,7 @@ from benchmarks.grid import reporting_grid, run_round, weights_of
 from benchmarks.measure import Figure, ratio, report
 from exchange.states import to_arrays
 from quant import federated_state
-from strategies import STRATEGIES
+from strategies import STRATEGIES, StrategyContext
 from task.models import build_model
 
 _COUNTS, _REPEATS, _FLAT = (10, 100, 1000), 5, 1.15
@@ -47,7 +47,7 @@ def _rounds(name: str, count: int) -> tuple[list[float], float]:
     grid = reporting_grid(model, [4, 32] * (count // 2), coded=True)
     seconds, models = [], 0.0
     for turn in range(_REPEATS + 1):
-        strategy = STRATEGIES[name](quantized=weights_of(model))
+        strategy = STRATEGIES[name](context=StrategyContext(quantized=weights_of(model)))
         strategy.configure_train(1, arrays, ConfigRecord(), grid)  # the nodes are gathered
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

@@ -26,7 +26,7 @@ from prowd.records import read_record
 from quant import FLOAT_BITS, federated_state, quantizable_weights
 from server_app.build import read_settings
 from server_app.run import Run, prepare
-from strategies import FedAvg
+from strategies import FedAvg, StrategyContext
 from task.data.dataset import Images
 from task.data.partition import client_images, server_pixels
 from task.training import LocalTraining, ready_to_evaluate, train
@@ -123,8 +123,8 @@ def _shares(settings: Settings) -> list[Figure]:
     """What ProWD adds to a round, in shares of its training on as many images as CIFAR-10 has."""
     trained = _whole_round(settings.model_copy(update={"samples_per_client": _IMAGES // CLIENTS}))
     torch.set_num_threads(settings.server_threads)
-    names = quantizable_weights(network())
-    plain = _server_seconds(lambda: FedAvg(quantized=names))
+    context = StrategyContext(quantized=quantizable_weights(network()))
+    plain = _server_seconds(lambda: FedAvg(context=context))
     added = _server_seconds(lambda: _prepared(_MASKS).strategy) - plain
     blocks = {**_MASKS, "prowd-finetune-every": _FINETUNE_EVERY}
     tuned = _server_seconds(lambda: _prepared(blocks).strategy) - plain

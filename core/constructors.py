@@ -1,10 +1,11 @@
 """Arguments of strategies in the library, held to the rules that the settings of a run have."""
 
-from typing import Literal, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, get_args
 
 from core.arguments import check_names
 from core.errors import SettingsError
-from core.options import Options
+from core.options import Options, shown
 from core.settings import Settings
 
 # What low-bit clients are sent: float32, or codes that the server rounded.
@@ -16,10 +17,10 @@ _SETTING = {"coded": "lossless_coding"}
 Own = TypeVar("Own", bound=Options)
 
 
-def checked(**arguments: object) -> Settings:
-    """Return arguments as settings, which has the same bounds and the same words.
+def checked(arguments: Mapping[str, object]) -> dict[str, Any]:
+    """Return arguments by name as plain numbers, held to the bounds of settings in their words.
 
-    >>> checked(fraction_train=1.5)
+    >>> checked({"fraction_train": 1.5})
     Traceback (most recent call last):
         ...
     core.errors.SettingsError: fraction-train: 1.5 is not allowed: input should be less than or \
@@ -30,17 +31,14 @@ equal to 1
     SettingsError
         If a value is not allowed; one line.
     """
-    values = {
-        _SETTING.get(name, name).replace("_", "-"): value for name, value in arguments.items()
-    }
+    settings = {name: _SETTING.get(name, name) for name in arguments}
+    values = {settings[name].replace("_", "-"): value for name, value in arguments.items()}
     # A run of the app may leave it to the strategy, as "auto".
-    if (broadcast := values.pop("broadcast", "float32")) not in get_args(Broadcast):
+    if (broadcast := values.get("broadcast", "float32")) not in get_args(Broadcast):
         allowed = ", ".join(get_args(Broadcast))
         raise SettingsError(f"broadcast: {broadcast!r} is not allowed: it should be {allowed}")
-    if values.get("weight-step"):
-        # Of a strategy that does not know how clients train.
-        values.setdefault("low-bit-training", "strict")
-    return Settings.read(values)
+    held = Settings.read(values)
+    return {name: getattr(held, setting) for name, setting in settings.items()}
 
 
 def names_in(argument: str, names: object) -> frozenset[str]:
@@ -67,8 +65,9 @@ def own_options(options: Own | None, kind: type[Own], owner: object) -> Own:
     """
     if options is None:
         return kind()
-    if not isinstance(options, kind):
+    # One without settings of its own has none of the others'.
+    if not isinstance(options, kind) or (kind is Options and type(options) is not Options):
         raise SettingsError(
-            f"options: {type(owner).__name__} has {options!r}; allowed: {kind.__name__}"
+            f"options: {type(owner).__name__} has {shown(options)}; allowed: {kind.__name__}"
         )
     return options

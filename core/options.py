@@ -4,6 +4,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from math import isfinite
 from typing import Annotated, Any, Self
 
@@ -23,6 +24,22 @@ class Allowed:
     """What a setting may be, in words, where neither type nor bounds say it; for settings.md."""
 
     words: str
+
+
+class Idle(Enum):
+    """A federation in which an option of a strategy has no effect, which a user is told."""
+
+    ALL_FLOAT32 = "all clients are Float32"
+    ONE_WIDTH = "all clients are of one width"
+    NO_BUFFER = "the server has no unlabelled images"
+
+
+@dataclass(frozen=True)
+class IdleWith:
+    """Another option of the same strategy, by its key, and the value that leaves one no effect."""
+
+    key: str
+    value: object
 
 
 _WIDTH_OR_NONE = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"
@@ -133,7 +150,7 @@ def format_assignments(values: Mapping[str, object]) -> str:
             parts += [] if value is None else [f"{key} = {_toml(value)}"]
         except (TypeError, ValueError):
             raise ValueError(
-                f"{key}: {_shown(value)} is not allowed: TOML has no {type(value).__name__} like "
+                f"{key}: {shown(value)} is not allowed: TOML has no {type(value).__name__} like "
                 "it; allowed: numbers, text, true, false, and lists and mappings of them"
             ) from None
     return ", ".join(parts)
@@ -158,11 +175,11 @@ def _line(error: Mapping[str, Any], prefix: str) -> str:
     if isinstance(cause := error.get("ctx", {}).get("error"), SettingsError):
         return str(cause)
     if error["type"] == "extra_forbidden":
-        return f"{key}: there is no such setting (value {_shown(error['input'])})"
-    return f"{key}: {_shown(error['input'])} is not allowed: {message[0].lower()}{message[1:]}"
+        return f"{key}: there is no such setting (value {shown(error['input'])})"
+    return f"{key}: {shown(error['input'])} is not allowed: {message[0].lower()}{message[1:]}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Return a value as one writes it, but of a long one its beginning."""
     text = repr(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ..."

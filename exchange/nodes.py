@@ -10,7 +10,6 @@ from flwr.app import ConfigRecord, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from core.arguments import check_number
 from core.errors import FederationError, SettingsError
 from core.seeds import Stream, derive_seed
 from exchange.inbox import patiently
@@ -43,23 +42,25 @@ class Nodes:
     wait : float
         Seconds to wait for them, and in all later gatherings together for nodes that came later
         and did not declare themselves.
-
-    Attributes
-    ----------
     most_examples : int
-        A node that declares more is refused, as its claim is its weight in the mean; the server
-        sets it to the number of training images.
+        A node that declares more is refused, as its claim is its weight in the mean.
     examples_of : callable or None
         ``f(partition_id, num_partitions)``: how many a partition has, where the server knows; a
         node that declares more is refused. A `SettingsError` says that there is no such deal. It
         may take its time, as it is asked of nodes that are about to take part.
     """
 
-    def __init__(self, min_nodes: int = 1, wait: float = 60.0) -> None:
+    def __init__(
+        self,
+        min_nodes: int = 1,
+        wait: float = 60.0,
+        most_examples: int = 10**9,
+        examples_of: Callable[[int, int], int] | None = None,
+    ) -> None:
         self._min_nodes = min_nodes
         self._wait = wait
-        self._most_examples = 10**9
-        self.examples_of: Callable[[int, int], int] | None = None
+        self._most_examples = most_examples
+        self._examples_of = examples_of
         self._present: dict[int, Declaration] = {}
         # Nodes that were connected at the last look, and when each was activated; what is known of
         # them; declarations in the order in which they came.
@@ -72,16 +73,6 @@ class Nodes:
         self._parts = 0
         self._gathered = False
         self._simulated = False
-
-    @property
-    def most_examples(self) -> int:
-        """Most examples that a node can have."""
-        return self._most_examples
-
-    @most_examples.setter
-    def most_examples(self, most: int) -> None:
-        check_number("most_examples", most, least=1, whole=True)
-        self._most_examples = int(most)
 
     def expect(self, num_partitions: int) -> None:
         """Believe the nodes that declare so many partitions, as the run did before its resume."""
@@ -238,8 +229,8 @@ class Nodes:
             return f"it declares {new.bits} bits; allowed: {ALLOWED_WIDTHS}"
         if not 0 <= new.partition_id < new.num_partitions:
             return f"it declares partition {new.partition_id} of {new.num_partitions}"
-        if not 1 <= new.num_examples <= self.most_examples:
-            return f"it declares {new.num_examples} examples; allowed: 1 to {self.most_examples}"
+        if not 1 <= new.num_examples <= self._most_examples:
+            return f"it declares {new.num_examples} examples; allowed: 1 to {self._most_examples}"
         return ""
 
     def _seated(self) -> dict[int, Declaration]:
@@ -268,11 +259,11 @@ class Nodes:
 
     def _misfit(self, declared: Declaration) -> str:
         """Return what of a declaration does not fit the deal; empty if all does."""
-        if self.examples_of is None:
+        if self._examples_of is None:
             return ""
         partition, parts = declared.partition_id, declared.num_partitions
         try:
-            most = self.examples_of(partition, parts)
+            most = self._examples_of(partition, parts)
         except SettingsError as error:
             return str(error)
         claim = f"it declares {declared.num_examples} examples"

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from core.options import Allowed, Options
 from core.settings import Settings
 from prowd.publish.table import markdown_row
-from strategies import STRATEGIES
+from strategies import OWN_CLASS, STRATEGIES, strategy_names
 
 _HEAD = """# Settings
 
@@ -27,9 +27,8 @@ def settings_page() -> str:
     """Return the page: the settings of every run, then those of each strategy."""
     sections = [_HEAD, _section("Of every run", Settings)]
     for name, strategy in STRATEGIES.items():
-        options = getattr(strategy, "Options", None)
-        if options is not None:
-            sections.append(_section(f"`{name}`", options, prefix=f"{name}-"))
+        if strategy.Options.model_fields:
+            sections.append(_section(f"`{name}`", strategy.Options, prefix=f"{name}-"))
     return "\n".join(sections)
 
 
@@ -47,8 +46,7 @@ def _row(key: str, field: FieldInfo) -> str:
 
 def _strategies() -> str:
     """Name the strategies, which core/settings.py cannot know."""
-    names = [name for name in STRATEGIES if name != "flwr"]
-    return ", ".join(f'`"{name}"`' for name in (*names, "flwr:NAME", "package.module:Class"))
+    return ", ".join(f'`"{name}"`' for name in (*strategy_names(), OWN_CLASS))
 
 
 def _allowed(field: FieldInfo) -> str:

@@ -38,7 +38,7 @@ def _begin(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
     settings, options = read_settings(config)
     _warn_of_idle(grid, config)
     record.write_config({**settings.to_settings(), **options})
-    run = prepare(record.folder, settings, options)
+    run = prepare(record.folder, settings, options, grid)
     finish(grid, run, record)
 
 

@@ -1,7 +1,8 @@
-"""From a flat run configuration to validated settings and a strategy."""
+"""From a flat run configuration to validated settings and a strategy that can be made."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from core.constructors import Broadcast
 from core.devices import pick_device
@@ -9,7 +10,13 @@ from core.errors import SettingsError
 from core.options import Options, format_assignments, parse_assignments
 from core.reference import in_one_line, load_reference
 from core.settings import Settings
-from strategies import STRATEGIES, MixedPrecisionStrategy, ProWD
+from strategies import (
+    OWN_CLASS,
+    STRATEGIES,
+    MixedPrecisionStrategy,
+    StrategyContext,
+    strategy_names,
+)
 
 # Before each key of a class of the user's own in an error.
 _OWN_PREFIX = "strategy-options: "
@@ -38,7 +45,7 @@ def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str,
     # As it decides the last bits, the record names the device, and not "auto".
     device = pick_device(settings.server_device).type
     settings = settings.model_copy(update={"server_device": device})
-    chosen, _ = _split_name(settings.strategy)
+    chosen = _registered(settings.strategy)
     own: dict[str, object] = {}
     left = set(run_config) - Settings.keys()
     for name, strategy_class in STRATEGIES.items():
@@ -46,7 +53,7 @@ def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str,
         keys = {key for key in left if key.startswith(prefix)}
         left -= keys
         values = {key.removeprefix(prefix): run_config[key] for key in keys}
-        read = getattr(strategy_class, "Options", Options).read(values, prefix)
+        read = strategy_class.Options.read(values, prefix)
         if name == chosen:
             own = read.to_settings(prefix)
     if left:
@@ -54,7 +61,7 @@ def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str,
         raise SettingsError(f"{key}: there is no such setting (value {run_config[key]!r})")
     if not chosen:
         values = parse_assignments(settings.strategy_options)
-        read = _options_class(_class_of(settings.strategy)).read(values, _OWN_PREFIX)
+        read = _class_of(settings.strategy).Options.read(values, _OWN_PREFIX)
         try:
             own = {"strategy-options": format_assignments(read.to_settings())}
         except ValueError as error:  # Of a default that nobody validated, or a type of their own.
@@ -62,51 +69,99 @@ def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str,
     elif settings.strategy_options:
         raise SettingsError(
             f"strategy-options: {settings.strategy_options!r} with strategy {settings.strategy}; "
-            "allowed with package.module:Class only"
+            f"allowed with {OWN_CLASS} only"
         )
     return settings, own
 
 
-def _split_name(strategy: str) -> tuple[str, str]:
-    """Part ``"flwr:FedAdam"`` into the registry's name and the class; other names have no class.
-
-    For a class of the user's own, ``"package.module:Class"``, the registry's name is empty.
-    """
-    name, colon, inner = strategy.partition(":")
-    if colon and name not in STRATEGIES:
-        return "", strategy
-    if name not in STRATEGIES or bool(colon) != (name == "flwr"):
-        names = ", ".join(n for n in STRATEGIES if n != "flwr")
-        raise SettingsError(
-            f"strategy: there is no {strategy!r}; allowed: {names}, flwr:NAME of Flower's own, or "
-            "package.module:Class"
-        )
-    return name, inner
+def _registered(strategy: str) -> str:
+    """Return the name under which a strategy is registered; empty for a class of the user's own."""
+    name, colon, _ = strategy.partition(":")
+    known = STRATEGIES.get(name)
+    if known is None and colon:
+        return ""
+    if known is None or bool(colon) != bool(known.suffix):
+        allowed = ", ".join([*strategy_names(), OWN_CLASS])
+        raise SettingsError(f"strategy: there is no {strategy!r}; allowed: {allowed}")
+    return name
 
 
 def _class_of(strategy: str) -> type[MixedPrecisionStrategy]:
-    name, inner = _split_name(strategy)
-    if name:
-        return STRATEGIES[name]
-    found = load_reference("strategy", inner)
+    if name := _registered(strategy):
+        return STRATEGIES[name].named(strategy.partition(":")[2])
+    found = load_reference("strategy", strategy)
     if not (isinstance(found, type) and issubclass(found, MixedPrecisionStrategy)):
         raise SettingsError(
-            f"strategy: {inner!r} is no subclass of strategies.MixedPrecisionStrategy"
+            f"strategy: {strategy!r} is no subclass of strategies.MixedPrecisionStrategy"
         )
-    return found
-
-
-def _options_class(strategy_class: type[MixedPrecisionStrategy]) -> type[Options]:
-    found = getattr(strategy_class, "Options", Options)
-    if not (isinstance(found, type) and issubclass(found, Options)):
+    if not (isinstance(found.Options, type) and issubclass(found.Options, Options)):
         raise SettingsError(
-            f"strategy: {strategy_class.__name__}.Options is no subclass of core.options.Options"
+            f"strategy: {found.__name__}.Options is no subclass of core.options.Options"
         )
     return found
 
 
-def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecisionStrategy:
-    """Make the strategy that the settings name.
+@dataclass(frozen=True)
+class Choice:
+    """A strategy that is chosen and validated, and not made yet.
+
+    Attributes
+    ----------
+    setting : str
+        `strategy` of the settings.
+    kind : type
+        Its class.
+    options : Options
+        Its own settings.
+    context : StrategyContext
+        What the settings say of it, without data and network.
+    """
+
+    setting: str
+    kind: type[MixedPrecisionStrategy]
+    options: Options
+    context: StrategyContext
+
+    def make(self, context: StrategyContext | None = None) -> MixedPrecisionStrategy:
+        """Make the strategy, with a context that has more than this one.
+
+        Raises
+        ------
+        SettingsError
+            If it cannot be made; a class of the user's own is named.
+        """
+        with self._named():
+            made = self.kind(options=self.options, context=context or self.context)
+        if not hasattr(made, "nodes"):
+            raise SettingsError(
+                f"strategy: the __init__ of {self.setting!r} does not call super().__init__"
+            )
+        return made
+
+    def check(self) -> None:
+        """Refuse what does not go together, without making the strategy."""
+        with self._named():
+            self.kind.check(self.options, self.context)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say which class it is that fails."""
+        cannot = f"strategy: {self.setting!r} cannot be made"
+        try:
+            yield
+        except SettingsError:
+            raise
+        except ValueError as error:
+            raise SettingsError(f"{cannot} ({in_one_line(error)})") from None
+        except TypeError as error:
+            raise SettingsError(
+                f"{cannot} ({in_one_line(error)}); it defines combine, and its __init__, if it has "
+                "one, takes options and context and passes both on"
+            ) from None
+
+
+def choose_strategy(settings: Settings, own: Mapping[str, object]) -> Choice:
+    """Find the strategy that the settings name, and validate all that can be before it is made.
 
     Parameters
     ----------
@@ -120,61 +175,36 @@ def build_strategy(settings: Settings, own: Mapping[str, object]) -> MixedPrecis
     SettingsError
         If the settings do not go together with the strategy.
     """
-    name, inner = _split_name(settings.strategy)
-    strategy_class = _class_of(settings.strategy)
-    arguments: dict[str, Any] = {
-        "fraction_train": settings.fraction_train,
-        "fraction_evaluate": settings.fraction_evaluate,
-        "seed": settings.seed,
-        "min_nodes": settings.min_nodes,
-        "node_wait": settings.node_wait,
-        "broadcast": _broadcast(settings, strategy_class),
-        "weight_step": settings.weight_step,
-        "norm_bound": settings.norm_bound,
-        "coded": settings.lossless_coding,
-        "local_epochs": settings.local_epochs,
-        "batch_size": settings.batch_size,
-    }
-    if hasattr(strategy_class, "Options"):
-        prefix = f"{name}-" if name else _OWN_PREFIX
-        values = {key.removeprefix(prefix): value for key, value in own.items()}
-        if not name:
-            values = parse_assignments(str(own["strategy-options"]))
-        arguments["options"] = _options_class(strategy_class).read(values, prefix)
-    if name == "flwr":
-        arguments["name"] = inner
-    if issubclass(strategy_class, ProWD):
-        arguments["low_bit_training"] = settings.low_bit_training
-    if not name:
-        return _make_own(strategy_class, inner, arguments)
-    try:
-        return strategy_class(**arguments)
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
+    kind = _class_of(settings.strategy)
+    if name := _registered(settings.strategy):
+        prefix = f"{name}-"
+        options = kind.Options.read({k.removeprefix(prefix): v for k, v in own.items()}, prefix)
+    else:
+        options = kind.Options.read(parse_assignments(str(own["strategy-options"])), _OWN_PREFIX)
+    choice = Choice(settings.strategy, kind, options, _context(settings, kind))
+    choice.check()
+    return choice
 
 
-def _make_own(
-    strategy_class: type[MixedPrecisionStrategy], text: str, arguments: Mapping[str, Any]
-) -> MixedPrecisionStrategy:
-    """Make a strategy of the user's own, and name it where that fails."""
-    try:
-        made = strategy_class(**arguments)
-    except SettingsError:
-        raise
-    except ValueError as error:
-        raise SettingsError(f"strategy: {text!r} cannot be made ({in_one_line(error)})") from None
-    except TypeError as error:
-        raise SettingsError(
-            f"strategy: {text!r} cannot be made ({in_one_line(error)}); it defines combine, and "
-            "its __init__ passes **kwargs on"
-        ) from None
-    if not hasattr(made, "nodes"):
-        raise SettingsError(f"strategy: the __init__ of {text!r} does not call super().__init__")
-    return made
+def _context(settings: Settings, kind: type[MixedPrecisionStrategy]) -> StrategyContext:
+    return StrategyContext(
+        fraction_train=settings.fraction_train,
+        fraction_evaluate=settings.fraction_evaluate,
+        seed=settings.seed,
+        min_nodes=settings.min_nodes,
+        node_wait=settings.node_wait,
+        broadcast=_broadcast(settings, kind),
+        low_bit_training=settings.low_bit_training,
+        weight_step=settings.weight_step,
+        norm_bound=settings.norm_bound,
+        coded=settings.lossless_coding,
+        local_epochs=settings.local_epochs,
+        batch_size=settings.batch_size,
+    )
 
 
-def _broadcast(settings: Settings, strategy_class: type[MixedPrecisionStrategy]) -> Broadcast:
-    """Resolve ``broadcast="auto"``; strict clients start on the server's grid, qat ones between."""
+def _broadcast(settings: Settings, kind: type[MixedPrecisionStrategy]) -> Broadcast:
+    """Resolve ``broadcast="auto"``."""
     has_buffer = settings.server_buffer >= 2
     if settings.broadcast == "calibrated" and not has_buffer:
         raise SettingsError(
@@ -183,6 +213,4 @@ def _broadcast(settings: Settings, strategy_class: type[MixedPrecisionStrategy])
         )
     if settings.broadcast != "auto":
         return settings.broadcast
-    strict = settings.low_bit_training == "strict"
-    calibrated = issubclass(strategy_class, ProWD) and strict and has_buffer
-    return "calibrated" if calibrated else "float32"
+    return kind.preferred_broadcast(settings.low_bit_training, has_buffer)

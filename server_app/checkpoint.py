@@ -13,7 +13,6 @@ on the wire but the name of that folder, or of the run.
 """
 
 import json
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,9 +90,10 @@ class Identity:
         data: str,
         shapes: Mapping[str, list[int]],
         num_partitions: int,
+        client_key: str,
     ) -> Self:
-        """Return the identity of a run that begins."""
-        return cls(settings, _deciding(), data, shapes, num_partitions, uuid.uuid4().hex)
+        """Return the identity of a run with the packages that are installed now."""
+        return cls(settings, _deciding(), data, shapes, num_partitions, client_key)
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,6 @@ class Checkpoints:
                 self._folder / _ARGUMENTS, _as_toml({**identity.settings, "resume": str(folder)})
             )
 
-    @property
-    def of_clients(self) -> str:
-        """Folder for what simulated clients keep; its last part names the run on any machine."""
-        return str(self._folder / "clients" / self._identity.client_key)
-
     def write(
         self,
         server_round: int,
@@ -201,6 +196,11 @@ class Checkpoints:
         path = self._folder / _FILE
         with writing(path):
             write_atomic(path, data)
+
+
+def folder_of_clients(folder: Path, client_key: str) -> str:
+    """Return where simulated clients keep what they must; the last part names the run anywhere."""
+    return str(folder / _FOLDER / "clients" / client_key)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

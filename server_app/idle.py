@@ -1,49 +1,30 @@
 """Settings that were changed and can have no effect, which a user would else not hear of."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from core.files import user_path
 from core.mix import parse_mix
-from core.options import Options
+from core.options import Idle, IdleWith
 from core.settings import Settings
 from quant import FLOAT_BITS
 from strategies import STRATEGIES
 from task.calibration import has_statistics
 
-# What has an effect only where another setting is not as named here.
+# What has an effect only where another setting is not as named here; the strategies' own options
+# say so of themselves (`IdleWith`, `Idle`).
 _NEEDS = {
     "dirichlet-alpha": ("partitioner", ("iid", "file")),
     "data-dir": ("dataset", ("digits",)),
-    "prowd-ladder": ("prowd-finetune-every", (0,)),
-    "prowd-dequantize": ("prowd-finetune-every", (0,)),
-    "prowd-finetune-steps": ("prowd-finetune-every", (0,)),
-    "prowd-finetune-learning-rate": ("prowd-finetune-every", (0,)),
-    "prowd-distill-weight": ("prowd-finetune-every", (0,)),
-    "prowd-mask": ("prowd-mask-at-least", (1,)),
-    # Local training sends no update.
-    "norm-bound": ("strategy", ("local",)),
 }
-# What has none in local training, where the server evaluates no model and is sent none, with one of
-# these broadcasts.
-_IDLE_IN_LOCAL = {
-    "server-device": ("auto", "float32", "nearest"),
-    "lossless-coding": ("auto", "float32"),
-}
-# What has none where all clients are Float32,
+# What has none where all clients are Float32.
 _OF_LOW_BITS = frozenset(
     {
         *("low-bit-training", "weight-step", "activation-bits", "gradient-bits", "broadcast"),
-        *("prowd-reference", "prowd-ladder", "prowd-dequantize", "lossless-coding"),
-    }
-)
-# and where all are of one width.
-_OF_SEVERAL_WIDTHS = frozenset(
-    {
-        *("prowd-align", "prowd-own-normalization", "prowd-low-bit-weight", "prowd-finetune-every"),
-        *("prowd-mask", "prowd-mask-at-most", "prowd-mask-at-least"),
+        "lossless-coding",
     }
 )
 
@@ -61,43 +42,72 @@ def idle_settings(run_config: Mapping[str, object], simulated: bool = True) -> l
     simulated : bool
         Whether the clients have the widths of ``bit-mix``, and not their own.
     """
-    defaults = Settings().to_settings()
-    owners: dict[str, str] = {}
+    defaults, own = Settings().to_settings(), _own_options()
     for name, kind in STRATEGIES.items():
-        own = getattr(kind, "Options", Options)().to_settings(f"{name}-")
-        defaults |= own
-        owners |= dict.fromkeys(own, name)
+        defaults |= kind.Options().to_settings(f"{name}-")
     given = {**defaults, **run_config}
     strategy = str(given["strategy"])
+    chosen = strategy.partition(":")[0]
     lines = []
-    for key in sorted(key for key in defaults if given[key] != defaults[key]):
-        foreign = owners.get(key, strategy) not in (strategy, strategy.partition(":")[0])
-        if why := f"strategy={strategy}" if foreign else _why_idle(key, given, simulated):
+    for key, default in sorted(defaults.items()):
+        one = own.get(key, _Option(chosen))
+        if one.owner != chosen:
+            why = f"strategy={strategy}"
+        else:
+            why = _why_idle(key, one, given, simulated)
+        without_buffer = Idle.NO_BUFFER in one.marks and not given["server-buffer"]
+        if why and given[key] != default:
             lines.append(f"{key}: {given[key]!r} has no effect with {why}")
-    if strategy == "prowd" and given["prowd-finetune-every"] and not given["server-buffer"]:
-        weight = given["prowd-distill-weight"]
-        lines.append(f"prowd-distill-weight: {weight!r} has no effect with server-buffer=0")
+        elif not why and without_buffer:  # Also where it is left at its default.
+            lines.append(f"{key}: {given[key]!r} has no effect with server-buffer=0")
     return lines
 
 
-def _why_idle(key: str, given: Mapping[str, object], simulated: bool) -> str:
+@dataclass(frozen=True)
+class _Option:
+    """The strategy that a setting is of, and what its field says of where it is idle."""
+
+    owner: str
+    marks: tuple[object, ...] = ()
+
+
+def _own_options() -> dict[str, _Option]:
+    """Return the options of all registered strategies by full key."""
+    return {
+        f"{name}-{field.alias}": _Option(name, tuple(field.metadata))
+        for name, kind in STRATEGIES.items()
+        for field in kind.Options.model_fields.values()
+    }
+
+
+def _why_idle(key: str, one: _Option, given: Mapping[str, object], simulated: bool) -> str:
     """Return the setting with which another has no effect; empty if it has one."""
+    needed: str
+    idle_at: tuple[object, ...]
     needed, idle_at = _NEEDS.get(key, ("", ()))
+    for mark in one.marks:
+        if isinstance(mark, IdleWith):
+            needed, idle_at = f"{one.owner}-{mark.key}", (mark.value,)
     if needed and given[needed] in idle_at:
         return f"{needed}={given[needed]}"
-    # What goes on was told which device it is on, whatever the user gave.
-    told = key == "server-device" and given["resume"]
-    if given["strategy"] == "local" and given["broadcast"] in _IDLE_IN_LOCAL.get(key, ()):
-        return "" if told else "strategy=local"
+    strategy = str(given["strategy"])
+    # Of a class of the user's own nothing is known.
+    known = STRATEGIES.get(strategy.partition(":")[0])
+    idle = {} if known is None else known.idle
+    if key in idle and given["broadcast"] in (idle[key] or (given["broadcast"],)):
+        # What goes on was told which device it is on, whatever the user gave.
+        told = key == "server-device" and given["resume"]
+        return "" if told else f"strategy={strategy}"
     if key == "bit-mix" and not simulated:
         return "networked nodes, which declare their own"
     # A strategy of the user's own may send what it likes at any width.
-    if simulated and str(given["strategy"]).partition(":")[0] in STRATEGIES:
+    if simulated and known is not None:
         widths = parse_mix(str(given["bit-mix"])).keys()
-        only_float = key in _OF_LOW_BITS and widths == {FLOAT_BITS}
+        of_low_bits = key in _OF_LOW_BITS or Idle.ALL_FLOAT32 in one.marks
+        only_float = of_low_bits and widths == {FLOAT_BITS}
         if key == "lossless-coding":  # A difference may have a width of its own.
             only_float &= given.get(f"{given['strategy']}-bits", 0) in (0, FLOAT_BITS)
-        if only_float or (key in _OF_SEVERAL_WIDTHS and len(widths) == 1):
+        if only_float or (Idle.ONE_WIDTH in one.marks and len(widths) == 1):
             return f"bit-mix={given['bit-mix']}"
     if given["resume"] and key in ("run-name", "output-dir"):
         folder = user_path("resume", str(given["resume"]))

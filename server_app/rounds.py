@@ -73,6 +73,12 @@ def run_rounds(
     _end_if_nothing_is_used(strategy, record, is_last=True)
 
 
+def is_evaluated(settings: Settings, server_round: int) -> bool:
+    """Return whether the model is evaluated after this round."""
+    last = server_round == settings.num_server_rounds
+    return last or server_round % settings.evaluate_every == 0
+
+
 def _why(entry: Mapping[str, Any]) -> str:
     """Return why no update was used, though somebody was asked."""
     unread = "the strategy has read no update that it was given"
@@ -96,15 +102,12 @@ def _run_round(
 ) -> tuple[dict[str, Any], ArrayRecord]:
     started = time.monotonic()
     batches = strategy.training_messages(server_round, arrays, grid)
-    last = server_round == settings.num_server_rounds
-    evaluates = last or server_round % settings.evaluate_every == 0
-    strategy.round_log.detailed = evaluates
     replies = receive(grid, batches, settings.round_timeout, strategy.largest_payload)
     aggregated, metrics = strategy.aggregate_train(server_round, replies)
     arrays = arrays if aggregated is None else aggregated
     combined = time.monotonic()
     scores = _Scores()
-    if evaluates:
+    if is_evaluated(settings, server_round):
         scores = _evaluate(grid, strategy, settings, server_round, arrays, evaluator)
     ended = time.monotonic()
     trained, evaluated = strategy.round_log, strategy.evaluate_log

@@ -1,5 +1,6 @@
 """One run from its settings to its last model: begun anew, or gone on with from a checkpoint."""
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,12 +27,18 @@ from quant import (
     quantize_state,
     tensors_of,
 )
-from server_app.build import build_strategy, read_settings
-from server_app.checkpoint import Checkpoint, Checkpoints, Identity, read_checkpoint
+from server_app.build import choose_strategy, read_settings
+from server_app.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    Identity,
+    folder_of_clients,
+    read_checkpoint,
+)
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from server_app.idle import idle_with_model
 from server_app.record import RunRecord, read_json
-from server_app.rounds import run_rounds
+from server_app.rounds import is_evaluated, run_rounds
 from strategies import MixedPrecisionStrategy
 from task.data.dataset import describe, fingerprint, load_dataset
 from task.data.partition import evaluation_images, partition, server_pixels
@@ -56,6 +63,8 @@ class Run:
         The initial model.
     evaluator : Evaluator
         Evaluates models at each width.
+    client_key : str
+        Names the run to the clients that keep something for it.
     """
 
     folder: Path
@@ -64,6 +73,7 @@ class Run:
     strategy: MixedPrecisionStrategy
     model: nn.Module
     evaluator: Evaluator
+    client_key: str
 
     @property
     def all_settings(self) -> dict[str, object]:
@@ -76,11 +86,28 @@ class Run:
         data = fingerprint(load_dataset(self.settings))
         if self.settings.partition_file:
             data += f", {fingerprint_of_file(self.settings.partition_file)}"
-        return Identity.new(self.all_settings, data, shapes, num_partitions)
+        return Identity.new(self.all_settings, data, shapes, num_partitions, self.client_key)
 
 
-def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> Run:
-    """Make strategy, data and model as the settings say.
+def prepare(
+    folder: Path,
+    settings: Settings,
+    options: Mapping[str, object],
+    grid: Grid | None = None,
+    client_key: str = "",
+) -> Run:
+    """Make data, model and strategy as the settings say.
+
+    Parameters
+    ----------
+    folder : Path
+        Record of the run.
+    settings, options : Settings, mapping
+        The common settings, and the strategy's own by their full keys.
+    grid : Grid, optional
+        What its nodes are reached by; None where nobody is to be asked.
+    client_key : str
+        Of a run that goes on; empty: it begins.
 
     Raises
     ------
@@ -90,12 +117,11 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
     torch.set_num_threads(settings.server_threads)
     device = pick_device(settings.server_device)
     # Before the data, which may have to be downloaded.
-    strategy = build_strategy(settings, options)
+    choice = choose_strategy(settings, options)
     data = load_dataset(settings)
     evaluation = evaluation_images(settings)
     for level, line in describe(data, evaluation):
         log(level, "prowd: %s", line)
-    strategy.nodes.most_examples = len(data.train)
     shape = data.channels, data.size, data.num_classes
     model = build_model(settings.model, *shape, settings.seed)
     if is_reference(settings.model):
@@ -108,11 +134,24 @@ def prepare(folder: Path, settings: Settings, options: Mapping[str, object]) -> 
         check_quantizable(model, settings.model)
         _log_what_stays_float32(model)
     check_at_width(model, settings, min(settings.mix), buffer)
-    strategy.quantized = frozenset(quantizable_weights(model))
-    strategy.predict = make_predict(model, buffer, device)
-    strategy.round_calibrated = CalibratedRounding(settings, model, buffer)
+    client_key = client_key or uuid.uuid4().hex
+    shared = grid is None or is_simulated(grid)
+    context = replace(
+        choice.context,
+        most_examples=len(data.train),
+        # Simulated clients run this code as well; the deal need not be made for them, which costs
+        # seconds.
+        examples_of=None if shared else partial(_examples_of, settings),
+        quantized=quantizable_weights(model),
+        predict=make_predict(model, buffer, device),
+        round_calibrated=CalibratedRounding(settings, model, buffer),
+        # A networked node is told the key alone: it keeps nothing in the server's folders.
+        clients_keep_in=folder_of_clients(folder, client_key) if shared else client_key,
+        detailed=partial(is_evaluated, settings),
+    )
+    strategy = choice.make(context)
     evaluator = Evaluator(settings, model, evaluation, buffer)
-    return Run(folder, settings, options, strategy, model, evaluator)
+    return Run(folder, settings, options, strategy, model, evaluator, client_key)
 
 
 def _log_what_stays_float32(model: nn.Module) -> None:
@@ -128,15 +167,6 @@ def _log_what_stays_float32(model: nn.Module) -> None:
             named,
             100 * share,
         )
-
-
-def _gather(grid: Grid, run: Run) -> None:
-    """Wait for the nodes of a run that begins."""
-    if not is_simulated(grid):
-        # Simulated clients run this code as well; the deal need not be made for them, which costs
-        # seconds.
-        run.strategy.nodes.examples_of = partial(_examples_of, run.settings)
-    run.strategy.nodes.gather(grid)
 
 
 def _examples_of(settings: Settings, partition_id: int, num_partitions: int) -> int:
@@ -159,9 +189,9 @@ def restore(
     saved.refuse_other_versions()
     saved.refuse_other_settings({**settings.to_settings(), **options})
     _refuse_completed(folder, saved.server_round, settings.num_server_rounds)
-    run = prepare(folder, settings, options)
+    run = prepare(folder, settings, options, grid, saved.identity.client_key)
     run.strategy.nodes.expect(saved.identity.num_partitions)
-    _gather(grid, run)
+    run.strategy.nodes.gather(grid)
     saved.refuse_other(run.identity(run.strategy.nodes.num_partitions))
     run.strategy.restore(saved.tensors, saved.values)
     return run, saved
@@ -198,7 +228,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
     where = printable(run.folder)
     log(INFO, "prowd: %s on %s, record in %s", name, run.settings.dataset, where)
     if saved is None:
-        _gather(grid, run)
+        strategy.nodes.gather(grid)
         done, model = 0, federated_state(run.model)
         identity = run.identity(strategy.nodes.num_partitions)
     else:
@@ -206,9 +236,6 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
         identity = replace(saved.identity, settings=run.all_settings)
         log(INFO, "prowd: going on after round %d", done)
     checkpoints = Checkpoints(run.folder, identity)
-    # A networked node is told the key alone: it keeps nothing in the server's folders.
-    shared = is_simulated(grid)
-    strategy.clients_keep_in = checkpoints.of_clients if shared else identity.client_key
 
     def keep(server_round: int, state: State) -> None:
         nonlocal done, model

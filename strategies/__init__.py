@@ -7,6 +7,7 @@ from exchange.round_plan import RoundLog
 from exchange.states import RoundDropped
 from quant import WeightedMean
 from strategies.base import MixedPrecisionStrategy
+from strategies.context import StrategyContext
 from strategies.differences import FedCOM, FedCOMGATE, FedPAQ
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
@@ -24,8 +25,16 @@ STRATEGIES: dict[str, type[MixedPrecisionStrategy]] = {
     "fedcomgate": FedCOMGATE,
     "grouped-avg": GroupedAvg,
     "local": Local,
-    "flwr": FlowerStrategy,  # as flwr:NAME
+    "flwr": FlowerStrategy,
 }
+# How a class of the user's own is written.
+OWN_CLASS = "package.module:Class"
+
+
+def strategy_names() -> list[str]:
+    """Return how each of `STRATEGIES` is written in the setting ``strategy``."""
+    return [f"{name}:{k.suffix}" if k.suffix else name for name, k in STRATEGIES.items()]
+
 
 __all__ = [
     "STRATEGIES",
@@ -44,6 +53,7 @@ __all__ = [
     "ProWDOptions",
     "RoundDropped",
     "RoundLog",
+    "StrategyContext",
     "WeightedMean",
     "receive",
 ]

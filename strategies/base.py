@@ -8,12 +8,12 @@ on in the order of their partitions, so that sums do not depend on who answered 
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
 from math import ceil
-from typing import Any
+from typing import Any, Self
 
 from flwr.app import (
     ArrayRecord,
@@ -26,10 +26,10 @@ from flwr.app import (
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor
 
-from core.constructors import Broadcast, checked, names_in
+from core.constructors import Broadcast, own_options
 from core.errors import FederationError, SettingsError
+from core.options import Options as OwnOptions
 from exchange.inbox import Batch, match_replies, warn_of_left_out
 from exchange.nodes import Nodes, sample_nodes
 from exchange.protocol import (
@@ -75,6 +75,7 @@ from quant import (
     quantize_fitted,
     quantize_state,
 )
+from strategies.context import StrategyContext, own_context
 
 
 class MixedPrecisionStrategy(Strategy):
@@ -82,53 +83,39 @@ class MixedPrecisionStrategy(Strategy):
 
     Parameters
     ----------
-    fraction_train, fraction_evaluate : float
-        Share of the nodes that trains, and that evaluates on its own, in a round. At least one
-        node trains; with 0, none evaluates.
-    seed : int
-        Seeds the sampling and whatever a subclass draws.
-    min_nodes : int
-        Nodes that must take part.
-    node_wait : float
-        Seconds to wait for them before the first round (`exchange.nodes`).
-    broadcast : {"float32", "nearest", "calibrated"}
-        How the model reaches low-bit clients: in float32, which they round to nearest themselves,
-        or as codes of their own width that the server rounded.
-    weight_step : float
-        Step of the weights of low-bit clients in fixed point; 0 where each channel has its own.
-    norm_bound : float
-        Largest norm of an update, in that of the usual ones (`exchange.replies`); 0: any.
-    coded : bool
-        Whether codes are entropy-coded on their way, in both directions (`quant.codec.coding`).
-    local_epochs : int or None
-        Passes that a client makes over its data in a round. With it, a client that reports more
-        steps than that takes is set aside; None where it is not known.
-    batch_size : int
-        Images in each of these steps.
-    quantized : collection of str, optional
-        Names of the weights that low-bit clients hold on a grid (`quant.quantizable_weights` of
-        the model); needed as soon as such a client takes part.
+    options : Options, optional
+        The strategy's own settings, of its class `Options`; their defaults where none are given.
+    context : StrategyContext, optional
+        All else that it works with.
 
     Raises
     ------
     SettingsError
-        If an argument is not what the setting of its name allows; NumPy's numbers are taken.
+        If these are of other classes, or do not go together (`check`).
 
     Attributes
     ----------
+    options, context : Options, StrategyContext
+        As given. Nobody but the strategy itself sets an attribute of it.
+    nodes : Nodes
+        Who takes part.
     round_log, evaluate_log : RoundLog
         What happened to the clients in the last round of training, and in the last evaluation.
     """
 
+    # Class of the strategy's own settings; one that has some says so again.
+    Options: type[OwnOptions] = OwnOptions
+    # Of that class, which a subclass may narrow for its type checker.
+    options: Any
+    # What stands behind the colon of ``strategy="name:suffix"``, in words; empty: no colon.
+    suffix = ""
+    # Settings of every run that have no effect, and the values of `broadcast` with which they have
+    # none; no values: whatever it is.
+    idle: Mapping[str, tuple[str, ...]] = {}
     evaluates_on_server = True
     # Whether the tensors that `checkpoint` returns are only ever replaced, and never changed in
     # place: they need not be copied then. Whoever keeps something else says so again.
     replaces_kept = False
-    # What takes the network and the server's buffer, set by the server where it has them:
-    # ``f(u; w)``, differentiable logits for a float32 state dict,
-    predict: Callable[[Mapping[str, Tensor]], Tensor] | None = None
-    # and a float32 state dict brought to a bit-width by calibrated rounding.
-    round_calibrated: Callable[[Mapping[str, Tensor], int], Update] | None = None
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -141,48 +128,52 @@ class MixedPrecisionStrategy(Strategy):
             cls.replaces_kept = False
 
     def __init__(
-        self,
-        *,
-        fraction_train: float = 1.0,
-        fraction_evaluate: float = 0.0,
-        seed: int = 0,
-        min_nodes: int = 1,
-        node_wait: float = 60.0,
-        broadcast: Broadcast = "float32",
-        weight_step: float = 0.0,
-        norm_bound: float = 10.0,
-        coded: bool = True,
-        local_epochs: int | None = None,
-        batch_size: int = 1,
-        quantized: Collection[str] | None = None,
+        self, options: OwnOptions | None = None, context: StrategyContext | None = None
     ) -> None:
-        own = checked(
-            fraction_train=fraction_train,
-            fraction_evaluate=fraction_evaluate,
-            seed=seed,
-            min_nodes=min_nodes,
-            node_wait=node_wait,
-            broadcast=broadcast,
-            weight_step=weight_step,
-            norm_bound=norm_bound,
-            coded=coded,
-            local_epochs=1 if local_epochs is None else local_epochs,
-            batch_size=batch_size,
+        self.context = own_context(context, self)
+        self.options = own_options(options, self.Options, self)
+        self.check(self.options, self.context)
+        self.nodes = Nodes(
+            self.context.min_nodes,
+            self.context.node_wait,
+            self.context.most_examples,
+            self.context.examples_of,
         )
-        self.fraction_train, self.fraction_evaluate = own.fraction_train, own.fraction_evaluate
-        self.seed = own.seed
-        self.broadcast = broadcast
-        self.weight_step, self.norm_bound = own.weight_step, own.norm_bound
-        self.coded = own.lossless_coding
-        self.local_epochs = None if local_epochs is None else own.local_epochs
-        self.batch_size = own.batch_size
-        self.quantized = None if quantized is None else names_in("quantized", quantized)
-        self.nodes = Nodes(own.min_nodes, own.node_wait)
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
-        # Where simulated clients keep what they need again after a crash (`Instruction.keep_in`).
-        self.clients_keep_in = ""
         self._plan = RoundPlan()
+
+    # --- what a class says before one is made --------------------------------------------------
+
+    @classmethod
+    def named(cls, suffix: str) -> type[Self]:
+        """Return the class that is meant by ``strategy="name:suffix"``; there is only this one."""
+        return cls
+
+    @classmethod
+    def preferred_broadcast(cls, low_bit_training: str, has_buffer: bool) -> Broadcast:
+        """Return what ``broadcast="auto"`` stands for.
+
+        Parameters
+        ----------
+        low_bit_training : {"qat", "strict"}
+            How low-bit clients train.
+        has_buffer : bool
+            Whether the server has unlabelled images to calibrate the rounding with.
+        """
+        return "float32"
+
+    @classmethod
+    def check(cls, options: Any, context: StrategyContext) -> None:
+        """Refuse what does not go together: before a run loads its data, and once more when made.
+
+        The context then lacks what takes the data or the network.
+
+        Raises
+        ------
+        SettingsError
+            One line that names the setting, its value and what is allowed.
+        """
 
     # --- what a subclass says ------------------------------------------------------------------
 
@@ -219,7 +210,7 @@ class MixedPrecisionStrategy(Strategy):
 
     def model_for(self, bits: int, state: State) -> Update:
         """Return the model as clients of a width compute with it."""
-        return self._at_width(bits, self.state_at(bits, state), self.weight_step)
+        return self._at_width(bits, self.state_at(bits, state), self.context.weight_step)
 
     def state_at(self, bits: int, state: State) -> State:
         """Return what `state_for` does, which a subclass writes; what is no model is refused."""
@@ -234,12 +225,12 @@ class MixedPrecisionStrategy(Strategy):
         FederationError
             If the strategy was not told which these are.
         """
-        if self.quantized is None:
+        if self.context.quantized is None:
             raise FederationError(
                 f"quantized: {type(self).__name__} was not told which weights low-bit clients "
-                "quantize; give it quantized=quantizable_weights(model)"
+                "quantize; give it StrategyContext(quantized=quantizable_weights(model))"
             )
-        return [name for name in state if name in self.quantized]
+        return [name for name in state if name in self.context.quantized]
 
     def checkpoint(self) -> tuple[State, dict[str, object]]:
         """Return what later rounds depend on besides the global model: tensors, and JSON values.
@@ -283,10 +274,10 @@ class MixedPrecisionStrategy(Strategy):
             For each width, the widest first, what makes the messages to its nodes. Each is to be
             called once, in order.
         """
-        self.round_log, self.evaluate_log = RoundLog(), RoundLog()
-        return self._ask(
-            MessageType.TRAIN, self.fraction_train, server_round, arrays, grid, self.round_log
-        )
+        detailed = self.context.detailed is not None and self.context.detailed(server_round)
+        self.round_log, self.evaluate_log = RoundLog(detailed=detailed), RoundLog()
+        kind, fraction = MessageType.TRAIN, self.context.fraction_train
+        return self._ask(kind, fraction, server_round, arrays, grid, self.round_log)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -299,7 +290,7 @@ class MixedPrecisionStrategy(Strategy):
                 accepted.append(item)
         round_log.received = time.monotonic()
         accepted.sort(key=lambda item: item.client.partition_id)
-        good = within_norms(plan, accepted, self.norm_bound, round_log.rejected)
+        good = within_norms(plan, accepted, self.context.norm_bound, round_log.rejected)
         reports: list[Report] = []
         state = self._combine_or_drop(server_round, self._updates(good, reports))
         warn_of_left_out(server_round, plan.clients, round_log)
@@ -313,10 +304,10 @@ class MixedPrecisionStrategy(Strategy):
     ) -> list[Message]:
         """Make a message for each node that is to evaluate the model at its own width."""
         self.evaluate_log = RoundLog()
-        if not self.fraction_evaluate:
+        if not self.context.fraction_evaluate:
             self._plan = RoundPlan()
             return self._plan.messages
-        kind, fraction = MessageType.EVALUATE, self.fraction_evaluate
+        kind, fraction = MessageType.EVALUATE, self.context.fraction_evaluate
         batches = self._ask(kind, fraction, server_round, arrays, grid, self.evaluate_log)
         return with_config((message for batch in batches for message in batch()), config)
 
@@ -336,8 +327,9 @@ class MixedPrecisionStrategy(Strategy):
 
     def summary(self) -> None:
         """Log what the strategy is."""
-        log(INFO, "\t├──> %s: trains a share of %g", type(self).__name__, self.fraction_train)
-        log(INFO, "\t└──> seed %d", self.seed)
+        name, context = type(self).__name__, self.context
+        log(INFO, "\t├──> %s: trains a share of %g", name, context.fraction_train)
+        log(INFO, "\t└──> seed %d", context.seed)
 
     # --- the base's own ------------------------------------------------------------------------
 
@@ -351,7 +343,7 @@ class MixedPrecisionStrategy(Strategy):
         round_log: RoundLog,
     ) -> list[Batch]:
         purpose = (server_round, int(kind == MessageType.EVALUATE))
-        clients = sample_nodes(self.nodes.gather(grid), fraction, self.seed, *purpose)
+        clients = sample_nodes(self.nodes.gather(grid), fraction, self.context.seed, *purpose)
         start = to_state(arrays)
         self._plan = plan = RoundPlan(start, self._spec(start, clients), clients)
         for client in clients.values():
@@ -362,7 +354,7 @@ class MixedPrecisionStrategy(Strategy):
 
     def _spec(self, start: State, clients: Mapping[int, Declaration]) -> UpdateSpec:
         low_bit = any(client.bits != FLOAT_BITS for client in clients.values())
-        asked_low = self.quantized is not None or low_bit
+        asked_low = self.context.quantized is not None or low_bit
         return UpdateSpec.of(start, self.on_grid(start) if asked_low else ())
 
     def _messages_to(
@@ -414,11 +406,9 @@ class MixedPrecisionStrategy(Strategy):
         return self._plan.largest_payload
 
     def _instruction_for(self, server_round: int, client: Declaration) -> Instruction:
-        by_broadcast = FLOAT_BITS if self.broadcast == "float32" else client.bits
-        instruction = completed(
-            self.instruct(server_round, client), by_broadcast, type(self).__name__
-        )
-        return replace(instruction, coded=int(self.coded), keep_in=self.clients_keep_in)
+        by_broadcast = FLOAT_BITS if self.context.broadcast == "float32" else client.bits
+        asked = completed(self.instruct(server_round, client), by_broadcast, type(self).__name__)
+        return replace(asked, coded=int(self.context.coded), keep_in=self.context.clients_keep_in)
 
     def _encode_model(
         self, start: State, bits: int, downlink_bits: int
@@ -436,16 +426,17 @@ class MixedPrecisionStrategy(Strategy):
         if downlink_bits != FLOAT_BITS:
             # In the form that every reply is read beside.
             model = FlatUpdate.of(model)
-        return ArrayRecord({MODEL: to_array(encode(model, coded=self.coded))}), model
+        payload = encode(model, coded=self.context.coded)
+        return ArrayRecord({MODEL: to_array(payload)}), model
 
     def _at_width(self, bits: int, state: State, weight_step: float) -> Update:
         """Return a model at a width, rounded as `broadcast` says."""
         if bits == FLOAT_BITS:
             return quantize_state(state, bits)
-        if self.broadcast == "calibrated":
-            if self.round_calibrated is None:
+        if self.context.broadcast == "calibrated":
+            if self.context.round_calibrated is None:
                 raise ValueError("broadcast: 'calibrated' needs round_calibrated, which is not set")
-            return self.round_calibrated(state, bits)
+            return self.context.round_calibrated(state, bits)
         names = self.on_grid(state)
         if weight_step:
             return quantize_state(state, bits, fixed_point(state, names, weight_step))
@@ -462,9 +453,9 @@ class MixedPrecisionStrategy(Strategy):
             return None
 
     def _most_steps(self, client: Declaration) -> int | None:
-        if self.local_epochs is None:
+        if self.context.local_epochs is None:
             return None
-        return self.local_epochs * ceil(client.num_examples / self.batch_size)
+        return self.context.local_epochs * ceil(client.num_examples / self.context.batch_size)
 
     def _updates(self, replies: list[Reply], reports: list[Report]) -> Iterator[ClientUpdate]:
         for item in decode_in_order(self._plan, replies, self.round_log.rejected):

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from core.constructors import own_options
 from core.errors import SettingsError
 from core.options import Options, WidthOrNone
 from exchange.protocol import Declaration, Instruction, Report
@@ -14,6 +13,7 @@ from exchange.replies import ClientUpdate
 from exchange.states import Snapshot, State
 from quant import is_statistic
 from strategies.base import MixedPrecisionStrategy
+from strategies.context import StrategyContext
 from strategies.fedavg import mean_of
 
 
@@ -42,10 +42,7 @@ class FedPAQ(MixedPrecisionStrategy):
     """
 
     Options = DifferenceOptions
-
-    def __init__(self, options: DifferenceOptions | None = None, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.options = own_options(options, self.Options, self)
+    options: DifferenceOptions
 
     @property
     def server_learning_rate(self) -> float:
@@ -103,21 +100,27 @@ class FedCOMGATE(FedCOM):
         If `fraction_train` is below 1, or `broadcast` sends codes.
     """
 
-    def __init__(self, options: ServerStepOptions | None = None, **kwargs) -> None:
-        super().__init__(options, **kwargs)
-        if self.fraction_train < 1:
-            raise SettingsError(
-                f"fraction-train: {self.fraction_train:g}, but fedcomgate's corrections need every "
-                "client in every round; allowed: 1"
-            )
-        if self.broadcast != "float32":
-            raise SettingsError(
-                f"broadcast: {self.broadcast!r} with fedcomgate; its corrections need the exact "
-                "model; allowed: float32"
-            )
+    def __init__(
+        self, options: ServerStepOptions | None = None, context: StrategyContext | None = None
+    ) -> None:
+        super().__init__(options, context)
         self._epoch = 1
         self._members: set[int] = set()
         self._steps = 0
+
+    @classmethod
+    def check(cls, options: ServerStepOptions, context: StrategyContext) -> None:
+        """Refuse what the corrections do not stand."""
+        if context.fraction_train < 1:
+            raise SettingsError(
+                f"fraction-train: {context.fraction_train:g}, but fedcomgate's corrections need "
+                "every client in every round; allowed: 1"
+            )
+        if context.broadcast != "float32":
+            raise SettingsError(
+                f"broadcast: {context.broadcast!r} with fedcomgate; its corrections need the exact "
+                "model; allowed: float32"
+            )
 
     def checkpoint(self) -> tuple[State, dict[str, object]]:
         """Return the epoch of tracking; the corrections themselves stay with the clients."""

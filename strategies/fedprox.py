@@ -4,7 +4,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from core.constructors import own_options
 from core.options import Options
 from exchange.protocol import Declaration, Instruction
 from strategies.fedavg import FedAvg
@@ -22,10 +21,7 @@ class FedProx(FedAvg):
     """Proximal local training (Li et al., 2018, arXiv:1812.06127, equation 2)."""
 
     Options = FedProxOptions
-
-    def __init__(self, options: FedProxOptions | None = None, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.options = own_options(options, self.Options, self)
+    options: FedProxOptions
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Add the proximal term."""

@@ -7,7 +7,7 @@ needs no change. It aggregates; who takes part and what is sent stays with the b
 import inspect
 from collections.abc import Iterator, Mapping
 from math import isfinite
-from typing import Any
+from typing import Any, Self, cast
 
 import flwr.serverapp.strategy as flower_strategies
 import numpy as np
@@ -18,7 +18,6 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedYogi
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from core.constructors import own_options
 from core.errors import FederationError, SettingsError
 from core.options import Options, parse_assignments
 from exchange.inbox import Batch
@@ -26,6 +25,7 @@ from exchange.protocol import Declaration, Instruction, plain
 from exchange.replies import ClientUpdate
 from exchange.states import RoundDropped, State, to_arrays, to_state
 from strategies.base import MixedPrecisionStrategy
+from strategies.context import StrategyContext
 
 PREFIX = "flwr:"
 # What these take, print, and never compute with.
@@ -53,30 +53,49 @@ def flower_names() -> list[str]:
 
 
 class FlowerStrategy(MixedPrecisionStrategy):
-    """One of Flower's strategies behind the decoding of mixed bit-widths.
+    """One of Flower's strategies behind the decoding of mixed bit-widths: which one, `named` says.
 
     Parameters
     ----------
-    name : str
-        Class in ``flwr.serverapp.strategy``.
     options : FlowerOptions, optional
-        Arguments of the class.
-    **kwargs
-        Of `MixedPrecisionStrategy`.
+        Arguments of Flower's class.
+    context : StrategyContext, optional
+        As for all.
 
     Raises
     ------
     SettingsError
         If there is no such class, or its arguments do not fit.
+
+    Examples
+    --------
+    >>> strategy = FlowerStrategy.named("FedAdam")(FlowerOptions(arguments="eta = 0.01"))
+    >>> strategy.inner.eta
+    0.01
     """
 
     Options = FlowerOptions
+    options: FlowerOptions
+    suffix = "NAME"
+    # Class in `flwr.serverapp.strategy`.
+    name = ""
 
-    def __init__(self, name: str, options: FlowerOptions | None = None, **kwargs) -> None:
-        super().__init__(**kwargs)
-        own = own_options(options, self.Options, self)
-        self.inner = _make(name, parse_assignments(own.arguments))
+    def __init__(
+        self, options: FlowerOptions | None = None, context: StrategyContext | None = None
+    ) -> None:
+        super().__init__(options, context)
+        self.inner = _make(self.name, parse_assignments(self.options.arguments))
         self._config = ConfigRecord()
+
+    @classmethod
+    def named(cls, suffix: str) -> type[Self]:
+        """Return the strategy that aggregates by Flower's class of this name."""
+        return cast("type[Self]", type(cls.__name__, (cls,), {"name": suffix}))
+
+    @classmethod
+    def check(cls, options: FlowerOptions, context: StrategyContext) -> None:
+        """Refuse a class that Flower has not, and arguments that it does not take."""
+        _make(cls.name, parse_assignments(options.arguments))
 
     def training_messages(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> list[Batch]:
         """Let Flower's class see the round's model and write its settings, then do as always."""

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from core.options import Options
 from exchange.replies import ClientUpdate
 from exchange.states import State, join_states, split_states
 from quant import WeightedMean
 from strategies.base import MixedPrecisionStrategy
+from strategies.context import StrategyContext
 
 
 class GroupedAvg(MixedPrecisionStrategy):
@@ -17,8 +19,10 @@ class GroupedAvg(MixedPrecisionStrategy):
 
     replaces_kept = True
 
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self, options: Options | None = None, context: StrategyContext | None = None
+    ) -> None:
+        super().__init__(options, context)
         self._models: dict[int, State] = {}
         self._common: State = {}
 

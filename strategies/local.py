@@ -1,15 +1,18 @@
 """Local training: no client ever hears of another; the baseline that a federation must beat."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from logging import WARNING
 from typing import Any
 
 from flwr.common.logger import log
 
+from core.options import Options
 from exchange.protocol import BY_BROADCAST, Declaration, Instruction
 from exchange.replies import ClientUpdate
 from exchange.states import State
 from strategies.base import MixedPrecisionStrategy
+from strategies.context import StrategyContext
 
 
 class Local(MixedPrecisionStrategy):
@@ -20,13 +23,20 @@ class Local(MixedPrecisionStrategy):
     """
 
     evaluates_on_server = False
+    # No update is sent; the server evaluates no model, and calibrates none if it sends no codes.
+    idle: Mapping[str, tuple[str, ...]] = {
+        "norm-bound": (),
+        "server-device": ("auto", "float32", "nearest"),
+        "lossless-coding": ("auto", "float32"),
+    }
 
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs)
-        if 0 < self.fraction_evaluate < 1:
-            share = self.fraction_evaluate
+    def __init__(
+        self, options: Options | None = None, context: StrategyContext | None = None
+    ) -> None:
+        super().__init__(options, context)
+        if 0 < (share := self.context.fraction_evaluate) < 1:
             log(WARNING, "fraction-evaluate: %g, but in local training all clients evaluate", share)
-        self.fraction_evaluate = 1.0
+        self.context = replace(self.context, fraction_evaluate=1.0)
         self._started: set[int] = set()
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:

@@ -4,6 +4,7 @@ Whoever hears of them must also hear which: each but the last ones fails in its 
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 from faulty_models import Mute
@@ -11,7 +12,13 @@ from faulty_models import Mute
 from core.errors import SettingsError
 from core.options import Options
 from exchange.protocol import Instruction
-from strategies import FedAvg, FederationError, MixedPrecisionStrategy, RoundDropped
+from strategies import (
+    FedAvg,
+    FederationError,
+    MixedPrecisionStrategy,
+    RoundDropped,
+    StrategyContext,
+)
 
 
 class Abstract(MixedPrecisionStrategy):
@@ -20,26 +27,26 @@ class Abstract(MixedPrecisionStrategy):
 
 class OtherArguments(FedAvg):
     def __init__(self, seed):
-        super().__init__(seed=seed)
+        super().__init__(context=StrategyContext(seed=seed))
 
 
 class NoSuper(FedAvg):
-    def __init__(self, **kwargs):
+    def __init__(self, options, context):
         pass
 
 
 class InitValue(FedAvg):
-    def __init__(self, **kwargs):
+    def __init__(self, options, context):
         raise ValueError("one\ntwo")
 
 
 class InitKey(FedAvg):
-    def __init__(self, **kwargs):
+    def __init__(self, options, context):
         raise KeyError("one\ntwo")
 
 
 class InitExits(FedAvg):
-    def __init__(self, **kwargs):
+    def __init__(self, options, context):
         sys.exit("bye")
 
 
@@ -58,9 +65,6 @@ class NotFinite(Options):
 class UnwrittenOption(FedAvg):
     Options = Unwritten
 
-    def __init__(self, options=None, **kwargs):
-        super().__init__(**kwargs)
-
 
 class InfiniteOption(FedAvg):
     Options = NotFinite
@@ -69,8 +73,8 @@ class InfiniteOption(FedAvg):
 class InitDivides(FedAvg):
     Options = Eta
 
-    def __init__(self, options=None, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, options, context):
+        super().__init__(options, context)
         self.step = 1 / options.eta
 
 
@@ -221,8 +225,8 @@ class StateForNothing(FedAvg):
 
 
 class ModelForOther(FedAvg):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs | {"broadcast": "nearest"})
+    def __init__(self, options, context):
+        super().__init__(options, replace(context, broadcast="nearest"))
 
     def model_for(self, bits, state):
         return super().model_for(32, state)

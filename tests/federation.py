@@ -12,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
-from specs import spec_of_state, to_bits, weights_of
+from specs import spec_of_state, to_bits
 
 from exchange.protocol import (
     DECLARATION,
@@ -27,6 +27,7 @@ from exchange.protocol import (
 from exchange.states import to_arrays
 from exchange.undocumented import NodeInfo, be_in_a_run, give_id
 from quant import STYPE, Update, UpdateSpec, decode, encode
+from strategies import StrategyContext
 
 be_in_a_run()
 
@@ -203,11 +204,14 @@ def federation(clients: list[ScriptedClient], state: dict, **kwargs) -> InProces
     return InProcessGrid({100 + i: c for i, c in enumerate(clients)}, **kwargs)
 
 
+def with_w(**given) -> StrategyContext:
+    """What a strategy is given whose low-bit clients quantize the one tensor "w"."""
+    return StrategyContext(quantized=["w"], **given)
+
+
 def run_round(strategy, grid, state, server_round=1):
     """One round of training through Flower's interface; returns the new state dict, or None."""
     arrays = to_arrays(state)
-    if strategy.quantized is None:  # As the server does.
-        strategy.quantized = frozenset(weights_of(state))
     messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
     replies = grid.send_and_receive(messages)
     new, _ = strategy.aggregate_train(server_round, replies)

@@ -162,3 +162,43 @@ def test_two_files_use_what_flower_does_not_document():
         "exchange/undocumented.py",
         "benchmarks/aggregation.py",
     }
+
+
+def set_of_a_strategy(path):
+    """What a file sets of a strategy's attributes, or of its nodes': where and which."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else []
+        if isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
+            targets = [ast.Attribute(node.args[0], "...", ast.Store())]
+        for target in (part for whole in targets for part in ast.walk(whole)):
+            if isinstance(target, ast.Attribute) and not isinstance(target.ctx, ast.Load):
+                owner = ast.unparse(target.value).split("(")[0].split(".")
+                if "strategy" in owner:
+                    yield f"{path.name}:{node.lineno}: {ast.unparse(target)}"
+
+
+def test_nobody_sets_an_attribute_of_a_strategy_from_outside():
+    """All that it is handed stands in its StrategyContext."""
+    folders = ("server_app", "exchange", "prowd", "benchmarks", "tests")
+    files = [path for folder in folders for path in (PROJECT / folder).glob("**/*.py")]
+    assert len(files) > 100
+    assert [found for path in files for found in set_of_a_strategy(path)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "strategy.predict = f",
+        "run.strategy.nodes.most_examples = 3",
+        "one, strategy.seed = 1, 2",
+        "strategy.seed += 1",
+        "strategy.seed: int = 1",
+        "setattr(strategy, 'seed', 1)",
+        "del self.strategy.seed",
+    ],
+)
+def test_however_an_attribute_is_set_it_is_found(tmp_path, line):
+    (file := tmp_path / "file.py").write_text(f"strategy = make()\nstrategy.f(strategy.x)\n{line}")
+    assert [found.split(": ")[0] for found in set_of_a_strategy(file)] == ["file.py:3"]

@@ -25,12 +25,12 @@ def check_runs(runs: Sequence[PlannedRun]) -> None:
     SettingsError
         One line that names the run and the setting.
     """
-    from server_app.build import build_strategy, read_settings  # Takes seconds to import.
+    from server_app.build import choose_strategy, read_settings  # Takes seconds to import.
 
     for run in unique(runs):
         try:
             settings, own = read_settings(run.settings)
-            build_strategy(settings, own)
+            choose_strategy(settings, own).make()
             if settings.data_dir:
                 data_folder(settings.data_dir)
         except SettingsError as error:

@@ -5,13 +5,15 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from core.errors import SettingsError
-from core.options import Allowed, Options
+from core.options import Allowed, Idle, IdleWith, Options
 from quant import FLOAT_BITS, MAX_BITS, MIN_BITS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 _LADDER = (
     f"auto, or rising widths of {MIN_BITS} to {MAX_BITS} and then {FLOAT_BITS}, as in 4,8,16,32"
 )
+
+_UNTUNED = IdleWith("finetune-every", 0)
 
 
 class ProWDOptions(Options):
@@ -22,46 +24,54 @@ class ProWDOptions(Options):
     aggregate="weights", low_bit_weight=1``.
     """
 
-    reference: Literal["client-start", "global"] = Field(
+    reference: Annotated[Literal["client-start", "global"], Idle.ALL_FLOAT32] = Field(
         "client-start",
         description="What a low-bit client's movement is measured from: the quantized model that "
         "it started from, or the float32 global model.",
     )
-    ladder: Annotated[str, Allowed(_LADDER)] = Field(
+    ladder: Annotated[str, Allowed(_LADDER), _UNTUNED, Idle.ALL_FLOAT32] = Field(
         "auto", description="Rungs of the dequantizer; auto: from the widths."
     )
-    dequantize: Literal["group", "client"] = Field(
+    dequantize: Annotated[Literal["group", "client"], _UNTUNED, Idle.ALL_FLOAT32] = Field(
         "group", description="Lift the mean of a group, or each client's weights."
     )
-    finetune_every: Annotated[int, Field(ge=0)] = Field(
+    finetune_every: Annotated[int, Field(ge=0), Idle.ONE_WIDTH] = Field(
         0,
         description="Rounds between fine-tunings of the dequantizer's blocks; 0: never trained, "
         "the lift is exact in what the server knows.",
     )
-    finetune_steps: Annotated[int, Field(ge=1)] = Field(20, description="Steps of a fine-tuning.")
-    finetune_learning_rate: Annotated[float, Field(gt=0)] = Field(
+    finetune_steps: Annotated[int, Field(ge=1), _UNTUNED] = Field(
+        20, description="Steps of a fine-tuning."
+    )
+    finetune_learning_rate: Annotated[float, Field(gt=0), _UNTUNED] = Field(
         0.003, description="Step size of a fine-tuning."
     )
-    distill_weight: Annotated[float, Field(ge=0)] = Field(
+    distill_weight: Annotated[float, Field(ge=0), _UNTUNED, Idle.NO_BUFFER] = Field(
         0.1, description="Weight lambda of the distillation loss."
     )
-    align: bool = Field(
+    align: Annotated[bool, Idle.ONE_WIDTH] = Field(
         True,
         description="Take out of each low-bit group's movement what distinguishes it, level by "
         "level, from the mean movement of the groups above it.",
     )
-    own_normalization: bool = Field(
+    own_normalization: Annotated[bool, Idle.ONE_WIDTH] = Field(
         True,
         description="Each width keeps its own normalization and biases, all that is not quantized.",
     )
-    mask: Literal["relevant", "random"] = Field(
-        "relevant",
-        description="Which coordinates are kept: the most relevant, or as many at random (a "
-        "control for experiments).",
+    mask: Annotated[Literal["relevant", "random"], IdleWith("mask-at-least", 1), Idle.ONE_WIDTH] = (
+        Field(
+            "relevant",
+            description="Which coordinates are kept: the most relevant, or as many at random (a "
+            "control for experiments).",
+        )
     )
-    mask_at_most: Share = Field(1.0, description="tau: largest share of coordinates kept.")
-    mask_at_least: Share = Field(1.0, description="Smallest share of coordinates kept.")
-    low_bit_weight: Annotated[float, Field(gt=0, le=1)] = Field(
+    mask_at_most: Annotated[Share, Idle.ONE_WIDTH] = Field(
+        1.0, description="tau: largest share of coordinates kept."
+    )
+    mask_at_least: Annotated[Share, Idle.ONE_WIDTH] = Field(
+        1.0, description="Smallest share of coordinates kept."
+    )
+    low_bit_weight: Annotated[float, Field(gt=0, le=1), Idle.ONE_WIDTH] = Field(
         1.0, description="Weight of a low-bit example against a high-bit one."
     )
     server_learning_rate: Annotated[float, Field(gt=0)] = Field(

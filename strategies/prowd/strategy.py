@@ -15,13 +15,13 @@ and every few rounds fine-tunes the dequantizer on the high-bit group's weights.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from logging import WARNING
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from flwr.common.logger import log
 from torch import Tensor
 
-from core.constructors import checked, own_options
+from core.constructors import Broadcast
 from core.seeds import Stream, derive_seed, drawn_under
 from exchange.replies import ClientUpdate
 from exchange.states import State, join_states, split_states
@@ -43,6 +43,7 @@ from quant import (
     relevancy_mask,
 )
 from strategies.base import MixedPrecisionStrategy
+from strategies.context import StrategyContext
 from strategies.prowd.distributions import WeightDistributions
 from strategies.prowd.options import ProWDOptions, parse_ladder
 
@@ -54,36 +55,35 @@ class ProWD(MixedPrecisionStrategy):
     ----------
     options : ProWDOptions, optional
         The method's own settings.
-    low_bit_training : {"qat", "strict"}
-        How the low-bit clients train: it decides what the dequantizer's training pairs look like.
-    predict : callable, optional
-        ``f(u; w)``: logits on the server's buffer for a float32 state dict. Without it the
-        distillation term is left out.
-    **kwargs
-        Of `MixedPrecisionStrategy`.
+    context : StrategyContext, optional
+        Of it, `low_bit_training` decides what the dequantizer's training pairs look like; without
+        `predict` the distillation term is left out.
+
+    Examples
+    --------
+    >>> context = StrategyContext(seed=1, quantized=["conv.weight"])
+    >>> ProWD(ProWDOptions(low_bit_weight=0.5), context).options.low_bit_weight
+    0.5
     """
 
     Options = ProWDOptions
+    options: ProWDOptions
 
     def __init__(
-        self,
-        options: ProWDOptions | None = None,
-        *,
-        low_bit_training: Literal["qat", "strict"] = "qat",
-        predict: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
-        **kwargs,
+        self, options: ProWDOptions | None = None, context: StrategyContext | None = None
     ) -> None:
-        super().__init__(**kwargs)
-        self.options = own_options(options, self.Options, self)
-        checked(low_bit_training=low_bit_training, weight_step=self.weight_step)
-        self.low_bit_training = low_bit_training
-        self.predict = predict or self.predict
+        super().__init__(options, context)
         self.dequantizer: ProgressiveDequantizer | None = None
         self._widths: set[int] = set()
         self._tuned_in = 0
         self._drift: dict[int, State] = {}
         self._own: dict[int, State] = {}
         self._velocity: State = {}
+
+    @classmethod
+    def preferred_broadcast(cls, low_bit_training: str, has_buffer: bool) -> Broadcast:
+        """Let strict clients start on the server's grid; qat ones start between its levels."""
+        return "calibrated" if low_bit_training == "strict" and has_buffer else "float32"
 
     def state_for(self, bits: int, state: State) -> State:
         """Return the global weights with the normalization and biases of a width."""
@@ -155,7 +155,7 @@ class ProWD(MixedPrecisionStrategy):
 
     def _quantized(self, state: State) -> list[str]:
         """Return which tensors low-bit clients quantize; none where only Float32 ones take part."""
-        only_float = self.quantized is None and self._widths <= {FLOAT_BITS}
+        only_float = self.context.quantized is None and self._widths <= {FLOAT_BITS}
         return [] if only_float else self.on_grid(state)
 
     def _average(
@@ -203,7 +203,7 @@ class ProWD(MixedPrecisionStrategy):
             )
             if self.options.mask == "random":
                 generator = torch.Generator().manual_seed(
-                    derive_seed(self.seed, Stream.MASK, server_round, bits)
+                    derive_seed(self.context.seed, Stream.MASK, server_round, bits)
                 )
                 keep = keep[torch.randperm(keep.numel(), generator=generator)]
             masks[bits] = _unflat(keep.float(), weights)
@@ -313,7 +313,7 @@ class ProWD(MixedPrecisionStrategy):
         old, ladder = self.dequantizer, reference.start.ladder
         if old is not None and old.ladder == ladder:
             return
-        seed = derive_seed(self.seed, Stream.DEQUANTIZER)
+        seed = derive_seed(self.context.seed, Stream.DEQUANTIZER)
         new = ProgressiveDequantizer(ladder, reference.num_features, list(weights), seed)
         if old is not None:
             same = set(pairwise(old.ladder)) & set(pairwise(ladder))
@@ -345,7 +345,7 @@ class ProWD(MixedPrecisionStrategy):
             steps=self.options.finetune_steps,
             learning_rate=self.options.finetune_learning_rate,
             distill_weight=self.options.distill_weight,
-            stochastic=self.low_bit_training == "strict",
+            stochastic=self.context.low_bit_training == "strict",
             group_size=max(groups[bits].count for bits in low) if in_groups else 1,
         )
         losses = fine_tune(
@@ -355,7 +355,9 @@ class ProWD(MixedPrecisionStrategy):
             reference,
             config,
             self._predicting(server_round, state),
-            torch.Generator().manual_seed(derive_seed(self.seed, Stream.FINE_TUNING, server_round)),
+            torch.Generator().manual_seed(
+                derive_seed(self.context.seed, Stream.FINE_TUNING, server_round)
+            ),
         )
         if losses.undone:
             log(WARNING, "Round %d: fine-tuning is undone, it left the numbers", server_round)
@@ -369,12 +371,12 @@ class ProWD(MixedPrecisionStrategy):
         self, server_round: int, state: State
     ) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
         """Return ``f(u; w)`` with all else of a model as it is: in a round one mask of dropout."""
-        predict = self.predict
+        predict = self.context.predict
         if predict is None:
             return None
 
         def predicted(weights: Mapping[str, Tensor]) -> Tensor:
-            with drawn_under(self.seed, Stream.DISTILLATION, server_round):
+            with drawn_under(self.context.seed, Stream.DISTILLATION, server_round):
                 return predict({**state, **weights})
 
         return predicted

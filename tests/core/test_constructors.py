@@ -20,8 +20,17 @@ from quant import (
     quantize_state,
     spec_of,
 )
-from server_app.build import build_strategy, read_settings
-from strategies import STRATEGIES, FedAvg, FlowerStrategy, Local, ProWD, ProWDOptions, receive
+from server_app.build import choose_strategy, read_settings
+from strategies import (
+    STRATEGIES,
+    FedAvg,
+    FlowerStrategy,
+    Local,
+    ProWD,
+    ProWDOptions,
+    StrategyContext,
+    receive,
+)
 from strategies.differences import DifferenceOptions, FedCOM
 from task.training import LocalTraining
 
@@ -59,56 +68,71 @@ def test_what_the_app_refuses_the_library_refuses_in_the_same_words(setting, val
     argument = NAMES.get(setting, setting.replace("-", "_"))
     words = refusal(lambda: Settings.read({setting: value, **STRICT}))
     assert words.startswith(f"{setting}: {value!r} is not allowed")
-    assert refusal(lambda: FedAvg(**{argument: value})) == words
+    assert refusal(lambda: StrategyContext(**{argument: value})) == words
 
 
-@pytest.mark.parametrize("kind", [k for n, k in STRATEGIES.items() if n != "flwr"])
-def test_every_strategy_checks(kind):
-    assert "batch-size: 0 is not allowed" in refusal(lambda: kind(batch_size=0))
-    assert "broadcast: 'nearst' is not allowed" in refusal(lambda: kind(broadcast="nearst"))
-    assert "broadcast: 'auto' is not allowed" in refusal(lambda: kind(broadcast="auto"))
+def test_a_broadcast_that_no_strategy_can_do_is_refused():
+    assert "broadcast: 'nearst' is not allowed" in refusal(
+        lambda: StrategyContext(broadcast="nearst")
+    )
+    assert "broadcast: 'auto' is not allowed" in refusal(lambda: StrategyContext(broadcast="auto"))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_every_strategy_refuses_every_argument_by_its_name(name):
-    """One value of each, whose words are those of the app; and its own settings' values."""
+def test_every_strategy_takes_options_and_a_context_and_no_others(name):
+    kind = STRATEGIES[name].named("FedAvg")
+    context = StrategyContext(seed=3)
+    assert kind(kind.Options(), context).context.seed == 3
+    assert kind().options == kind.Options()
+    assert refusal(lambda: kind(3)).startswith(f"options: {kind.__name__} has 3; allowed: ")
+    refused = refusal(lambda: kind(context))
+    assert refused.startswith(f"options: {kind.__name__} has StrategyContext(")
+    assert refusal(lambda: kind(context=3)) == (
+        f"context: {kind.__name__} has 3; allowed: StrategyContext"
+    )
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_refuses_its_own_settings_by_name(name):
     kind = STRATEGIES[name]
-    make = (lambda **given: kind("FedAvg", **given)) if name == "flwr" else kind
-    for setting, values in WRONG.items():
-        argument = NAMES.get(setting, setting.replace("-", "_"))
-        refused = refusal(lambda make=make, given={argument: values[0]}: make(**given))
-        assert refused.startswith(f"{setting}: {values[0]!r} is not allowed: ")
-    if hasattr(kind, "Options"):
-        assert refusal(lambda: make(options=3)).startswith(f"options: {kind.__name__} has 3; allow")
-        for field, info in kind.Options.model_fields.items():
-            for value, allowed in wrong_values(info):
-                refused = refusal(lambda given={field: value}: kind.Options(**given))
-                assert refused.startswith(f"{info.alias}: {value!r} is not allowed: ")
-                assert allowed in refused
+    for field, info in kind.Options.model_fields.items():
+        for value, allowed in wrong_values(info):
+            refused = refusal(lambda given={field: value}: kind.Options(**given))
+            assert refused.startswith(f"{info.alias}: {value!r} is not allowed: ")
+            assert allowed in refused
+
+
+def test_a_strategy_without_settings_takes_no_others():
+    assert refusal(lambda: FedAvg(ProWDOptions())).startswith("options: FedAvg has ")
 
 
 @pytest.mark.parametrize("given", ["conv.weight", 3, b"ab", ["conv.weight", 3]])
 def test_the_quantized_weights_are_names(given):
     """A single name would be taken for the names of its letters."""
-    assert refusal(lambda: FedAvg(quantized=given)).startswith("quantized: ")
-    assert FedAvg(quantized=iter(["a", "b"])).quantized == {"a", "b"}
+    assert refusal(lambda: StrategyContext(quantized=given)).startswith("quantized: ")
+    assert StrategyContext(quantized=iter(["a", "b"])).quantized == {"a", "b"}
 
 
-def test_flowers_strategies_check_too():
-    refused = refusal(lambda: FlowerStrategy("FedAvg", batch_size=0))
-    assert "batch-size: 0 is not allowed" in refused
-    assert "strategy: 'flwr:3' is none of" in refusal(lambda: FlowerStrategy(3))
+@pytest.mark.parametrize("name", ["predict", "round_calibrated", "examples_of", "detailed"])
+def test_what_is_called_is_a_function(name):
+    words = f"{name}: 'f' is not allowed: it should be a function, or None"
+    assert refusal(lambda: StrategyContext(**{name: "f"})) == words
+
+
+def test_flowers_strategies_are_named():
+    assert "strategy: 'flwr:3' is none of" in refusal(FlowerStrategy.named("3"))
+    assert "strategy: 'flwr:' is none of flwr:Bulyan" in refusal(FlowerStrategy)
 
 
 def test_numpys_numbers_are_numbers():
-    strategy = FedAvg(
+    context = StrategyContext(
         fraction_train=np.float32(0.5), seed=np.int64(3), coded=np.bool_(False), node_wait=1
     )
-    values = strategy.fraction_train, strategy.seed, strategy.coded
+    values = context.fraction_train, context.seed, context.coded
     assert values == (0.5, 3, False)
     assert [type(value) for value in values] == [float, int, bool]
     assert ProWDOptions(mask_at_least=np.float64(0.5)).mask_at_least == 0.5
-    assert "not allowed" in refusal(lambda: FedAvg(seed=np.float32(3)))
+    assert "not allowed" in refusal(lambda: StrategyContext(seed=np.float32(3)))
 
 
 @pytest.mark.parametrize(
@@ -116,8 +140,11 @@ def test_numpys_numbers_are_numbers():
     [
         (lambda: ProWD({}), "options: ProWD has {}; allowed: ProWDOptions"),
         (lambda: FedCOM(DifferenceOptions()), "options: FedCOM has DifferenceOptions(bits=0)"),
-        (lambda: ProWD(low_bit_training="strct"), "low-bit-training: 'strct' is not allowed"),
-        (lambda: ProWD(weight_step=0.5), "weight-step: 0.5 with low-bit-training qat"),
+        (
+            lambda: StrategyContext(low_bit_training="strct"),
+            "low-bit-training: 'strct' is not allowed",
+        ),
+        (lambda: StrategyContext(weight_step=0.5), "weight-step: 0.5 with low-bit-training qat"),
         (lambda: ProWDOptions(mask_at_most=2), "mask-at-most: 2 is not allowed: input should be"),
         (lambda: ProWDOptions(tau=0.5), "tau: there is no such setting (value 0.5)"),
         (lambda: ProWDOptions(mask_at_most=0.5), "prowd-mask-at-least: 1 is above prowd-mask-at"),
@@ -169,11 +196,9 @@ def test_widths_of_numpys_types_count_as_what_they_hold():
 
 @pytest.mark.parametrize("most", [0, -1, 1.5, NAN, "9", True])
 def test_the_most_examples_of_a_node_are_a_whole_number(most):
-    nodes = FedAvg().nodes
-    with pytest.raises(ValueError, match=r"^most_examples: .* a whole number >= 1$"):
-        nodes.most_examples = most
-    nodes.most_examples = np.int64(9)
-    assert nodes.most_examples == 9
+    with pytest.raises(SettingsError, match=r"^most_examples: .* a whole number >= 1$"):
+        StrategyContext(most_examples=most)
+    assert StrategyContext(most_examples=np.int64(9)).most_examples == 9
 
 
 @pytest.mark.parametrize(
@@ -200,7 +225,7 @@ def test_a_step_size_that_decayed_for_thousands_of_rounds_is_above_zero():
 
 
 def test_a_share_of_evaluating_clients_is_not_dropped_silently(caplog):
-    assert Local(fraction_evaluate=0.25).fraction_evaluate == 1
+    assert Local(context=StrategyContext(fraction_evaluate=0.25)).context.fraction_evaluate == 1
     assert "fraction-evaluate: 0.25, but in local training all clients evaluate" in caplog.text
     caplog.clear()
     Local()
@@ -214,8 +239,9 @@ def test_fedcomgate_refuses_coded_broadcasts(broadcast):
         f"broadcast: {broadcast!r} with fedcomgate; its corrections need the exact model; "
         "allowed: float32"
     )
-    assert refusal(lambda: STRATEGIES["fedcomgate"](broadcast=broadcast)) == words
+    context = StrategyContext(broadcast=broadcast)
+    assert refusal(lambda: STRATEGIES["fedcomgate"](context=context)) == words
     settings = read_settings({"strategy": "fedcomgate", "broadcast": broadcast})
     with pytest.raises(SettingsError) as error:
-        build_strategy(*settings)
+        choose_strategy(*settings)
     assert str(error.value) == words

@@ -102,7 +102,7 @@ def test_a_strategy_and_going_on_with_its_settings(home):
 def test_the_strategy_of_the_example_weighs_by_bits(home):
     """Two clients of ten examples, 4 and 16 bits, power 1/2: weights 10 * 2 and 10 * 4."""
     import torch
-    from federation import ScriptedClient, federation, run_round
+    from federation import ScriptedClient, federation, run_round, with_w
 
     section("bring-your-own.md", "A strategy").write(home)
     from my_package.strategies import BitWeighted, BitWeightedOptions
@@ -113,6 +113,6 @@ def test_the_strategy_of_the_example_weighs_by_bits(home):
         ScriptedClient(i, 2, bits, lambda start, v=value: {n: t + v for n, t in start.items()})
         for i, (bits, value) in enumerate(values.items())
     ]
-    strategy = BitWeighted(BitWeightedOptions(power=0.5), norm_bound=0.0)
+    strategy = BitWeighted(BitWeightedOptions(power=0.5), with_w(norm_bound=0.0))
     new = run_round(strategy, federation(clients, state), state)
     assert new["bias"].tolist() == pytest.approx([(20 * 1 + 40 * 4) / 60] * 3)

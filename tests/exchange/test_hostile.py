@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from federation import ScriptedClient, federation, payload_record, report, run_round
+from federation import ScriptedClient, federation, payload_record, report, run_round, with_w
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from measuring import peak_memory
 from specs import to_bits
@@ -112,7 +112,10 @@ ALTERATIONS = {
 @pytest.mark.parametrize("kind", ALTERATIONS)
 def test_a_hostile_payload_is_set_aside_by_name_and_the_round_goes_on(kind):
     alter, reason = ALTERATIONS[kind]
-    strategy, without = FedAvg(quantized=["w"]), FedAvg(quantized=["w"], node_wait=0.01)
+    strategy, without = (
+        FedAvg(context=with_w()),
+        FedAvg(context=with_w(node_wait=0.01)),
+    )
     grid = federation([honest(0), Hostile(1, 3, alter), honest(2)], STATE)
     new = run_round(strategy, grid, STATE)
     assert list(strategy.round_log.rejected) == [1]
@@ -125,7 +128,7 @@ def test_the_log_names_the_node(caplog):
     logging.getLogger("flwr").addHandler(caplog.handler)
     try:
         clients = [honest(0, 2), Hostile(1, 2, scale(float("nan")))]
-        run_round(FedAvg(quantized=["w"]), federation(clients, STATE), STATE)
+        run_round(FedAvg(context=with_w()), federation(clients, STATE), STATE)
     finally:
         logging.getLogger("flwr").removeHandler(caplog.handler)
     line = "Round 1 goes on without node 101 (partition 1): a scale is not finite"
@@ -133,7 +136,7 @@ def test_the_log_names_the_node(caplog):
 
 
 def test_the_unaltered_payload_of_that_client_is_used():
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     run_round(strategy, federation([honest(0, 2), Hostile(1, 2, lambda d: d)], STATE), STATE)
     assert strategy.round_log.aggregated == [0, 1]
 
@@ -152,7 +155,7 @@ def test_the_unaltered_payload_of_that_client_is_used():
     ],
 )
 def test_a_report_that_cannot_be_true_is_set_aside(reported):
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     client = honest(1, 2)
     client.reported = reported
     run_round(strategy, federation([honest(0, 2), client], STATE), STATE)
@@ -163,16 +166,16 @@ def test_a_report_that_cannot_be_true_is_set_aside(reported):
 @pytest.mark.parametrize("name", [n for n in STRATEGIES if n != "local"])
 def test_one_client_cannot_blow_up_the_model(name):
     """Ten million times the weights: finite, and within what a payload may hold."""
-    arguments = {"name": "FedAvgM"} if name == "flwr" else {}
+    kind = STRATEGIES[name].named("FedAvgM")
     difference = "com" in name or "paq" in name
 
     usual, huge = sends(1, difference), sends(1e7, difference)
     clients = [honest(0, train=usual), honest(1, train=huge), honest(2, train=usual)]
-    strategy = STRATEGIES[name](**arguments)
+    strategy = kind(context=with_w())
     new = run_round(strategy, federation(clients, STATE), STATE)
     assert list(strategy.round_log.rejected) == [1]
     assert max(float(t.abs().max()) for t in new.values()) < 1.1
-    loose = STRATEGIES[name](norm_bound=0, **arguments)
+    loose = kind(context=with_w(norm_bound=0))
     ruined = run_round(loose, federation(clients, STATE), STATE)
     assert max(float(t.abs().max()) for t in ruined.values()) > 1e3
 
@@ -193,8 +196,7 @@ def test_a_difference_that_ends_below_a_variance_of_zero_is_set_aside(broadcast)
     clients[0].train = lambda state: moves_variance(lowest)
     clients[1].train = lambda state: moves_variance(lowest - 1e-6)
     clients[2].train = lambda state: moves_variance(-1.0, 32)
-    strategy = STRATEGIES["fedcom"](broadcast=broadcast)
-    strategy.round_calibrated = rounded
+    strategy = STRATEGIES["fedcom"](context=with_w(broadcast=broadcast, round_calibrated=rounded))
     run_round(strategy, federation(clients, STATE), STATE)
     assert strategy.round_log.aggregated == [0, 2]
     reason = "bn.running_var is a variance and would become negative"
@@ -205,7 +207,7 @@ def test_a_difference_that_ends_below_a_variance_of_zero_is_set_aside(broadcast)
 def test_a_client_that_comes_alone_cannot_blow_up_the_model(name):
     """Its update would be the next model, whatever its size."""
     clients = [honest(0, 2, train=sends(1e7, name == "fedcom")), honest(1, 2)]
-    strategy, grid = STRATEGIES[name](), federation(clients, STATE)
+    strategy, grid = STRATEGIES[name](context=with_w()), federation(clients, STATE)
     grid.nodes[101] = lambda m: clients[1](m) if m.metadata.message_type == "query" else None
     assert run_round(strategy, grid, STATE) is None
     assert "norm-bound 10 allows" in strategy.round_log.rejected[0]
@@ -216,13 +218,13 @@ def test_a_client_that_comes_alone_cannot_blow_up_the_model(name):
 def test_an_honest_client_that_comes_alone_is_used_from_the_first_round(name, start):
     """Also on a model of zeros."""
     client = honest(0, 1, train=sends(1, name == "fedcom"))
-    strategy = STRATEGIES[name]()
+    strategy = STRATEGIES[name](context=with_w())
     run_round(strategy, federation([client], start), start)
     assert strategy.round_log.aggregated == [0]
 
 
 def test_a_reply_that_comes_twice_counts_once():
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     grid = federation([honest(0, 2), honest(1, 2)], STATE)
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
@@ -236,7 +238,7 @@ def test_a_reply_that_comes_twice_counts_once():
 def test_what_was_sent_in_one_round_is_refused_in_the_next(kept):
     """A client that answers with the content of its first reply, or with its payload alone."""
     grid = federation([honest(0, 2), honest(1, 2)], STATE)
-    strategy, client, first = FedAvg(quantized=["w"]), grid.nodes[101], []
+    strategy, client, first = FedAvg(context=with_w()), grid.nodes[101], []
 
     def replaying(message):
         reply = client(message)
@@ -261,7 +263,7 @@ def test_what_was_sent_in_one_round_is_refused_in_the_next(kept):
 
 
 def test_an_evaluation_of_another_round_is_refused():
-    strategy = FedAvg(quantized=["w"], fraction_evaluate=1.0)
+    strategy = FedAvg(context=with_w(fraction_evaluate=1.0))
     clients = [honest(0, 2), honest(1, 2)]
     clients[1].reported = {"server_round": 1}
     grid = federation(clients, STATE)
@@ -274,7 +276,7 @@ def test_an_evaluation_of_another_round_is_refused():
 
 def test_a_reply_to_another_clients_message_leaves_its_own_unanswered():
     """Node 101 sends again what answers node 100's message; Flower's SuperLink refuses that too."""
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     grid = federation([honest(0, 2), honest(1, 2)], STATE)
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
@@ -289,7 +291,7 @@ def test_a_reply_to_another_clients_message_leaves_its_own_unanswered():
 def test_memory_stays_bounded_however_much_comes(size):
     """200 replies of up to 8 MB, made as they are read: what is unusable is not kept."""
     clients = [honest(i, 200) for i in range(200)]
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     grid = federation(clients, STATE)
     arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
@@ -318,7 +320,7 @@ def test_an_array_that_claims_terabytes_is_never_made():
         record = ArrayRecord({UPDATE: Array("float64", (2**20, 2**30), "prowd.update/8", b"PRWD")})
         return Message(RecordDict({UPDATE: record, REPORT: report(10)}), reply_to=message)
 
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     grid = federation([honest(0, 2), honest(1, 2)], STATE)
     client = grid.nodes[101]
     grid.nodes[101] = lambda m: claim(m) if m.metadata.message_type == "train" else client(m)
@@ -334,7 +336,7 @@ def test_more_steps_than_the_examples_allow_are_set_aside(steps, used):
     clients[0].reported = {"steps": 3}
     clients[1].reported = {"steps": steps}
     # 10 examples in batches of 4, twice: 3 steps each time.
-    strategy = FedCOMGATE(local_epochs=2, batch_size=4)
+    strategy = FedCOMGATE(context=with_w(local_epochs=2, batch_size=4))
     grid = federation(clients, STATE)
     run_round(strategy, grid, STATE, 1)
     assert strategy.round_log.aggregated == ([0, 1] if used else [0])
@@ -351,7 +353,7 @@ def test_a_number_of_steps_beyond_all_training_does_not_stop_the_others():
     assert effective_steps(3, 0.5) == pytest.approx(1 + 1.5 + 1.75)
     clients = [honest(i, 2, train=sends(1, difference=True)) for i in range(2)]
     clients[1].reported = {"steps": 2**62}
-    strategy = FedCOMGATE()
+    strategy = FedCOMGATE(context=with_w())
     grid = federation(clients, STATE)
     for server_round in (1, 2):
         assert run_round(strategy, grid, STATE, server_round) is not None

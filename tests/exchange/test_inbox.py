@@ -5,7 +5,7 @@ from functools import partial
 import httpx
 import pytest
 import torch
-from federation import InProcessGrid, ScriptedClient, federation, payload_record, refusal
+from federation import InProcessGrid, ScriptedClient, federation, payload_record, refusal, with_w
 from flwr.app import Message, MetricRecord, RecordDict
 from measuring import peak_memory
 
@@ -29,7 +29,7 @@ def train(strategy, grid, timeout=0.0):
 def test_each_batch_is_sent_before_the_next_is_made():
     grid, strategy = (
         federation([honest(i, 2, 8 * 4**i) for i in range(2)], STATE),
-        FedAvg(quantized=["w"]),
+        FedAvg(context=with_w()),
     )
     arrays = to_arrays(STATE)
     sent_before = []
@@ -70,14 +70,14 @@ ERRORS = [ValueError("no head"), KeyError("x"), AttributeError("data"), Recursio
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 def test_a_reply_that_flower_cannot_decode_fails_its_client_only(error):
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     train(strategy, undecodable("train", error))
     assert strategy.round_log.aggregated == [0, 2]
     assert "its reply cannot be read" in strategy.round_log.failed[1]
 
 
 def test_a_declaration_that_flower_cannot_decode_refuses_its_node_only():
-    strategy = FedAvg(quantized=["w"], node_wait=1.0)
+    strategy = FedAvg(context=with_w(node_wait=1.0))
     train(strategy, undecodable("query", ValueError("no head")))
     assert strategy.round_log.aggregated == [0, 2]
 
@@ -85,12 +85,15 @@ def test_a_declaration_that_flower_cannot_decode_refuses_its_node_only():
 @pytest.mark.parametrize("kind", ["query", "train"])
 def test_a_lost_connection_to_the_superlink_is_not_taken_for_a_bad_reply(kind):
     with pytest.raises(httpx.ConnectError):
-        train(FedAvg(quantized=["w"], node_wait=1.0), undecodable(kind, httpx.ConnectError("gone")))
+        train(
+            FedAvg(context=with_w(node_wait=1.0)),
+            undecodable(kind, httpx.ConnectError("gone")),
+        )
 
 
 def test_a_failure_of_the_superlinks_own_costs_the_reply_and_not_the_run(caplog):
     """As while a node keeps its database locked; Flower does not try again at 500."""
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     train(strategy, undecodable("train", refusal(500)), timeout=0.5)
     assert strategy.round_log.aggregated == [0, 2]
     assert strategy.round_log.failed == {1: "no reply in time"}
@@ -106,14 +109,14 @@ def test_a_superlink_that_fails_at_every_reply_is_asked_for_one_at_a_time(caplog
                 raise refusal(500)
             return super().pull_messages(message_ids)
 
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     train(strategy, Failing(federation([honest(i) for i in range(3)], STATE).nodes))
     assert sorted(strategy.round_log.failed) == [0, 1, 2]
     assert caplog.text.count("The SuperLink failed") == 1
 
 
 def test_a_failure_of_the_superlinks_own_leaves_a_node_unheard():
-    strategy = FedAvg(quantized=["w"], node_wait=0.5)
+    strategy = FedAvg(context=with_w(node_wait=0.5))
     train(strategy, undecodable("query", refusal(500)))
     assert strategy.round_log.aggregated == [0, 2]
 
@@ -121,7 +124,10 @@ def test_a_failure_of_the_superlinks_own_leaves_a_node_unheard():
 @pytest.mark.parametrize("kind", ["query", "train"])
 def test_what_the_superlink_refuses_ends_the_run(kind):
     with pytest.raises(httpx.HTTPStatusError, match="403"):
-        train(FedAvg(quantized=["w"], node_wait=1.0), undecodable(kind, refusal(403)))
+        train(
+            FedAvg(context=with_w(node_wait=1.0)),
+            undecodable(kind, refusal(403)),
+        )
 
 
 @pytest.mark.parametrize("status", [500, 403])
@@ -135,14 +141,14 @@ def test_a_superlink_that_never_answers_for_itself_ends_the_run(monkeypatch, sta
             raise refusal(status)
 
     with pytest.raises(httpx.HTTPStatusError, match=str(status)):
-        train(FedAvg(quantized=["w"]), Broken({}))
+        train(FedAvg(context=with_w()), Broken({}))
     assert len(calls) == (11 if status == 500 else 1)
 
 
 def test_a_reply_that_claims_to_answer_anothers_message_is_ignored():
     """What a reply says of itself is what its node wrote."""
     grid = federation([honest(i) for i in range(3)], STATE)
-    strategy, client = FedAvg(quantized=["w"]), grid.nodes[101]
+    strategy, client = FedAvg(context=with_w()), grid.nodes[101]
 
     def forging(message):
         if message.metadata.message_type == "query":
@@ -165,7 +171,7 @@ def test_what_else_comes_with_a_reply_is_ignored():
             return [strange, *super().pull_messages(message_ids)]
 
     grid = Crowded(federation([honest(i) for i in range(3)], STATE).nodes)
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     train(strategy, grid)
     assert strategy.round_log.aggregated == [0, 1, 2]
 
@@ -183,7 +189,7 @@ def test_replies_that_are_ready_together_are_not_in_memory_together():
         return answer
 
     grid.nodes = {node_id: large(client) for node_id, client in grid.nodes.items()}
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     peak = peak_memory(lambda: train(strategy, grid))
     assert len(strategy.round_log.rejected) == 50
     assert peak < 20_000_000
@@ -200,7 +206,7 @@ def test_the_reason_for_setting_a_reply_aside_is_one_short_line():
         return reply
 
     grid.nodes[101] = wordy
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     train(strategy, grid)
     reason = strategy.round_log.rejected[1]
     assert len(reason) <= 500

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from federation import ScriptedClient, federation, run_round
+from federation import ScriptedClient, federation, run_round, with_w
 from flwr.app import ConfigRecord
 from specs import spec_of_state, to_bits
 
@@ -54,8 +54,9 @@ def sent(grid, kind="train"):
 def test_a_model_has_the_width_that_was_asked_for(asked, broadcast):
     """Whatever the client's own; the codes are those of that width."""
     _, grid = nodes()
-    strategy = asking(downlink_bits=asked)(broadcast=broadcast)
-    strategy.round_calibrated = half
+    strategy = asking(downlink_bits=asked)(
+        context=with_w(broadcast=broadcast, round_calibrated=half)
+    )
     new = run_round(strategy, grid, STATE)
     assert strategy.round_log.aggregated == [0, 1, 2]
     assert new is not None
@@ -70,7 +71,7 @@ def test_a_model_has_the_width_that_was_asked_for(asked, broadcast):
 @pytest.mark.parametrize("broadcast", ["float32", "nearest"])
 def test_by_default_broadcast_says_the_width(broadcast):
     _, grid = nodes()
-    run_round(FedAvg(broadcast=broadcast), grid, STATE)
+    run_round(FedAvg(context=with_w(broadcast=broadcast)), grid, STATE)
     widths = [32, 32, 32] if broadcast == "float32" else [4, 8, 32]
     assert [labelled for _, labelled in sent(grid)] == widths
 
@@ -78,7 +79,8 @@ def test_by_default_broadcast_says_the_width(broadcast):
 def test_a_fixed_point_step_is_for_a_clients_own_width():
     """At another, the step would not span the weights."""
     _, grid = nodes()
-    run_round(asking(downlink_bits=8)(broadcast="nearest", weight_step=0.125), grid, STATE)
+    context = with_w(broadcast="nearest", low_bit_training="strict", weight_step=0.125)
+    run_round(asking(downlink_bits=8)(context=context), grid, STATE)
     updates = [decode(data, spec_of_state(STATE), 8) for data, _ in sent(grid)]
     fitted = to_bits(STATE, 8).quantized["w"].scale
     assert torch.equal(updates[0].quantized["w"].scale, fitted)
@@ -98,7 +100,7 @@ def test_a_fixed_point_step_is_for_a_clients_own_width():
 )
 def test_a_width_that_does_not_exist_is_refused_by_name(asked, words):
     with pytest.raises(SettingsError) as error:
-        run_round(asking(**asked)(), nodes()[1], STATE)
+        run_round(asking(**asked)(context=with_w()), nodes()[1], STATE)
     assert str(error.value).startswith(words)
 
 
@@ -108,12 +110,12 @@ def test_an_instruction_that_is_none_is_refused():
             return None
 
     with pytest.raises(SettingsError, match=r"Silent\.instruct returns no Instruction: None"):
-        run_round(Silent(quantized=["w"]), nodes()[1], STATE)
+        run_round(Silent(context=with_w()), nodes()[1], STATE)
 
 
 def test_tracking_needs_the_exact_model():
     """Also where a class over FedCOMGATE asks for codes itself."""
-    strategy = asking(FedCOMGATE, downlink_bits=8)()
+    strategy = asking(FedCOMGATE, downlink_bits=8)(context=with_w())
     with pytest.raises(SettingsError, match="asks for 8 beside tracking, whose corrections need"):
         run_round(strategy, nodes()[1], STATE)
 
@@ -124,16 +126,18 @@ def test_a_model_for_of_another_width_is_not_sent_under_a_wrong_one():
             return to_bits(state, 4)
 
     with pytest.raises(SettingsError, match=r"Wrong\.model_for returns a model of 4 bits; a"):
-        run_round(Wrong(broadcast="nearest"), nodes()[1], STATE)
+        run_round(Wrong(context=with_w(broadcast="nearest")), nodes()[1], STATE)
 
 
 @pytest.mark.parametrize(
-    "make", [FedAvg, Local, lambda **k: FlowerStrategy("FedAvg", **k)], ids=["own", "local", "flwr"]
+    "make",
+    [FedAvg, Local, FlowerStrategy.named("FedAvg")],
+    ids=["own", "local", "flwr"],
 )
 def test_what_start_is_given_reaches_the_clients(make, monkeypatch):
     monkeypatch.setattr("gc.collect", lambda *_: 0)
     _, grid = nodes()
-    strategy = make(fraction_evaluate=1.0, quantized=["w"])
+    strategy = make(context=with_w(fraction_evaluate=1.0))
     given = {"train": ConfigRecord({"lr": 0.1}), "evaluate": ConfigRecord({"k": 5, "name": "x"})}
     strategy.start(
         grid,
@@ -151,5 +155,5 @@ def test_what_start_is_given_reaches_the_clients(make, monkeypatch):
 
 def test_nothing_that_start_was_not_given_is_sent():
     _, grid = nodes()
-    FedAvg(fraction_evaluate=1.0, quantized=["w"]).start(grid, to_arrays(STATE), num_rounds=1)
+    FedAvg(context=with_w(fraction_evaluate=1.0)).start(grid, to_arrays(STATE), num_rounds=1)
     assert not any("config" in m.content for m in grid.sent)

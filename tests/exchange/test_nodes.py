@@ -138,8 +138,7 @@ def test_two_nodes_of_one_partition_are_not_enough_for_two():
 
 
 def test_a_node_declares_no_more_examples_than_there_are_images():
-    nodes = Nodes(wait=0.3)
-    nodes.most_examples = 1000
+    nodes = Nodes(wait=0.3, most_examples=1000)
     grid = federation([client(0, 2, examples=1000), client(1, 2, examples=1001)], STATE)
     assert gathered(nodes, grid) == {100: 0}
 
@@ -152,8 +151,7 @@ def thirty_in(partition, parts):
 
 
 def test_a_node_declares_no_more_examples_than_its_partition_has(caplog):
-    nodes = Nodes(wait=0.3)
-    nodes.examples_of = thirty_in
+    nodes = Nodes(wait=0.3, examples_of=thirty_in)
     clients = [client(i, 3, examples=count) for i, count in enumerate((10, 9, 11))]
     grid = federation(clients, STATE)
     assert gathered(nodes, grid) == {100: 0, 102: 2}
@@ -165,8 +163,7 @@ def test_a_node_declares_no_more_examples_than_its_partition_has(caplog):
 
 
 def test_a_greedy_node_does_not_keep_the_partitions_own_one_out():
-    nodes = Nodes(wait=600)
-    nodes.examples_of = thirty_in
+    nodes = Nodes(wait=600, examples_of=thirty_in)
     clients = [client(0, 3, examples=30), client(0, 3), client(1, 3, examples=8), client(2, 3)]
     assert gathered(nodes, federation(clients, STATE)) == {101: 0, 102: 1, 103: 2}
 
@@ -178,8 +175,7 @@ def test_no_deal_is_made_before_it_is_decided_how_many_partitions_there_are():
         asked.append(parts)
         return thirty_in(partition, parts)
 
-    nodes = Nodes(wait=600)
-    nodes.examples_of = examples_of
+    nodes = Nodes(wait=600, examples_of=examples_of)
     clients = [client(0, 10**6), client(0, 3), client(1, 3, examples=8), client(2, 3)]
     assert gathered(nodes, FirstSpeaks(federation(clients, STATE).nodes)) == {
         101: 0,
@@ -190,8 +186,7 @@ def test_no_deal_is_made_before_it_is_decided_how_many_partitions_there_are():
 
 
 def test_nodes_of_a_number_of_partitions_without_a_deal_are_refused_with_the_reason():
-    nodes = Nodes(wait=0.3)
-    nodes.examples_of = thirty_in
+    nodes = Nodes(wait=0.3, examples_of=thirty_in)
     grid = federation([client(i, 4) for i in range(4)], STATE)
     with pytest.raises(FederationError, match=r"0 nodes can take part.*too few for 4 clients"):
         nodes.gather(grid)

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from federation import ScriptedClient, payload_record, refusal
+from federation import ScriptedClient, payload_record, refusal, with_w
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message import array as flower_array
 from flwr.app.message import make_message
@@ -48,7 +48,7 @@ class Federation:
 
     def __init__(self, link, state=SMALL):
         self.link, self.state = link, state
-        self.strategy = FedAvg(quantized=["w"], node_wait=5.0)
+        self.strategy = FedAvg(context=with_w(node_wait=5.0))
         self.clients = [ScriptedClient(i, 3, 32, lambda s: s) for i in range(3)]
         for client in self.clients:
             client.spec = spec_of_state(state)

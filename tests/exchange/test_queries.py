@@ -5,7 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from federation import InProcessGrid, LateGrid, ScriptedClient, SimulatedGrid, federation, run_round
+from federation import (
+    InProcessGrid,
+    LateGrid,
+    ScriptedClient,
+    SimulatedGrid,
+    federation,
+    run_round,
+    with_w,
+)
 from flwr.app import Error, Message
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
@@ -147,7 +155,7 @@ def test_a_query_that_was_lost_with_its_node_is_sent_again(seen):
 def test_updates_of_a_width_that_changed_between_two_rounds_are_used():
     changed = client(1, 2)
     grid = federation([client(0, 2), changed], STATE)
-    strategy = FedAvg(quantized=["w"], node_wait=0.3)
+    strategy = FedAvg(context=with_w(node_wait=0.3))
     run_round(strategy, grid, STATE, 1)
     changed.declaration = replace(changed.declaration, bits=4)
     come_again(grid, 101)

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from federation import ScriptedClient, federation, run_round
+from federation import ScriptedClient, federation, run_round, with_w
 from specs import difference_of, to_bits
 
 from exchange.states import why_unusable
-from strategies import STRATEGIES, FedAvg, FederationError, FlowerStrategy, ProWD, ProWDOptions
+from strategies import (
+    STRATEGIES,
+    FedAvg,
+    FederationError,
+    FlowerStrategy,
+    ProWD,
+    ProWDOptions,
+)
 from strategies.flower import FlowerOptions, flower_names
 from strategies.grouped import GroupedAvg
 
@@ -50,11 +57,13 @@ class Client(ScriptedClient):
 
 def make(name):
     if name == "prowd":
-        return ProWD(ProWDOptions(finetune_every=1, server_momentum=0.5), norm_bound=0)
+        return ProWD(ProWDOptions(finetune_every=1, server_momentum=0.5), with_w(norm_bound=0))
     if name in STRATEGIES:
-        return STRATEGIES[name](norm_bound=0)
+        return STRATEGIES[name](context=with_w(norm_bound=0))
     arguments = {"FedAvgM": "server_momentum = 0.5", "QFedAvg": "client_learning_rate = 0.1"}
-    return FlowerStrategy(name, FlowerOptions(arguments=arguments.get(name, "")), norm_bound=0)
+    return FlowerStrategy.named(name)(
+        FlowerOptions(arguments=arguments.get(name, "")), with_w(norm_bound=0)
+    )
 
 
 def run(strategy, rounds, clients):
@@ -131,9 +140,11 @@ def test_a_strategy_that_knew_less_before_knows_less_again():
 class InPlace(FedAvg):
     """Keeps a sum that it changes in place, and raises when it is told to."""
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.total, self.rounds, self.raises = torch.zeros(4), {"done": []}, None
+    raises = None
+
+    def __init__(self, options=None, context=None):
+        super().__init__(options, context)
+        self.total, self.rounds = torch.zeros(4), {"done": []}
 
     def combine(self, server_round, start, updates):
         state = super().combine(server_round, start, updates)
@@ -151,11 +162,11 @@ class InPlace(FedAvg):
 
 
 @pytest.mark.parametrize("raises", [None, ValueError("no"), KeyboardInterrupt()])
-def test_what_is_changed_in_place_is_put_back(raises):
-    strategy = InPlace(norm_bound=0)
+def test_what_is_changed_in_place_is_put_back(raises, monkeypatch):
+    strategy = InPlace(context=with_w(norm_bound=0))
     run(strategy, (1,), [Client(i) for i in range(5)])
     total = strategy.total.clone()
-    strategy.raises = raises
+    monkeypatch.setattr(InPlace, "raises", raises)
     if raises is None:
         run(strategy, (2,), [Client(i) for i in range(5)])
     else:
@@ -167,11 +178,11 @@ def test_what_is_changed_in_place_is_put_back(raises):
 
 def test_what_was_not_finite_before_is_not_the_rounds_fault():
     class Best(InPlace):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
+        def __init__(self, options=None, context=None):
+            super().__init__(options, context)
             self.total = torch.full((4,), -torch.inf)
 
-    strategy = Best()
+    strategy = Best(context=with_w())
     run(strategy, (1,), [Client(i) for i in range(5)])
     assert (strategy.round_log.dropped, strategy.rounds) == ("", {"done": [1]})
 
@@ -195,7 +206,7 @@ def test_a_class_over_one_that_replaces_what_it_keeps_says_so_itself():
 
 
 def test_what_grouped_keeps_is_replaced_and_never_changed():
-    strategy = GroupedAvg()
+    strategy = GroupedAvg(context=with_w())
     run(strategy, (1,), [Client(i) for i in range(5)])
     kept = strategy.checkpoint()[0]
     copies = {name: tensor.clone() for name, tensor in kept.items()}

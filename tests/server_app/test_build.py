@@ -10,8 +10,8 @@ from pydantic import Field
 from core.errors import SettingsError
 from core.options import Options
 from core.settings import Settings
-from server_app.build import build_strategy, read_settings
-from strategies import STRATEGIES, FedAvg, MixedPrecisionStrategy, ProWD
+from server_app.build import choose_strategy, read_settings
+from strategies import STRATEGIES, FedAvg, MixedPrecisionStrategy, ProWD, StrategyContext
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 RUN_CONFIG = PYPROJECT["tool"]["flwr"]["app"]["config"]
@@ -20,8 +20,7 @@ RUN_CONFIG = PYPROJECT["tool"]["flwr"]["app"]["config"]
 def test_pyproject_holds_every_setting_with_its_default():
     expected = Settings().to_settings()
     for name, strategy in STRATEGIES.items():
-        if hasattr(strategy, "Options"):
-            expected |= strategy.Options().to_settings(f"{name}-")
+        expected |= strategy.Options().to_settings(f"{name}-")
     assert expected == RUN_CONFIG
     assert {k: type(v) for k, v in expected.items()} == {k: type(v) for k, v in RUN_CONFIG.items()}
 
@@ -29,25 +28,26 @@ def test_pyproject_holds_every_setting_with_its_default():
 def test_defaults_build_prowd():
     settings, own = read_settings(RUN_CONFIG)
     assert own["prowd-low-bit-weight"] == 1.0
-    strategy = build_strategy(settings, own)
+    strategy = choose_strategy(settings, own).make()
     assert isinstance(strategy, ProWD)
-    assert strategy.low_bit_training == "qat"
+    assert strategy.context.low_bit_training == "qat"
 
 
 def test_a_strategys_own_settings_reach_it():
     changed = {**RUN_CONFIG, "prowd-mask-at-least": 0.5, "low-bit-training": "strict", "seed": 9}
     changed |= {"local-epochs": 3, "batch-size": 7}
-    strategy = build_strategy(*read_settings(changed))
+    strategy = choose_strategy(*read_settings(changed)).make()
     assert strategy.options.mask_at_least == 0.5
-    assert (strategy.low_bit_training, strategy.seed) == ("strict", 9)
-    assert (strategy.local_epochs, strategy.batch_size) == (3, 7)
+    context = strategy.context
+    assert (context.low_bit_training, context.seed) == ("strict", 9)
+    assert (context.local_epochs, context.batch_size) == (3, 7)
 
 
 def test_another_strategy_takes_the_common_settings():
     settings, own = read_settings({**RUN_CONFIG, "strategy": "fedavg", "fraction-train": 0.5})
-    strategy = build_strategy(settings, own)
+    strategy = choose_strategy(settings, own).make()
     assert type(strategy) is FedAvg
-    assert strategy.fraction_train == 0.5
+    assert strategy.context.fraction_train == 0.5
     assert own == {}
 
 
@@ -98,10 +98,6 @@ class Kinds(Options):
 class Own(FedAvg):
     Options = Kinds
 
-    def __init__(self, options=None, **kwargs):
-        super().__init__(**kwargs)
-        self.options = options
-
 
 class Abstract(MixedPrecisionStrategy):
     pass
@@ -109,7 +105,7 @@ class Abstract(MixedPrecisionStrategy):
 
 class Narrow(FedAvg):
     def __init__(self, seed):
-        super().__init__(seed=seed)
+        super().__init__(context=StrategyContext(seed=seed))
 
 
 class Foreign(FedAvg):
@@ -127,9 +123,9 @@ def test_a_class_of_the_users_own_takes_the_common_settings_and_its_own(own):
     text = "server-rate = 2.5, name = 'a \"b\" = c', layers = [3], exact = false"
     changes = {"strategy": own("Own"), "strategy-options": text, "fraction-train": 0.5}
     settings, options = read_settings({**RUN_CONFIG, **changes})
-    strategy = build_strategy(settings, options)
+    strategy = choose_strategy(settings, options).make()
     assert type(strategy) is Own
-    assert strategy.fraction_train == 0.5
+    assert strategy.context.fraction_train == 0.5
     expected = Kinds(server_rate=2.5, name='a "b" = c', layers=[3], exact=False)
     assert strategy.options == expected
     # What is recorded holds the defaults too, and is read as the same when the run goes on.
@@ -143,21 +139,21 @@ def test_a_class_of_the_users_own_takes_the_common_settings_and_its_own(own):
     }
     again = read_settings({**RUN_CONFIG, **changes, **options})
     assert again[1] == options
-    assert build_strategy(*again).options == expected
+    assert choose_strategy(*again).make().options == expected
 
 
 def test_a_class_of_the_users_own_over_prowd_is_prowd():
     changes = {"strategy": "strategies:ProWD", "low-bit-training": "strict"}
     changes |= {"strategy-options": "mask-at-least = 0.5"}
-    strategy = build_strategy(*read_settings({**RUN_CONFIG, **changes}))
-    assert (strategy.options.mask_at_least, strategy.low_bit_training) == (0.5, "strict")
-    assert strategy.broadcast == "calibrated"
+    strategy = choose_strategy(*read_settings({**RUN_CONFIG, **changes})).make()
+    assert (strategy.options.mask_at_least, strategy.context.low_bit_training) == (0.5, "strict")
+    assert strategy.context.broadcast == "calibrated"
 
 
 def test_a_class_without_settings_needs_none():
     settings, options = read_settings({**RUN_CONFIG, "strategy": "strategies:FedAvg"})
     assert options == {"strategy-options": ""}
-    assert type(build_strategy(settings, options)) is FedAvg
+    assert type(choose_strategy(settings, options).make()) is FedAvg
 
 
 @pytest.mark.parametrize(
@@ -170,7 +166,7 @@ def test_a_class_without_settings_needs_none():
 )
 def test_a_class_that_cannot_be_made_is_named(own, name, reason):
     with pytest.raises(SettingsError) as error:
-        build_strategy(*read_settings({**RUN_CONFIG, "strategy": own(name)}))
+        choose_strategy(*read_settings({**RUN_CONFIG, "strategy": own(name)})).make()
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -28,9 +28,9 @@ from quant import (
     weight_scales,
 )
 from server_app.app import main
-from server_app.build import build_strategy, read_settings
+from server_app.build import choose_strategy, read_settings
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
-from strategies import STRATEGIES, ProWD
+from strategies import STRATEGIES, ProWD, StrategyContext
 from task.calibration import calibrate_activations, calibrate_normalization, round_weights
 from task.data.dataset import Images
 from task.models import build_model, to_input
@@ -251,18 +251,19 @@ def test_outputs_on_the_buffer_stay_nearer_than_with_nearest_rounding():
 
 # --- broadcast, from the settings ----------------------------------------------------------------
 
-NAMES = [*(name for name in STRATEGIES if name != "flwr"), "flwr:FedAvg"]
+NAMES = [f"{name}:FedAvg" if k.suffix else name for name, k in STRATEGIES.items()]
 
 
 def built(**settings):
-    return build_strategy(*read_settings({k.replace("_", "-"): v for k, v in settings.items()}))
+    given = {k.replace("_", "-"): v for k, v in settings.items()}
+    return choose_strategy(*read_settings(given)).make()
 
 
 @pytest.mark.parametrize("training", ["strict", "qat"])
 @pytest.mark.parametrize("name", NAMES)
 def test_auto_is_calibrated_for_prowd_in_strict_training_and_float32_for_others(name, training):
     expected = "calibrated" if (name, training) == ("prowd", "strict") else "float32"
-    assert built(strategy=name, low_bit_training=training).broadcast == expected
+    assert built(strategy=name, low_bit_training=training).context.broadcast == expected
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_auto_is_calibrated_for_prowd_in_strict_training_and_float32_for_others(
 )
 def test_auto_needs_a_buffer(buffer, expected):
     settings = {"calibrate_normalization": False, "server_buffer": buffer}
-    assert built(low_bit_training="strict", **settings).broadcast == expected
+    assert built(low_bit_training="strict", **settings).context.broadcast == expected
 
 
 @pytest.mark.parametrize("broadcast", ["float32", "nearest", "calibrated"])
@@ -283,7 +284,7 @@ def test_what_is_asked_for_is_used_by_every_strategy(name, broadcast):
                 built(**settings)
             continue
         strategy = built(**settings)
-        assert strategy.broadcast == broadcast
+        assert strategy.context.broadcast == broadcast
 
 
 @pytest.mark.parametrize("buffer", [0, 1])
@@ -296,7 +297,7 @@ def test_calibrated_without_a_buffer_is_refused_in_one_line(name, buffer):
     assert "broadcast=calibrated" in str(error.value)
     assert "allowed: 2 or more" in str(error.value)
     assert "\n" not in str(error.value)
-    assert built(broadcast="nearest", **settings).broadcast == "nearest"
+    assert built(broadcast="nearest", **settings).context.broadcast == "nearest"
 
 
 def test_an_unknown_broadcast_is_refused_in_one_line():
@@ -462,16 +463,14 @@ def test_clients_evaluate_a_model_that_draws_under_seed_and_round(tmp_path, monk
 def test_dropout_of_the_distillation_has_one_mask_in_a_round_and_another_in_the_next():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
-    strategy = ProWD(seed=5, predict=make_predict(model, images().pixels))
+    predict = make_predict(model, images().pixels)
     state = state_of(model)
 
-    def logits(server_round):
+    def logits(server_round, seed=5):
         torch.rand(7)
+        strategy = ProWD(context=StrategyContext(seed=seed, predict=predict))
         return strategy._predicting(server_round, state)({})
 
     assert torch.equal(logits(1), logits(1))
     assert not torch.equal(logits(1), logits(2))
-    strategy.seed = 6
-    again = logits(1)
-    strategy.seed = 5
-    assert not torch.equal(logits(1), again)
+    assert not torch.equal(logits(1), logits(1, seed=6))

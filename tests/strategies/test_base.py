@@ -10,6 +10,7 @@ from federation import (
     payload_record,
     report,
     run_round,
+    with_w,
 )
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from specs import to_bits
@@ -83,7 +84,7 @@ BAD_REPLIES = {
 @pytest.mark.parametrize("kind", BAD_REPLIES)
 def test_a_bad_reply_is_set_aside_and_the_round_goes_on(kind):
     reply, reason = BAD_REPLIES[kind]
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     grid = federation([good(0), BadClient(1, 3, reply), good(2, value=4.0)], STATE)
     new = run_round(strategy, grid, STATE)
     assert torch.equal(new["w"], torch.full((2, 3), 3.0))  # (2 + 4) / 2, without the bad 9
@@ -97,7 +98,7 @@ def test_an_error_and_a_missing_reply_are_failures_with_their_reason():
     error = Error(code=2, reason="Traceback ...\nValueError: out of memory")
     crashed = BadClient(0, 3, lambda message: Message(error, reply_to=message))
     silent = BadClient(1, 3, lambda message: None)
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     new = run_round(strategy, federation([crashed, silent, good(2)], STATE), STATE)
     assert torch.equal(new["b"], torch.full((2,), 2.0))
     assert strategy.round_log.failed == {
@@ -107,7 +108,7 @@ def test_an_error_and_a_missing_reply_are_failures_with_their_reason():
 
 
 def test_a_round_without_any_good_reply_keeps_the_model():
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     bad = [BadClient(i, 2, content(b"x", report(10))) for i in range(2)]
     assert run_round(strategy, federation(bad, STATE), STATE) is None
     assert sorted(strategy.round_log.rejected) == [0, 1]
@@ -115,7 +116,7 @@ def test_a_round_without_any_good_reply_keeps_the_model():
 
 def test_a_reply_to_another_message_is_ignored():
     """A replayed reply of an earlier round answers a message that was not sent in this one."""
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     grid = federation([good(0, 1)], STATE)
     run_round(strategy, grid, STATE)
     stale = grid.sent[-1]
@@ -137,18 +138,19 @@ def test_order_of_arrival_does_not_change_a_bit():
     for reverse in (False, True):
         clients = [ScriptedClient(i, 7, 32, lambda _, i=i: sent[i], 3 + i) for i in range(7)]
         grid = federation(clients, STATE, reverse=reverse)
-        results.append(run_round(FedAvg(quantized=["w"]), grid, STATE))
+        results.append(run_round(FedAvg(context=with_w()), grid, STATE))
     assert all(torch.equal(results[0][n], results[1][n]) for n in STATE)
 
 
 def test_the_model_of_a_width_is_made_when_the_wider_clients_have_been_asked():
-    strategy, rounded = FedAvg(quantized=["w"], broadcast="calibrated"), []
+    rounded = []
 
     def round_calibrated(state, bits):
         rounded.append(bits)
         return to_bits(state, bits)
 
-    strategy.round_calibrated = round_calibrated
+    context = with_w(broadcast="calibrated", round_calibrated=round_calibrated)
+    strategy = FedAvg(context=context)
     grid = federation(
         [good(0, 4, bits=4), good(1, 4), good(2, 4, bits=8), good(3, 4, bits=8)], STATE
     )
@@ -169,7 +171,7 @@ def test_a_strategy_with_a_configure_train_of_its_own_is_refused():
 
 
 def test_replies_that_come_before_all_messages_are_made_are_counted_too():
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     grid = federation([good(i, 3, bits=bits) for i, bits in enumerate((4, 8, 32))], STATE)
     arrays = to_arrays(STATE)
     batches = strategy.training_messages(1, arrays, grid)
@@ -181,7 +183,7 @@ def test_replies_that_come_before_all_messages_are_made_are_counted_too():
 
 def test_bytes_are_counted_per_width_as_sent():
     clients = [good(0, bits=4), good(1, bits=4), good(2, bits=32)]
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     run_round(strategy, federation(clients, STATE), STATE)
     # Header 20; table: 2 + 1 + 2 + 4 * ndim for "w" and "b" = 13 + 9 = 22. 32 bits: 8 floats = 32.
     # 4 bits: 2 scales = 8, 6 codes = 3, 2 floats = 8.
@@ -214,7 +216,7 @@ def test_at_least_one_node_is_sampled():
 def test_nodes_are_asked_once():
     clients = [good(i, 2) for i in range(2)]
     grid = federation(clients, STATE)
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     for server_round in (1, 2, 3):
         run_round(strategy, grid, STATE, server_round)
     kinds = [m.metadata.message_type for m in grid.sent]
@@ -231,7 +233,7 @@ def refusing(partition, of, reason="node-config bits: 7.5 is not a bit-width"):
 
 def test_a_refused_node_is_left_out_and_the_others_go_on():
     grid = federation([good(0), refusing(1, 3), good(2)], STATE)
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     run_round(strategy, grid, STATE)
     assert strategy.round_log.sampled == [0, 2]
 
@@ -239,7 +241,7 @@ def test_a_refused_node_is_left_out_and_the_others_go_on():
 def test_if_every_node_is_refused_the_run_ends_with_the_reason():
     grid = federation([refusing(0, 2), refusing(1, 2)], STATE)
     with pytest.raises(FederationError, match=r"7\.5 is not a bit-width"):
-        run_round(FedAvg(quantized=["w"]), grid, STATE)
+        run_round(FedAvg(context=with_w()), grid, STATE)
 
 
 @pytest.mark.parametrize(("bits", "reason"), [(17, "17 bits"), (1, "1 bits"), (64, "64 bits")])
@@ -247,18 +249,26 @@ def test_a_width_that_does_not_exist_is_refused_by_the_server_too(bits, reason):
     lying = good(0, 1)
     lying.declaration = Declaration(0, 1, bits, 10, "")
     with pytest.raises(FederationError, match=reason):
-        run_round(FedAvg(quantized=["w"], node_wait=1.0), federation([lying], STATE), STATE)
+        run_round(
+            FedAvg(context=with_w(node_wait=1.0)),
+            federation([lying], STATE),
+            STATE,
+        )
 
 
 def test_too_few_nodes_end_the_run_after_the_wait():
     with pytest.raises(FederationError, match="0 nodes can take part, min-nodes is 1"):
-        run_round(FedAvg(quantized=["w"], node_wait=0.3), InProcessGrid({}), STATE)
+        run_round(
+            FedAvg(context=with_w(node_wait=0.3)),
+            InProcessGrid({}),
+            STATE,
+        )
 
 
 def test_a_huge_weight_is_set_aside_and_does_not_spoil_the_model():
     """Finite itself, it would overflow in the sum over clients."""
     huge = ScriptedClient(1, 3, 32, constant(3e38))
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     new = run_round(strategy, federation([good(0), huge, good(2)], STATE), STATE)
     assert torch.equal(new["w"], torch.full((2, 3), 2.0))
     assert "exceeds" in strategy.round_log.rejected[1]
@@ -289,7 +299,7 @@ def test_a_silent_node_delays_the_first_round_only():
     silent = good(1, 3)
     answering = federation([good(0, 3), silent, good(2, 3)], STATE)
     answering.nodes[101] = lambda message: None
-    strategy = FedAvg(quantized=["w"], node_wait=0.5)
+    strategy = FedAvg(context=with_w(node_wait=0.5))
     for server_round in (1, 2, 3):
         run_round(strategy, answering, STATE, server_round)
         assert strategy.round_log.sampled == [0, 2]
@@ -311,7 +321,7 @@ def test_refused_nodes_that_answer_first_do_not_end_the_run():
         partition = client.declaration.partition_id
         client.declaration = Declaration(partition, 2, 0, 0, "no width")
     grid = SlowGrid(federation(clients, STATE).nodes)
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     run_round(strategy, grid, STATE)
     assert strategy.round_log.aggregated == [0, 1]
 
@@ -328,7 +338,7 @@ def test_a_query_that_failed_once_is_asked_again():
 
     grid = federation([good(0, 2), client], STATE)
     grid.nodes[101] = flaky
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     run_round(strategy, grid, STATE)
     assert strategy.round_log.sampled == [0, 1]
 
@@ -337,7 +347,7 @@ def test_a_partition_belongs_to_its_first_node_until_that_is_gone():
     first, second = good(0, 2), good(0, 2, value=9.0, bits=2)
     other = good(1, 2)
     grid = federation([first, other], STATE)
-    strategy = FedAvg(quantized=["w"])
+    strategy = FedAvg(context=with_w())
     run_round(strategy, grid, STATE, 1)
     second.spec = first.spec
     grid.nodes[999] = second
@@ -368,7 +378,11 @@ def test_a_declaration_that_cannot_be_true_is_refused(declaration, reason):
     client = good(0, 1)
     client.declaration = declaration
     with pytest.raises(FederationError, match=reason):
-        run_round(FedAvg(quantized=["w"], node_wait=0.5), federation([client], STATE), STATE)
+        run_round(
+            FedAvg(context=with_w(node_wait=0.5)),
+            federation([client], STATE),
+            STATE,
+        )
 
 
 def test_training_and_evaluation_sample_apart():
@@ -379,6 +393,6 @@ def test_training_and_evaluation_sample_apart():
 
 
 def test_a_calibrated_broadcast_without_what_calibrates_is_one_line():
-    strategy = FedAvg(quantized=["w"], broadcast="calibrated")
+    strategy = FedAvg(context=with_w(broadcast="calibrated"))
     with pytest.raises(ValueError, match="broadcast: 'calibrated' needs round_calibrated"):
         run_round(strategy, federation([good(0, of=1, bits=4)], STATE), STATE)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from federation import ScriptedClient, federation, run_round
+from federation import ScriptedClient, federation, run_round, with_w
 from flwr.app import RecordDict
 from specs import difference_of
 
@@ -61,7 +61,7 @@ def run(strategy, clients, rounds):
 @pytest.mark.parametrize("bits", [2, 4, 8, 32])
 def test_fedpaq_adds_the_mean_of_the_quantized_differences(bits):
     clients = [Descending(i, bits) for i in range(3)]
-    models = run(FedPAQ(DifferenceOptions(bits=bits)), clients, 3)
+    models = run(FedPAQ(DifferenceOptions(bits=bits), with_w()), clients, 3)
     w = START["w"].numpy()
     for r, model in enumerate(models):
         w = w + np.mean([c.sent[r] for c in clients], axis=0)  # x_{k+1} = x_k + mean Q(x_i - x_k)
@@ -69,7 +69,9 @@ def test_fedpaq_adds_the_mean_of_the_quantized_differences(bits):
 
 
 def test_unquantized_fedpaq_is_averaging_of_gradient_descent():
-    models = run(FedPAQ(DifferenceOptions(bits=32)), [Descending(i, 32) for i in range(3)], 2)
+    models = run(
+        FedPAQ(DifferenceOptions(bits=32), with_w()), [Descending(i, 32) for i in range(3)], 2
+    )
     w = START["w"].numpy()
     shrink = (1 - ETA) ** STEPS
     for model in models:
@@ -81,7 +83,7 @@ def test_unquantized_fedpaq_is_averaging_of_gradient_descent():
 def test_fedcom_applies_the_mean_with_the_servers_step():
     options = ServerStepOptions(bits=8, server_learning_rate=0.5)
     clients = [Descending(i, 8) for i in range(3)]
-    models = run(FedCOM(options), clients, 3)
+    models = run(FedCOM(options, with_w()), clients, 3)
     w = START["w"].numpy()
     for r, model in enumerate(models):
         gradient = np.mean([-c.sent[r] / ETA for c in clients], axis=0)
@@ -113,7 +115,7 @@ def fedcomgate_in_numpy(rounds, gamma):
 def test_fedcomgate_follows_algorithm_2(gamma):
     options = ServerStepOptions(bits=32, server_learning_rate=gamma)
     clients = [Descending(i, 32) for i in range(3)]
-    models = run(FedCOMGATE(options), clients, 5)
+    models = run(FedCOMGATE(options, with_w()), clients, 5)
     expected, _ = fedcomgate_in_numpy(5, gamma)
     for model, wanted in zip(models, expected, strict=True):
         np.testing.assert_allclose(model, wanted, rtol=1e-4, atol=1e-5)
@@ -127,7 +129,7 @@ def test_fedcomgate_follows_algorithm_2(gamma):
 @pytest.mark.parametrize("bits", [3, 8])
 def test_corrections_sum_to_zero_over_the_clients(bits):
     clients = [Descending(i, bits) for i in range(3)]
-    run(FedCOMGATE(ServerStepOptions(bits=bits, server_learning_rate=0.7)), clients, 4)
+    run(FedCOMGATE(ServerStepOptions(bits=bits, server_learning_rate=0.7), with_w()), clients, 4)
     used = np.stack([c.delta["w"].numpy() for c in clients])
     assert np.abs(used).max() > 0.1
     np.testing.assert_allclose(used.sum(0), 0, atol=2e-5)
@@ -137,14 +139,14 @@ def test_weighted_corrections_sum_to_zero_and_the_optimum_is_the_weighted_one():
     """Clients of unequal size and number of steps; in the limit every difference vanishes."""
     sizes, steps = np.array([10, 20, 70]), [1, 2, 7]
     clients = [Descending(i, 32, examples=int(sizes[i]), steps=steps[i]) for i in range(3)]
-    models = run(FedCOMGATE(ServerStepOptions(bits=32)), clients, 200)
+    models = run(FedCOMGATE(ServerStepOptions(bits=32), with_w()), clients, 200)
     used = np.concatenate([c.delta["w"].numpy() for c in clients])
     assert np.abs(used).max() > 0.5
     np.testing.assert_allclose(sizes @ used / 100, 0, atol=1e-3)
     # The minimum of the weighted sum of |w - a_j|^2 is the weighted mean of the a_j.
     np.testing.assert_allclose(models[-1][0], sizes @ OPTIMA / 100, atol=2e-3)
     plain = [Descending(i, 32, examples=int(sizes[i]), steps=steps[i]) for i in range(3)]
-    drifted = run(FedCOM(ServerStepOptions(bits=32)), plain, 200)
+    drifted = run(FedCOM(ServerStepOptions(bits=32), with_w()), plain, 200)
     assert np.abs(drifted[-1][0] - sizes @ OPTIMA / 100).max() > 0.3
 
 
@@ -178,7 +180,7 @@ def spoil_replies(clients, grid):
 def test_a_disturbed_round_leaves_no_bias_behind(disturb):
     """Whatever happens in round 4, everybody starts clean, and tracking still finds the optimum."""
     clients = [Descending(i, 32) for i in range(3)]
-    strategy = FedCOMGATE(ServerStepOptions(bits=32))
+    strategy = FedCOMGATE(ServerStepOptions(bits=32), with_w())
     grid = federation(clients, START)
     state = START
     for server_round in range(1, 100):
@@ -198,11 +200,11 @@ def test_a_disturbed_round_leaves_no_bias_behind(disturb):
 
 def test_fedcomgate_refuses_partial_participation():
     with pytest.raises(ValueError, match=r"fraction-train: 0\.5, but fedcomgate"):
-        FedCOMGATE(fraction_train=0.5)
+        FedCOMGATE(context=with_w(fraction_train=0.5))
 
 
 def test_fedpaq_averages_over_the_sampled_clients_only():
-    strategy = FedPAQ(DifferenceOptions(bits=32), fraction_train=0.67, seed=3)
+    strategy = FedPAQ(DifferenceOptions(bits=32), with_w(fraction_train=0.67, seed=3))
     clients = [Descending(i, 32, examples=10 * (i + 1)) for i in range(3)]
     grid = federation(clients, START)
     state, w = START, START["w"].numpy()
@@ -223,7 +225,7 @@ def test_the_servers_step_moves_weights_and_not_statistics():
     start = {"w": torch.zeros(1, 2), "bn.running_mean": torch.tensor([1.0])}
     moved = {"w": torch.ones(1, 2), "bn.running_mean": torch.tensor([2.0])}
     client = ScriptedClient(0, 1, 32, lambda _: Update(32, "difference", {}, moved))
-    strategy = FedCOM(ServerStepOptions(server_learning_rate=0.25))
+    strategy = FedCOM(ServerStepOptions(server_learning_rate=0.25), with_w())
     new = run_round(strategy, federation([client], start), start)
     assert new["w"].tolist() == [[0.25, 0.25]]
     assert new["bn.running_mean"].tolist() == [3.0]
@@ -241,7 +243,7 @@ def test_effective_steps_are_what_sgd_moves_under_a_constant_gradient(steps, mom
 
 def test_target_bits_of_0_are_each_clients_own():
     clients = [Descending(i, b, own_bits=b) for i, b in enumerate((4, 8, 32))]
-    strategy = FedCOM()
+    strategy = FedCOM(context=with_w())
     run(strategy, clients, 1)
     assert strategy.round_log.aggregated == [0, 1, 2]
 
@@ -249,7 +251,7 @@ def test_target_bits_of_0_are_each_clients_own():
 def test_weights_are_refused_where_a_difference_was_asked_for():
     weights = Update(32, "weights", {}, {"w": torch.ones(1, 3)})
     clients = [Descending(0, 32), ScriptedClient(1, 3, 32, lambda _: weights)]
-    strategy = FedPAQ(node_wait=0.2)
+    strategy = FedPAQ(context=with_w(node_wait=0.2))
     run_round(strategy, federation(clients, START), START)
     assert "asked for difference" in strategy.round_log.rejected[1]
 

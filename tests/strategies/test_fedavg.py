@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from federation import ScriptedClient, federation, run_round
+from federation import ScriptedClient, federation, run_round, with_w
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
@@ -21,7 +21,7 @@ def test_mean_is_weighted_by_examples():
         ScriptedClient(0, 2, 32, constant(1.0), examples=10),
         ScriptedClient(1, 2, 32, constant(4.0), examples=30),
     ]
-    new = run_round(FedAvg(), federation(clients, state), state)
+    new = run_round(FedAvg(context=with_w()), federation(clients, state), state)
     # (10 * 1 + 30 * 4) / 40 = 3.25
     assert new["w"].tolist() == [[3.25] * 3] * 2
     assert new["b"].tolist() == [3.25, 3.25]
@@ -37,7 +37,7 @@ def test_low_bit_codes_are_averaged_as_the_values_they_stand_for():
         ScriptedClient(0, 2, 4, lambda _: four_bit),
         ScriptedClient(1, 2, 32, constant(1.0)),
     ]
-    new = run_round(FedAvg(), federation(clients, state), state)
+    new = run_round(FedAvg(context=with_w()), federation(clients, state), state)
     # 4-bit values: [[3.5, -3.5], [0.25, 0]]; mean with all ones.
     assert new["w"].tolist() == [[2.25, -1.25], [0.625, 0.5]]
     assert new["b"].tolist() == [1.0, 0.0]
@@ -51,7 +51,7 @@ def test_float32_clients_agree_with_flowers_fedavg():
     ]
     examples = [7, 100, 31, 2, 60]
     clients = [ScriptedClient(i, 5, 32, lambda _, i=i: sent[i], examples[i]) for i in range(5)]
-    ours = run_round(FedAvg(), federation(clients, state), state)
+    ours = run_round(FedAvg(context=with_w()), federation(clients, state), state)
 
     replies = []
     for tensors, count in zip(sent, examples, strict=True):
@@ -72,6 +72,6 @@ def test_flowers_own_start_drives_it(rounds):
     clients = [ScriptedClient(i, 2, 32, plus_one) for i in range(2)]
     grid = federation(clients, state)
     initial = ArrayRecord({n: Array(t.numpy()) for n, t in state.items()})
-    result = FedAvg().start(grid, initial, num_rounds=rounds)
+    result = FedAvg(context=with_w()).start(grid, initial, num_rounds=rounds)
     assert result.arrays["w"].numpy().tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert result.train_metrics_clientapp[2]["train-loss"] == pytest.approx(0.5)

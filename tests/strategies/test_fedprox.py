@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from federation import ScriptedClient, federation, run_round
+from federation import ScriptedClient, federation, run_round, with_w
 
 from core.errors import SettingsError
 from strategies import FedProx
@@ -13,7 +13,7 @@ STATE = {"w": torch.zeros(2, 2), "b": torch.zeros(2)}
 
 def test_every_client_is_asked_for_the_proximal_term():
     clients = [ScriptedClient(i, 2, bits, lambda s: s) for i, bits in enumerate((8, 32))]
-    run_round(FedProx(FedProxOptions(mu=0.25)), federation(clients, STATE), STATE)
+    run_round(FedProx(FedProxOptions(mu=0.25), with_w()), federation(clients, STATE), STATE)
     assert [c.instructions[0].proximal_mu for c in clients] == [0.25, 0.25]
 
 

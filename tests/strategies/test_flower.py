@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from federation import ScriptedClient, federation, run_round
-from specs import to_bits
+from specs import to_bits, weights_of
 
 from core.errors import SettingsError
-from strategies import FederationError, FlowerStrategy
+from strategies import FederationError, FlowerStrategy, StrategyContext
 from strategies.flower import FlowerOptions, flower_names
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -49,7 +49,9 @@ WEIGHTS = np.array([1, 2, 3, 4, 5]) / 15
 
 
 def make(name, arguments=""):
-    return FlowerStrategy(name, FlowerOptions(arguments=arguments))
+    return FlowerStrategy.named(name)(
+        FlowerOptions(arguments=arguments), StrategyContext(quantized=weights_of(STATE))
+    )
 
 
 def test_fedmedian_takes_the_median_of_the_decoded_weights():

@@ -1,7 +1,7 @@
 """GroupedAvg: one model a width, averaged by hand."""
 
 import torch
-from federation import ScriptedClient, federation, run_round
+from federation import ScriptedClient, federation, run_round, with_w
 
 from strategies import GroupedAvg
 
@@ -19,7 +19,7 @@ def test_each_width_has_a_model_of_its_own():
         ScriptedClient(2, 4, 32, add(10.0)),
         ScriptedClient(3, 4, 32, add(20.0)),
     ]
-    strategy = GroupedAvg()
+    strategy = GroupedAvg(context=with_w())
     grid = federation(clients, STATE)
     state = run_round(strategy, grid, STATE, 1)
     # 8 bits: (10 * 1 + 20 * 4) / 30 = 3; 32 bits: (10 + 20) / 2 = 15. Constants are on the grid.
@@ -34,14 +34,14 @@ def test_each_width_has_a_model_of_its_own():
 
 def test_a_width_that_has_not_reported_begins_at_the_common_start():
     clients = [ScriptedClient(0, 1, 32, add(5.0))]
-    strategy = GroupedAvg()
+    strategy = GroupedAvg(context=with_w())
     state = run_round(strategy, federation(clients, STATE), STATE, 1)
     assert strategy.state_for(4, state)["w"].tolist() == [[0.0, 0.0]] * 2
 
 
 def test_a_width_that_is_absent_for_a_round_keeps_its_model():
     clients = [ScriptedClient(0, 2, 8, add(1.0)), ScriptedClient(1, 2, 32, add(10.0))]
-    strategy = GroupedAvg(norm_bound=0)  # one moves ten times as far
+    strategy = GroupedAvg(context=with_w(norm_bound=0))  # one moves ten times as far
     grid = federation(clients, STATE)
     state = run_round(strategy, grid, STATE, 1)
     answering = grid.nodes[100]

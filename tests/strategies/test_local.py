@@ -1,7 +1,7 @@
 """Local training: no update travels, the model travels once."""
 
 import torch
-from federation import ScriptedClient, federation, run_round
+from federation import ScriptedClient, federation, run_round, with_w
 
 from strategies import Local
 
@@ -14,7 +14,7 @@ def never(_):
 
 def test_only_the_first_round_sends_a_model_and_nothing_comes_back():
     clients = [ScriptedClient(i, 2, bits, never) for i, bits in enumerate((8, 32))]
-    strategy = Local()
+    strategy = Local(context=with_w())
     grid = federation(clients, STATE)
     assert run_round(strategy, grid, STATE, 1) is None
     assert strategy.round_log.downlink_bytes[32] > 0

@@ -7,7 +7,7 @@ import pytest
 from core.errors import SettingsError
 from prowd.compare.plan import read_experiment
 from prowd.compare.runs import planned_runs, unique
-from server_app.build import build_strategy, read_settings
+from server_app.build import choose_strategy, read_settings
 
 FILES = sorted((Path(__file__).parents[3] / "experiments").glob("*.toml"))
 
@@ -23,7 +23,7 @@ def test_every_run_of_a_published_experiment_has_settings_that_exist(path, tmp_p
     assert all(by_folder[run.folder] == run.settings for run in runs)
     for run in runs:
         settings, own = read_settings(run.settings)
-        assert build_strategy(settings, own)
+        assert choose_strategy(settings, own).make()
         assert settings.seed == run.seed
 
 

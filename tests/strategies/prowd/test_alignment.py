@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from federation import ScriptedClient, assert_same_update, federation, run_round
+from federation import ScriptedClient, assert_same_update, federation, run_round, with_w
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from specs import difference_of, spec_of_state, to_bits
 
@@ -16,12 +16,7 @@ from quant import (
     largest_code,
     quantize_nearest,
 )
-from strategies import (
-    STRATEGIES,
-    FedAvg,
-    ProWD,
-    ProWDOptions,
-)
+from strategies import STRATEGIES, FedAvg, ProWD, ProWDOptions
 
 # No masks, no fine-tuning: what is left is the alignment.
 ALONE = {"finetune_every": 0, "mask_at_least": 1.0, "align": True, "own_normalization": False}
@@ -98,7 +93,7 @@ def test_a_drift_of_the_levels_is_taken_out(bits, dequantize):
             ScriptedClient(2, 3, 32, lambda s: {"w": s["w"] + target, "b": s["b"]}, 10),
         ]
         options = ProWDOptions(**{**ALONE, "align": align}, dequantize=dequantize)
-        return run_round(ProWD(options, quantized=["w"]), federation(clients, start), start)["w"]
+        return run_round(ProWD(options, with_w()), federation(clients, start), start)["w"]
 
     undisturbed = result(drift=False, align=False)
     torch.testing.assert_close(undisturbed, start["w"] + target)
@@ -119,7 +114,7 @@ def test_what_weights_of_one_level_do_unlike_each_other_is_kept():
     low = moving_by_codes(2, lambda c: torch.tensor([[-1, 0, 1, 0]]))
     high = {"w": start["w"] + torch.tensor([[0.2, 0.4, 0.0, 0.6]]), "b": start["b"]}
     clients = [ScriptedClient(0, 2, 2, low), ScriptedClient(1, 2, 32, lambda _: high)]
-    strategy = ProWD(ProWDOptions(**ALONE, low_bit_weight=0.5), quantized=["w"])
+    strategy = ProWD(ProWDOptions(**ALONE, low_bit_weight=0.5), with_w())
     new = run_round(strategy, federation(clients, start), start)
     aligned = torch.tensor([[-0.7, 1.3, 0.0, 0.6]])
     moved = (0.5 * aligned + (high["w"] - start["w"])) / 1.5
@@ -149,7 +144,7 @@ def test_a_group_is_aligned_with_all_groups_above_it():
         ScriptedClient(1, 3, 4, moving_by_codes(4, lambda c: by[4] * (c.abs() < 7)), examples[4]),
         ScriptedClient(2, 3, 32, lambda s: {**s, "w": s["w"] + high}, examples[32]),
     ]
-    strategy = ProWD(ProWDOptions(**ALONE, low_bit_weight=0.4), quantized=["w"])
+    strategy = ProWD(ProWDOptions(**ALONE, low_bit_weight=0.4), with_w())
     new = run_round(strategy, federation(clients, start), start)
 
     moved = {32: high.double().numpy()}
@@ -171,7 +166,7 @@ def test_without_a_higher_group_the_drift_seen_last_is_taken_out():
     low = ScriptedClient(0, 2, 4, moving_by_codes(4, lambda c: inward(c, 4)))
     high = Absent(1, 2, 32, lambda s: s, rounds=(2, 4))
     grid = federation([low, high], start)
-    strategy = ProWD(ProWDOptions(**ALONE), quantized=["w"])
+    strategy = ProWD(ProWDOptions(**ALONE), with_w())
 
     # Nothing was seen yet: the drift goes into the model.
     codes, scale = on_grid(start["w"], 4)
@@ -199,7 +194,7 @@ def test_the_drift_is_remembered_by_width():
     four = Absent(1, 3, 4, moving_by_codes(4, lambda c: moves() * (c.abs() < 7)), rounds=(2,))
     high = Absent(2, 3, 32, lambda s: s, rounds=(1,))
     grid = federation([two, four, high], start)
-    strategy = ProWD(ProWDOptions(**ALONE, low_bit_weight=0.3), quantized=["w"])
+    strategy = ProWD(ProWDOptions(**ALONE, low_bit_weight=0.3), with_w())
     torch.testing.assert_close(run_round(strategy, grid, start, 1)["w"], start["w"])
     codes, scale = on_grid(start["w"], 4)
     moved = moves() * (codes.abs() < 7) * scale[:, None]
@@ -232,8 +227,8 @@ def test_alignment_is_measured_from_what_the_clients_were_sent():
         return Update(3, "weights", {"w": QuantizedTensor(moved, sent.scale)}, {"b": received["b"]})
 
     clients = [ScriptedClient(0, 2, 3, low), ScriptedClient(1, 2, 32, lambda s: s)]
-    strategy = ProWD(ProWDOptions(**ALONE), broadcast="calibrated", quantized=["w"])
-    strategy.round_calibrated = floor
+    context = with_w(broadcast="calibrated", round_calibrated=floor)
+    strategy = ProWD(ProWDOptions(**ALONE), context)
     new = run_round(strategy, federation(clients, start), start)
     torch.testing.assert_close(new["w"], start["w"])
 
@@ -257,8 +252,8 @@ def test_with_float32_clients_alone_it_is_fedavg(own_normalization, broadcast):
 
     options = ProWDOptions(align=True, own_normalization=own_normalization)
     prowd, average = (
-        run(ProWD(options, broadcast=broadcast, quantized=["w"])),
-        run(FedAvg(quantized=["w"])),
+        run(ProWD(options, with_w(broadcast=broadcast))),
+        run(FedAvg(context=with_w())),
     )
     assert float(average["b"][0]) == pytest.approx(2 * (0 * 5 + 1 * 6 + 2 * 7) / 18)
     for name in start:
@@ -272,7 +267,9 @@ def test_a_channel_of_zeros_does_not_ruin_the_model():
         ScriptedClient(1, 2, 32, lambda s: {n: t + 0.01 for n, t in s.items()}),
     ]
     new = run_round(
-        ProWD(ProWDOptions(**ALONE), quantized=["w"]), federation(clients, start), start
+        ProWD(ProWDOptions(**ALONE), with_w()),
+        federation(clients, start),
+        start,
     )
     assert (new["w"] - start["w"]).abs().max() < 1
 
@@ -325,7 +322,8 @@ def test_each_width_gets_its_own_normalization_and_the_common_weights(broadcast)
     ]
     grid = federation(clients, NORMALIZED)
     strategy = ProWD(
-        ProWDOptions(**OWN), broadcast=broadcast, fraction_evaluate=1.0, quantized=["w"]
+        ProWDOptions(**OWN),
+        with_w(broadcast=broadcast, fraction_evaluate=1.0),
     )
     new = run_round(strategy, grid, NORMALIZED, 1)
     # Weighted by examples: (1 * 10 + 2 * 30) / 40; 5; (6 + 8) / 2. The widest's is the global.
@@ -361,7 +359,8 @@ def test_without_it_all_get_the_same():
     clients = [ScriptedClient(0, 2, 4, adding(1.0)), ScriptedClient(1, 2, 32, adding(2.0))]
     grid = federation(clients, NORMALIZED)
     strategy = ProWD(
-        ProWDOptions(**{**OWN, "own_normalization": False}, low_bit_weight=0.3), quantized=["w"]
+        ProWDOptions(**{**OWN, "own_normalization": False}, low_bit_weight=0.3),
+        with_w(),
     )
     new = run_round(strategy, grid, NORMALIZED, 1)
     run_round(strategy, grid, new, 2)
@@ -377,7 +376,9 @@ def test_low_bit_normalization_does_not_reach_the_global_model_nor_the_other_way
     for low in (1.0, 50.0):
         clients = [ScriptedClient(0, 2, 4, adding(low)), ScriptedClient(1, 2, 32, adding(2.0))]
         new = run_round(
-            ProWD(ProWDOptions(**OWN), quantized=["w"]), federation(clients, NORMALIZED), NORMALIZED
+            ProWD(ProWDOptions(**OWN), with_w()),
+            federation(clients, NORMALIZED),
+            NORMALIZED,
         )
         results.append(new)
     assert all(torch.equal(results[0][n], results[1][n]) for n in ONE_DIMENSIONAL)
@@ -388,7 +389,7 @@ def test_a_round_without_the_widest_leaves_the_global_normalization():
     low = ScriptedClient(0, 2, 4, adding(1.0))
     high = Absent(1, 2, 32, adding(2.0), rounds=(2,))
     grid = federation([low, high], NORMALIZED)
-    strategy = ProWD(ProWDOptions(**OWN), quantized=["w"])
+    strategy = ProWD(ProWDOptions(**OWN), with_w())
     first = run_round(strategy, grid, NORMALIZED, 1)
     assert strategy.round_log.aggregated == [0]
     assert all(torch.equal(first[n], NORMALIZED[n]) for n in ONE_DIMENSIONAL)
@@ -408,7 +409,7 @@ def test_a_width_that_is_absent_keeps_its_normalization():
     low = Absent(0, 2, 4, adding(1.0), rounds=(1,))
     high = ScriptedClient(1, 2, 32, adding(2.0))
     grid = federation([low, high], NORMALIZED)
-    strategy = ProWD(ProWDOptions(**OWN), quantized=["w"])
+    strategy = ProWD(ProWDOptions(**OWN), with_w())
     state = NORMALIZED
     for server_round in (1, 2, 3):
         state = run_round(strategy, grid, state, server_round)
@@ -419,7 +420,7 @@ def test_a_width_that_is_absent_keeps_its_normalization():
 def test_without_float32_clients_the_widest_group_gives_the_global_normalization():
     clients = [ScriptedClient(0, 2, 2, adding(1.0)), ScriptedClient(1, 2, 8, adding(2.0))]
     grid = federation(clients, NORMALIZED)
-    strategy = ProWD(ProWDOptions(**OWN), quantized=["w"])
+    strategy = ProWD(ProWDOptions(**OWN), with_w())
     new = run_round(strategy, grid, NORMALIZED, 1)
     torch.testing.assert_close(new["b"], torch.full((4,), 2.0))
     run_round(strategy, grid, new, 2)
@@ -463,12 +464,13 @@ class Obedient(ScriptedClient):
         return to_bits({n: t + self.step for n, t in received.items()}, self.bits)
 
 
-BROADCASTING = [*(name for name in STRATEGIES if name != "flwr"), "flwr:FedAdam"]
+BROADCASTING = [f"{name}:FedAdam" if k.suffix else name for name, k in STRATEGIES.items()]
 
 
 def make(name, broadcast):
     kind, _, inner = name.partition(":")
-    return STRATEGIES[kind](broadcast=broadcast, **({"name": inner} if inner else {}))
+    context = with_w(broadcast=broadcast, round_calibrated=ceiling)
+    return STRATEGIES[kind].named(inner)(context=context)
 
 
 PLAIN = {"w": NORMALIZED["w"], "b": torch.zeros(4)}
@@ -499,7 +501,6 @@ def sent_codes(grid):
 def test_low_bit_clients_get_codes_of_their_own_width(name, broadcast):
     clients, grid = plain_grid()
     strategy = make(name, broadcast)
-    strategy.round_calibrated = ceiling
     new = run_round(strategy, grid, PLAIN, 1)
     for partition, (_, update) in sent_codes(grid).items():
         bits = clients[partition].bits
@@ -542,9 +543,9 @@ def test_in_float32_all_get_the_same_model_but_for_what_is_a_widths_own(name):
 
 def test_clients_of_one_width_share_one_payload_and_bytes_are_counted():
     _, grid = plain_grid()
-    strategy = FedAvg(quantized=["w"], broadcast="calibrated")
     calls = []
-    strategy.round_calibrated = lambda s, bits: calls.append(bits) or ceiling(s, bits)
+    noted = lambda s, bits: calls.append(bits) or ceiling(s, bits)  # noqa: E731
+    strategy = FedAvg(context=with_w(broadcast="calibrated", round_calibrated=noted))
     run_round(strategy, grid, PLAIN, 1)
     assert sorted(calls) == [2, 4, 16]
     sizes = {}
@@ -560,8 +561,9 @@ def test_clients_of_one_width_share_one_payload_and_bytes_are_counted():
 @pytest.mark.parametrize("broadcast", ["nearest", "calibrated"])
 def test_clients_that_evaluate_get_codes_of_their_own_width(broadcast):
     _, grid = plain_grid()
-    strategy = FedAvg(quantized=["w"], broadcast=broadcast, fraction_evaluate=1.0)
-    strategy.round_calibrated = ceiling
+    strategy = FedAvg(
+        context=with_w(broadcast=broadcast, fraction_evaluate=1.0, round_calibrated=ceiling)
+    )
     ask_to_evaluate(strategy, grid, PLAIN, 1)
     asked = [m for m in grid.sent if m.metadata.message_type == "evaluate"]
     assert len(asked) == 5
@@ -576,7 +578,9 @@ def test_clients_that_evaluate_get_codes_of_their_own_width(broadcast):
 
 def test_fixed_point_weights_are_rounded_to_nearest_with_their_one_step():
     _, grid = plain_grid()
-    strategy = FedAvg(quantized=["w"], broadcast="nearest", weight_step=0.25)
+    strategy = FedAvg(
+        context=with_w(broadcast="nearest", low_bit_training="strict", weight_step=0.25)
+    )
     run_round(strategy, grid, PLAIN, 1)
     for partition, (_, update) in sent_codes(grid).items():
         bits = (2, 4, 16, 32, 4)[partition]
@@ -592,10 +596,13 @@ def test_fixed_point_weights_are_rounded_to_nearest_with_their_one_step():
 
 
 def test_model_for_takes_the_state_of_the_width():
-    strategy = FedAvg(quantized=["w"], broadcast="calibrated")
-    strategy.state_for = lambda bits, state: {n: t + bits for n, t in state.items()}
+    class Shifted(FedAvg):
+        def state_for(self, bits, state):
+            return {n: t + bits for n, t in state.items()}
+
     seen = []
-    strategy.round_calibrated = lambda s, bits: seen.append((s, bits)) or ceiling(s, bits)
+    noted = lambda s, bits: seen.append((s, bits)) or ceiling(s, bits)  # noqa: E731
+    strategy = Shifted(context=with_w(broadcast="calibrated", round_calibrated=noted))
     assert_same_update(
         strategy.model_for(4, PLAIN), ceiling({n: t + 4 for n, t in PLAIN.items()}, 4)
     )

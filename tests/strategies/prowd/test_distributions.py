@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from federation import ScriptedClient, federation
+from federation import ScriptedClient, federation, with_w
 from specs import to_bits
 
 from exchange.states import to_arrays, to_state
@@ -74,8 +74,7 @@ def a_round(detailed):
         ScriptedClient(1, 2, 32, lambda _: moved),
     ]
     grid = federation(clients, start)
-    strategy = ProWD(quantized=["w"])
+    strategy = ProWD(context=with_w(detailed=lambda server_round: detailed))
     messages = strategy.configure_train(1, to_arrays(start), None, grid)
-    strategy.round_log.detailed = detailed
     arrays, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))
     return strategy, to_state(arrays)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from federation import ScriptedClient, federation, run_round
+from federation import ScriptedClient, federation, run_round, with_w
 from specs import spec_of_state, to_bits
 
 from core.errors import SettingsError
@@ -43,7 +43,7 @@ def clients_that_move(low_codes_move, high_move, low_examples=10):
 
 def test_client_start_reference_takes_the_rounding_error_of_the_start_out():
     clients, scale = clients_that_move([0, 1, -1, 0], [0.0, 0.2, 0.4, 0.0])
-    strategy = ProWD(ProWDOptions(**UNTRAINED))
+    strategy = ProWD(ProWDOptions(**UNTRAINED), with_w())
     new = run_round(strategy, federation(clients, START), START)
     step = float(scale[0])
     # By hand: the low-bit client moved by [0, 1, -1, 0] steps, the other by its floats; the mean
@@ -55,7 +55,7 @@ def test_client_start_reference_takes_the_rounding_error_of_the_start_out():
 
 def test_global_reference_keeps_it():
     clients, scale = clients_that_move([0, 0, 0, 0], [0.0, 0.0, 0.0, 0.0])
-    strategy = ProWD(ProWDOptions(reference="global", **UNTRAINED))
+    strategy = ProWD(ProWDOptions(reference="global", **UNTRAINED), with_w())
     new = run_round(strategy, federation(clients, START), START)
     dequantized = torch.tensor([[7.0, 0.0, -2.0, 1.0]]) * scale
     torch.testing.assert_close(new["w"], (dequantized + START["w"]) / 2)
@@ -64,7 +64,7 @@ def test_global_reference_keeps_it():
 
 def test_low_bit_weight_scales_the_low_group_only():
     clients, scale = clients_that_move([1 - 1, 1, 0, 0], [0.0, 0.0, 0.0, 0.0], low_examples=30)
-    strategy = ProWD(ProWDOptions(**{**UNTRAINED, "low_bit_weight": 0.5}))
+    strategy = ProWD(ProWDOptions(**{**UNTRAINED, "low_bit_weight": 0.5}), with_w())
     new = run_round(strategy, federation(clients, START), START)
     # Shares: 30 * 0.5 = 15 against 10. Second entry moves by one step in the low group alone.
     assert float(new["w"][0, 1]) == pytest.approx(0.1 + float(scale[0]) * 15 / 25, abs=1e-6)
@@ -76,7 +76,7 @@ def test_masked_coordinates_are_left_to_the_high_group():
     # (entries 0 and 3 do not move and do not count).
     clients, scale = clients_that_move([0, 1, -1, 0], [0.0, 0.5, 0.5, 0.0])
     options = {**UNTRAINED, "mask_at_least": 0.0}
-    new = run_round(ProWD(ProWDOptions(**options)), federation(clients, START), START)
+    new = run_round(ProWD(ProWDOptions(**options), with_w()), federation(clients, START), START)
     step = float(scale[0])
     expected = START["w"] + torch.tensor([[0, (step + 0.5) / 2, 0.5, 0]])
     torch.testing.assert_close(new["w"], expected)
@@ -91,7 +91,7 @@ def test_the_posters_literal_form_divides_by_all_clients():
         normalization="clients",
         aggregate="weights",
     )
-    strategy = ProWD(options)
+    strategy = ProWD(options, with_w())
     new = run_round(strategy, federation(clients, START), START)
     step = float(scale[0])
     # Low-bit weights: codes [7, 1, -3, 1] * step; their movement from the global model against
@@ -109,7 +109,7 @@ def test_homogeneous_float32_clients_make_it_fedavg():
         {n: torch.randn(t.shape, generator=generator) for n, t in START.items()} for _ in range(4)
     ]
     results = []
-    for strategy in (FedAvg(), ProWD()):
+    for strategy in (FedAvg(context=with_w()), ProWD(context=with_w())):
         clients = [ScriptedClient(i, 4, 32, lambda _, i=i: sent[i], 5 + i) for i in range(4)]
         results.append(run_round(strategy, federation(clients, START), START))
     for name in START:
@@ -131,7 +131,7 @@ def test_a_trained_dequantizer_brings_qat_weights_nearer_to_the_truth():
         options = ProWDOptions(
             **{**UNTRAINED, "finetune_every": finetune_every}, finetune_steps=150
         )
-        strategy = ProWD(options, low_bit_training="qat")
+        strategy = ProWD(options, with_w(low_bit_training="qat"))
         clients = [
             ScriptedClient(0, 2, 4, lambda _: to_bits(truth, 4)),
             ScriptedClient(1, 2, 32, lambda _: truth),
@@ -149,7 +149,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
     start = noisy_start()
 
     def run(seed):
-        strategy = ProWD(ProWDOptions(finetune_every=1), seed=seed, low_bit_training="strict")
+        strategy = ProWD(
+            ProWDOptions(finetune_every=1), with_w(seed=seed, low_bit_training="strict")
+        )
         clients = [
             ScriptedClient(0, 2, 4, lambda s: {n: t * 0.9 for n, t in s.items()}),
             ScriptedClient(1, 2, 32, lambda s: {n: t * 0.8 for n, t in s.items()}),
@@ -163,7 +165,10 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
 def test_distillation_uses_the_servers_buffer():
     start = noisy_start()
     inputs = torch.randn(8, 24, generator=torch.Generator().manual_seed(2))
-    strategy = ProWD(ProWDOptions(finetune_every=1), predict=lambda s: inputs @ s["w"].T + s["b"])
+    strategy = ProWD(
+        ProWDOptions(finetune_every=1),
+        with_w(predict=lambda s: inputs @ s["w"].T + s["b"]),
+    )
     clients = [
         ScriptedClient(0, 2, 4, lambda s: {n: t * 0.9 for n, t in s.items()}),
         ScriptedClient(1, 2, 32, lambda s: {n: t * 0.8 for n, t in s.items()}),
@@ -177,7 +182,7 @@ def test_fine_tuning_that_leaves_the_numbers_is_undone(caplog):
     start, factor = noisy_start(), [1.0]
     inputs = torch.randn(8, 24, generator=torch.Generator().manual_seed(2))
     options = ProWDOptions(finetune_every=1)
-    strategy = ProWD(options, predict=lambda s: factor[0] * (inputs @ s["w"].T + s["b"]))
+    strategy = ProWD(options, with_w(predict=lambda s: factor[0] * (inputs @ s["w"].T + s["b"])))
     shrink = lambda s: {n: 0.9 * t for n, t in s.items()}  # noqa: E731
     grid = federation([ScriptedClient(i, 2, b, shrink) for i, b in enumerate((4, 32))], start)
     run_round(strategy, grid, start)
@@ -199,7 +204,7 @@ def test_fine_tuning_that_leaves_the_numbers_is_undone(caplog):
 
 def test_the_ladder_follows_the_widths_of_the_federation():
     start = noisy_start()
-    strategy = ProWD()
+    strategy = ProWD(context=with_w())
     clients = [ScriptedClient(i, 3, b, lambda s: s) for i, b in enumerate((3, 8, 32))]
     run_round(strategy, federation(clients, start), start)
     assert strategy.dequantizer.ladder == (3, 6, 8, 12, 32)
@@ -207,7 +212,7 @@ def test_the_ladder_follows_the_widths_of_the_federation():
 
 def test_a_ladder_that_grows_keeps_the_blocks_it_has():
     start = noisy_start()
-    strategy = ProWD(ProWDOptions(finetune_every=1), node_wait=0.5)
+    strategy = ProWD(ProWDOptions(finetune_every=1), with_w(node_wait=0.5))
     shrink = lambda s: {n: 0.9 * t for n, t in s.items()}  # noqa: E731
     grid = federation([ScriptedClient(i, 3, b, shrink) for i, b in enumerate((4, 32))], start)
     run_round(strategy, grid, start, 1)
@@ -217,7 +222,9 @@ def test_a_ladder_that_grows_keeps_the_blocks_it_has():
     late = ScriptedClient(2, 3, 2, shrink)
     late.spec = spec_of_state(start)
     grid.nodes[102] = late
-    strategy.options = ProWDOptions(finetune_every=0)
+    tuned = strategy
+    strategy = ProWD(ProWDOptions(finetune_every=0), with_w(node_wait=0.5))
+    strategy.restore(*tuned.checkpoint())
     run_round(strategy, grid, start, 2)
     assert strategy.dequantizer.ladder == (2, 4, 8, 16, 32)
     kept = strategy.dequantizer.blocks["4"].state_dict()
@@ -231,7 +238,7 @@ def test_a_ladder_that_grows_keeps_the_blocks_it_has():
 def test_the_posters_one_nth_counts_clients_not_examples():
     clients, _ = clients_that_move([0, 0, 0, 0], [0.0, 0.0, 0.0, 0.0], low_examples=90)
     options = ProWDOptions(**UNTRAINED, normalization="clients")
-    new = run_round(ProWD(options), federation(clients, START), START)
+    new = run_round(ProWD(options, with_w()), federation(clients, START), START)
     # Biases 1 (90 examples) and 3 (10 examples): (1 + 3) / 2.
     assert new["b"].tolist() == [2.0]
 
@@ -248,7 +255,7 @@ def test_fine_tuning_comes_before_lifting(dequantize):
             ScriptedClient(0, 2, 4, lambda _: to_bits(truth, 4)),
             ScriptedClient(1, 2, 32, lambda _: truth),
         ]
-        strategy = ProWD(ProWDOptions(**{**options, "finetune_every": every}))
+        strategy = ProWD(ProWDOptions(**{**options, "finetune_every": every}), with_w())
         return run_round(strategy, federation(clients, start), start)["w"]
 
     assert not torch.equal(model(0), model(1))
@@ -283,7 +290,7 @@ def test_the_servers_step_and_momentum_by_hand(own_normalization):
     options = ProWDOptions(
         server_learning_rate=1.5, server_momentum=0.5, own_normalization=own_normalization
     )
-    strategy = ProWD(options, norm_bound=0)
+    strategy = ProWD(options, with_w(norm_bound=0))
     grid = federation([ScriptedClient(i, 2, 32, train) for i in range(2)], state)
     # The velocity is 1, then 1 + 0.5 * 1 = 1.5, then 1.75; each is applied 1.5 times.
     for server_round, (weight, bias) in enumerate([(1.5, 3), (3.75, 6), (6.375, 9)], start=1):
