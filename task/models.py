@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from core.errors import SettingsError
 from core.files import is_utf8, printable
 from core.reference import in_one_line, is_reference, load_reference
+from core.seeds import seed_torch
 from quant import LARGEST_VALUE, federated_state, is_finite
 
 # A pixel x of 0..255 enters the network as PIXEL_SCALE * x + PIXEL_OFFSET, in -2..2.
@@ -119,7 +120,7 @@ def build_model(name: str, channels: int, size: int, num_classes: int, seed: int
     with torch.random.fork_rng(devices=[]):
         # Before the seed: an import may draw random numbers, and only the first one does.
         factory = load_reference("model", name) if is_reference(name) else None
-        torch.manual_seed(seed)
+        seed_torch(seed)
         if name in MODELS:
             model = MODELS[name](channels, num_classes)
         elif is_reference(name):

@@ -20,7 +20,7 @@ from core.devices import device_of
 from core.errors import SettingsError
 from core.mix import check_client_bits
 from core.reference import in_one_line
-from core.seeds import Stream, derive_seed, drawn_under
+from core.seeds import Stream, derive_seed, drawn_under, seed_torch
 from core.settings import Settings
 from quant import (
     FLOAT_BITS,
@@ -194,7 +194,7 @@ def train(
     -------
     Trained
     """
-    torch.manual_seed(seed)
+    seed_torch(seed, device)
     rng = np.random.default_rng(seed)
     names = federated_state(model).keys()
     if config.bits != FLOAT_BITS:
@@ -422,7 +422,7 @@ def _computed_around(network: nn.Module, images: np.ndarray) -> str:
 
 def _logits(network: nn.Module, images: np.ndarray, training: bool) -> Tensor:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        seed_torch(0)
         network.train(training)
         return network(to_input(images, device_of(network)))
 

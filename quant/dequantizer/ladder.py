@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from core.arguments import check_tensors
 from core.bits import FLOAT_BITS, MAX_BITS
+from core.seeds import seed_torch
 from quant.grid import largest_code, per_channel
 from quant.update import QuantizedTensor, quantize_fitted
 
@@ -189,7 +190,7 @@ class ProgressiveDequantizer(nn.Module):
         }
         self.depth = {name: i / max(len(names) - 1, 1) for i, name in enumerate(names)}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            seed_torch(seed)
             blocks = [_block(num_features) for _ in self.ladder[:-1]]
         self.blocks = nn.ModuleDict(
             {str(bits): block for bits, block in zip(self.ladder, blocks, strict=False)}
