@@ -60,7 +60,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         whole = json.loads(metadata["prowd"])
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         is_whole = whole["sha256"] == _checksum(whole["head"], arrays)
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except KeyError:
+        raise DamagedError("it has no checksum; an earlier version wrote it") from None
+    except (SafetensorError, TypeError, ValueError, RecursionError) as error:
         raise DamagedError(reason(error)) from None
     if not is_whole or not isinstance(whole["head"], dict):
         raise DamagedError("its checksum is of something else")

@@ -399,7 +399,7 @@ RESUMES = [
     ("config.json", b"[]", MORE, "{}/config.json cannot be read: no object"),
     ("config.json", PIPE, MORE, "{}/config.json cannot be read: it is no regular file"),
     ("config.json", DEEP, MORE, "{}/config.json cannot be read: maximum recursion depth"),
-    (LAST, PIPE, MORE, f"{{}}/{LAST} is no regular file"),
+    (LAST, PIPE, MORE, f"{{}}/{LAST} is no checkpoint that can be read: it is no regular file"),
     (
         "rounds.jsonl",
         PIPE,

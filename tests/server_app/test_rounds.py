@@ -319,14 +319,16 @@ def test_tensorboard_shows_all_that_the_line_of_a_round_shows(tmp_path, monkeypa
     monkeypatch.setattr("server_app.rounds.log", log)
     # So that some time is left after the first round: 1000 s a reading of the clock.
     readings = itertools.count(step=1000.0)
-    monkeypatch.setattr("server_app.rounds.time", SimpleNamespace(monotonic=readings.__next__))
+    clock = SimpleNamespace(monotonic=readings.__next__)
+    for module in ("server_app.rounds", "strategies.base"):
+        monkeypatch.setattr(f"{module}.time", clock)
     folder = run(tmp_path, clients=3, fraction_evaluate=1.0, evaluate_every=2)
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
     rounds = [line for line in lines if line.startswith("round ")]
     assert rounds == [line_of(board, server_round, 2) for server_round in (1, 2)]
     assert "not evaluated" in rounds[0]
-    # Six readings until the first round is recorded, and another round to come.
-    assert rounds[0].endswith(" | 4000.0 s, 1:40:00 left")
+    # Five readings until the first round is recorded, and another round to come.
+    assert rounds[0].endswith(" | 3000.0 s, 1:23:20 left")
     assert "(1 failed, 1 not in the evaluation)" in rounds[1]
     assert rounds[1].endswith(", 0:00 left")
 
