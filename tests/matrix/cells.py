@@ -24,6 +24,7 @@ OWN_SETTINGS: dict[str, dict[str, object]] = {
     "fedcom": {"fedcom-server-learning-rate": SERVER_STEP},
     "fedcomgate": {"fedcomgate-server-learning-rate": SERVER_STEP},
     "grouped-avg": {},
+    "grouped-avg-asymmetric": {},
     "local": {},
     "flwr:FedAvg": {},
     "flwr:FedAdam": {"flwr-arguments": "eta = 0.01"},
