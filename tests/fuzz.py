@@ -1,6 +1,6 @@
 """Mutated payloads against the decoder: refused with `UpdateError`, or a sane update; nothing else.
 
-The test suite runs 100,000 (tests/quant/codec/test_fuzz.py). A million, from the project's root::
+The test suite runs 40,000 (tests/quant/codec/test_fuzz.py). A million, from the project's root::
 
     python -m tests.fuzz --count 1000000
 

@@ -346,7 +346,6 @@ def run(tmp_path, monkeypatch, **settings):
     [
         ("prowd", "auto", "strict"),
         ("grouped-avg", "calibrated", "qat"),
-        ("fedcom", "nearest", "strict"),
     ],
 )
 def test_clients_start_on_exactly_the_codes_that_were_evaluated(
