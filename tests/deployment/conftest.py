@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from containers import PATIENCE, Containers, wait_until
 
+from core.reference import PACKAGES
+
 PROJECT = Path(__file__).parents[2]
 NUM_SITES = 4
 
@@ -188,7 +190,7 @@ def story(rehearsal):
 
 def copy_app(source: Path, folder: Path) -> None:
     """Write a copy of the app with the faults in its ClientApp and a clock in its ServerApp."""
-    for name in ("client_app", "prowd", "quant", "server_app", "strategies", "task"):
+    for name in PACKAGES:
         shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("LICENSE", "README.md"):
         shutil.copy(source / name, folder / name)

@@ -34,9 +34,8 @@ assert {name.partition(":")[0] for name in OWN_SETTINGS} == set(STRATEGIES)
 # Images of each client: of different numbers, so that a mean without weights is another one, and
 # so that some take three steps and others two.
 EXAMPLES = (9, 14, 8, 12, 10)
+# The last is the one in which it is killed.
 ROUNDS = 2
-# It is killed in the round after this one.
-KEPT_ROUND = 1
 
 
 @dataclass(frozen=True)
