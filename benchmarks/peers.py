@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -189,7 +190,7 @@ def _size_and_error_beside_nvflare(form: str, widest: int) -> list[Figure]:
     ]
 
 
-def _nvflare_computes_on(device: str) -> AbstractContextManager:
+def _nvflare_computes_on(device: str) -> AbstractContextManager[object]:
     """Let NVFlare, which takes everything to a GPU first, compute where things are."""
     return patch.object(Tensor, "cuda", lambda self: self) if device == "cpu" else nullcontext()
 
@@ -198,7 +199,7 @@ def _normal_weights() -> Tensor:
     return torch.randn(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(0))
 
 
-def _nvflare_quantizer(form: str) -> Callable[[Tensor], tuple[dict, dict]]:
+def _nvflare_quantizer(form: str) -> Callable[[Tensor], tuple[dict[str, Any], dict[str, Any]]]:
     """Return what makes NVFlare's values, and what is needed to read them, of weights."""
     from nvflare.apis.fl_context import FLContext
     from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
@@ -206,7 +207,7 @@ def _nvflare_quantizer(form: str) -> Callable[[Tensor], tuple[dict, dict]]:
     quantizer = ModelQuantizer(quantization_type=form)
     quantizer.log_info = lambda *_: None
 
-    def quantize(weights: Tensor) -> tuple[dict, dict]:
+    def quantize(weights: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
         values, states, _ = quantizer.quantization({"w": weights.numpy()}, FLContext())
         return values, states
 

@@ -133,7 +133,8 @@ def parse_assignments(text: str) -> dict[str, Any]:
         raise ValueError(f"write it as eta = 0.1, tau = 0.001 ({error})") from None
     if list(document) != ["values"]:
         raise ValueError("write it as eta = 0.1, tau = 0.001")
-    return document["values"]
+    values: dict[str, Any] = document["values"]
+    return values
 
 
 def format_assignments(values: Mapping[str, object]) -> str:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, get_args
 
 from flwr.app import ConfigRecord, Message
 
@@ -155,7 +155,7 @@ def completed(instruction: Instruction, by_broadcast: int, owner: str) -> Instru
     return replace(instruction, downlink_bits=downlink)
 
 
-def with_config(messages: Iterable[Message], config: Mapping | None) -> list[Message]:
+def with_config(messages: Iterable[Message], config: Mapping[str, Any] | None) -> list[Message]:
     """Add to messages what Flower's `start` was given for the clients, if anything was."""
     messages = list(messages)
     if config:

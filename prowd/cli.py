@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         try:
             given = _parser().parse_args(arguments)
-            return given.command(given)
+            return int(given.command(given))
         finally:
             # Here, so that what it fails at is not left to the interpreter's end.
             if sys.stdout is not None:  # It is None where a shell closed it.

@@ -77,7 +77,7 @@ def naming(tensor: str) -> Iterator[None]:
 @cache
 def largest_code(bits: int) -> int:
     """Return the largest code of the grid, ``2**(bits - 1) - 1``."""
-    return 2 ** (check_bits(bits) - 1) - 1
+    return (1 << (check_bits(bits) - 1)) - 1
 
 
 def code_type(bits: int) -> torch.dtype:

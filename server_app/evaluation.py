@@ -126,6 +126,7 @@ def make_predict(
         parameters = {n: weights[n].to(device) for n, _ in network.named_parameters()}
         # Fresh buffers each time: training mode writes its running statistics into them.
         fresh = {name: b.clone() for name, b in buffers.items()}
-        return functional_call(network, {**parameters, **fresh}, (images,)).cpu()
+        logits: Tensor = functional_call(network, {**parameters, **fresh}, (images,))
+        return logits.cpu()
 
     return predict

@@ -352,6 +352,6 @@ def versions() -> dict[str, str]:
 def _is_of(line: bytes, rounds: int) -> bool:
     """Whether a line holds one of the first rounds; one that was torn does not."""
     try:
-        return json.loads(line)["round"] <= rounds
+        return bool(json.loads(line)["round"] <= rounds)
     except (ValueError, KeyError, TypeError, RecursionError):
         return False

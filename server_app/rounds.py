@@ -82,7 +82,7 @@ def is_evaluated(settings: Settings, server_round: int) -> bool:
 def _why(entry: Mapping[str, Any]) -> str:
     """Return why no update was used, though somebody was asked."""
     unread = "the strategy has read no update that it was given"
-    return next(iter(entry["left_out"].values()), entry.get("dropped", unread))
+    return str(next(iter(entry["left_out"].values()), entry.get("dropped", unread)))
 
 
 def _end_if_nothing_is_used(

@@ -117,7 +117,7 @@ class MixedPrecisionStrategy(Strategy):
     # place: they need not be copied then. Whoever keeps something else says so again.
     replaces_kept = False
 
-    def __init_subclass__(cls, **kwargs) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "configure_train" in vars(cls):
             raise TypeError(

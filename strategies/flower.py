@@ -176,7 +176,7 @@ def _make(name: str, arguments: dict[str, Any]) -> FedAvg:
     if name not in flower_names():
         allowed = ", ".join(PREFIX + n for n in flower_names())
         raise SettingsError(f"strategy: {f'{PREFIX}{name}'!r} is none of {allowed}")
-    kind = getattr(flower_strategies, name)
+    kind: type[FedAvg] = getattr(flower_strategies, name)
     settable = _settable(kind)
     if _UNHEEDED in arguments and issubclass(kind, _ADAPTIVE):
         raise SettingsError(
@@ -233,7 +233,7 @@ def _as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["W", "C"]))
 
 
-def _rebuilt(kind: str, tensors: State) -> dict | list | ArrayRecord:
+def _rebuilt(kind: str, tensors: State) -> dict[str, np.ndarray] | list[np.ndarray] | ArrayRecord:
     """Make the attribute again that `_named` took apart."""
     if kind == "ArrayRecord":
         return to_arrays(tensors)

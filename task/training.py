@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from sys import float_info
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -424,7 +424,7 @@ def _logits(network: nn.Module, images: np.ndarray, training: bool) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network.train(training)
-        return network(to_input(images, device_of(network)))
+        return cast(Tensor, network(to_input(images, device_of(network))))
 
 
 @contextmanager

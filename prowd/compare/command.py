@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.errors import SettingsError
 from prowd.compare.checks import check_runs, may_differ
@@ -113,7 +114,7 @@ class Comparison:
         except SettingsError as error:  # The runs are not in vain: the table is there.
             print(f"prowd: there is no page: {error}", file=sys.stderr)
 
-    def _write_table(self, results: list[dict]) -> None:
+    def _write_table(self, results: list[dict[str, Any]]) -> None:
         if not results:
             return
         text, path = to_markdown(self.experiment.title, results), self.output_dir / "table.md"

@@ -222,7 +222,7 @@ def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return [run for run in unique(runs) if not run.completed]
 
 
-def _stop(run_id: str, process: subprocess.Popen, folder: Path) -> str:
+def _stop(run_id: str, process: subprocess.Popen[bytes], folder: Path) -> str:
     """End a run, which goes on where what follows it is ended; return how that went."""
     stopped = False
     with suppress(subprocess.TimeoutExpired):

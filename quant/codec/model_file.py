@@ -193,7 +193,7 @@ class PackedModel:
         return to_bytes({"version": _VERSION, "bits": self.bits, "shapes": shapes, **about}, arrays)
 
 
-def load_model(path: str | PathLike) -> PackedModel:
+def load_model(path: str | PathLike[str]) -> PackedModel:
     """Read a packed model from its file.
 
     Parameters

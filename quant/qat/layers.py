@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class QuantLayer(nn.Module):
         dtype = fn(self.weight.detach()[:0]).dtype
         if dtype != torch.float32:
             raise TypeError(_wrong_dtype(dtype))
-        return super()._apply(fn, recurse)
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # What `layer.weight = nn.Parameter(...)` calls.

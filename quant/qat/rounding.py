@@ -127,7 +127,7 @@ def second_moments(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
     For a convolution these are its patches; of many images only every n-th is looked at.
     """
     if isinstance(layer, nn.Linear):
-        rows = x.reshape(1, -1, x.shape[-1])
+        rows: Tensor = x.reshape(1, -1, x.shape[-1])
         rows = rows[:, :: -(-rows.shape[1] // _ROWS)]
         return rows.mT @ rows
     outputs = max(1, x.shape[2] * x.shape[3] // (layer.stride[0] * layer.stride[1]))

@@ -15,7 +15,7 @@ and every few rounds fine-tunes the dequantizer on the high-bit group's weights.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from logging import WARNING
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.common.logger import log
@@ -182,7 +182,7 @@ class ProWD(MixedPrecisionStrategy):
         quantized = {name: values[name] for name in self._quantized(values)}
         assert self.dequantizer is not None, "it is grown before anything is lifted"
         with torch.no_grad():
-            return self.dequantizer(quantized, bits, reference)
+            return cast(State, self.dequantizer(quantized, bits, reference))
 
     def _masks(
         self, server_round: int, means: dict[int, State], start: State, weights: State

@@ -80,12 +80,12 @@ class Dataset:
     @property
     def channels(self) -> int:
         """Channels of an image, 1 or 3."""
-        return self.train.pixels.shape[1]
+        return int(self.train.pixels.shape[1])
 
     @property
     def size(self) -> int:
         """Pixels a side."""
-        return self.train.pixels.shape[2]
+        return int(self.train.pixels.shape[2])
 
 
 def load_dataset(settings: Settings) -> Dataset:

@@ -108,7 +108,7 @@ def _read(path: Path, count: int, image_size: int) -> np.ndarray | None:
     """Read a cached array; None if there is none, or it is torn or another's."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            pixels = arrays["pixels"]
+            pixels: np.ndarray = arrays["pixels"]
         _check(pixels, count, image_size)
     except (FileNotFoundError, NotADirectoryError):
         return None

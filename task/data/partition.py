@@ -56,7 +56,7 @@ def client_images(settings: Settings, partition_id: int, num_partitions: int) ->
 def server_pixels(settings: Settings) -> np.ndarray:
     """Return the server's buffer: images without labels, uint8 ``[n, channels, size, size]``."""
     train = load_dataset(settings).train
-    return train.pixels[_in_order(settings, len(train))[: settings.server_buffer]]
+    return train[_in_order(settings, len(train))[: settings.server_buffer]].pixels
 
 
 def evaluation_images(settings: Settings) -> Images:
