@@ -33,7 +33,7 @@ from task.training import LocalTraining, ready_to_evaluate, train
 
 _OVERHEAD, _AHEAD, _SHARE = 1.25, 1.0, 0.10
 _FINETUNE_EVERY = 5
-# The poster's, which by default keep everything.
+# The paper's, which by default keep everything.
 _MASKS: dict[str, Setting] = {"prowd-mask-at-most": 0.5, "prowd-mask-at-least": 0.0}
 _IMAGES = 50_000
 _REPEATS = 3

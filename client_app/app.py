@@ -234,7 +234,7 @@ def _open(message: Message, context: Context) -> _Job:
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
     spec = spec_of(model)
     sent = model_in(message, spec)
-    # A client that sends nothing goes on from its own model while it has one, whatever it was sent.
+    # A client that sends nothing continues from its own model while it has one.
     if instruction.uplink == "nothing" and has_model(context.state):
         state, scales = own_model(context.state)
         if message.metadata.message_type == MessageType.TRAIN:

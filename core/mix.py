@@ -1,4 +1,4 @@
-"""The mix of bit-widths in a simulated federation: shares by width, dealt to the partitions."""
+"""The mix of bit-widths in a simulated federation: shares by width, assigned to partitions."""
 
 from math import floor
 from typing import Any

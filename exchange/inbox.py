@@ -217,7 +217,7 @@ def warn_of_left_out(
         if reason := reasons.get(client.partition_id):
             log(
                 WARNING,
-                "Round %d goes on without node %d (partition %d): %s",
+                "Round %d continues without node %d (partition %d): %s",
                 server_round,
                 node_id,
                 client.partition_id,

@@ -46,8 +46,8 @@ class Nodes:
         A node that declares more is refused, as its claim is its weight in the mean.
     examples_of : callable or None
         ``f(partition_id, num_partitions)``: how many a partition has, where the server knows; a
-        node that declares more is refused. A `SettingsError` says that there is no such deal. It
-        may take its time, as it is asked of nodes that are about to take part.
+        node that declares more is refused. A `SettingsError` says that there is no such
+        partition. It may be slow: it is called only for nodes that are about to take part.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Nodes:
                 f"{self._why_few()}"
             )
         if not self._gathered and not complete:
-            log(WARNING, "Going on with %d of %d nodes", len(present), self.num_partitions)
+            log(WARNING, "Continuing with %d of %d nodes", len(present), self.num_partitions)
         self._welcome(present)
         self._gathered = True
         self._present = present
@@ -148,7 +148,7 @@ class Nodes:
 
     @property
     def num_partitions(self) -> int:
-        """Parts that the data is dealt into; 0 while no number has the most declarations."""
+        """Partitions of the data; 0 while no number has the most declarations."""
         if self._parts:
             return self._parts
         votes = self._votes()
@@ -177,7 +177,7 @@ class Nodes:
         """Return whether nobody need be waited for in the first gathering."""
         expected = self.num_partitions
         if self._before and expected != self._before:
-            # Those of the run that goes on may still come.
+            # Those of the resumed run may still come.
             return False
         heard = len(present)
         if not self._queries:
@@ -243,9 +243,9 @@ class Nodes:
         return {node_id: self._declared[node_id] for node_id in sorted(holders.values())}
 
     def _taking_part(self, late: bool) -> dict[int, Declaration]:
-        """Return who has a seat, held against the deal once that is asked of few.
+        """Return who has a seat, checked against the partition once few are present.
 
-        Who does not fit the deal is refused, and the next of the partition is seated.
+        A node that does not fit is refused, and the next of the partition is seated.
         """
         present = self._seated()
         if not (late or self._gathered or self._is_complete(present)):
@@ -258,7 +258,7 @@ class Nodes:
         return present
 
     def _misfit(self, declared: Declaration) -> str:
-        """Return what of a declaration does not fit the deal; empty if all does."""
+        """Return what of a declaration contradicts the partition; empty if all does."""
         if self._examples_of is None:
             return ""
         partition, parts = declared.partition_id, declared.num_partitions

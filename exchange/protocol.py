@@ -118,7 +118,7 @@ class Instruction(_Record):
         Width of a difference; 0 is the client's own.
     downlink_bits : int
         Width of the payload that carries the model, whatever the client's own is: 2 to 16, or 32
-        for float32; 0 if no model is sent and the client goes on from its own. By default the one
+        for float32; 0 if no model is sent and the client continues from its own. By default the one
         that `broadcast` leads to, which the strategy puts in before it sends the instruction.
     proximal_mu : float
         Factor of the proximal term against the received model; 0 leaves it out.

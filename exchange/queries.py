@@ -40,7 +40,7 @@ class Queries:
         self._later: dict[int, None] = {}
         self._failures: Counter[int] = Counter()
         self._in_vain: set[int] = set()
-        # Of the gathering that is going on: who is waited for, and since when.
+        # Of the current gathering: who is waited for, and since when.
         self._awaited: set[int] = set()
         self._since = 0.0
 

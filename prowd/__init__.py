@@ -57,7 +57,7 @@ class _OwnFirst(MetaPathFinder):
 
 
 def _refuse_others() -> None:
-    """Refuse to go on with somebody else's module under the name of one of prowd's own.
+    """Refuse another project's module under the name of one of prowd's own.
 
     Raises
     ------

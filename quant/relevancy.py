@@ -1,6 +1,6 @@
 """Relevancy masks: which coordinates of a low-bit group's movement may be mixed in.
 
-The poster asks for the binary mask ``c`` that maximizes the cosine between ``c * low`` and
+The paper asks for the binary mask ``c`` that maximizes the cosine between ``c * low`` and
 ``high``, at most a share ``tau`` of the coordinates being kept. With ``a = low`` and ``b = high``,
 
     max_c cos(c * a, b)^2 * |b|^2  =  max over (c, lam) of  2 lam <c, a b> - lam^2 <c, a^2>,
@@ -39,10 +39,10 @@ def relevancy_mask(
     low, high : Tensor
         Movements of the two groups, float, same shape.
     at_most : float
-        Largest share of coordinates kept: the poster's ``tau``.
+        Largest share of coordinates kept: the paper's ``tau``.
     at_least : float
         Smallest share of coordinates kept. 0.9 drops the least relevant tenth at most; 0 is the
-        poster's problem.
+        paper's problem.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def relevancy_mask(
 
     Notes
     -----
-    The first display of "Selective Weight Aggregation" in the ProWD poster.
+    The first equation of the paper's section "Selective Weight Aggregation".
     """
     check_kind("low", low, Tensor)
     check_kind("high", high, Tensor)

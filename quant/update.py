@@ -74,8 +74,8 @@ class Update:
 
     def dequantize(self) -> dict[str, Tensor]:
         """Return every tensor in float32, exactly as the sender holds it."""
-        lifted = {name: tensor.dequantize() for name, tensor in self.quantized.items()}
-        return {**lifted, **self.floats}
+        on_grid = {name: tensor.dequantize() for name, tensor in self.quantized.items()}
+        return {**on_grid, **self.floats}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ _STOPPED = (
     "Flower has ended this run: it was stopped (flwr stop), or its server was not heard of for "
     "about a minute"
 )
-_GOES_ON = "docs/resume.md says how to go on"
+_HOW_TO_RESUME = "docs/resume.md says how to resume"
 _NOT_BEGUN = (
     "Flower's simulation has ended before the first round: a signal stopped it, or it could not "
     "start, and its log says why"
@@ -152,7 +152,7 @@ class Ending:
         """
         threading.main_thread().join()
         if self._record is not None and self._record.round_begun:
-            self._fail(f"stopped by a signal, as SIGTERM; {_GOES_ON}")
+            self._fail(f"stopped by a signal, as SIGTERM; {_HOW_TO_RESUME}")
         else:  # It may have ended before it had this exit handler to call.
             self._fail(_NOT_BEGUN)
         time.sleep(FORCE_EXIT_TIMEOUT_SECONDS)
@@ -221,8 +221,8 @@ class _LastWords(logging.Filter):
                 return "federation-config: client-resources-num-cpus=0 is not allowed; 1 or more is"
             return f"Flower's simulation has ended: {explain(root, {})}"
         if superlink_ended:
-            return f"the SuperLink that started this run has ended; {_GOES_ON}"
-        return f"stopped by {_signal()}; {_GOES_ON}"
+            return f"the SuperLink that started this run has ended; {_HOW_TO_RESUME}"
+        return f"stopped by {_signal()}; {_HOW_TO_RESUME}"
 
 
 def _too_much(arguments: object) -> str:

@@ -95,7 +95,7 @@ def _why_idle(key: str, one: _Option, given: Mapping[str, object], simulated: bo
     known = STRATEGIES.get(strategy.partition(":")[0])
     idle = {} if known is None else known.idle
     if key in idle and given["broadcast"] in (idle[key] or (given["broadcast"],)):
-        # What goes on was told which device it is on, whatever the user gave.
+        # A resumed run was told its device, whatever the user gave.
         told = key == "server-device" and given["resume"]
         return "" if told else f"strategy={strategy}"
     if key == "bit-mix" and not simulated:
@@ -113,7 +113,7 @@ def _why_idle(key: str, one: _Option, given: Mapping[str, object], simulated: bo
         folder = user_path("resume", str(given["resume"]))
         here = folder.parent if key == "output-dir" else Path(folder.name)
         if user_path(key, str(given[key])) != here:
-            return "resume, which goes on with that run's record"
+            return "resume, which continues that run's record"
     return ""
 
 

@@ -69,7 +69,7 @@ def run_rounds(
         keep(server_round, to_state(arrays))
         log(INFO, "%s", format_round(entry, settings.num_server_rounds, left))
         _end_if_nothing_is_used(strategy, record, is_last=False)
-    # Also where no round was left to go on with.
+    # Also where no round was left to run.
     _end_if_nothing_is_used(strategy, record, is_last=True)
 
 
@@ -130,7 +130,7 @@ def _run_round(
         settings.strategy: trained.own,
     }
     if trained.dropped:
-        # Whom it was asked of, to count again when the run goes on.
+        # Whom it was asked of, to count again when the run is resumed.
         entry |= {"dropped": trained.dropped, "asked": sorted(trained.sampled)}
     if trained.unchanged:
         entry["unchanged"] = trained.unchanged
@@ -228,7 +228,7 @@ def format_round(entry: Mapping[str, Any], num_rounds: int, left: float) -> str:
 
 def _missing(clients: Mapping[str, int], not_evaluated: float) -> str:
     counts = {
-        "set aside": clients["rejected"],
+        "rejected": clients["rejected"],
         "failed": clients["failed"],
         "not in the evaluation": not_evaluated,
     }

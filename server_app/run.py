@@ -1,4 +1,4 @@
-"""One run from its settings to its last model: begun anew, or gone on with from a checkpoint."""
+"""One run from its settings to its last model: begun anew, or resumed from a checkpoint."""
 
 import uuid
 from collections.abc import Mapping
@@ -107,7 +107,7 @@ def prepare(
     grid : Grid, optional
         What its nodes are reached by; None where nobody is to be asked.
     client_key : str
-        Of a run that goes on; empty: it begins.
+        Of a resumed run; empty: it begins.
 
     Raises
     ------
@@ -139,8 +139,7 @@ def prepare(
     context = replace(
         choice.context,
         most_examples=len(data.train),
-        # Simulated clients run this code as well; the deal need not be made for them, which costs
-        # seconds.
+        # Simulated clients run this code as well; making the partition for them would cost seconds.
         examples_of=None if shared else partial(_examples_of, settings),
         quantized=quantizable_weights(model),
         predict=make_predict(model, buffer, device),
@@ -170,7 +169,7 @@ def _log_what_stays_float32(model: nn.Module) -> None:
 
 
 def _examples_of(settings: Settings, partition_id: int, num_partitions: int) -> int:
-    """Return how many images a client has: the server makes the deal that all others make."""
+    """Return how many images a client has: the server makes the same partition as all others."""
     return len(partition(settings, num_partitions).clients[partition_id])
 
 
@@ -234,7 +233,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
     else:
         done, model = saved.server_round, saved.model
         identity = replace(saved.identity, settings=run.all_settings)
-        log(INFO, "prowd: going on after round %d", done)
+        log(INFO, "prowd: resuming after round %d", done)
     checkpoints = Checkpoints(run.folder, identity)
 
     def keep(server_round: int, state: State) -> None:
@@ -280,5 +279,5 @@ def _refuse_completed(folder: Path, done: int, asked: int) -> None:
     if done == asked and status == "completed":
         raise SettingsError(
             f"resume: {printable(folder)} is completed with its {done} rounds; "
-            "a higher num-server-rounds goes on with it"
+            "a higher num-server-rounds resumes it"
         )

@@ -43,7 +43,7 @@ class UnusedRounds:
         self._reason = dropped or next(iter(left_out.values()), "none answered")
 
     def fatal(self, partitions: Collection[int], is_last: bool) -> str:
-        """Return why the run has failed; empty if it may go on.
+        """Return why the run has failed; empty if it may continue.
 
         Parameters
         ----------

@@ -89,7 +89,7 @@ class FedCOMGATE(FedCOM):
     Every client corrects its gradients by how its differences deviate from the average, and keeps
     that correction from round to round (`client_app.tracking`). Weighted by examples, the
     corrections of all clients sum to zero. That holds only while the same clients contribute to
-    every round; when one fails, is set aside, joins, or lost what it kept, a new epoch begins and
+    every round; when one fails, is rejected, joins, or lost what it kept, a new epoch begins and
     all start clean. All clients must train in every round, as in the paper.
 
     A client takes the average from the model that it is sent next, so that needs to be exact.

@@ -213,7 +213,7 @@ def _named(kept: object, owner: str, key: str) -> dict[str, np.ndarray]:
     Raises
     ------
     SettingsError
-        If it holds anything else: a run with it could not go on after a crash.
+        If it holds anything else: a run with it could not be resumed.
     """
     if isinstance(kept, ArrayRecord):
         return {name: array.numpy() for name, array in kept.items()}

@@ -19,7 +19,7 @@ class Local(MixedPrecisionStrategy):
     """Every client trains its own model, from the common start, and sends nothing but its report.
 
     The model travels down once, in the first round that a client takes part in; after that each
-    goes on from its own, which it keeps. All clients evaluate theirs, since no other model exists.
+    continues from its own, which it keeps. All clients evaluate theirs; no other model exists.
     """
 
     evaluates_on_server = False

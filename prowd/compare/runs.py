@@ -223,7 +223,7 @@ def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def _stop(run_id: str, process: subprocess.Popen[bytes], folder: Path) -> str:
-    """End a run, which goes on where what follows it is ended; return how that went."""
+    """End a run, which continues where what follows it is ended; return how that went."""
     stopped = False
     with suppress(subprocess.TimeoutExpired):
         stopped = bool(ask_flower("stop", run_id, timeout=_SECONDS_TO_STOP).get("success"))

@@ -8,13 +8,13 @@ correction, measured in steps of the lower grid, to a base value::
 What the base and the features are is the dequantizer's `Reference`:
 
 ``GlobalReference``
-    the poster's form: the base is ``q`` and the block sees the code, its scale and its layer.
+    the paper's form: the base is ``q`` and the block sees the code, its scale and its layer.
 ``StartReference``
     the server also knows the model that the client started from, on every rung. The base is
     ``q + (start_{j+1} - start_j)``, which removes the rounding error of the start, and the block
     also sees how far the weight moved from its start and where the finer start lies in its cell.
 
-With untrained blocks (the last layer starts at zero) a lift is exactly the sum of the bases.
+With untrained blocks (the last layer starts at zero) the result is exactly the sum of the bases.
 """
 
 from collections.abc import Mapping, Sequence
@@ -107,7 +107,7 @@ class Rungs:
 
 @dataclass(frozen=True)
 class GlobalReference:
-    """Blocks that see a code, its scale and its layer only (the poster's form)."""
+    """Blocks that see a code, its scale and its layer only (the paper's form)."""
 
     start: Rungs
     num_features = _GLOBAL_FEATURES
@@ -173,7 +173,7 @@ class ProgressiveDequantizer(nn.Module):
 
     Notes
     -----
-    ``phi`` of the section "Progressive Dequantizer" in the ProWD poster.
+    ``phi`` of the paper's section "Progressive Dequantizer".
     """
 
     def __init__(
@@ -201,10 +201,10 @@ class ProgressiveDequantizer(nn.Module):
         """Apply the block of rung `bits`: values on that rung to values on the next."""
         high = self.ladder[self.ladder.index(bits) + 1]
         block = self.blocks[str(bits)]
-        lifted = {name: reference.base(q, name, bits, high) for name, q in values.items()}
+        dequantized = {name: reference.base(q, name, bits, high) for name, q in values.items()}
         *_, last = block.children()
         if not torch.is_grad_enabled() and not any(p.any() for p in last.parameters()):
-            return lifted  # What an untrained block adds is zero, and costs more than all else.
+            return dequantized  # An untrained block adds zero, at more cost than all else.
         for name, q in values.items():
             step = per_channel(reference.start.scales[bits][name], q.ndim)
             correction = torch.cat(
@@ -213,13 +213,13 @@ class ProgressiveDequantizer(nn.Module):
                     for part, rows in _channel_chunks(q)
                 ]
             )
-            lifted[name] = lifted[name] + step * correction.reshape(q.shape)
-        return lifted
+            dequantized[name] = dequantized[name] + step * correction.reshape(q.shape)
+        return dequantized
 
     def forward(
         self, values: Mapping[str, Tensor], bits: int, reference: Reference
     ) -> dict[str, Tensor]:
-        """Lift float32 values on rung `bits` to rung 32, block by block.
+        """Dequantize float32 values on rung `bits` to rung 32, block by block.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Calibrated rounding: a model brought to a bit-width with an eye on what its layers compute.
+"""Calibrated rounding: a model quantized so that its layers' outputs change least (GPTQ).
 
 Rounding every weight to nearest makes the smallest error in the weights, not in the outputs. With
 a few unlabelled images, the error that a rounded weight causes in its layer's output is passed on
@@ -6,7 +6,7 @@ to the weights that are rounded after it (optimal brain surgeon; for quantizatio
 and GPTQ, arXiv:2210.17323).
 
 One forward pass does it all: when the images arrive at a layer, changed by the rounding of the
-layers before it, its weights are rounded for just that input, and the pass goes on with them.
+layers before it, its weights are rounded for just that input, and the pass continues with them.
 """
 
 from collections.abc import Callable

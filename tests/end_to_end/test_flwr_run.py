@@ -136,7 +136,7 @@ def assert_all_widths_took_part(folder):
 
 
 def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
-    """In Flower too, where a run goes on when `flwr run` alone is ended."""
+    """In Flower too, where a run continues when `flwr run` alone is ended."""
     plan, out = tmp_path / "long.toml", tmp_path / "out"
     plan.write_text(PLAN.format(title="Long", rounds=10_000))
     compare = flower.start_compare(plan, out)

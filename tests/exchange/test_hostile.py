@@ -1,4 +1,4 @@
-"""What a hostile or broken client may send: it is set aside by name, and the round goes on."""
+"""What a hostile or broken client may send: it is rejected by name, and the round continues."""
 
 import logging
 import struct
@@ -131,7 +131,7 @@ def test_the_log_names_the_node(caplog):
         run_round(FedAvg(context=with_w()), federation(clients, STATE), STATE)
     finally:
         logging.getLogger("flwr").removeHandler(caplog.handler)
-    line = "Round 1 goes on without node 101 (partition 1): a scale is not finite"
+    line = "Round 1 continues without node 101 (partition 1): a scale is not finite"
     assert line in caplog.messages
 
 

@@ -144,7 +144,7 @@ def test_a_node_declares_no_more_examples_than_there_are_images():
 
 
 def thirty_in(partition, parts):
-    """A deal of 30 examples, the last part the largest; there is none into more than three."""
+    """A partition of 30 examples, the last part the largest; there is none into more than three."""
     if parts > 3:
         raise SettingsError(f"too few for {parts} clients")
     return [10, 8, 12][partition]

@@ -438,7 +438,7 @@ def test_a_message_is_there_throughout_its_round(link):
 
 
 def test_an_object_that_two_threads_bring_counts_once():
-    """A look that gives up leaves a thread of Flower's behind, which goes on downloading."""
+    """A look that gives up leaves a thread of Flower's behind, which continues to download."""
     objects = get_all_nested_objects(Array("uint8", (1000,), "own", bytes(1000)))
     arrival = pulling._Arrival()
     for _ in range(2):

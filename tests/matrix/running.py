@@ -173,7 +173,7 @@ def run(
     rounds : int
         In all.
     resume, reverse : bool
-        Whether to go on in `folder`; whether the last client that was asked answers first.
+        Whether to resume in `folder`; whether the last client that was asked answers first.
     killed, fails
         As of `Watch`.
     on_grid : callable

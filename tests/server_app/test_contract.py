@@ -1,4 +1,4 @@
-"""The poster's first table as a contract: what every system really puts on the wire, per width.
+"""The paper's first table as a contract: what every system really puts on the wire, per width.
 
 The real ClientApp and the real server loop run over an in-process grid that keeps every message. A
 payload says its own width in byte 5 of the header; its length is what that width takes.
@@ -346,7 +346,7 @@ def test_the_ladder_follows_more_than_two_widths(tmp_path):
         ({"strategy": "flwr:QFedAvg"}, "QFedAvg needs client_learning_rate"),
     ],
 )
-def test_bad_settings_of_the_rivals_are_one_line_and_no_run(tmp_path, settings, reason):
+def test_bad_settings_of_the_baselines_are_one_line_and_no_run(tmp_path, settings, reason):
     with pytest.raises(ValueError, match=r"."):
         run(tmp_path, FLOAT, **settings)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

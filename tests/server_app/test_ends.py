@@ -122,7 +122,7 @@ def folder_for_all() -> Iterator[Path]:
 # Settings ----------------------------------------------------------------------------------------
 
 EVERY = [(key, *wrong) for key, field in all_settings() for wrong in wrong_values(field)]
-# Without an output-dir there is no record, and what cannot be gone on with keeps its own.
+# Without an output-dir there is no record, and what cannot be resumed keeps its own.
 UNRECORDED = ("output-dir", "resume")
 
 
@@ -278,7 +278,7 @@ def image_folder(base: Path, name: bytes) -> Path:
 
 
 DATA = {"dataset": "image-folder"}
-DEAL = {"partitioner": "file"}
+PARTITION = {"partitioner": "file"}
 FILES = [
     ("data-dir", DATA, "missing", "data-dir: there is no folder {}"),
     ("data-dir", DATA, "text", "data-dir: {} is no folder"),
@@ -288,12 +288,12 @@ FILES = [
     ("data-dir", DATA, "\x1b[2J", r"data-dir: there is no folder {}"),
     ("data-dir", DATA, "x" * 300, "data-dir: {} cannot be read: File name too long"),
     ("data-dir", {"dataset": "fashion-mnist"}, "missing", "data-dir: there is no folder {}"),
-    ("partition-file", DEAL, "missing", "partition-file: {} cannot be read: No such file"),
-    ("partition-file", DEAL, "line\nend", "partition-file: {} is no regular file"),
-    ("partition-file", DEAL, "bytes", "partition-file: {} is not in UTF-8, as byte 0 shows"),
-    ("partition-file", DEAL, "torn", "partition-file: {} holds no deal as in "),
-    ("partition-file", DEAL, "list", "partition-file: {} holds no deal as in "),
-    ("partition-file", DEAL, "\x1b[2J", "partition-file: {} cannot be read: No such file"),
+    ("partition-file", PARTITION, "missing", "partition-file: {} cannot be read: No such file"),
+    ("partition-file", PARTITION, "line\nend", "partition-file: {} is no regular file"),
+    ("partition-file", PARTITION, "bytes", "partition-file: {} is not in UTF-8, as byte 0 shows"),
+    ("partition-file", PARTITION, "torn", "partition-file: {} holds no partition as in "),
+    ("partition-file", PARTITION, "list", "partition-file: {} holds no partition as in "),
+    ("partition-file", PARTITION, "\x1b[2J", "partition-file: {} cannot be read: No such file"),
 ]
 
 
@@ -337,7 +337,7 @@ def test_a_path_that_is_none_is_refused(tmp_path, setting, path, why):
 
 
 def test_a_home_that_is_not_in_utf8_is_refused(tmp_path, monkeypatch):
-    """It may be, but the file that goes on with the run is TOML, which is."""
+    """It may be, but the file that resumes the run is TOML, which is."""
     monkeypatch.setenv("HOME", str(tmp_path / NO_UTF8))
     expected = rf"output-dir: {tmp_path}/b\xff/runs/run is not in UTF-8; allowed: a path that is"
     assert line_of(end_of(Path("~/runs"), {})) == expected
@@ -354,7 +354,7 @@ def test_a_name_that_is_taken_leaves_that_run_alone(tmp_path):
     ("setting", "changes", "start"),
     [
         ("data-dir", DATA, "data-dir: {} cannot be read: Permission denied"),
-        ("partition-file", DEAL, "partition-file: {} cannot be read: Permission denied"),
+        ("partition-file", PARTITION, "partition-file: {} cannot be read: Permission denied"),
         ("output-dir", {}, "output-dir: {}/run cannot be made: Permission denied"),
         ("resume", {}, "resume: {} cannot be opened: Permission denied"),
     ],
@@ -371,7 +371,7 @@ def test_what_is_closed_to_us_is_named(setting, changes, start):
 
 @pytest.fixture(scope="module")
 def completed(tmp_path_factory):
-    """A run that is over: only more rounds would go on with it."""
+    """A run that is over: only more rounds would resume it."""
     end = end_of(tmp_path_factory.mktemp("completed"), {})
     assert end.summary["status"] == "completed"
     return end.folder
@@ -421,7 +421,7 @@ RESUMES = [
     ),
     ("rounds.jsonl", b"", MORE, "{}/rounds.jsonl does not hold the 1 rounds of the checkpoint: "),
     ("", None, {"seed": 1, **MORE}, "the checkpoint is of another run: seed is 1 and was 0"),
-    ("", None, {}, "{} is completed with its 1 rounds; a higher num-server-rounds goes on with it"),
+    ("", None, {}, "{} is completed with its 1 rounds; a higher num-server-rounds resumes it"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Going on with a run: as if it had never stopped, or refused with the reason."""
+"""Resuming a run: as if it had never stopped, or refused with the reason."""
 
 import json
 import os

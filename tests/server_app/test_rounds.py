@@ -265,7 +265,7 @@ def test_the_rounds_line():
     )
     entry["clients"] = {"aggregated": 2, "sampled": 5, "rejected": 1, "failed": 2}
     entry["left_out_of_evaluation"] = {"3": "no reply in time"}
-    assert " | clients 2 of 5 (1 set aside, 2 failed, 1 not in the evaluation) | " in format_round(
+    assert " | clients 2 of 5 (1 rejected, 2 failed, 1 not in the evaluation) | " in format_round(
         entry, 10, 65.0
     )
     assert format_round(entry, 10, 5400.0).endswith(" | 2.3 s, 1:30:00 left")
@@ -286,7 +286,7 @@ def line_of(board, server_round, num_rounds):
     )
     up, down = (format_bytes(shown[f"{way}_bytes/all"]) for way in ("uplink", "downlink"))
     missing = {
-        "set aside": shown["clients/rejected"],
+        "rejected": shown["clients/rejected"],
         "failed": shown["clients/failed"],
         "not in the evaluation": shown["clients/not_in_the_evaluation"],
     }

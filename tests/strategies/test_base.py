@@ -1,4 +1,4 @@
-"""What all strategies share: who is asked, what is set aside, and that order does not matter."""
+"""What all strategies share: sampling, rejection, and that order does not matter."""
 
 import pytest
 import torch

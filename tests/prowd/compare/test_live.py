@@ -1,4 +1,4 @@
-"""A comparison as it goes on: where runs stand, how long they take, in a terminal and in none."""
+"""A comparison in progress: where runs stand, how long they take, in a terminal and in none."""
 
 import errno
 import io
@@ -153,7 +153,7 @@ def test_what_ends_one_run_otherwise_stops_all(runs, monkeypatch, error):
 
 
 def test_in_a_terminal_a_table_lives(runs, monkeypatch):
-    """A real pseudo-terminal: the table changes while runs go on, and stays at the end."""
+    """A real pseudo-terminal: the table changes while runs continue, and stays at the end."""
 
     def slowly(run, federation, stop, starting):
         time.sleep(1.5)

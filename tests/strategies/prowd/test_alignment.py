@@ -188,7 +188,7 @@ def test_without_a_higher_group_the_drift_seen_last_is_taken_out():
 
 
 def test_the_drift_is_remembered_by_width():
-    """A 4-bit group that is the highest of its round is not relieved of what 2 bits do."""
+    """A 4-bit group that is the highest of its round does not lose the drift of the 2-bit group."""
     start = start_model()
     two = ScriptedClient(0, 3, 2, moving_by_codes(2, lambda c: -c))
     four = Absent(1, 3, 4, moving_by_codes(4, lambda c: moves() * (c.abs() < 7)), rounds=(2,))
@@ -344,7 +344,7 @@ def test_each_width_gets_its_own_normalization_and_the_common_weights(broadcast)
         assert update.bits == (bits if narrow else 32)
         expected = to_bits(new, update.bits).dequantize()["w"]
         assert torch.equal(update.dequantize()["w"], expected)
-    # And goes on from there: twice what was added.
+    # And continues from there: twice what was added.
     for name in ONE_DIMENSIONAL:
         torch.testing.assert_close(newer[name], NORMALIZED[name] + 2 * added[32])
         own = strategy.state_for(4, newer)[name]
@@ -396,7 +396,7 @@ def test_a_round_without_the_widest_leaves_the_global_normalization():
     assert not torch.equal(first["w"], NORMALIZED["w"])
     second = run_round(strategy, grid, first, 2)
     got = received_by(grid)
-    # The low-bit client's own went on nevertheless.
+    # The low-bit client's own continued nevertheless.
     torch.testing.assert_close(got[0].floats["b"], torch.full((4,), 1.0))
     assert torch.equal(got[1].floats["b"], NORMALIZED["b"])
     torch.testing.assert_close(second["b"], torch.full((4,), 2.0))
