@@ -64,6 +64,11 @@ class Options(BaseModel):
     """Base of everything that is set from outside: strict types, kebab-case keys, frozen.
 
     NumPy's numbers count as what they hold. What is not allowed is a `SettingsError`, one line.
+
+    >>> class MyOptions(Options):
+    ...     step_size: float = 0.1
+    >>> MyOptions.read({"step-size": 0.2}).to_settings()
+    {'step-size': 0.2}
     """
 
     model_config = ConfigDict(

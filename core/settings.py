@@ -35,7 +35,11 @@ DATASETS = get_args(Dataset)
 
 
 class Settings(Options):
-    """Settings of a run that do not belong to one strategy. All have defaults."""
+    """Settings of a run that do not belong to one strategy. All have defaults.
+
+    >>> Settings(num_server_rounds=3, bit_mix="4:0.5,32:0.5").batch_size
+    32
+    """
 
     strategy: str = Field(
         "prowd",

@@ -51,6 +51,12 @@ def receive(
         batches before the last live twice as long, as it takes its time to be made.
     most_bytes : int
         The arrays of one reply take no more than this.
+
+    Examples
+    --------
+    >>> replies = receive(grid, [lambda: [message]], timeout=60.0, most_bytes=1_000_000)
+    >>> [reply.has_error() for reply in replies]
+    [False]
     """
     if timeout is not None:
         check_number("timeout", timeout, least=0)

@@ -94,6 +94,11 @@ class Declaration(_Record):
         Training images that it holds.
     refused : str
         Why the node cannot take part; empty if it can.
+
+    Examples
+    --------
+    >>> Declaration(0, 10, bits=4, num_examples=500, refused="").to_record()["bits"]
+    4
     """
 
     partition_id: int
@@ -136,6 +141,11 @@ class Instruction(_Record):
         Folder for what a simulated client keeps from round to round; its last part names the run.
         A networked node, which keeps it in its own ``state-dir``, is told that last part alone.
         Empty: in memory only.
+
+    Examples
+    --------
+    >>> Instruction(server_round=1, downlink_bits=4).starts_from_codes(bits=4)
+    True
     """
 
     server_round: int
@@ -174,6 +184,11 @@ class Report(_Record):
         Optimizer steps taken; 0 for an evaluation.
     began_clean : int
         1 if the client had nothing kept to correct its gradients by, else 0.
+
+    Examples
+    --------
+    >>> Report.from_record(Report(1, 500, loss=0.5, accuracy=0.8, seconds=2.0).to_record()).loss
+    0.5
     """
 
     server_round: int
@@ -191,7 +206,12 @@ def to_array(payload: bytes) -> Array:
 
 
 def answer_query(message: Message, declaration: Declaration) -> Message:
-    """Answer the server's query what this node is."""
+    """Answer the server's query what this node is.
+
+    >>> reply = answer_query(message, Declaration(0, 10, bits=4, num_examples=500, refused=""))
+    >>> reply.content["declaration"]["bits"]
+    4
+    """
     record = ConfigRecord(declaration.to_record())
     return Message(RecordDict({DECLARATION: record}), reply_to=message)
 
@@ -203,12 +223,21 @@ def instruction_in(message: Message) -> Instruction:
     ------
     ProtocolError
         If it is none of this project's strategies'.
+
+    Examples
+    --------
+    >>> instruction_in(message).server_round
+    1
     """
     return Instruction.from_record(cast(ConfigRecord, message.content[INSTRUCTION]))
 
 
 def config_in(message: Message) -> dict[str, Any]:
-    """Return what Flower's `start` was given for the clients; empty if that was nothing."""
+    """Return what Flower's `start` was given for the clients; empty if that was nothing.
+
+    >>> config_in(message)
+    {'epochs': 3}
+    """
     return dict(cast(ConfigRecord, message.content[CONFIG])) if CONFIG in message.content else {}
 
 
@@ -226,6 +255,11 @@ def model_in(message: Message, spec: UpdateSpec) -> Update | None:
     ------
     UpdateError
         If it is not a whole, unaltered model of these tensors.
+
+    Examples
+    --------
+    >>> model_in(message, UpdateSpec({"bias": (2,)})).dequantize()
+    {'bias': tensor([1., 1.])}
     """
     bits = instruction_in(message).downlink_bits
     if not bits:
@@ -251,6 +285,13 @@ def answer(
     sent : Update, optional
         The model that it was sent (`model_in`): where this came as codes of the update's width,
         the update's codes travel as differences from them.
+
+    Examples
+    --------
+    >>> report = Report(1, num_examples=500, loss=0.5, accuracy=0.8, seconds=2.0)
+    >>> reply = answer(message, report, quantize_state({"bias": torch.ones(2)}, 32))
+    >>> sorted(reply.content)
+    ['report', 'update']
     """
     content = RecordDict({REPORT: MetricRecord(report.to_record())})
     if update is not None:

@@ -93,6 +93,11 @@ class RoundLog:
         Whether this round is to be recorded in full.
     weights : dict
         Then, from a strategy that has them, `WeightDistributions.to_record`.
+
+    Examples
+    --------
+    >>> RoundLog(sampled=[0, 1], aggregated=[0], failed={1: "no reply"}).left_out
+    {1: 'no reply'}
     """
 
     sampled: list[int] = field(default_factory=list)

@@ -58,6 +58,11 @@ def relevancy_mask(
     Notes
     -----
     The first equation of the paper's section "Selective Weight Aggregation".
+
+    Examples
+    --------
+    >>> relevancy_mask(torch.tensor([1.0, -1.0, 1.0]), torch.tensor([1.0, 1.0, 0.5]))
+    tensor([ True, False,  True])
     """
     check_kind("low", low, Tensor)
     check_kind("high", high, Tensor)
@@ -79,7 +84,11 @@ def relevancy_mask(
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine of the angle between two tensors of one shape; 0 if either vanishes."""
+    """Cosine of the angle between two tensors of one shape; 0 if either vanishes.
+
+    >>> cosine(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]))
+    0.6
+    """
     a, b = a.reshape(-1).double(), b.reshape(-1).double()
     norms = float(a.norm() * b.norm())
     return float(a @ b) / norms if norms else 0.0

@@ -24,7 +24,11 @@ Content = Literal["weights", "difference"]
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Integer codes ``[channels, ...]`` on the grid given by float32 scales ``[channels]``."""
+    """Integer codes ``[channels, ...]`` on the grid given by float32 scales ``[channels]``.
+
+    >>> QuantizedTensor(torch.tensor([[3, -1]], dtype=torch.int8), torch.tensor([0.5])).dequantize()
+    tensor([[ 1.5000, -0.5000]])
+    """
 
     codes: Tensor
     scale: Tensor
@@ -49,6 +53,12 @@ class Update:
         bits.
     floats : mapping of str to Tensor
         All other tensors, float32.
+
+    Examples
+    --------
+    >>> update = Update(32, "weights", {}, {"bias": torch.zeros(2)})
+    >>> update.spec.shapes
+    {'bias': (2,)}
     """
 
     bits: int
@@ -97,6 +107,11 @@ class UpdateSpec:
     ------
     ValueError
         If a tensor on a grid is none of them.
+
+    Examples
+    --------
+    >>> UpdateSpec({"bias": (2,), "weight": (2, 3)}, frozenset({"weight"})).floats(bits=4)
+    ['bias']
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -156,12 +171,20 @@ def float_tensors(state: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def is_variance(name: str) -> bool:
-    """Return whether a tensor of this name holds BatchNorm's variances, which are not negative."""
+    """Return whether a tensor of this name holds BatchNorm's variances, which are not negative.
+
+    >>> is_variance("bn.running_var"), is_variance("bn.running_mean")
+    (True, False)
+    """
     return name.endswith("running_var")
 
 
 def is_statistic(name: str) -> bool:
-    """Return whether a tensor of this name holds BatchNorm's statistics: no step optimizes them."""
+    """Return whether a tensor of this name holds BatchNorm's statistics: no step optimizes them.
+
+    >>> is_statistic("bn.running_mean"), is_statistic("bn.weight")
+    (True, False)
+    """
     return name.endswith(("running_mean", "running_var"))
 
 
@@ -174,6 +197,11 @@ def fixed_point(
     ------
     ValueError
         If the step is not a positive number, or there is no such tensor.
+
+    Examples
+    --------
+    >>> fixed_point({"w": torch.zeros(2, 3)}, ["w"], step=0.25)
+    {'w': tensor([0.2500, 0.2500])}
     """
     check_number("step", step, above=0)
     named = _named(state, names)
@@ -189,6 +217,11 @@ def fit_scales(state: Mapping[str, Tensor], names: Iterable[str], bits: int) -> 
         If one of them holds a NaN or an infinity; the message names it.
     ValueError
         If there is no such tensor.
+
+    Examples
+    --------
+    >>> fit_scales({"w": torch.tensor([[0.5, -12.7]]), "b": torch.ones(1)}, ["w"], bits=8)
+    {'w': tensor([0.1000])}
     """
     scales = {}
     for name, tensor in _named(state, names).items():
@@ -235,7 +268,6 @@ def quantize_state(
 
     Examples
     --------
-    >>> import torch
     >>> state = {"w": torch.tensor([[0.9, -2.0]]), "b": torch.tensor([0.3])}
     >>> update = quantize_state(state, 4, {"w": torch.tensor([0.5])})
     >>> update.quantized["w"].codes, update.floats["b"]
@@ -267,6 +299,11 @@ def quantize_fitted(state: Mapping[str, Tensor], bits: int, names: Iterable[str]
         As of `quantize_state`.
     names : iterable of str
         As of `fit_scales`; not looked at where 32 bits leave everything as it is.
+
+    Examples
+    --------
+    >>> quantize_fitted({"w": torch.tensor([[12.7, -0.3]])}, 8, ["w"]).quantized["w"].codes
+    tensor([[127,  -3]], dtype=torch.int8)
     """
     scales = None if bits == FLOAT_BITS else fit_scales(state, names, bits)
     return quantize_state(state, bits, scales)
@@ -299,6 +336,13 @@ def quantize_difference(
     ------
     NonFiniteError
         If one of those holds a NaN or an infinity; the message names it.
+
+    Examples
+    --------
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> update = quantize_difference({"w": torch.tensor([[0.7, -0.2]])}, 4, generator, ["w"])
+    >>> update.content, update.quantized["w"].codes
+    ('difference', tensor([[ 7, -2]], dtype=torch.int8))
     """
     check_kind("difference", difference, Mapping)
     tensors = float_tensors(difference)

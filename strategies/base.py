@@ -101,6 +101,14 @@ class MixedPrecisionStrategy(Strategy):
         Who takes part.
     round_log, evaluate_log : RoundLog
         What happened to the clients in the last round of training, and in the last evaluation.
+
+    Examples
+    --------
+    >>> class KeepModel(MixedPrecisionStrategy):
+    ...     def combine(self, server_round, start, updates):
+    ...         return start
+    >>> KeepModel().context.fraction_train
+    1.0
     """
 
     # Class of the strategy's own settings; one that has some says so again.

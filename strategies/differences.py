@@ -39,6 +39,9 @@ class FedPAQ(MixedPrecisionStrategy):
     Algorithm 1: a sample of the clients takes several local steps each and sends ``Q(w_i - w)``,
     ``Q`` unbiased (`quant.quantize_difference`); the server adds their mean, weighted by examples
     as in all strategies here, to its model.
+
+    >>> FedPAQ(FedPAQ.Options(bits=4)).options.bits
+    4
     """
 
     Options = DifferenceOptions
@@ -72,6 +75,9 @@ class FedCOM(FedPAQ):
     """Federated averaging with compression (Haddadpour et al., 2021, arXiv:2007.01154).
 
     Algorithm 1: as FedPAQ, and the server applies the mean with a step size of its own.
+
+    >>> FedCOM(FedCOM.Options(bits=4, server_learning_rate=0.5)).server_learning_rate
+    0.5
     """
 
     Options = ServerStepOptions
@@ -98,6 +104,11 @@ class FedCOMGATE(FedCOM):
     ------
     SettingsError
         If `fraction_train` is below 1, or `broadcast` sends codes.
+
+    Examples
+    --------
+    >>> FedCOMGATE(FedCOMGATE.Options(bits=4)).server_learning_rate
+    1.0
     """
 
     def __init__(

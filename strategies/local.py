@@ -20,6 +20,9 @@ class Local(MixedPrecisionStrategy):
 
     The model travels down once, in the first round that a client takes part in; after that each
     continues from its own, which it keeps. All clients evaluate theirs; no other model exists.
+
+    >>> Local().instruct(1, Declaration(0, 1, 4, 100, "")).uplink
+    'nothing'
     """
 
     evaluates_on_server = False

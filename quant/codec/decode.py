@@ -60,6 +60,11 @@ class Expected:
         The model as it was sent to the sender, where it was sent one.
     stamp : int
         What the update has to have been sent for, as the round.
+
+    Examples
+    --------
+    >>> Expected(UpdateSpec({"w": (2, 3)}, {"w"}), bits=4, stamp=3).most_bytes
+    44
     """
 
     spec: UpdateSpec
@@ -98,6 +103,12 @@ def decode(
         content and stamp.
     ValueError
         If `bits` is no bit-width.
+
+    Examples
+    --------
+    >>> update = quantize_state({"w": torch.ones(2)}, 32)
+    >>> decode(encode(update), update.spec, bits=32).dequantize()
+    {'w': tensor([1., 1.])}
     """
     check_kind("spec", spec, UpdateSpec)
     check_width("bits", bits)
@@ -111,6 +122,13 @@ def decode_all(payloads: Sequence[tuple[bytes, Expected]]) -> Iterator[Update | 
     ------
     Update or UpdateError
         Of each payload; where no update was asked for, one of no tensors.
+
+    Examples
+    --------
+    >>> update = quantize_state({"w": torch.ones(2)}, 32)
+    >>> payloads = [(encode(update), Expected(update.spec, 32)), (b"", Expected(update.spec, 32))]
+    >>> [type(result).__name__ for result in decode_all(payloads)]
+    ['FlatUpdate', 'UpdateError']
     """
     batches = (_Batch(payloads[i : i + _AT_ONCE]) for i in range(0, len(payloads), _AT_ONCE))
     with ThreadPoolExecutor(1) as helper:
@@ -133,6 +151,12 @@ def squares_at_most(data: bytes, expected: Expected) -> tuple[float, float]:
     tuple of float
         That of the parameters, where all codes count as if they were the largest, and that of
         BatchNorm's statistics.
+
+    Examples
+    --------
+    >>> update = quantize_state({"b": torch.tensor([3.0, 4.0])}, 32)
+    >>> squares_at_most(encode(update), Expected(update.spec, 32))
+    (25.0, 0.0)
     """
     if not expected.bits:
         return 0.0, 0.0

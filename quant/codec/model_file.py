@@ -73,6 +73,14 @@ class PackedModel:
     ------
     ValueError
         If a value has the wrong type or is out of range, or a grid is none of a layer's.
+
+    Examples
+    --------
+    >>> network = prepare(nn.Sequential(nn.Linear(12, 2)), QuantConfig(weight_bits=4))
+    >>> about = {"channels": 3, "size": 2, "num_classes": 2, "pixel_scale": 0.1, "pixel_offset": 0.}
+    >>> packed = PackedModel.of(network, name="linear", **about)
+    >>> packed.bits, list(packed.update.quantized)
+    (4, ['0.weight'])
     """
 
     update: Update
@@ -215,8 +223,11 @@ def load_model(path: str | PathLike[str]) -> PackedModel:
 
     Examples
     --------
-    >>> packed = load_model("resnet8-4bit.safetensors")  # doctest: +SKIP
-    >>> network = packed.network(model)  # doctest: +SKIP
+    >>> about = {"channels": 3, "size": 2, "num_classes": 2, "pixel_scale": 1.0, "pixel_offset": 0.}
+    >>> packed = PackedModel.of(nn.Sequential(nn.Linear(12, 2)), name="linear", **about)
+    >>> _ = Path("linear.safetensors").write_bytes(packed.to_bytes())
+    >>> load_model("linear.safetensors").name
+    'linear'
     """
     try:
         head, tensors = read_tensors(Path(path))

@@ -36,6 +36,11 @@ def packed_size(count: int, bits: int) -> int:
     ------
     ValueError
         If `bits` is not 2 to 16.
+
+    Examples
+    --------
+    >>> packed_size(1000, bits=4)
+    500
     """
     return words_size(count, check_bits(bits))
 
@@ -59,6 +64,11 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
     ------
     ValueError
         If a code lies off the grid, the array does not hold integers, or `bits` is not 2 to 16.
+
+    Examples
+    --------
+    >>> bytes(pack(np.array([3, -1, 0, 1]), bits=4))
+    b'\x8b\x97'
     """
     codes = np.asarray(codes)
     if codes.dtype.kind not in "iu":
@@ -100,6 +110,11 @@ def unpack(data: bytes | memoryview | np.ndarray, bits: int, count: int) -> np.n
     ------
     PackingError
         If the length is wrong, a code lies off the symmetric grid or padding is not zero.
+
+    Examples
+    --------
+    >>> unpack(pack(np.array([3, -1, 0, 1]), bits=4), bits=4, count=4)
+    array([ 3, -1,  0,  1], dtype=int8)
     """
     codes, limit = np.empty(count, np.int8 if bits <= 8 else np.int16), largest_code(bits)
     for place, words in unpack_words(data, bits, count):

@@ -46,6 +46,11 @@ class FineTuning:
         `StartReference`; `GlobalReference` has the paper's pairs, rounded to nearest.
     group_size : int
         Clients whose mean is dequantized at once; matters where they round stochastically.
+
+    Examples
+    --------
+    >>> FineTuning(steps=5, distill_weight=0.0).learning_rate
+    0.003
     """
 
     steps: int = 20
@@ -73,6 +78,11 @@ class Losses:
         Minus the similarity; None where left out.
     undone : bool
         Whether a loss or a weight became non-finite; the blocks are then as they were before.
+
+    Examples
+    --------
+    >>> Losses(reconstruction=0.5, distill=-0.75).undone
+    False
     """
 
     reconstruction: float
@@ -117,6 +127,15 @@ def fine_tune(
     -----
     ``L = L_recon + lambda L_distill`` of the paper's section "Progressive Dequantizer". Errors
     are measured in steps of the lowest grid, so that layers of all magnitudes count alike.
+
+    Examples
+    --------
+    >>> high = {"w": torch.tensor([[1.0, 0.4]])}
+    >>> reference = GlobalReference(Rungs.of(high, (2, 32)))
+    >>> dequantizer = ProgressiveDequantizer((2, 32), reference.num_features, ["w"], seed=0)
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> fine_tune(dequantizer, high, 32, reference, FineTuning(), None, generator).undone
+    False
     """
     rungs = [b for b in dequantizer.ladder if b < high_bits]
     if not rungs:

@@ -61,6 +61,11 @@ class Rungs:
         Per rung below 32, the scale ``[channels]`` of each quantized tensor.
     values : mapping of int to mapping of str to Tensor
         Per rung, the tensors on that rung, as float32.
+
+    Examples
+    --------
+    >>> Rungs.of({"w": torch.tensor([[1.0, 0.4]])}, (2, 32)).values[2]["w"]
+    tensor([[1., 0.]])
     """
 
     ladder: tuple[int, ...]
@@ -107,7 +112,12 @@ class Rungs:
 
 @dataclass(frozen=True)
 class GlobalReference:
-    """Blocks that see a code, its scale and its layer only (the paper's form)."""
+    """Blocks that see a code, its scale and its layer only (the paper's form).
+
+    >>> start = Rungs.of({"w": torch.tensor([[1.0, 0.4]])}, (2, 32))
+    >>> GlobalReference(start).base(start.values[2]["w"], "w", 2, 32)
+    tensor([[1., 0.]])
+    """
 
     start: Rungs
     num_features = _GLOBAL_FEATURES
@@ -133,7 +143,12 @@ class GlobalReference:
 
 @dataclass(frozen=True)
 class StartReference(GlobalReference):
-    """Blocks that also know the model, on every rung, from which the client started."""
+    """Blocks that also know the model, on every rung, from which the client started.
+
+    >>> start = Rungs.of({"w": torch.tensor([[1.0, 0.4]])}, (2, 32))
+    >>> StartReference(start).base(start.values[2]["w"], "w", 2, 32)
+    tensor([[1.0000, 0.4000]])
+    """
 
     num_features = _START_FEATURES
 
@@ -174,6 +189,13 @@ class ProgressiveDequantizer(nn.Module):
     Notes
     -----
     ``phi`` of the paper's section "Progressive Dequantizer".
+
+    Examples
+    --------
+    >>> reference = StartReference(Rungs.of({"w": torch.tensor([[1.0, 0.4]])}, (2, 32)))
+    >>> dequantizer = ProgressiveDequantizer((2, 32), reference.num_features, ["w"], seed=0)
+    >>> dequantizer(reference.start.values[2], 2, reference)["w"].detach()
+    tensor([[1.0000, 0.4000]])
     """
 
     def __init__(

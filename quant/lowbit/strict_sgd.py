@@ -36,6 +36,14 @@ class StrictSGD(SGD):
         Seeded source of the rounding noise.
     lr, momentum, weight_decay : float
         As in `torch.optim.SGD`.
+
+    Examples
+    --------
+    >>> weight = nn.Parameter(torch.tensor([[0.9, -0.2]]))
+    >>> noise = torch.Generator().manual_seed(0)
+    >>> optimizer = StrictSGD([("w", weight)], {"w": torch.ones(1)}, 2, generator=noise, lr=0.1)
+    >>> weight.detach()
+    tensor([[1., 0.]])
     """
 
     def __init__(

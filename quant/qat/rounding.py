@@ -48,6 +48,12 @@ def calibrated_rounding(
     ------
     NonFiniteError
         If a weight, or what reaches its layer, holds a NaN or an infinity; the message names it.
+
+    Examples
+    --------
+    >>> model = prepare(nn.Sequential(nn.Linear(3, 2)), QuantConfig(weight_bits=4))
+    >>> list(calibrated_rounding(model, lambda m: m(torch.rand(8, 3))))
+    ['0.weight']
     """
     rounded: dict[str, QuantizedTensor] = {}
     layers = dict(layers_by_weight(model))

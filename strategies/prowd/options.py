@@ -22,6 +22,9 @@ class ProWDOptions(Options):
     The paper's literal form is ``reference="global", dequantize="client", align=False,
     own_normalization=False, mask_at_most=tau, mask_at_least=0, normalization="clients",
     aggregate="weights", low_bit_weight=1``.
+
+    >>> ProWDOptions(low_bit_weight=0.5).low_bit_weight
+    0.5
     """
 
     reference: Annotated[Literal["client-start", "global"], Idle.ALL_FLOAT32] = Field(

@@ -95,6 +95,12 @@ def load_dataset(settings: Settings) -> Dataset:
     ------
     SettingsError
         If the folder is missing or does not hold the data, or a download fails.
+
+    Examples
+    --------
+    >>> data = load_dataset(Settings(dataset="digits"))
+    >>> len(data.train), data.num_classes, data.channels
+    (1437, 10, 1)
     """
     return _load(settings.dataset, settings.data_dir, settings.image_size)
 

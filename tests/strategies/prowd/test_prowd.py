@@ -177,8 +177,8 @@ def test_distillation_uses_the_servers_buffer():
     assert -1 <= strategy.round_log.own["distill-loss"] < -0.9
 
 
-def test_fine_tuning_that_leaves_the_numbers_is_undone(caplog):
-    """The blocks are trained in round 1; in round 2 the network's logits are no numbers."""
+def test_fine_tuning_that_diverges_is_undone(caplog):
+    """The blocks are trained in round 1; in round 2 the network's logits are non-finite."""
     start, factor = noisy_start(), [1.0]
     inputs = torch.randn(8, 24, generator=torch.Generator().manual_seed(2))
     options = ProWDOptions(finetune_every=1)
@@ -193,7 +193,7 @@ def test_fine_tuning_that_leaves_the_numbers_is_undone(caplog):
     kept = strategy.dequantizer.state_dict()
     assert all(torch.equal(kept[n], t) for n, t in trained.items())
     assert all(t.isfinite().all() for t in new.values())
-    assert "Round 2: fine-tuning is undone" in caplog.text
+    assert "Round 2: fine-tuning diverged and is undone" in caplog.text
     assert strategy.round_log.own["finetuning-undone"] == 1
     assert "distill-loss" not in strategy.round_log.own
     # And it continues from there.
