@@ -1,4 +1,4 @@
-"""The errors that end a run, and what any error says."""
+"""The errors that end a run, and the message of any error."""
 
 
 class SettingsError(ValueError):

@@ -27,7 +27,7 @@ class Allowed:
 
 
 class Idle(Enum):
-    """A federation in which an option of a strategy has no effect, which a user is told."""
+    """A federation in which an option of a strategy has no effect; the user is told."""
 
     ALL_FLOAT32 = "all clients are Float32"
     ONE_WIDTH = "all clients are of one width"

@@ -21,7 +21,7 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
-# More than any machine has; torch would try to start as many as it is told.
+# More than any machine has; torch would try to start them all.
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 # What is allowed, in words, for the page of settings and for the errors of the validators below.
@@ -134,7 +134,7 @@ class Settings(Options):
     )
     gradient_bits: WidthOrNone = Field(
         0,
-        description="Width of errors and, in strict training, weight gradients; "
+        description="Width of output gradients and, in strict training, weight gradients; "
         "0: 8 in strict and 32 in qat training.",
     )
     broadcast: Literal["auto", "float32", "nearest", "calibrated"] = Field(
@@ -274,5 +274,5 @@ class Settings(Options):
         return self.activation_bits or bits
 
     def gradient_bits_of_low_bit(self) -> int:
-        """Width of a low-bit client's errors and gradients."""
+        """Width of a low-bit client's gradients."""
         return self.gradient_bits or (8 if self.low_bit_training == "strict" else FLOAT_BITS)

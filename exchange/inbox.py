@@ -135,7 +135,7 @@ def pull(grid: Grid, message: Message, most_bytes: int = 0) -> Message | None:
     except (FederationError, httpx.HTTPError, OSError, MemoryError):
         # The connection to the SuperLink or this machine, not the reply.
         raise
-    except Exception as error:  # Decoding raises whatever the bytes of a stranger lead to.
+    except Exception as error:  # Decoding untrusted bytes can raise anything.
         return unreadable(message, f"its reply cannot be read: {type(error).__name__}: {error}")
 
 
@@ -161,7 +161,7 @@ def patiently(call: Callable[[], Answer]) -> Answer:
 def _passing(error: httpx.HTTPStatusError) -> SuperLinkFailed:
     """Warn of a failure of the SuperLink's own, and raise any other.
 
-    A node that pushes much at once holds its database, and whoever calls meanwhile is answered
+    A node that pushes much at once holds its database, and a call meanwhile is answered
     with 500. Flower tries again only at statuses that a proxy gives.
     """
     if not error.response.is_server_error:

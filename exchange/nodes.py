@@ -27,13 +27,12 @@ class Nodes:
     A partition belongs to the first node that declares it, for as long as that node is connected;
     a second one waits for it. So a device that died and came back under another ID takes part
     again as soon as its old connection has lapsed. A node that was gone is asked anew, also if it
-    was back before anybody looked, which the time of its activation tells: it may have been
+    was back before the next look, as its activation time shows: it may have been
     repaired or have another width, and its partition may be another's by now. While a partition
     has no holder, a round waits for the nodes that were asked, within the bounds of `Queries`.
 
-    How many partitions there are, the most declarations of the first gathering decide. Whom to
-    believe of equally many, nobody can tell: where a tie lasts until the wait is over, the run
-    ends.
+    The number of partitions is the one that most nodes of the first gathering declare. A tie that
+    lasts until the wait is over ends the run.
 
     Parameters
     ----------
@@ -170,11 +169,11 @@ class Nodes:
     def _votes(self) -> Counter[int]:
         """Nodes by the number of partitions that they declare."""
         declared = Counter(d.num_partitions for d in self._declared.values())
-        # Nodes that are refused are believed only where there are no others.
+        # Refused nodes count only where there are no others.
         return declared or Counter(self._refused_parts.values())
 
     def _is_complete(self, present: dict[int, Declaration]) -> bool:
-        """Return whether nobody need be waited for in the first gathering."""
+        """Return whether the first gathering need not wait any longer."""
         expected = self.num_partitions
         if self._before and expected != self._before:
             # Those of the resumed run may still come.
@@ -187,12 +186,12 @@ class Nodes:
             votes = self._votes()
             others = max((n for parts, n in votes.items() if parts != expected), default=0)
             if votes[expected] <= others + len(self._queries):
-                # Those who are still to answer may speak of another number.
+                # Nodes that are still to answer may declare another number.
                 return False
         return 0 < expected <= heard
 
     def _look(self, grid: Grid) -> None:
-        """See who is connected, ask those that are new, and hear who has answered."""
+        """Look which nodes are connected, ask new ones, and take the answers that are there."""
         connected = {node.node_id: node.last_activated_at for node in patiently(grid.get_nodes)}
         self._forget_all_but({n for n, at in connected.items() if self._connected.get(n) == at})
         self._connected = connected
@@ -243,7 +242,7 @@ class Nodes:
         return {node_id: self._declared[node_id] for node_id in sorted(holders.values())}
 
     def _taking_part(self, late: bool) -> dict[int, Declaration]:
-        """Return who has a seat, checked against the partition once few are present.
+        """Return the seated nodes, checked against the partition before they take part.
 
         A node that does not fit is refused, and the next of the partition is seated.
         """
@@ -271,7 +270,7 @@ class Nodes:
         return f"{claim}; partition {partition} of {parts} has {most}" if too_many else ""
 
     def _refuse_tie(self) -> None:
-        """End the run where as many nodes speak of one number of partitions as of another."""
+        """End the run where as many nodes declare one number of partitions as another."""
         if self._declared and not self.num_partitions:
             votes = self._votes()
             leading = _leading(votes)

@@ -27,14 +27,14 @@ CONFIG = "config"
 BY_BROADCAST = -1
 
 # Mean cross-entropy of a network that gives the true class ten thousand logits less than another:
-# who gets there has diverged. Means of losses, and q-FedAvg's weights, are bounded by it.
+# a client that gets there has diverged. Means of losses, and q-FedAvg's weights, are bounded by it.
 MOST_LOSS = 1e4
 
 Uplink = Literal["weights", "difference", "nothing"]
 
 
 def plain(text: str) -> str:
-    """Return a stranger's text as one short line that can be logged."""
+    """Return untrusted text as one short line that can be logged."""
     return "".join(c if c.isprintable() else "?" for c in text[:500])
 
 
@@ -45,7 +45,7 @@ def last_line(reason: str | None) -> str:
 
 
 class ProtocolError(ValueError):
-    """A record that does not hold what the protocol says."""
+    """A record that does not follow the protocol."""
 
 
 @dataclass(frozen=True)
@@ -295,12 +295,12 @@ def answer(
     """
     content = RecordDict({REPORT: MetricRecord(report.to_record())})
     if update is not None:
-        asked = instruction_in(message)
+        instruction = instruction_in(message)
         payload = encode(
             update,
-            coded=bool(asked.coded),
-            start=sent if asked.starts_from_codes(update.bits) else None,
-            stamp=asked.server_round,
+            coded=bool(instruction.coded),
+            start=sent if instruction.starts_from_codes(update.bits) else None,
+            stamp=instruction.server_round,
         )
         content[UPDATE] = ArrayRecord({UPDATE: to_array(payload)})
     return Message(content, reply_to=message)

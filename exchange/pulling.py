@@ -107,7 +107,7 @@ def _refuse_large(array_bytes: int, most_bytes: int) -> None:
         raise ValueError(f"its arrays take more than {most_bytes} bytes")
 
 
-# For as long as somebody waits for the reply to a message, and holds that.
+# An entry lives as long as the message whose reply is awaited.
 _ARRIVALS: WeakKeyDictionary[Message, _Arrival] = WeakKeyDictionary()
 
 
@@ -146,7 +146,7 @@ class _ClientForOneReply:
         """
         self._was_asked = True
         if self._arrival.is_read:
-            # To whom a reply belongs the SuperLink knows; what it says of itself, its node wrote.
+            # The SuperLink assigns a reply to its message; the reply's own metadata is untrusted.
             raise ValueError("it says that it answers another message")
         if self._arrival.announced is not None:
             return self._arrival.announced
@@ -253,7 +253,7 @@ def only_the_reply(
     except (FederationError, NotYetComplete, httpx.HTTPError, OSError):
         raise
     except Exception:
-        # Decoding raises whatever the bytes of a stranger lead to.
+        # Decoding untrusted bytes can raise anything.
         between.discard()
         raise
     finally:

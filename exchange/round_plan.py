@@ -24,7 +24,7 @@ _ALLOWED = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"
 
 @dataclass
 class RoundPlan:
-    """The messages of one round, and what they ask of whom.
+    """The messages of one round, and what they ask of each client.
 
     Attributes
     ----------
@@ -115,7 +115,7 @@ class RoundLog:
 
     @property
     def left_out(self) -> dict[int, str]:
-        """Partitions that were asked in vain, with the reason."""
+        """Partitions that were asked and not used, with the reason."""
         return self.rejected | self.failed
 
 

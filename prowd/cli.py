@@ -16,7 +16,7 @@ from typing import NoReturn
 from core.failures import explain, one_line
 from core.files import printable, user_path
 
-# What a shell reports of a command that Ctrl-C ended, and of one whose output nobody reads.
+# What a shell reports of a command that Ctrl-C ended, and of one whose output pipe was closed.
 _INTERRUPTED, _UNREAD = 130, 141
 _PAGE = "report.html"
 _EXTRA = ("onnx", "onnxruntime", "onnxscript")

@@ -25,7 +25,7 @@ OfRound = TypeVar("OfRound", "Round", "Weights")
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its record tells it.
+    """A run, read from its record.
 
     Attributes
     ----------
@@ -64,12 +64,12 @@ class Record:
 
 
 def read_config(folder: Path) -> Config:
-    """Read what a run was set to; it is empty if that cannot be told."""
+    """Read a run's settings; empty if they cannot be read."""
     return _read_file(folder / CONFIG, Config, [])
 
 
 def read_summary(folder: Path) -> Summary:
-    """Read how a run ended; its status is empty if that cannot be told."""
+    """Read how a run ended; its status is empty if it cannot be read."""
     return _read_file(folder / SUMMARY, Summary, [])
 
 

@@ -71,7 +71,7 @@ def check_finite(values: Tensor, what: str) -> None:
 
 @contextmanager
 def naming(tensor: str) -> Iterator[None]:
-    """Put a tensor's name before what is said of its values."""
+    """Put a tensor's name before the message of an error about its values."""
     try:
         yield
     except (NonFiniteError, ScaleError) as error:

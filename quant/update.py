@@ -77,7 +77,7 @@ class Update:
 
     @property
     def spec(self) -> "UpdateSpec":
-        """Names and shapes of all tensors; at 32 bits it does not tell which have a grid below."""
+        """Names and shapes of all tensors; at 32 bits none of them is marked as on a grid."""
         shapes = {name: tuple(tensor.codes.shape) for name, tensor in self.quantized.items()}
         shapes |= {name: tuple(tensor.shape) for name, tensor in self.floats.items()}
         return UpdateSpec(shapes, frozenset(self.quantized))
@@ -90,7 +90,7 @@ class Update:
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """Names and shapes of the tensors that both sides know, and which of them have a grid.
+    """Names and shapes of a model's tensors, and which of them have a grid.
 
     `quant.spec_of` makes it of a model: which weights are quantized is decided by layer.
 

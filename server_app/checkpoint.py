@@ -7,7 +7,7 @@ saved: every random number is drawn under a seed derived from the run's seed and
 ``checkpoint/resume.toml`` holds the settings that resume the run, as ``flwr run --run-config``
 reads them.
 
-What a client keeps (`client_app.memory`) does not travel: it stays in ``checkpoint/clients`` in
+A client's state (`client_app.state_store`) does not travel: it stays in ``checkpoint/clients`` in
 simulation, and in the node's own ``state-dir`` where it is networked. So a checkpoint costs no byte
 on the wire but the name of that folder, or of the run.
 """

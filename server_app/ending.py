@@ -191,7 +191,7 @@ class Ending:
 
 
 class _LastWords(logging.Filter):
-    """Hears what Flower logs before it ends the process, and leaves out what one line says."""
+    """Filters what Flower logs before it ends the process: what one line says is left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class _LastWords(logging.Filter):
         self._too_much = ""
 
     def filter(self, record: LogRecord) -> bool:
-        """Let everything pass, but for tracebacks of what one line says, or will say."""
+        """Let all pass but tracebacks of errors that are, or will be, one line."""
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         text = record.msg if isinstance(record.msg, str) else ""
         if text.startswith("The ActorPool is empty") and record.args:
@@ -250,7 +250,7 @@ def _signal() -> str:
         number = frame.f_locals.get("signalnum")
         if isinstance(number, int) and number != SIGINT:
             return Signals(number).name
-    # What Flower sends itself where the SuperLink says that the run is over.
+    # Flower sends it to its own process when the SuperLink reports the end of the run.
     return "flwr stop, or Ctrl-C"
 
 

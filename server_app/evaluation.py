@@ -113,7 +113,7 @@ def make_predict(
     """Return ``f(u; w)``: differentiable logits on some of the buffer; None without a buffer.
 
     BatchNorm uses the statistics of the images at hand, as no others fit weights in the making.
-    Dropout draws from torch's own generator: who calls it seeds that.
+    Dropout draws from torch's own generator, which the caller seeds.
     """
     if not len(buffer):
         return None

@@ -1,4 +1,4 @@
-"""Settings that were changed and can have no effect, which a user would else not hear of."""
+"""Settings that were changed and can have no effect, to be reported to the user."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

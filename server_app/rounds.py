@@ -80,7 +80,7 @@ def is_evaluated(settings: Settings, server_round: int) -> bool:
 
 
 def _why(entry: Mapping[str, Any]) -> str:
-    """Return why no update was used, though somebody was asked."""
+    """Return why no update was used, though clients were asked."""
     unread = "the strategy has read no update that it was given"
     return str(next(iter(entry["left_out"].values()), entry.get("dropped", unread)))
 
@@ -130,7 +130,7 @@ def _run_round(
         settings.strategy: trained.own,
     }
     if trained.dropped:
-        # Whom it was asked of, to count again when the run is resumed.
+        # The clients that were asked, to be counted again when the run is resumed.
         entry |= {"dropped": trained.dropped, "asked": sorted(trained.sampled)}
     if trained.unchanged:
         entry["unchanged"] = trained.unchanged
@@ -171,7 +171,7 @@ def _evaluate_on_clients(
     arrays: ArrayRecord,
 ) -> dict[str, Any]:
     messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-    # Reports only: nobody is asked for arrays.
+    # Reports only: no client is asked for arrays.
     replies = receive(grid, [lambda: messages], settings.round_timeout, most_bytes=0)
     metrics = strategy.aggregate_evaluate(server_round, replies)
     return dict(metrics.items()) if metrics is not None else {}

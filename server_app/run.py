@@ -96,7 +96,7 @@ def prepare(
     grid: Grid | None = None,
     client_key: str = "",
 ) -> Run:
-    """Make data, model and strategy as the settings say.
+    """Make data, model and strategy by the settings.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def prepare(
     settings, options : Settings, mapping
         The common settings, and the strategy's own by their full keys.
     grid : Grid, optional
-        What its nodes are reached by; None where nobody is to be asked.
+        What its nodes are reached by; None where no node is to be asked.
     client_key : str
         Of a resumed run; empty: it begins.
 

@@ -38,7 +38,7 @@ class UnusedRounds:
             self._forget()
             return
         self._rounds.append(entry["round"])
-        # Where nobody's update counted, those left out are all that were asked.
+        # Where no update counted, all that were asked are left out.
         self._asked |= {str(partition) for partition in entry.get("asked", left_out)}
         self._reason = dropped or next(iter(left_out.values()), "none answered")
 

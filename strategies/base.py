@@ -3,7 +3,7 @@
 A subclass says what it asks of a client (`instruct`) and how the updates make the next model
 (`combine`). The base does the rest: it knows the nodes and their widths, samples them under the
 seed, packs the model, reads the replies one by one, sets bad ones aside, and hands the good ones
-on in the order of their partitions, so that sums do not depend on who answered first.
+on in the order of their partitions, so that sums do not depend on the order of arrival.
 """
 
 import time
@@ -96,7 +96,7 @@ class MixedPrecisionStrategy(Strategy):
     Attributes
     ----------
     options, context : Options, StrategyContext
-        As given. Nobody but the strategy itself sets an attribute of it.
+        As given. Only the strategy itself sets its attributes.
     nodes : Nodes
         Who takes part.
     round_log, evaluate_log : RoundLog
@@ -111,7 +111,7 @@ class MixedPrecisionStrategy(Strategy):
     1.0
     """
 
-    # Class of the strategy's own settings; one that has some says so again.
+    # Class of the strategy's own settings; a subclass with settings overrides it.
     Options: type[OwnOptions] = OwnOptions
     # Of that class, which a subclass may narrow for its type checker.
     options: Any
@@ -122,7 +122,7 @@ class MixedPrecisionStrategy(Strategy):
     idle: Mapping[str, tuple[str, ...]] = {}
     evaluates_on_server = True
     # Whether the tensors that `checkpoint` returns are only ever replaced, and never changed in
-    # place: they need not be copied then. Whoever keeps something else says so again.
+    # place: they need not be copied then. A subclass that keeps something else sets it again.
     replaces_kept = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -151,7 +151,7 @@ class MixedPrecisionStrategy(Strategy):
         self.evaluate_log = RoundLog()
         self._plan = RoundPlan()
 
-    # --- what a class says before one is made --------------------------------------------------
+    # --- answered by the class, before an instance is made ---------------------------------------
 
     @classmethod
     def named(cls, suffix: str) -> type[Self]:
@@ -183,7 +183,7 @@ class MixedPrecisionStrategy(Strategy):
             One line that names the setting, its value and what is allowed.
         """
 
-    # --- what a subclass says ------------------------------------------------------------------
+    # --- overridden by subclasses ----------------------------------------------------------------
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Return what this client is asked to do; the default: train and send its weights."""
@@ -415,8 +415,11 @@ class MixedPrecisionStrategy(Strategy):
 
     def _instruction_for(self, server_round: int, client: Declaration) -> Instruction:
         by_broadcast = FLOAT_BITS if self.context.broadcast == "float32" else client.bits
-        asked = completed(self.instruct(server_round, client), by_broadcast, type(self).__name__)
-        return replace(asked, coded=int(self.context.coded), keep_in=self.context.clients_keep_in)
+        owner = type(self).__name__
+        instruction = completed(self.instruct(server_round, client), by_broadcast, owner)
+        return replace(
+            instruction, coded=int(self.context.coded), keep_in=self.context.clients_keep_in
+        )
 
     def _encode_model(
         self, start: State, bits: int, downlink_bits: int
@@ -438,7 +441,7 @@ class MixedPrecisionStrategy(Strategy):
         return ArrayRecord({MODEL: to_array(payload)}), model
 
     def _at_width(self, bits: int, state: State, weight_step: float) -> Update:
-        """Return a model at a width, rounded as `broadcast` says."""
+        """Return a model at a width, rounded by the setting `broadcast`."""
         if bits == FLOAT_BITS:
             return quantize_state(state, bits)
         if self.context.broadcast == "calibrated":

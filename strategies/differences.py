@@ -121,7 +121,7 @@ class FedCOMGATE(FedCOM):
 
     @classmethod
     def check(cls, options: ServerStepOptions, context: StrategyContext) -> None:
-        """Refuse what the corrections do not stand."""
+        """Refuse settings with which the corrections are wrong."""
         if context.fraction_train < 1:
             raise SettingsError(
                 f"fraction-train: {context.fraction_train:g}, but fedcomgate's corrections need "

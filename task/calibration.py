@@ -1,4 +1,4 @@
-"""What a few unlabelled images tell about a model at a bit-width."""
+"""Calibration of a model at a bit-width with a few unlabelled images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -240,7 +240,7 @@ def _torchvision_model(name: str, channels: int, num_classes: int) -> nn.Module:
             f"model: {name!r}; allowed: {known}, a torchvision classifier's name, or "
             "package.module:factory"
         )
-    # Auxiliary heads would train on nothing; and it warns where it is not told how to begin.
+    # Auxiliary heads would get no loss; and torchvision warns without an explicit init_weights.
     two = name in ("googlenet", "inception_v3")
     extra = {"aux_logits": False, "init_weights": True} if two else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)

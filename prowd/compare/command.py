@@ -111,7 +111,7 @@ class Comparison:
         try:
             write_page(page, self.experiment.title, list(records.values()), named)
             print(page)
-        except SettingsError as error:  # The runs are not in vain: the table is there.
+        except SettingsError as error:  # The table is there all the same.
             print(f"prowd: there is no page: {error}", file=sys.stderr)
 
     def _write_table(self, results: list[dict[str, Any]]) -> None:
@@ -144,14 +144,14 @@ def _chosen(option: str, text: str, named: Collection[str]) -> Collection[str]:
 
 
 def _title(experiment: Experiment, overrides: Mapping[str, Setting], federation: str) -> str:
-    """Name what was set against the file, so that nobody takes the results for the file's."""
+    """Name the settings that differ from the file, as the results are not those of the file."""
     runs = planned_runs(experiment, Path(), {})
     said = [
         f"{key} {value}"
         for key, value in overrides.items()
         if key not in may_differ() and any(run.settings.get(key) != value for run in runs)
     ]
-    # How many clients there are; what else it says changes no number.
+    # The number of clients; nothing else in it changes a number.
     asked, own = (
         re.findall(r"num-supernodes=\d+", text) for text in (federation, experiment.federation)
     )

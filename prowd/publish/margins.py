@@ -48,7 +48,7 @@ class Margins:
 
 
 def margins(results: Sequence[dict[str, Any]], scenario: str) -> Margins | None:
-    """Return the margins in a scenario; None if a system that they speak of has no run there."""
+    """Return the margins in a scenario; None if one of their systems has no run there."""
     runs = by_system(result for result in results if result["scenario"] == scenario)
     if not {_OURS, _CEILING, _BYTES_BASELINE, *_NAIVE} <= runs.keys():
         return None

@@ -1,4 +1,4 @@
-"""One page of HTML that needs nothing but itself: no script, no other file, no network."""
+"""One self-contained page of HTML: no script, no other file, no network."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from core.mix import parse_mix
 from prowd.records import Record
 
-# What tells seeds and repetitions of one system apart, and no more.
+# The settings that differ between seeds and repetitions of one system.
 _OF_A_RUN = ("seed", "output-dir", "run-name", "resume")
 # Systems are compared in one federation: the same data, partitioned alike among the same widths.
 _OF_A_FEDERATION = (

@@ -1,4 +1,4 @@
-"""Lossless entropy coding of codes: by themselves, or as steps from codes that both sides know.
+"""Lossless entropy coding of codes: by themselves, or as differences from known codes.
 
 Codes near zero are the most frequent, and after a round of training most codes are near those that
 the client started from: where the server knows the start, the differences say the same in fewer

@@ -46,7 +46,7 @@ class UpdateError(ValueError):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a receiver knows of an update before it comes, and holds it against.
+    """What a receiver knows of an update before it comes, and validates it against.
 
     Attributes
     ----------
@@ -196,7 +196,7 @@ def _weights_of_squares(spec: UpdateSpec, bits: int) -> tuple[np.ndarray, np.nda
 
 
 class _Payload:
-    """A payload of this model, width, content and stamp, whose values nobody has looked at."""
+    """A payload of this model, width, content and stamp; its values are not validated yet."""
 
     def __init__(self, data: bytes, expected: Expected) -> None:
         self.layout, self.expected = layout_of(expected.spec, expected.bits), expected
@@ -205,7 +205,7 @@ class _Payload:
         self._decompressed: np.ndarray | None = None
 
     def decompress(self) -> np.ndarray:
-        """Undo the entropy coding, in whichever thread; `read` does it where nobody did."""
+        """Undo the entropy coding, in any thread; `read` does it if it was not done before."""
         if self._decompressed is None:
             layout = self.layout
             self._decompressed = decompress(self.codes, layout.bits, layout.num_codes)
@@ -290,7 +290,7 @@ class _Batch:
             try:
                 payload.decompress()
             except PackingError:
-                # Whoever reads it finds the same, in its turn.
+                # `read` raises the same error, in its turn.
                 continue
 
 
@@ -306,7 +306,7 @@ def _parts_of(data: bytes, layout: Layout) -> tuple[np.ndarray, np.ndarray, memo
 
 
 def _check_variances(values: FlatFloats, content: Content, start: Update | None) -> None:
-    """Refuse what nobody can have trained: a variance that is, or becomes, negative."""
+    """Reject what training cannot give: a variance that is, or becomes, negative."""
     for name in values.layout.variances:
         if content == "weights":
             if (values[name] < 0).any():

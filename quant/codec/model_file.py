@@ -38,7 +38,7 @@ from quant.qat.layers import (
 from quant.update import QuantizedTensor, Update, quantize_state
 
 _VERSION = 3
-# Who makes a network as the file says allocates what these say.
+# A network built by the file's head allocates as much as these allow.
 _MOST = {"channels": 3, "size": 1024}
 
 
@@ -56,8 +56,8 @@ class PackedModel:
         Codes and scales of the weights; the other tensors in float32, normalization's statistics
         as the model is evaluated with them.
     name : str
-        Architecture, as whoever wrote the file calls it. To build what a stranger's file names is
-        to let it choose: `task.models.build_model` imports modules by name.
+        Architecture, as the file calls it. Do not build it by the name in an untrusted file:
+        `task.models.build_model` imports modules by name.
     channels, size : int
         Of the images: ``[channels, size, size]``.
     num_classes : int

@@ -1,9 +1,9 @@
-"""What passes between layers, on a grid: activations on the way forward, errors on the way back.
+"""What passes between layers, on a grid: activations forward, output gradients backward.
 
-Both have one scale a tensor. That of an error is taken from the tensor itself; so is that of an
-activation, until it is fitted to a few images (`calibrate_activations`). A fitted grid stays as it
-is, as integer hardware needs it, costs no pass over the tensor to find its range, and clips the
-rare large values for a finer step.
+Both have one scale a tensor. That of an output gradient is taken from the tensor itself; so is that
+of an activation, until it is fitted to a few images (`calibrate_activations`). A fitted grid stays
+as it is, as integer hardware needs it, costs no pass over the tensor to find its range, and clips
+the rare large values for a finer step.
 """
 
 from dataclasses import dataclass
@@ -130,12 +130,14 @@ def fake_quantize_gradient(
     return codes.mul_(scale)
 
 
-def quantize_error(y: Tensor, bits: int, generator: torch.Generator | None = None) -> Tensor:
+def quantize_output_gradient(
+    y: Tensor, bits: int, generator: torch.Generator | None = None
+) -> Tensor:
     """Return `y`; its gradient is put on a grid of `bits` bits on the way back.
 
     `generator` is as in `fake_quantize_gradient`.
     """
-    return cast(Tensor, _QuantizeError.apply(y, bits, generator))
+    return cast(Tensor, _QuantizeOutputGradient.apply(y, bits, generator))
 
 
 class _PutOnGrid(torch.autograd.Function):
@@ -169,7 +171,7 @@ class _QuantizeActivation(torch.autograd.Function):
         return gradient, None
 
 
-class _QuantizeError(torch.autograd.Function):
+class _QuantizeOutputGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, bits: int, generator: torch.Generator | None) -> Tensor:
         ctx.bits, ctx.generator = bits, generator

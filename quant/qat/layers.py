@@ -2,7 +2,7 @@
 
 `prepare` swaps every `nn.Conv2d` and `nn.Linear` for a layer that computes with fake-quantized
 weights and activations, on torch's own operators, and keeps parameter names, so that a state dict
-fits both models. With `QuantConfig(gradient_bits=8)` the errors that flow back through each layer
+fits both models. With `QuantConfig(gradient_bits=8)` the output gradients of each layer
 are quantized too.
 """
 
@@ -24,7 +24,7 @@ from quant.qat.activations import (
     fake_quantize_activation,
     fit_activation_grid,
     put_on_grid,
-    quantize_error,
+    quantize_output_gradient,
 )
 from quant.update import (
     Update,
@@ -47,8 +47,7 @@ class QuantConfig:
     activation_bits : int
         Per-tensor grid of each layer's input, 2 to 16; 32 leaves it float32.
     gradient_bits : int
-        Per-tensor grid of the errors that reach each layer's output, 2 to 16; 32 leaves them
-        float32.
+        Per-tensor grid of the gradients of each layer's output, 2 to 16; 32 leaves them float32.
 
     Examples
     --------
@@ -137,10 +136,10 @@ class QuantLayer(nn.Module):
             return fake_quantize_activation(x, bits)
         return put_on_grid(x, self.input_grid)
 
-    def quantized_error(self, y: Tensor) -> Tensor:
+    def quantized_output_gradient(self, y: Tensor) -> Tensor:
         """Return `y`; its gradient is quantized on the way back."""
         bits = self.config.gradient_bits
-        return y if bits == FLOAT_BITS else quantize_error(y, bits, self.generator)
+        return y if bits == FLOAT_BITS else quantize_output_gradient(y, bits, self.generator)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -153,7 +152,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         y = self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
-        return self.quantized_error(y)
+        return self.quantized_output_gradient(y)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -166,7 +165,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         y = F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
-        return self.quantized_error(y)
+        return self.quantized_output_gradient(y)
 
 
 _QUANTIZED_CLASS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}

@@ -29,7 +29,7 @@ from task.data.image_folder import (
 from task.data.images import check_memory, load_images, warn_once
 
 CACHE = Path("~/.cache/prowd")
-# A brightest pixel below this is told: a quarter of the levels is used.
+# A brightest pixel below this is reported: a quarter of the levels is used.
 _DARK = 64
 
 

@@ -105,7 +105,7 @@ def _decode_all(names: list[str], image_size: int) -> np.ndarray:
 
 
 def _read(path: Path, count: int, image_size: int) -> np.ndarray | None:
-    """Read a cached array; None if there is none, or it is torn or another's."""
+    """Read a cached array; None if there is none, or it is torn or of another dataset."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             pixels: np.ndarray = arrays["pixels"]

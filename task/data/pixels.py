@@ -174,7 +174,7 @@ def _upright(file: Any) -> Any:
 
 
 def _on_white(image: Any) -> Any:
-    """Return an image in RGB; what lies under transparent pixels is nothing that anybody sees."""
+    """Return an image in RGB; colours under transparent pixels are dropped."""
     from PIL import Image
 
     if image.mode not in ("LA", "PA", "RGBA", "RGBa") and "transparency" not in image.info:

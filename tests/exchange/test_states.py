@@ -220,7 +220,7 @@ def test_fedcomgate_begins_anew_after_a_dropped_round():
     clients = [Client(i, difference=True) for i in range(5)]
     _, dropped = run(strategy, (1, 2, 3, 4), clients)
     assert "not finite" in dropped[2]
-    epochs = [asked.tracking_epoch for asked in clients[0].instructions]
+    epochs = [instruction.tracking_epoch for instruction in clients[0].instructions]
     assert epochs[0] == epochs[1] != epochs[2] == epochs[3]
 
 

@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
 import client_app.app as client_app
-from client_app.memory import own_model
+from client_app.state_store import own_model
 from core.run_record import CONFIG, ROUNDS, SUMMARY, Config, Round, Summary
 from core.seeds import derive_seed
 from core.settings import Settings
@@ -282,7 +282,7 @@ def test_local_strict_clients_are_evaluated_on_the_grid_they_trained_on(tmp_path
         bits = {0: 2, 1: 4, 2: 8}[node.config["partition-id"]]
         asked = [m for m in grid.sent if m.metadata.message_type == "evaluate"][-1]
         with in_an_actor():
-            job = client_app._open(asked, node.context)
+            job = client_app._read_job(asked, node.context)
         assert job.client.bits == bits
         evaluated = at_width(job.model, job.settings, bits)
         set_scales(evaluated, job.scales)
@@ -299,11 +299,11 @@ def test_a_local_client_whose_reply_was_lost_goes_on_from_its_own_model(tmp_path
     first = next(m for m in grid.sent if m.metadata.message_type == "train")
     assert MODEL in first.content
     with in_an_actor():
-        job = client_app._open(first, node.context)
+        job = client_app._read_job(first, node.context)
     assert all(torch.equal(federated_state(job.model)[n], t) for n, t in kept.items())
     node.lose_state()
     with in_an_actor():
-        job = client_app._open(first, node.context)
+        job = client_app._read_job(first, node.context)
     assert not all(torch.equal(federated_state(job.model)[n], t) for n, t in kept.items())
 
 

@@ -731,7 +731,7 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     def long_name(*_):
         raise OSError(36, "File name too long")
 
-    monkeypatch.setattr("client_app.memory._rounds", long_name)
+    monkeypatch.setattr("client_app.state_store._rounds", long_name)
     node_config = {"bits": 8, "state-dir": str(tmp_path / "own")}
     end = end_of(tmp_path, {"strategy": "fedcomgate"}, InProcessGrid, node_config)
     first, _ = end.log.ends_of_clients()
@@ -744,7 +744,7 @@ def test_a_checkpoint_that_a_simulated_client_cannot_write_is_named(tmp_path, mo
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("client_app.memory.write_atomic", full)
+    monkeypatch.setattr("client_app.state_store.write_atomic", full)
     end = end_of(tmp_path, {"strategy": "local"})
     first, _ = end.log.ends_of_clients()
     assert first.startswith(f"output-dir: {tmp_path}/run/checkpoint/clients/")

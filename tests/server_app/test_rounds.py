@@ -20,7 +20,7 @@ from torch import nn
 
 import client_app.app
 import task.data.dataset
-from client_app.memory import own_model
+from client_app.state_store import own_model
 from core.clock import clock
 from core.errors import SettingsError
 from exchange.protocol import UPDATE

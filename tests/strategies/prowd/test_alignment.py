@@ -55,8 +55,8 @@ class Absent(ScriptedClient):
 
     def __call__(self, message):
         if message.metadata.message_type == "train":
-            asked = Instruction.from_record(message.content[INSTRUCTION])
-            if asked.server_round not in self.rounds:
+            instruction = Instruction.from_record(message.content[INSTRUCTION])
+            if instruction.server_round not in self.rounds:
                 return None
         return super().__call__(message)
 
@@ -298,10 +298,10 @@ def received_by(grid, kind="train"):
     for message in grid.sent:
         if message.metadata.message_type != kind or MODEL not in message.content:
             continue
-        asked = Instruction.from_record(message.content[INSTRUCTION])
+        instruction = Instruction.from_record(message.content[INSTRUCTION])
         data = message.content[MODEL][MODEL].data
         client = grid.nodes[message.metadata.dst_node_id]
-        found[client.declaration.partition_id] = decode(data, spec, asked.downlink_bits)
+        found[client.declaration.partition_id] = decode(data, spec, instruction.downlink_bits)
     return found
 
 
@@ -455,10 +455,10 @@ class Obedient(ScriptedClient):
         self.got = []
 
     def move(self, received):
-        asked = self.instructions[-1]
+        instruction = self.instructions[-1]
         self.got.append(received)
-        if asked.uplink == "difference":
-            bits = asked.uplink_bits or self.bits
+        if instruction.uplink == "difference":
+            bits = instruction.uplink_bits or self.bits
             moved = {n: torch.full_like(t, self.step) for n, t in received.items()}
             return difference_of(moved, bits, torch.Generator().manual_seed(0))
         return to_bits({n: t + self.step for n, t in received.items()}, self.bits)
@@ -487,11 +487,11 @@ def sent_codes(grid):
     found = {}
     for message in grid.sent:
         if message.metadata.message_type == "train" and MODEL in message.content:
-            asked = Instruction.from_record(message.content[INSTRUCTION])
+            instruction = Instruction.from_record(message.content[INSTRUCTION])
             client = grid.nodes[message.metadata.dst_node_id]
             data = message.content[MODEL][MODEL].data
-            update = decode(data, spec_of_state(PLAIN), asked.downlink_bits)
-            found[client.declaration.partition_id] = (asked.server_round, update)
+            update = decode(data, spec_of_state(PLAIN), instruction.downlink_bits)
+            found[client.declaration.partition_id] = (instruction.server_round, update)
     return found
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
 from client_app.node import declare
+from client_app.state_store import has_model, keep_model, own_model, recall, state_folder, store
 from core.errors import SettingsError
 
 

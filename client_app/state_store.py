@@ -1,4 +1,4 @@
-"""What a client keeps from one message to the next: in its ``Context.state``, and on its disk.
+"""State store: what a client keeps between messages, in its ``Context.state`` and on its disk.
 
 ``Context.state`` lives in memory. A run that is resumed after a crash needs what it held, to
 the bit, and it is too large and too private to travel. So each client writes it to a folder as
