@@ -31,12 +31,12 @@ _ROWS, _COLUMNS, _REPEATS, _AHEAD = 1000, 10_000, 9, 1.0
 _BATCH = 64
 # NVFlare's forms, their widths, and the widest of ours that, coded, takes no more bytes.
 _NVFLARE_FORMS = (("blockwise8", 8, 8), ("float4", 4, 5), ("normfloat4", 4, 5))
-# Weights that share a scale in its 8-bit form, which does not say.
+# Weights that share a scale in its 8-bit form, which does not store the number.
 _BLOCKSIZE = 4096
 
 
 def main() -> None:
-    """Compare with every peer that can be imported, and say which cannot."""
+    """Compare with every peer that can be imported, and print which cannot."""
     torch.set_num_threads(1)
     figures: list[Figure] = []
     for compare in (_torchao, _brevitas, _nvflare_float16, _nvflare_low_bits, _flower):

@@ -218,7 +218,7 @@ def _read_job(message: Message, context: Context) -> _Job:
     if client.refused:
         raise SettingsError(client.refused)
     if config := config_in(message):
-        # The settings and the instruction say what is done here; nothing else has an effect.
+        # Only the settings and the instruction have an effect here.
         raise SettingsError(
             f"config: this client has no use for {', '.join(sorted(config))}; allowed: none"
         )

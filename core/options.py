@@ -21,7 +21,7 @@ def _kebab(name: str) -> str:
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a setting may be, in words, where neither type nor bounds say it; for settings.md."""
+    """The allowed values in words, where neither type nor bounds show them; for settings.md."""
 
     words: str
 

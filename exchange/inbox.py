@@ -36,7 +36,7 @@ def receive(
 ) -> Iterator[Message]:
     """Send messages, batch by batch, and then yield each reply as soon as it is there.
 
-    A reply that cannot be read comes as an error that says so. One that is still being uploaded is
+    A reply that cannot be read comes as an error. One that is still being uploaded is
     looked at again later, and the others come meanwhile.
 
     Parameters

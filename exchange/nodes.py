@@ -42,7 +42,7 @@ class Nodes:
         Seconds to wait for them, and in all later gatherings together for nodes that came later
         and did not declare themselves.
     most_examples : int
-        A node that declares more is refused, as its claim is its weight in the mean.
+        A node that declares more is refused, as the number is its weight in the mean.
     examples_of : callable or None
         ``f(partition_id, num_partitions)``: how many a partition has, where the server knows; a
         node that declares more is refused. A `SettingsError` says that there is no such
@@ -81,7 +81,7 @@ class Nodes:
         """Return the declarations of the nodes that are connected now and may take part.
 
         New nodes are asked. The first time, this waits until there are as many as the nodes'
-        declarations speak of (`num_partitions`), or the time since one took another partition is
+        declarations name (`num_partitions`), or the time since one took another partition is
         up; later it waits only for the declarations of nodes that are connected, or if fewer than
         `min_nodes` are there.
 
@@ -276,7 +276,7 @@ class Nodes:
             leading = _leading(votes)
             raise FederationError(
                 f"num-partitions: as many nodes declare {' as '.join(map(str, leading))} "
-                f"({votes[leading[0]]} each); every --node-config must say the same"
+                f"({votes[leading[0]]} each); every --node-config must hold the same"
             )
 
     def _refuse_unseated(self, present: dict[int, Declaration]) -> None:

@@ -139,7 +139,7 @@ class Instruction(_Record):
         came as codes, else 0.
     keep_in : str
         Folder for what a simulated client keeps from round to round; its last part names the run.
-        A networked node, which keeps it in its own ``state-dir``, is told that last part alone.
+        A networked node, which keeps it in its own ``state-dir``, gets that last part alone.
         Empty: in memory only.
 
     Examples
@@ -222,7 +222,7 @@ def instruction_in(message: Message) -> Instruction:
     Raises
     ------
     ProtocolError
-        If it is none of this project's strategies'.
+        If it is not from a strategy of this project.
 
     Examples
     --------

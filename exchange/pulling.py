@@ -70,7 +70,7 @@ class _Arrival:
         Raises
         ------
         ValueError
-            If there are more bytes than allowed, or the object is none of Flower's.
+            If there are more bytes than allowed, or the object is not one of Flower's.
         """
         content = found.object_content
         kind, children, _ = get_object_head_values_from_object_content(content)
@@ -147,7 +147,7 @@ class _ClientForOneReply:
         self._was_asked = True
         if self._arrival.is_read:
             # The SuperLink assigns a reply to its message; the reply's own metadata is untrusted.
-            raise ValueError("it says that it answers another message")
+            raise ValueError("it names another message as the one that it answers")
         if self._arrival.announced is not None:
             return self._arrival.announced
         found = self._client.PullMessages(request)

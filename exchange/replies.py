@@ -171,7 +171,7 @@ def decode_in_order(
     replies : sequence of Reply
         The replies.
     rejected : mutable mapping of int to str
-        Is told of those that are left out: partition and reason.
+        Called for each reply that is left out, with partition and reason.
     """
     expected = [(r.payload, plan.expected[r.client.partition_id]) for r in replies]
     for reply, update in zip(replies, decode_all(expected), strict=True):

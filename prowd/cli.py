@@ -99,7 +99,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the command."""
-        self.exit(2, f"prowd: {one_line(message)}; {self.prog} --help says what there is\n")
+        self.exit(2, f"prowd: {one_line(message)}; {self.prog} --help lists the options\n")
 
 
 class _Version(argparse.Action):

@@ -24,7 +24,7 @@ def level_drift(moved: Tensor, target: Tensor, start: QuantizedTensor, bits: int
     """Return by how many steps ``target`` exceeds ``moved`` on each level that weights start on.
 
     It is the mean difference over the mean step, not the mean of their ratios: a channel of tiny
-    steps, in which any movement is countless steps, says little about the others.
+    steps, in which any movement is countless steps, shows little about the others.
 
     Parameters
     ----------

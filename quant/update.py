@@ -106,7 +106,7 @@ class UpdateSpec:
     Raises
     ------
     ValueError
-        If a tensor on a grid is none of them.
+        If a tensor on a grid is not among them.
 
     Examples
     --------
@@ -263,8 +263,7 @@ def quantize_state(
     NonFiniteError
         If a tensor that is quantized holds a NaN or an infinity; the message names it.
     ValueError
-        If `scales` is missing below 32 bits, names a tensor that there is not, or holds what is not
-        positive.
+        If `scales` is missing below 32 bits, names a missing tensor, or holds what is not positive.
 
     Examples
     --------
@@ -275,7 +274,7 @@ def quantize_state(
     """
     if bits != FLOAT_BITS and scales is None:
         raise ValueError(
-            f"scales is None; at {bits} bits it says what is quantized (weight_scales, fit_scales)"
+            f"scales is None; at {bits} bits it names what is quantized (weight_scales, fit_scales)"
         )
     if scales is not None:
         check_tensors("scales", scales)

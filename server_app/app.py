@@ -70,7 +70,7 @@ def _open_record(run_config: Mapping[str, object]) -> RunRecord:
     try:
         run_name = _one(run_config, "run-name").run_name
     except SettingsError:
-        run_name = ""  # It is refused with all the others, and the record says so.
+        run_name = ""  # It is refused with all the others, and the record holds the reason.
     return open_record(output_dir, run_name, _slug(strategy), _slug(dataset))
 
 

@@ -114,7 +114,7 @@ class Choice:
     options : Options
         Its own settings.
     context : StrategyContext
-        What the settings say of it, without data and network.
+        What the settings determine of it, without data and network.
     """
 
     setting: str

@@ -142,12 +142,12 @@ class Checkpoint:
         was = self.identity.settings
         keys = (was.keys() | settings.keys()) - MAY_DIFFER
         if was.get("strategy") != settings["strategy"]:
-            keys = {"strategy"}  # The others' own settings differ then, and say nothing.
+            keys = {"strategy"}  # The others' own settings differ then, without meaning.
         now = {key: settings.get(key) for key in keys}
         _refuse_unlike("another run", {key: was.get(key) for key in keys}, now)
 
     def refuse_other(self, now: Identity) -> None:
-        """Compare what the settings do not tell: data, model, federation.
+        """Compare what the settings do not show: data, model, federation.
 
         Raises
         ------

@@ -1,8 +1,8 @@
 """The end of a run: one line in the log and in the record, whatever ended it.
 
 An exception in the ServerApp ends it, or Flower does: its simulation could not start, the run was
-stopped, a signal came. In simulation Flower calls the ServerApp in a thread that it lets die with
-the process, so it says nothing; but it calls exit handlers first, and has logged why.
+stopped, a signal came. In simulation Flower calls the ServerApp in a thread that ends with the
+process, without an exception; but it calls exit handlers first, and has logged why.
 """
 
 import logging
@@ -63,8 +63,8 @@ class Ending:
     SettingsError, FederationError
         The one that ended it.
     RunFailed
-        In place of any other exception. So does Flower know that the run failed: in simulation
-        what is no `Exception`, as ``sys.exit()`` in a strategy, would pass for its good end.
+        In place of any other exception, so that Flower counts the run as failed: in simulation it
+        would take what is no `Exception`, as ``sys.exit()`` in a strategy, for a good end.
     """
 
     def __init__(self, config: Mapping[str, object]) -> None:
@@ -77,7 +77,7 @@ class Ending:
         self._parent = os.getppid()
 
     def __enter__(self) -> Self:
-        # It stays when the run is over, for what Flower says of that.
+        # It stays when the run is over, for what Flower logs then.
         for heard in [one for one in _FLOWER.filters if isinstance(one, _LastWords)]:
             _FLOWER.removeFilter(heard)
         _FLOWER.addFilter(self._flower)
@@ -177,7 +177,7 @@ class Ending:
             log(ERROR, "prowd: %s", error)
 
     def _keep_traceback(self, error: BaseException) -> str:
-        """Write the traceback into the record; return what the line says of that."""
+        """Write the traceback into the record; return the line's hint at it."""
         if self._record is None:
             return ""
         path = self._record.folder / TRACEBACK
@@ -191,7 +191,7 @@ class Ending:
 
 
 class _LastWords(logging.Filter):
-    """Filters what Flower logs before it ends the process: what one line says is left out."""
+    """Filters what Flower logs before it ends the process: what the one line holds is left out."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from strategies import STRATEGIES
 from task.calibration import has_statistics
 
 # What has an effect only where another setting is not as named here; the strategies' own options
-# say so of themselves (`IdleWith`, `Idle`).
+# declare it themselves (`IdleWith`, `Idle`).
 _NEEDS = {
     "dirichlet-alpha": ("partitioner", ("iid", "file")),
     "data-dir": ("dataset", ("digits",)),
@@ -32,7 +32,7 @@ _OF_LOW_BITS = frozenset(
 def idle_settings(run_config: Mapping[str, object], simulated: bool = True) -> list[str]:
     """Return a line for every setting that differs from its default and has no effect.
 
-    Flower fills a run's configuration up with the defaults, so that no more than that can be told
+    Flower fills a run's configuration up with the defaults, so that no more than that can be seen
     of what a user gave.
 
     Parameters
@@ -65,7 +65,7 @@ def idle_settings(run_config: Mapping[str, object], simulated: bool = True) -> l
 
 @dataclass(frozen=True)
 class _Option:
-    """The strategy that a setting is of, and what its field says of where it is idle."""
+    """The strategy of a setting, and where its field declares it idle."""
 
     owner: str
     marks: tuple[object, ...] = ()

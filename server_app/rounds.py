@@ -54,7 +54,7 @@ def run_rounds(
     Raises
     ------
     FederationError
-        If no client could be used in the first round, or as `server_app.unused` says.
+        If no client could be used in the first round, or by `server_app.unused`.
     """
     arrays = to_arrays(state)
     began = time.monotonic()

@@ -144,7 +144,7 @@ def prepare(
         quantized=quantizable_weights(model),
         predict=make_predict(model, buffer, device),
         round_calibrated=CalibratedRounding(settings, model, buffer),
-        # A networked node is told the key alone: it keeps nothing in the server's folders.
+        # A networked node gets the key alone: it keeps nothing in the server's folders.
         clients_keep_in=folder_of_clients(folder, client_key) if shared else client_key,
         detailed=partial(is_evaluated, settings),
     )
@@ -247,7 +247,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
     try:
         run_rounds(grid, strategy, run.settings, model, run.evaluator, record, keep, done)
     except BaseException:
-        # A run that fails, as for want of nodes, leaves the model that it had.
+        # A run that fails, as by a lack of nodes, leaves the model that it had.
         try:
             _write_model(run, record, done, model)
         except SettingsError as error:  # On a full disk; what failed first is what is reported.

@@ -12,9 +12,9 @@ class UnusedRounds:
 
     A round is used if a client's update counted and the result was not dropped. Where clients are
     sampled, a few in a row may meet the same bad ones: while rounds are left, only those that
-    together asked every node in vain say that nothing can come of it. At the end of the run it has
-    failed too if the last rounds, and more than half of all, asked several nodes in vain, or if the
-    strategy never made a model.
+    together asked every node without success end the run. At its end a run has failed too if the
+    last rounds, and more than half of all, asked several nodes without success, or if the strategy
+    never made a model.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
 """The base of every strategy: clients of different bit-widths under Flower's Strategy interface.
 
-A subclass says what it asks of a client (`instruct`) and how the updates make the next model
-(`combine`). The base does the rest: it knows the nodes and their widths, samples them under the
-seed, packs the model, reads the replies one by one, sets bad ones aside, and hands the good ones
-on in the order of their partitions, so that sums do not depend on the order of arrival.
+A subclass decides what a client does (`instruct`) and how the updates make the next model
+(`combine`). The base does the rest: it samples the nodes under the seed, packs the model for their
+widths, reads the replies one by one, rejects bad ones, and passes on the good ones in the order of
+their partitions, so that sums do not depend on the order of arrival.
 """
 
 import time
@@ -208,7 +208,7 @@ class MixedPrecisionStrategy(Strategy):
         Returns
         -------
         dict of str to Tensor or None
-            The next model; None to keep the present one, which the round's line says. A run in
+            The next model; None to keep the present one, as the round's line then shows. A run in
             which no round made one has failed, unless `evaluates_on_server` is False.
         """
 
@@ -231,11 +231,11 @@ class MixedPrecisionStrategy(Strategy):
         Raises
         ------
         FederationError
-            If the strategy was not told which these are.
+            If the strategy's context does not name them.
         """
         if self.context.quantized is None:
             raise FederationError(
-                f"quantized: {type(self).__name__} was not told which weights low-bit clients "
+                f"quantized: {type(self).__name__} does not know which weights low-bit clients "
                 "quantize; give it StrategyContext(quantized=quantizable_weights(model))"
             )
         return [name for name in state if name in self.context.quantized]
@@ -254,7 +254,7 @@ class MixedPrecisionStrategy(Strategy):
     def roll_back(self, before: Snapshot) -> None:
         """Be as before a round whose result is dropped.
 
-        Clients are not told: a strategy whose clients keep something too does here what that takes.
+        Clients get no message: a strategy whose clients keep something too restores that here.
         """
         self.restore(before.tensors, before.values)
 

@@ -38,7 +38,7 @@ class StrategyContext:
     node_wait : float
         Seconds to wait for them before the first round (`exchange.nodes`).
     most_examples : int
-        Examples that a node can have; one that declares more is refused, as its claim is its
+        Examples that a node can have; one that declares more is refused, as the number is its
         weight in the mean.
     examples_of : callable, optional
         ``f(partition_id, num_partitions)``: how many a partition has, where the server knows

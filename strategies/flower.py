@@ -175,7 +175,7 @@ class FlowerStrategy(MixedPrecisionStrategy):
 def _make(name: str, arguments: dict[str, Any]) -> FedAvg:
     if name not in flower_names():
         allowed = ", ".join(PREFIX + n for n in flower_names())
-        raise SettingsError(f"strategy: {f'{PREFIX}{name}'!r} is none of {allowed}")
+        raise SettingsError(f"strategy: {f'{PREFIX}{name}'!r} is not one of {allowed}")
     kind: type[FedAvg] = getattr(flower_strategies, name)
     settable = _settable(kind)
     if _UNHEEDED in arguments and issubclass(kind, _ADAPTIVE):

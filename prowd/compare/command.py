@@ -19,7 +19,7 @@ from prowd.records import read_record
 
 @dataclass(frozen=True)
 class Choice:
-    """What is asked for in place of what the experiment file says; empty: what it says.
+    """Values in place of those of the experiment file; empty: those of the file.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class Comparison:
         Raises
         ------
         SettingsError
-            If something is asked for that there is not, or that no run can have.
+            If something that is asked for does not exist, or no run can have it.
         """
         experiment = read_experiment(file)
         seeds = _seeds(choice.seeds) if choice.seeds else experiment.seeds

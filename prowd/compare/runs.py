@@ -71,7 +71,7 @@ def planned_runs(
 ) -> list[PlannedRun]:
     """List the runs: everything under the first seed, then under the next.
 
-    A system that overrides what tells two scenarios apart runs once for both: the runs of equal
+    A system that overrides what distinguishes two scenarios runs once for both: the runs of equal
     settings share one folder.
     """
     runs: list[PlannedRun] = []
@@ -193,7 +193,7 @@ def ask_flower(*arguments: str, timeout: float | None = None) -> dict[str, Any]:
 
 
 def _complaint(answer: Mapping[str, Any]) -> str:
-    return " ".join(str(answer.get("error-message", "it says no more")).split())
+    return " ".join(str(answer.get("error-message", "no reason given")).split())
 
 
 def _as_flower_sees_it(run_id: str) -> tuple[str, str]:

@@ -60,7 +60,7 @@ def write_page(
     records : sequence of Record
         All runs, also those that have no rounds.
     named : iterable of (str, str, Record), optional
-        Scenario and system of each run. Without it, their settings tell.
+        Scenario and system of each run; by default from their settings.
 
     Raises
     ------

@@ -357,7 +357,7 @@ def _check_length(length: int, layout: Layout, coding: int) -> None:
             raise UpdateError(f"payload has {length} bytes; this model at {bits} bits takes {most}")
         return
     if coding not in (CODED, CODED_FROM_START) or not layout.quantized:
-        raise UpdateError(f"payload has coding {coding}, which is none of this width")
+        raise UpdateError(f"payload has coding {coding}, which this width does not have")
     if not fixed < length < most:
         raise UpdateError(
             f"payload has {length} bytes; this model at {bits} bits, coded, takes less than {most}"

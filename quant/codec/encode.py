@@ -10,8 +10,8 @@ Layout (little-endian)::
               entropy-coded differences from the codes that the receiver had sent (2)
 
 The checksum, XXH3 of 64 bits, covers everything else in the payload, so that no altered byte goes
-unnoticed. Its seed is a number that both sides know, the stamp, so that what was sent in one round
-is refused in another. Nothing is pickled. The receiver knows every name and shape beforehand
+unnoticed. Its seed is a number known to both sides, the stamp, so that what was sent in one round
+is rejected in another. Nothing is pickled. The receiver knows every name and shape beforehand
 (`UpdateSpec`) and therefore the length of everything but coded codes, which are never longer than
 packed ones: it is compared before anything is allocated, and no more is decompressed than there
 are codes.

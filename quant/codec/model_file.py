@@ -1,7 +1,7 @@
 """A model at a bit-width as one safetensors file, with all that it takes to compute with it.
 
 A quantized weight ``w`` is two tensors, ``w_packed``, its codes (`quant.codec.packing`), and
-``w_scale``; the others are float32 under their own names. The file's metadata says the rest.
+``w_scale``; the others are float32 under their own names. The file's metadata holds the rest.
 """
 
 import copy
@@ -72,7 +72,7 @@ class PackedModel:
     Raises
     ------
     ValueError
-        If a value has the wrong type or is out of range, or a grid is none of a layer's.
+        If a value has the wrong type or is out of range, or a grid is not a layer's.
 
     Examples
     --------
@@ -120,7 +120,7 @@ class PackedModel:
         if type(grid.scale) is not float or not 0 < grid.scale < float("inf"):
             raise ValueError(f"the scale of the grid of {layer} is {grid.scale!r}")
         if (grid.low, grid.high) not in ends:
-            raise ValueError(f"the grid of {layer} is none of {bits} bits")
+            raise ValueError(f"the grid of {layer} is not one of {bits} bits")
 
     @classmethod
     def of(cls, network: nn.Module, **about: Any) -> Self:

@@ -126,7 +126,7 @@ def unpack(data: bytes | memoryview | np.ndarray, bits: int, count: int) -> np.n
 
 
 def off_grid(bits: int) -> ValueError:
-    """Return the error of codes that are none of a width."""
+    """Return the error of codes that a width does not have."""
     limit = largest_code(bits)
     return ValueError(f"codes of width {bits} must lie in [{-limit}, {limit}]")
 

@@ -250,7 +250,7 @@ class ProgressiveDequantizer(nn.Module):
         bits : int
             A rung of the ladder.
         reference : Reference
-            What the server knows besides.
+            What the server knows of the start.
 
         Returns
         -------

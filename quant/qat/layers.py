@@ -213,7 +213,7 @@ def federated_state(model: nn.Module) -> dict[str, Tensor]:
 
     These are its floating-point parameters and buffers. A buffer that holds a NaN or an infinity
     before any training, as a mask of attention does, is a constant of the model and is not sent;
-    one of BatchNorm's statistics that does is none, but wrong.
+    BatchNorm's statistics are not constants: non-finite ones are wrong.
 
     >>> list(federated_state(nn.BatchNorm1d(2)))
     ['weight', 'bias', 'running_mean', 'running_var']
@@ -455,7 +455,7 @@ def weight_scales(model: nn.Module) -> dict[str, Tensor]:
     Raises
     ------
     ValueError
-        If a weight was tied or parametrized after it was prepared, and so is none that has a grid.
+        If a weight was tied or parametrized after it was prepared, and so has no grid any more.
 
     Examples
     --------

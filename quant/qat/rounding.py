@@ -146,7 +146,7 @@ def second_moments(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
 
 
 def _padded(layer: QuantConv2d, x: Tensor) -> Tensor:
-    # The layer knows its padding in this order, whether it was given as numbers or as "same".
+    # The layer stores its padding in this order, whether it was given as numbers or as "same".
     sides = layer._reversed_padding_repeated_twice
     return F.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 

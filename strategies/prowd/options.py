@@ -114,7 +114,7 @@ def parse_ladder(text: str) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If the widths do not rise, do not end at 32, or are none that exist.
+        If the widths do not rise, do not end at 32, or do not exist.
     """
     try:
         ladder = tuple(int(part) for part in text.split(","))

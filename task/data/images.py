@@ -73,7 +73,7 @@ def check_memory(images: int, channels: int, size: int) -> None:
 
 @lru_cache(maxsize=64)
 def warn_once(text: str) -> None:
-    """Log a line, in this process once: what it says holds for every folder that is loaded."""
+    """Log a line, in this process once: it holds for every folder that is loaded."""
     # The logger that Flower prints.
     getLogger("flwr").log(WARNING, "prowd: %s", text)
 

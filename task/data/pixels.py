@@ -163,7 +163,7 @@ def _scaled(image: Any, full_scale: float, file: Any, name: str) -> Any:
 
 
 def _upright(file: Any) -> Any:
-    """Turn an image as its EXIF orientation says."""
+    """Turn an image by its EXIF orientation."""
     from PIL import ImageOps
 
     file.load()

@@ -60,7 +60,7 @@ def test_a_round_that_comes_again_begins_from_the_round_before(tmp_path):
     state = RecordDict()
     recall(state, tmp_path, 3)
     assert not has_model(state)
-    # A later round that was lost is of no use to anyone.
+    # A later round that was lost is of no use.
     store(kept(4.0), tmp_path, 4)
     assert sorted(os.listdir(tmp_path)) == ["3.safetensors", "4.safetensors"]
 

@@ -152,6 +152,6 @@ def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
     assert (out / "report.html").is_file()
     assert not (out / "half-B-seed3").exists()
     assert flower.status(run_id_of(out / "half-A-seed3.log")) == "finished:stopped"
-    # Nobody writes it any more, so that the same command can begin it anew.
+    # It is not written any more, so that the same command can begin it anew.
     with locked(rounds.parent):
         pass

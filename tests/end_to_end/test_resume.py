@@ -52,7 +52,7 @@ def unbroken(output_dir: Path, rounds: int) -> Path:
     return output_dir / "whole"
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_unbroken_runs_model(flower, tmp_path):
+def test_a_killed_run_resumes_and_ends_with_the_unbroken_runs_model(flower, tmp_path):
     """Whatever the number of workers: two until it is killed, one after that."""
     folder = flower.output_dir / "killed"
     config = {**SETTINGS, "output-dir": str(flower.output_dir), "run-name": "killed"}

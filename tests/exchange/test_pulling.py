@@ -186,7 +186,7 @@ def listing(monkeypatch, data, indices):
 
 @pytest.mark.parametrize("kind", ["query", "train"])
 @pytest.mark.parametrize("readable", [True, False])
-def test_instructions_that_a_node_injects_knock_nobody_out(link, monkeypatch, kind, readable):
+def test_instructions_that_a_node_injects_disturb_no_other(link, monkeypatch, kind, readable):
     federation = Federation(link)
     content = RecordDict({"x": ConfigRecord({"x": 1}) if readable else unreadable(monkeypatch)})
     looks = []
@@ -255,7 +255,7 @@ def announce(federation):
     return uploads
 
 
-def test_a_reply_that_is_never_uploaded_holds_nobody_up(link):
+def test_a_reply_that_is_never_uploaded_holds_up_no_other(link):
     federation = Federation(link)
     replies = federation.ask(timeout=1.0)
     announce(federation)
@@ -415,7 +415,7 @@ def test_a_declaration_brings_no_arrays(link):
 
 
 def test_a_message_ends_with_its_round(link):
-    """A client that comes late is not given what nobody waits for any more."""
+    """A client that comes late is not given a message whose reply is not awaited any more."""
     federation = Federation(link)
     replies = federation.ask(timeout=0.5)
     link.at_pull = lambda: None

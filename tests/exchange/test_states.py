@@ -90,7 +90,7 @@ def of_base():
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("name", [*of_base(), *flower_names()])
-def test_the_run_goes_on_as_if_the_round_had_never_been(name):
+def test_the_run_continues_as_if_the_round_had_never_been(name):
     difference = name in ("fedpaq", "fedcom")
     disturbed, quiet = make(name), make(name)
     models, dropped = run(disturbed, (1, 2, 3, 4), [Client(i, difference) for i in range(5)])

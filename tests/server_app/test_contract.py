@@ -291,7 +291,7 @@ def test_local_strict_clients_are_evaluated_on_the_grid_they_trained_on(tmp_path
             assert torch.equal(layer.weight_scale, scales[f"{name}.weight"])
 
 
-def test_a_local_client_whose_reply_was_lost_goes_on_from_its_own_model(tmp_path):
+def test_a_local_client_whose_reply_was_lost_continues_from_its_own_model(tmp_path):
     """The server sends it the common start once more; it still has its model and uses that."""
     _, grid = run(tmp_path, FLOAT, strategy="local")
     node = grid.nodes[10]
@@ -340,7 +340,7 @@ def test_the_ladder_follows_more_than_two_widths(tmp_path):
         ({"strategy": "fedpaq", "fedpaq-bits": 17}, "fedpaq-bits: 17 is not allowed"),
         ({"strategy": "fedcom", "fedcom-bits": 1}, "fedcom-bits: 1 is not allowed"),
         ({"strategy": "fedcomgate", "local-epochs": 0}, "local-epochs: 0 is not allowed"),
-        ({"strategy": "flwr:FedNova"}, "strategy: 'flwr:FedNova' is none of"),
+        ({"strategy": "flwr:FedNova"}, "strategy: 'flwr:FedNova' is not one of"),
         ({"strategy": "flwr"}, "strategy: there is no 'flwr'"),
         ({"strategy": "fedavg:x"}, "strategy: there is no 'fedavg:x'"),
         ({"strategy": "flwr:QFedAvg"}, "QFedAvg needs client_learning_rate"),

@@ -51,7 +51,7 @@ class Mute(Exception):
 
 @pytest.fixture(autouse=True)
 def handlers(monkeypatch):
-    """Forget the exit handlers of other tests; Flower's logger hears no ending of this one."""
+    """Forget the exit handlers of other tests; Flower's logger filters no ending of this one."""
     monkeypatch.setattr(logging.getLogger("flwr"), "filters", [])
     monkeypatch.setattr("flwr.supercore.exit.exit_handler.registered_exit_handlers", [])
 
@@ -192,7 +192,7 @@ def test_a_traceback_that_cannot_be_kept_is_shown(folder, said):
     assert "Traceback" in said.of_server[-1]
 
 
-def test_ctrl_c_goes_on_as_it_is(folder, said):
+def test_ctrl_c_is_passed_on(folder, said):
     assert type(run(folder, raising(KeyboardInterrupt()))) is KeyboardInterrupt
     assert_failed(folder, said, "interrupted in round 3")
 
@@ -453,7 +453,7 @@ def test_a_summary_that_cannot_be_written_is_a_line_of_its_own(folder, said):
     assert second == f"output-dir: {folder}/summary.json cannot be written: Is a directory"
 
 
-def test_a_second_run_of_a_process_hears_nothing_of_the_first(tmp_path, said):
+def test_a_second_run_of_a_process_is_not_affected_by_the_first(tmp_path, said):
     first, second = tmp_path / "first", tmp_path / "second"
 
     def lacks(_):

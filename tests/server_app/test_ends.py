@@ -110,7 +110,7 @@ def recorded_line_of(end: End) -> str:
 
 @contextmanager
 def folder_for_all() -> Iterator[Path]:
-    """A folder that is closed to nobody, as those of the tests are but to root."""
+    """A folder that other users may enter, as those of the tests are not."""
     folder = Path(tempfile.mkdtemp())
     try:
         folder.chmod(0o777)
@@ -148,7 +148,10 @@ PATHS = [
 ]
 TEXTS = [
     ({"strategy": "fedsgd"}, "strategy: there is no 'fedsgd'; allowed: prowd, fedavg, "),
-    ({"strategy": "flwr:FedXgbBagging"}, "strategy: 'flwr:FedXgbBagging' is none of flwr:Bulyan, "),
+    (
+        {"strategy": "flwr:FedXgbBagging"},
+        "strategy: 'flwr:FedXgbBagging' is not one of flwr:Bulyan, ",
+    ),
     ({"strategy": "a:b:c"}, "strategy: 'a:b:c' is not written as package.module:name"),
     ({"strategy": "no_such:S"}, "strategy: 'no_such:S' cannot be imported (ModuleNotFoundError: "),
     ({"strategy": "toy:S"}, f"strategy: toy ({Path(__file__).parents[1]}/toy.py) has no 'S'"),
@@ -426,7 +429,7 @@ RESUMES = [
 
 
 @pytest.mark.parametrize(("name", "data", "changes", "start"), RESUMES)
-def test_a_run_that_cannot_be_gone_on_with_is_named_and_left_alone(
+def test_a_run_that_cannot_be_resumed_is_named_and_left_alone(
     tmp_path, completed, name, data, changes, start
 ):
     folder = tmp_path / "line\nend"
@@ -507,7 +510,7 @@ MODELS = [
 def test_a_model_is_named_with_what_is_wrong(tmp_path, name, start):
     line = recorded_line_of(end := end_of(tmp_path, {"model": f"faulty_models:{name}"}))
     assert line.removeprefix(f"model: 'faulty_models:{name}'").lstrip(": ").startswith(start)
-    # What is nobody's doing but the code's keeps where it was.
+    # A fault of the code itself keeps its place.
     assert ("failed" in line) == (end.folder / TRACEBACK).exists() == ("; traceback in " in line)
 
 
@@ -625,14 +628,14 @@ def test_a_strategy_is_named_with_what_is_wrong(tmp_path, name, start):
 
 
 @pytest.mark.parametrize(("name", "start"), SAYING)
-def test_a_strategy_is_told_what_it_asks_or_reports_in_vain(tmp_path, name, start):
+def test_a_strategys_useless_requests_and_reports_are_named(tmp_path, name, start):
     end = end_of(tmp_path, {"strategy": f"faulty_strategies:{name}"})
     assert recorded_line_of(end).startswith(start)
     assert not (end.folder / TRACEBACK).exists()
 
 
 def test_what_a_strategys_code_returned_is_laid_beside_it(tmp_path):
-    """Nobody can know whether it was the cause, but where to look."""
+    """It need not be the cause, but shows where to look."""
     end = end_of(tmp_path, {"strategy": "faulty_strategies:ModelForNothing"})
     line = recorded_line_of(end)
     assert line.startswith("the run failed in round 1: AttributeError: 'NoneType' object has no ")

@@ -106,7 +106,7 @@ def test_node_config_decides_the_width_where_it_has_one(tmp_path):
     assert list(rounds_of(folder)[0]["accuracy"]) == ["2", "5", "average"]
 
 
-def test_a_node_with_a_wrong_width_is_refused_and_the_other_goes_on(tmp_path):
+def test_a_node_with_a_wrong_width_is_refused_and_the_other_continues(tmp_path):
     folder = run(tmp_path, node_configs={0: {"bits": 17}}, num_server_rounds=1)
     entry = rounds_of(folder)[0]
     assert entry["clients"]["sampled"] == 1
@@ -377,7 +377,7 @@ def test_fixed_point_is_for_strict_training(tmp_path):
 
 
 @pytest.mark.parametrize(("grid", "asked"), [(InProcessGrid, [0, 1]), (SimulatedGrid, [])])
-def test_networked_nodes_are_held_to_the_deal_and_simulated_ones_need_not_be(
+def test_networked_nodes_are_held_to_the_partition_and_simulated_ones_need_not_be(
     tmp_path, monkeypatch, grid, asked
 ):
     """Known from the grid: the server begins before Flower's simulation has started Ray."""

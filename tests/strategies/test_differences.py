@@ -158,7 +158,7 @@ def lose_reply(clients, grid):
     honest = grid.nodes[101]
 
     def lost(message):
-        honest(message)  # It trained and kept its round, but nobody hears of it.
+        honest(message)  # It trained and kept its round, but its reply is lost.
         grid.nodes[101] = honest
 
     grid.nodes[101] = lost

@@ -122,7 +122,7 @@ def test_without_a_terminal_there_are_plain_lines(runs, capsys, monkeypatch):
     ]
 
 
-def test_a_run_that_cannot_be_written_fails_and_the_others_go_on(runs, monkeypatch):
+def test_a_run_that_cannot_be_written_fails_and_the_others_continue(runs, monkeypatch):
     def full_disk(run, federation, stop, starting):
         raise OSError(errno.ENOSPC, "No space left on device", "/a/log")
 

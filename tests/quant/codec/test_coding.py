@@ -167,7 +167,7 @@ def test_a_frame_that_says_it_holds_more_than_codes_is_refused(flag):
 
 
 def as_blocks(*contents, last=True):
-    """Blocks of a frame as anyone could write them: `bytes` as they are, else (byte, times)."""
+    """Blocks of a frame as any sender could write them: `bytes` as they are, else (byte, times)."""
     parts = []
     for i, content in enumerate(contents):
         is_last = last and i == len(contents) - 1

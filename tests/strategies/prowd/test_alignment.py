@@ -176,7 +176,7 @@ def test_without_a_higher_group_the_drift_seen_last_is_taken_out():
     # Seen and taken out.
     second = run_round(strategy, grid, first, 2)
     torch.testing.assert_close(second["w"], first["w"])
-    # Remembered: the same drift by level, though other weights are on the levels of a new model.
+    # Kept: the same drift by level, though other weights are on the levels of a new model.
     other = start_model(seed=8)
     third = run_round(strategy, grid, other, 3)
     assert strategy.round_log.aggregated == [0]
@@ -187,7 +187,7 @@ def test_without_a_higher_group_the_drift_seen_last_is_taken_out():
     torch.testing.assert_close(run_round(strategy, grid, start, 5)["w"], start["w"])
 
 
-def test_the_drift_is_remembered_by_width():
+def test_the_drift_is_kept_by_width():
     """A 4-bit group that is the highest of its round does not lose the drift of the 2-bit group."""
     start = start_model()
     two = ScriptedClient(0, 3, 2, moving_by_codes(2, lambda c: -c))

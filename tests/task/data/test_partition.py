@@ -54,7 +54,7 @@ def test_iid_parts_are_those_of_flowers_partitioner(clients):
 
 
 @pytest.mark.parametrize("partitioner", PARTITIONERS)
-def test_same_seed_same_deal_other_seed_other_deal(partitioner):
+def test_same_seed_same_partition_other_seed_another(partitioner):
     def clients_of(seed):
         partition.cache_clear()
         return partition(Settings(partitioner=partitioner, seed=seed), 5)
@@ -131,7 +131,7 @@ def test_one_image_each_is_enough():
 
 
 @pytest.mark.filterwarnings("error")  # Ten pages of figures were printed, in every process.
-def test_dirichlet_deal_that_leaves_a_client_without_images_is_refused():
+def test_dirichlet_partition_that_leaves_a_client_without_images_is_refused():
     settings = Settings(partitioner="dirichlet", dirichlet_alpha=1e-3)
     message = message_of(partition, settings, 60)
     assert message.startswith(
@@ -165,7 +165,7 @@ def test_server_holds_the_buffer_whatever_the_number_of_clients(partitioner, cli
     assert set(parts.buffer).isdisjoint(np.concatenate(parts.clients))
 
 
-def test_no_buffer_deals_everything_to_the_clients():
+def test_without_buffer_clients_hold_everything():
     settings = Settings(server_buffer=0, calibrate_normalization=False)
     assert len(server_pixels(settings)) == 0
     assert sum(len(part) for part in partition(settings, 6).clients) == TRAIN

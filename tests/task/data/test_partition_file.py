@@ -167,7 +167,7 @@ def test_a_path_that_leads_to_no_file_is_one_line(tmp_path, function, file, reas
     "function", [fingerprint_of_file, lambda file: read_partition_file(file, 9)]
 )
 def test_the_file_of_another_user_is_one_line(function):
-    # Not under tmp_path, which is closed to nobody altogether.
+    # Not under tmp_path, which the user nobody may not enter.
     with TemporaryDirectory() as base:
         os.chmod(base, 0o755)
         path = Path(base) / "partition.json"
@@ -210,7 +210,7 @@ def test_file_and_partitioner_go_together(changes, message):
     assert message_of(Settings.read, changes).startswith(message)
 
 
-def test_the_fingerprint_tells_two_deals_apart(write):
+def test_the_fingerprint_distinguishes_two_partitions(write):
     one, two = (write({"clients": [[i]]}, f"{i}.json").partition_file for i in (1, 2))
     assert fingerprint_of_file(one) != fingerprint_of_file(two)
     same = write({"clients": [[1]]}, "same.json").partition_file
