@@ -144,7 +144,7 @@ def decode_all(payloads: Sequence[tuple[bytes, Expected]]) -> Iterator[Update | 
 def squares_at_most(data: bytes, expected: Expected) -> tuple[float, float]:
     """Bound the sums of squares of a payload's values, without a look at its codes.
 
-    What `decode` would refuse may have any bound, but is not refused here.
+    What `decode` would reject may have any bound, but is not rejected here.
 
     Returns
     -------

@@ -8,7 +8,7 @@ and pack the remaining ``k - 8`` bits the same way.
 
 Codes of 8 and 16 bits are stored as the integers that they are, others with an offset of
 ``2**(k-1)``, which is taken away in one pass where extending a sign would take two. The pattern of
-``-2**(k-1)``, a code below the symmetric grid, never occurs, and `unpack` refuses it, as it refuses
+``-2**(k-1)``, a code below the symmetric grid, never occurs, and `unpack` rejects it, as it rejects
 padding that is not zero.
 """
 

@@ -262,7 +262,7 @@ def test_what_was_sent_in_one_round_is_refused_in_the_next(kept):
         assert strategy.round_log.rejected == {1: reasons[kept].format(server_round)}
 
 
-def test_an_evaluation_of_another_round_is_refused():
+def test_an_evaluation_of_another_round_is_rejected():
     strategy = FedAvg(context=with_w(fraction_evaluate=1.0))
     clients = [honest(0, 2), honest(1, 2)]
     clients[1].reported = {"server_round": 1}

@@ -138,7 +138,7 @@ def test_a_superlink_that_fails_for_a_while_is_asked_again(link, monkeypatch, na
     assert not list(failures)
 
 
-def test_a_reply_that_is_refused_stays_so_where_the_superlink_fails_to_delete_it(link, monkeypatch):
+def test_a_rejected_reply_stays_so_where_the_superlink_fails_to_delete_it(link, monkeypatch):
     federation = Federation(link)
     federation.alter(too_many_objects)
     replies = federation.ask()

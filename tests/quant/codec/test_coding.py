@@ -120,7 +120,7 @@ def frame(data, claims=True, level=9):
 
 @pytest.mark.parametrize("count", [10, 1000])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
-def test_what_is_not_so_many_codes_is_refused(bits, count):
+def test_what_is_not_so_many_codes_is_rejected(bits, count):
     good = compress_codes(some_codes(bits, count), bits)
     another = good + compress_codes(some_codes(bits, count), bits)
     for bad in (b"", good[:-1], good[1:], good + b"\0", another, b"\xff" * 20, frame(b"")):
@@ -159,7 +159,7 @@ def test_every_kind_of_block_is_read(codes, kinds):
 
 
 @pytest.mark.parametrize("flag", [1, 2, 4, 8, 16])
-def test_a_frame_that_says_it_holds_more_than_codes_is_refused(flag):
+def test_a_frame_that_says_it_holds_more_than_codes_is_rejected(flag):
     """A dictionary, a checksum, or what no version of the format has yet (RFC 8878, 3.1.1.1.1)."""
     good = compress_codes(some_codes(8, 1000), 8)
     with pytest.raises(PackingError):
@@ -249,7 +249,7 @@ def test_a_bomb_is_rejected_before_it_is_decompressed(claims):
     assert peak_memory(attempt) < 1_000_000
 
 
-def test_a_bomb_that_claims_to_be_so_many_codes_is_refused():
+def test_a_bomb_that_claims_to_be_so_many_codes_is_rejected():
     """The header of 50,000 bytes before blocks that decompress to a hundred megabytes."""
     header, blocks = frame(bytes(50_000)), frame(bytes(100_000_000))
     bomb = header[: header_size(header)] + blocks[header_size(blocks) :]
@@ -263,7 +263,7 @@ def test_a_bomb_that_claims_to_be_so_many_codes_is_refused():
 
 @pytest.mark.parametrize("from_start", [False, True])
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
-def test_a_word_of_the_wider_container_is_refused(bits, from_start):
+def test_a_word_of_the_wider_container_is_rejected(bits, from_start):
     container = 4 if bits == 3 else 8
     codes = np.zeros(100, np.int8)
     codes[50] = largest_code(bits) + 1
@@ -273,7 +273,7 @@ def test_a_word_of_the_wider_container_is_refused(bits, from_start):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_a_code_below_the_symmetric_grid_is_refused(bits):
+def test_a_code_below_the_symmetric_grid_is_rejected(bits):
     codes = some_codes(bits, 1000)
     codes[500] = -largest_code(bits) - 1
     with pytest.raises(PackingError, match=f"off the grid of width {bits}"):
@@ -292,7 +292,7 @@ def test_decompressed_codes_are_neither_more_nor_fewer(bits, from_start):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_a_difference_that_leads_off_the_grid_is_refused(bits):
+def test_a_difference_that_leads_off_the_grid_is_rejected(bits):
     """One level beyond the largest code, where there is room in the words but none on the grid."""
     limit = largest_code(bits)
     start = np.full(100, limit, np.int8 if bits <= 8 else np.int16)
@@ -350,7 +350,7 @@ def test_codes_that_do_not_get_shorter_are_packed():
     assert encode(update, coded=True) == encode(update)
 
 
-def test_a_payload_that_refers_to_codes_that_were_not_sent_is_refused():
+def test_a_payload_that_refers_to_codes_that_were_not_sent_is_rejected():
     start, update = to_bits(model(), 4), to_bits(model(1, moved=0.05), 4)
     data = encode(update, coded=True, start=start)
     for other in (None, to_bits(model(), 8), to_bits(model(), 32)):
@@ -358,7 +358,7 @@ def test_a_payload_that_refers_to_codes_that_were_not_sent_is_refused():
             decode(data, SPEC, 4, start=other)
 
 
-def test_a_coded_payload_is_shorter_than_a_packed_one_or_it_is_refused():
+def test_a_coded_payload_is_shorter_than_a_packed_one_or_it_is_rejected():
     """What is longer can only be a bomb, or a client that pads."""
     update = to_bits(model(), 4)
     data = encode(update)
