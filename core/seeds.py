@@ -47,7 +47,7 @@ def seed_torch(seed: int, device: torch.device | None = None) -> None:
 
 @contextmanager
 def drawn_under(seed: int, *path: int) -> Iterator[None]:
-    """Let a model draw its random numbers under `derive_seed`; torch's own go on as they were."""
+    """Let a model draw random numbers under `derive_seed`; torch's generators stay untouched."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         seed_torch(derive_seed(seed, *path))

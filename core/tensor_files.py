@@ -28,7 +28,7 @@ def to_bytes(head: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes
     head : mapping
         What JSON can hold.
     arrays : mapping of str to ndarray
-        Contiguous ones: safetensors writes the memory of an array, whatever its strides say.
+        Contiguous ones: safetensors writes the memory of an array and ignores its strides.
     """
     # Under one key: safetensors writes several in any order.
     whole = {"sha256": _checksum(head, arrays), "head": head}

@@ -70,7 +70,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(F.relu(self.bn(self.conv(x))))
-        return self.head(x.mean(dim=(2, 3)))
+        return cast(Tensor, self.head(x.mean(dim=(2, 3))))
 
 
 class SmallCNN(nn.Module):
@@ -87,7 +87,7 @@ class SmallCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = self.pool(F.relu(self.conv2(x)))
-        return self.head(F.relu(self.hidden(x.flatten(1))))
+        return cast(Tensor, self.head(F.relu(self.hidden(x.flatten(1)))))
 
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -241,7 +241,7 @@ def _torchvision_model(name: str, channels: int, num_classes: int) -> nn.Module:
             f"model: {name!r}; allowed: {known}, a torchvision classifier's name, or "
             "package.module:factory"
         )
-    # Auxiliary heads would train on nothing; and it warns where it is not told how to begin.
+    # Auxiliary heads would get no loss; and torchvision warns without an explicit init_weights.
     two = name in ("googlenet", "inception_v3")
     extra = {"aux_logits": False, "init_weights": True} if two else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
@@ -249,7 +249,7 @@ def _torchvision_model(name: str, channels: int, num_classes: int) -> nn.Module:
     if first.in_channels != channels:
         parent = model.get_submodule(path.rpartition(".")[0])
         setattr(parent, path.rpartition(".")[2], _with_channels(first, channels))
-    return model
+    return cast(nn.Module, model)
 
 
 def _with_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:

@@ -1,4 +1,4 @@
-"""Local training and evaluation at a bit-width; knows nothing of a federation."""
+"""Local training and evaluation at a bit-width, independent of the federation."""
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from sys import float_info
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class LocalTraining:
     low_bit_training : {"qat", "strict"}
         Float latent weights with a straight-through gradient, or weights on the grid.
     activation_bits, gradient_bits : int
-        Widths of activations and of errors and gradients below 32 bits.
+        Widths of activations and of gradients below 32 bits.
     epochs, batch_size : int
         Passes over the data, and images a step.
     learning_rate, momentum, weight_decay : float
@@ -325,7 +325,7 @@ def ready_to_evaluate(
     scales : mapping of str to Tensor
         Of weights that came on their grid.
     pixels : ndarray
-        uint8 images of who evaluates: the server's buffer, or a client's own.
+        uint8 images: the server's buffer, or a client's own.
     device : torch.device, optional
         Where the copy computes; the CPU by default.
     """
@@ -424,7 +424,7 @@ def _logits(network: nn.Module, images: np.ndarray, training: bool) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         seed_torch(0)
         network.train(training)
-        return network(to_input(images, device_of(network)))
+        return cast(Tensor, network(to_input(images, device_of(network))))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The runs of a comparison in the terminal: a line a run that is kept up to date.
 
-Where there is no terminal, a line says when a run begins, and one when it ends. `flwr` itself
+Where there is no terminal, a line is printed when a run begins, and one when it ends. `flwr` itself
 writes into each run's log, so that nothing else appears between.
 """
 

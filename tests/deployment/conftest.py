@@ -89,7 +89,7 @@ class Rehearsal(Containers):
         return self.services["superlink"].log.count('activate-node HTTP/1.1" 200')
 
 
-# A machine of somebody else, which reaches the port that the proxy publishes.
+# An outside machine, which reaches the port that the proxy publishes.
 INTRUDER = {
     "user": "49999:49999",
     "profiles": ["intruder"],
@@ -161,7 +161,7 @@ def story(rehearsal):
     app = f"/srv/prowd/prowd-runs/{source.name}"
     settings = {
         "num_server_rounds": 4,
-        # Whoever was away is waited for before a round, so that none is lost but by its fault.
+        # Nodes that were away are waited for before a round, so that each loss is the fault tested.
         "min_nodes": NUM_SITES,
         # So that the bytes tell what came.
         "lossless_coding": False,

@@ -138,7 +138,7 @@ def assert_all_widths_took_part(folder):
 
 @pytest.mark.deployment
 def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
-    """In Flower too, where a run goes on when `flwr run` alone is ended."""
+    """In Flower too, where a run continues when `flwr run` alone is ended."""
     plan, out = tmp_path / "long.toml", tmp_path / "out"
     plan.write_text(PLAN.format(title="Long", rounds=10_000))
     compare = flower.start_compare(plan, out)
@@ -154,6 +154,6 @@ def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
     assert (out / "report.html").is_file()
     assert not (out / "half-B-seed3").exists()
     assert flower.status(run_id_of(out / "half-A-seed3.log")) == "finished:stopped"
-    # Nobody writes it any more, so that the same command can begin it anew.
+    # It is not written any more, so that the same command can begin it anew.
     with locked(rounds.parent):
         pass

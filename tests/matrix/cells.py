@@ -104,8 +104,8 @@ def all_cells() -> list[Cell]:
     """Every strategy with every broadcast and training, on mixed widths and on low-bit ones."""
     crossed = product(OWN_SETTINGS, BROADCASTS, TRAININGS)
     cells = [Cell(*axes, MIXED) for axes in crossed]
-    # Without a Float32 client nobody trains otherwise, and no model travels otherwise: what is new
-    # is that the widest of the models is one of codes.
+    # Without a Float32 client no client trains otherwise, and no model travels otherwise: the
+    # new case is that the widest of the models is one of codes.
     spared = product(OWN_SETTINGS, ("float32", "calibrated"))
     cells += [Cell(strategy, broadcast, "strict", LOW) for strategy, broadcast in spared]
     cells += [Cell(strategy, widths=FLOAT32) for strategy in OWN_SETTINGS]

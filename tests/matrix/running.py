@@ -174,7 +174,7 @@ def run(
     rounds : int
         In all.
     resume, reverse : bool
-        Whether to go on in `folder`; whether the last client that was asked answers first.
+        Whether to resume in `folder`; whether the last client that was asked answers first.
     killed, fails
         As of `Watch`.
     on_grid : callable
@@ -183,7 +183,7 @@ def run(
         Others than the cell's, with underscores.
     """
     config = {**cell.settings(), "num-server-rounds": rounds}
-    config |= {"partition-file": str(_deal(cell, folder.parent))}
+    config |= {"partition-file": str(_write_partition(cell, folder.parent))}
     config |= {"output-dir": str(folder.parent), "run-name": folder.name}
     config |= {"resume": str(folder)} if resume else {}
     config |= {key.replace("_", "-"): value for key, value in settings.items()}
@@ -207,7 +207,7 @@ def _exchange(kind, partition, instruction, message, reply, node) -> Exchange:
     return Exchange(kind, partition, instruction, sent, returned, examples, correction)
 
 
-def _deal(cell: Cell, folder: Path) -> Path:
+def _write_partition(cell: Cell, folder: Path) -> Path:
     """Write which images each client holds."""
     ends = np.cumsum(EXAMPLES)
     clients = [list(range(end - n, end)) for n, end in zip(EXAMPLES, ends.tolist(), strict=True)]

@@ -117,7 +117,7 @@ def test_settings_that_do_not_go_together_are_refused(cell, settings, beginning,
 
 
 def assert_refused(cell, folder, beginning, **settings):
-    """Nobody is asked to train, and one line says why, in the record as well."""
+    """No client is asked to train, and one line gives the reason, in the record as well."""
     grids = []
     with pytest.raises(SettingsError) as raised:
         run(cell, folder / "run", on_grid=grids.append, **settings)

@@ -1,4 +1,4 @@
-"""Going on with a run: as if it had never stopped, or refused with the reason."""
+"""Resuming a run: as if it had never stopped, or refused with the reason."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_two_rounds_and_one_more_are_three(tmp_path, system):
             assert torch.equal(tensor, getattr(other, kept)[name]), name
 
 
-def test_a_wider_ladder_goes_on_where_it_was(tmp_path):
+def test_a_wider_ladder_resumes_where_it_was(tmp_path):
     """The dequantizer that a resumed run grows keeps its trained blocks."""
     own = {"strategy": "prowd", "prowd-finetune-every": 1, "prowd-finetune-steps": 1}
     folder = run(tmp_path, 1, **own)
@@ -194,7 +194,7 @@ def test_the_record_tells_what_it_was_made_with(two_rounds):
     assert [e["settings"]["num-server-rounds"] for e in config["earlier"]] == [2, 3]
 
 
-def test_the_settings_to_go_on_with_stand_ready_in_a_file(two_rounds):
+def test_the_settings_to_resume_are_in_a_file(two_rounds):
     given = tomllib.loads((two_rounds / "checkpoint" / "resume.toml").read_text())
     config = json.loads((two_rounds / "config.json").read_text())["settings"]
     assert given.pop("resume").endswith("/run")
@@ -263,7 +263,7 @@ def test_other_data_under_the_same_name_is_refused(two_rounds):
         resume(two_rounds, 3)
 
 
-def test_another_deal_in_the_partition_file_is_refused_and_another_place_is_not(tmp_path):
+def test_another_partition_in_the_file_is_refused_and_another_place_is_not(tmp_path):
     def write(name, content):
         path = tmp_path / name
         path.write_text(json.dumps({"clients": content}))
@@ -389,7 +389,7 @@ def test_a_folder_without_a_checkpoint_is_refused(two_rounds):
 
 @pytest.mark.parametrize("place", [".", "checkpoint"])
 def test_the_folder_of_another_user_is_one_line(stopped, place):
-    # Not under tmp_path, which is closed to nobody altogether.
+    # Not under tmp_path, which the user nobody may not enter.
     with TemporaryDirectory() as base:
         os.chmod(base, 0o755)
         folder = shutil.copytree(stopped, Path(base) / "run")
@@ -591,7 +591,7 @@ def told_to_keep_in(grids):
 
 
 @pytest.mark.parametrize("strategy", ["local", "fedcomgate"])
-def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, strategy):
+def test_networked_nodes_resume_from_their_own_state_dir(tmp_path, strategy):
     grids = []
 
     class Networked(InProcessGrid):
@@ -615,7 +615,7 @@ def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, strategy):
     assert told_to_keep_in(grids) == set(keys), "no folder of the server's"
 
 
-def test_networked_nodes_may_have_other_widths_when_a_run_goes_on(tmp_path):
+def test_networked_nodes_may_have_other_widths_when_a_run_is_resumed(tmp_path):
     own = {"strategy": "prowd", "prowd-finetune-steps": 1}
     folder = run(tmp_path, 1, node_configs={0: {"bits": 4}, 1: {"bits": 32}}, **own)
     resume(folder, 2, node_configs={0: {"bits": 8}, 1: {"bits": 32}}, **own)
