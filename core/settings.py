@@ -1,6 +1,6 @@
 """The settings that every run has, validated once; each strategy adds its own (`Options`).
 
-Keys and defaults stand in ``[tool.flwr.app.config]`` of pyproject.toml too, because Flower accepts
+Keys and defaults are in ``[tool.flwr.app.config]`` of pyproject.toml too, because Flower accepts
 no key that is not there; a test holds the two together.
 """
 
