@@ -78,8 +78,8 @@ class Settings(Options):
     norm_bound: Annotated[float, Field(ge=0), Allowed(_BOUND)] = Field(
         10.0,
         description="An update more than this many times as large as the model and as the round's "
-        "median update is rejected; a single one, more than the model. What is smaller counts: "
-        "one update of nearly this many times the model still moves the mean by so many models, "
+        "median update is rejected; a lone update is compared with the model only. A smaller one "
+        "counts: at nearly this many times the model it still moves the mean by so many models, "
         "times its share of the examples. 1 or more, or 0: none is rejected.",
     )
 
