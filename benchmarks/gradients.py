@@ -78,7 +78,7 @@ def to_nearest(gradient: Tensor, bits: int) -> Tensor:
 
 
 class Backward:
-    """One batch through a prepared model, and back as often as asked, each time rounded anew."""
+    """One batch through a prepared model, and back as often as asked, each time rounded again."""
 
     def __init__(self, model: nn.Module, images: Images, index: np.ndarray) -> None:
         self._layers = dict(layers_by_weight(model))

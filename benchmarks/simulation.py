@@ -145,7 +145,7 @@ def _prepared(own: Mapping[str, Setting]) -> Run:
 
 
 def _server_seconds(make: Callable[[], MixedPrecisionStrategy]) -> float:
-    """Seconds of the server's part of a first round, of a strategy made anew each time."""
+    """Seconds of the server's part of a first round, of a new strategy each time."""
     model = federated_state(network())
     grid = reporting_grid(model, [4, FLOAT_BITS] * (CLIENTS // 2), coded=True)
     seconds = []

@@ -157,6 +157,6 @@ def _file(folder: Path, server_round: int, ending: str = _ENDING) -> Path:
 
 
 def _rounds(folder: Path, ending: str = _ENDING) -> list[int]:
-    """Return the rounds that have a file; whatever else lies in the folder is not ours."""
+    """Return the rounds that have a file; other files in the folder are ignored."""
     stems = {path.name.removesuffix(ending) for path in folder.glob(f"*{ending}")}
     return sorted(int(stem) for stem in stems if stem.isdecimal() and stem == str(int(stem)))

@@ -1,4 +1,4 @@
-"""Arguments of strategies in the library, held to the rules that the settings of a run have."""
+"""Arguments of strategies in the library, validated as the settings of a run."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
@@ -18,7 +18,7 @@ Own = TypeVar("Own", bound=Options)
 
 
 def checked(arguments: Mapping[str, object]) -> dict[str, Any]:
-    """Return arguments by name as plain numbers, held to the bounds of settings in their words.
+    """Return arguments by name as plain numbers, validated by the bounds of settings.
 
     >>> checked({"fraction_train": 1.5})
     Traceback (most recent call last):

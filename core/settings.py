@@ -1,6 +1,6 @@
 """The settings that every run has, validated once; each strategy adds its own (`Options`).
 
-Keys and defaults stand in ``[tool.flwr.app.config]`` of pyproject.toml too, because Flower accepts
+Keys and defaults are in ``[tool.flwr.app.config]`` of pyproject.toml too, because Flower accepts
 no key that is not there; a test holds the two together.
 """
 
@@ -78,8 +78,8 @@ class Settings(Options):
     norm_bound: Annotated[float, Field(ge=0), Allowed(_BOUND)] = Field(
         10.0,
         description="An update more than this many times as large as the model and as the round's "
-        "median update is rejected; a single one, more than the model. What is smaller counts: "
-        "one update of nearly this many times the model still moves the mean by so many models, "
+        "median update is rejected; a lone update is compared with the model only. A smaller one "
+        "counts: at nearly this many times the model it still moves the mean by so many models, "
         "times its share of the examples. 1 or more, or 0: none is rejected.",
     )
 

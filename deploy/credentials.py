@@ -11,7 +11,7 @@
     keys/clientapps/NAME   the same secret, for the site's superexec
 
 Keys and secrets that are there already are kept, so that a site can be added later. What follows
-from them (certificates, public keys) is made anew where it is missing or does not fit, as the
+from them (certificates, public keys) is made again where it is missing or does not fit, as the
 certificates do not when the names change. A file is written whole or not at all: after an
 interruption ``make`` completes what is there. ``register`` tells the running SuperLink the public
 key of every site.

@@ -26,7 +26,7 @@ class Nodes:
 
     A partition belongs to the first node that declares it, for as long as that node is connected;
     a second one waits for it. So a device that died and came back under another ID takes part
-    again as soon as its old connection has lapsed. A node that was gone is asked anew, also if it
+    again as soon as its old connection has lapsed. A node that was gone is asked again, also if it
     was back before the next look, as its activation time shows: it may have been
     repaired or have another width, and its partition may be another's by now. While a partition
     has no holder, a round waits for the nodes that were asked, within the bounds of `Queries`.

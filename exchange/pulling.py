@@ -147,7 +147,7 @@ class _ClientForOneReply:
         self._was_asked = True
         if self._arrival.is_read:
             # The SuperLink assigns a reply to its message; the reply's own metadata is untrusted.
-            raise ValueError("its metadata answers another message")
+            raise ValueError("it answers another message")
         if self._arrival.announced is not None:
             return self._arrival.announced
         found = self._client.PullMessages(request)

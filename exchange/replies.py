@@ -167,7 +167,7 @@ def decode_in_order(
     Parameters
     ----------
     plan : RoundPlan
-        What they are held against.
+        What they are validated against.
     replies : sequence of Reply
         The replies.
     rejected : mutable mapping of int to str
@@ -259,7 +259,7 @@ def too_large(updates: Mapping[int, Norms], sent: Norms, bound: float) -> dict[i
     one far behind; nor the median, as all but one may stand still. Of an even number the lower
     median is taken, so that of two clients the smaller one counts.
 
-    One that comes alone is its own median, and is held against the model only. Statistics may be
+    One that comes alone is its own median, and is compared with the model only. Statistics may be
     the square of `bound` times as large as the model's, as variances grow so when weights grow by
     `bound`.
 

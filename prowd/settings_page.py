@@ -14,7 +14,7 @@ from strategies import OWN_CLASS, STRATEGIES, strategy_names
 
 _HEAD = """# Settings
 
-Written by `prowd settings`; a test holds it against the code. Each is given with `--run-config`, as
+Written by `prowd settings`; a test compares it with the code. Each is given with `--run-config`, as
 `flwr run . --run-config 'strategy="fedcom" num-server-rounds=20'`; `[tool.flwr.app.config]` of
 pyproject.toml holds the defaults. A setting that is wrong ends the run before any training, with
 one line. No number may be more than float32 holds, 3.4e38.

@@ -116,7 +116,7 @@ def execute(
     log = run.folder.parent / f"{run.folder.name}.log"
     with open(log, "w") as file:
         print(f"prowd: Flower's run {run_id}", file=file, flush=True)
-        # Its stream ends with a connection too: then it begins anew.
+        # Its stream ends with a connection too: then it begins again.
         while True:
             if stopped := _follow(run_id, file, run.folder, stop):
                 return stopped
@@ -174,7 +174,7 @@ def ask_flower(*arguments: str, timeout: float | None = None) -> dict[str, Any]:
     """
     done = subprocess.run(
         [flwr_program(), *arguments, "--format", "json"],
-        # Colours would stand in the JSON.
+        # Colours would be in the JSON.
         env={**os.environ, "NO_COLOR": "1", "FORCE_COLOR": ""},
         capture_output=True,
         text=True,
@@ -228,7 +228,7 @@ def _stop(run_id: str, process: subprocess.Popen[bytes], folder: Path) -> str:
     with suppress(subprocess.TimeoutExpired):
         stopped = bool(ask_flower("stop", run_id, timeout=_SECONDS_TO_STOP).get("success"))
     process.terminate()
-    # So that the same run can begin anew at once.
+    # So that the same run can begin again at once.
     if stopped and _wait_until(lambda: not folder.exists() or not is_locked(folder)):
         return INTERRUPTED
     return f"{INTERRUPTED}, and may still run: flwr stop {run_id}"

@@ -16,7 +16,7 @@ def publish(output_dir: Path, docs: Path) -> list[Path]:
     """Put the results of a finished comparison into the documentation.
 
     What was published under the same title before stays, unless it was run again: so seeds can be
-    run one after the other, and on several machines. Without its summary, all begins anew.
+    run one after the other, and on several machines. Without its summary, it starts from nothing.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def block(name: str) -> str:
 
 
 def tables(summary: Path) -> str:
-    """Return what stands in results.md for a summary: its tables between their two lines."""
+    """Return the part of results.md for a summary: its tables between their two lines."""
     title, results = _read(summary)
     parts = [to_markdown(title, results)]
     parts += [table for table in [margins.to_markdown(results)] if table]

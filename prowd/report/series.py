@@ -1,4 +1,4 @@
-"""Which runs are seeds of one system, and which systems stand in one figure."""
+"""Which runs are seeds of one system, and which systems are in one figure."""
 
 import json
 from collections import Counter

@@ -9,7 +9,7 @@ from prowd.publish.table import accuracy_cell, make_table, result_of, widths_of
 from prowd.records import Record
 from prowd.report.series import Scenario, Series
 
-# Reasons differ from round to round in a run gone wrong; all of them stand in its rounds.jsonl.
+# Reasons differ from round to round in a run gone wrong; all of them are in its rounds.jsonl.
 _MOST_ROWS = 200
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -94,7 +94,7 @@ def with_seeds(series: Series) -> str:
 
 def runs_table(records: Sequence[Record], scenarios: Sequence[Scenario]) -> Table:
     """Show how each run went."""
-    # A run may stand in several scenarios.
+    # A run may be in several scenarios.
     names: dict[int, dict[str, None]] = {}
     for series in (s for scenario in scenarios for s in scenario.series):
         for record in series.records:
@@ -139,7 +139,7 @@ def left_out_table(records: Sequence[Record]) -> Table:
                     found.setdefault(key, []).append(entry.round)
     rows = [[*key[:3], _ranges(rounds), key[3]] for key, rounds in found.items()]
     more = len(rows) - _MOST_ROWS
-    note = f"And {more} more; all of them stand in the runs' rounds.jsonl." if more > 0 else ""
+    note = f"And {more} more; all of them are in the runs' rounds.jsonl." if more > 0 else ""
     return Table(
         ["run", "partition", "of", "rounds", "why"], rows[:_MOST_ROWS], note, layout="stacks"
     )

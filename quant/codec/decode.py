@@ -1,7 +1,7 @@
 """Decoding: whatever a payload holds is validated here, on receipt, and nowhere else.
 
 First all that needs no look at the values, then no more is decompressed than the model has codes,
-then every value is held to its bounds. To undo the entropy coding takes from a third as long as all
+then every value is validated. To undo the entropy coding takes from a third as long as all
 the rest to longer. The library that does it lets other threads run, so `decode_all` decompresses
 the next updates meanwhile; all else is many short calls, for which two threads would wait for each
 other.

@@ -86,7 +86,7 @@ def test_a_damaged_file_counts_as_lost(tmp_path, damage):
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "-1.safetensors", "03.safetensors", "4.part"])
-def test_a_file_of_somebody_else_is_let_be(tmp_path, name):
+def test_another_programs_file_is_left_alone(tmp_path, name):
     (tmp_path / name).write_text("mine")
     for server_round in (1, 2, 3):
         store(kept(float(server_round)), tmp_path, server_round)

@@ -157,7 +157,7 @@ def test_a_node_declares_no_more_examples_than_its_partition_has(caplog):
     assert gathered(nodes, grid) == {100: 0, 102: 2}
     line = "Node 101 is refused: it declares 9 examples; partition 1 of 3 has 8"
     assert line in caplog.text
-    # Who comes later is held to it too, and takes the partition that the first did not get.
+    # Who comes later is checked against it too, and takes the partition that the first did not get.
     grid.nodes |= {103: client(1, 3, examples=30), 104: client(1, 3, examples=8)}
     assert gathered(nodes, grid) == {100: 0, 102: 2, 104: 1}
 

@@ -27,7 +27,7 @@ def test_the_bound_by_hand():
 
 
 @pytest.mark.parametrize("others", [0, 1, 2])
-def test_statistics_may_grow_as_the_square_whoever_else_answers(others):
+def test_statistics_may_grow_as_the_square_in_any_company(others):
     """Variances do, and with weights that honest training makes larger they are far larger."""
     sent = {"parameters": 1.0, "statistics": 2.0}
     updates = {i: {"parameters": 1.0, "statistics": 2.0} for i in range(1, 1 + others)}

@@ -1,4 +1,4 @@
-"""Which nodes are asked anew, and how long answers are waited for, through `Nodes.gather`."""
+"""Which nodes are asked again, and how long answers are waited for, through `Nodes.gather`."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -86,7 +86,7 @@ class SlowToAnswer(LateGrid):
         return node_id != 101 or self.looks >= self.answers_at
 
 
-# --- who is asked anew -------------------------------------------------------------------------
+# --- nodes that are asked again ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("database", [FLWR_IN_MEMORY_DB_NAME, ":memory:"])
@@ -129,7 +129,7 @@ def test_a_refused_node_that_was_repaired_takes_part_under_the_same_id(seen):
 
 
 @pytest.mark.parametrize("seen", [True, False])
-def test_a_node_that_returns_with_another_width_is_asked_anew(seen):
+def test_a_node_that_returns_with_another_width_is_asked_again(seen):
     changed = client(1, 2)
     grid = federation([client(0, 2), changed], STATE)
     nodes = Nodes(wait=0.3)

@@ -1,4 +1,4 @@
-"""What holds of every run, each with the numbers of its own that it is held against."""
+"""What holds of every run, each with the expected numbers computed here."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence

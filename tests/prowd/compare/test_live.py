@@ -98,7 +98,7 @@ def test_a_narrow_terminal_cuts_nothing_off(tmp_path):
     lines = console.file.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines)
     text = "".join("".join(lines).split())
-    # What stands in square brackets is no markup.
+    # What is in square brackets is no markup.
     for part in ("seed0", "75.00%", "65.00%", "32-bit85.00%", "2/4", "[red]", "cifar10-images"):
         assert part in text
 
