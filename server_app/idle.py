@@ -19,12 +19,13 @@ from task.calibration import has_statistics
 _NEEDS = {
     "dirichlet-alpha": ("partitioner", ("iid", "file")),
     "data-dir": ("dataset", ("digits",)),
+    "integer-learning-rate": ("low-bit-training", ("qat", "strict")),
 }
 # What has none where all clients are Float32.
 _OF_LOW_BITS = frozenset(
     {
         *("low-bit-training", "weight-step", "activation-bits", "gradient-bits", "broadcast"),
-        "lossless-coding",
+        *("lossless-coding", "integer-learning-rate"),
     }
 )
 
