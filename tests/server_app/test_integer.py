@@ -88,6 +88,13 @@ def test_every_strategy_completes_with_every_client(tmp_path, strategy, mix):
         assert all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("strategy", ["prowd", "fedavg"])
+def test_the_network_without_batchnorm_runs_too(tmp_path, strategy):
+    own = {"model": "vgg7-nobn-x0.125", "learning-rate": 0.01, "integer-learning-rate": 4.0}
+    folder, _ = run(tmp_path, strategy, MIXED, **own)
+    assert [entry["clients"]["aggregated"] for entry in entries(folder)] == [5, 5]
+
+
 def test_clients_send_stored_weights_of_their_width(tmp_path):
     settings = {"num-server-rounds": 1, "lossless-coding": False}
     _, grid = run(tmp_path, "fedavg", "6:0.2,8:0.2,16:0.2,32:0.4", **settings)
