@@ -169,13 +169,19 @@ def test_a_correction_moves_weights_as_far_as_in_sgd(bits):
         assert (moved[name] == 2 * 3 / 128).all()
 
 
-def test_a_proximal_term_pulls_back():
-    def distance(mu):
-        config = local(8, learning_rate=0.25, proximal_mu=mu, batch_size=5)
-        moved = train(network(), some_images(40), config, seed=0).moved
-        return sum(float(moved[name].square().sum()) for name, _ in network().named_parameters())
-
-    assert distance(1.0) < 0.8 * distance(0.0)
+def test_a_proximal_term_pulls_back_by_hand():
+    # A learning rate of 1/2. Step 1: the correction of 1/4 moves by 16/128. Step 2: again, and the
+    # pull takes back a half of the 16/128 that the weight is away.
+    config = local(8, learning_rate=0.5, integer_learning_rate=2.0**-40, batch_size=10)
+    model = network()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    push = {name: torch.full_like(weight, 0.25) for name, weight in model.named_parameters()}
+    pulled = replace(config, proximal_mu=1.0)
+    moved = train(model, some_images(20), pulled, seed=0, correction=push).moved
+    for name in push:
+        assert (moved[name] == (16 + 16 - 8) / 128).all()
 
 
 # --- both kinds of clients ---------------------------------------------------------------------
@@ -196,6 +202,30 @@ def test_widths_share_the_scale_of_every_layer(name):
     rounded = at_width(model, SETTINGS, 8).eval()(x)
     assert not torch.equal(rounded, high(x))
     assert (rounded - high(x)).abs().max() < 0.1 * high(x).abs().max() + 0.05
+
+
+def test_a_float32_client_does_sgd_on_its_weights_over_alpha():
+    """Bit for bit, as alpha is a power of two: momentum and all."""
+    images, name = some_images(40), NAMES[1]
+    model = network(name)
+    alphas = [module.alpha for module in model.modules() if isinstance(module, Scaled)]
+    assert len(set(alphas)) > 1
+    pairs = zip(model.parameters(), alphas, strict=True)
+    used = [(weight.detach() / alpha).requires_grad_() for weight, alpha in pairs]
+    optimizer = torch.optim.SGD(used, lr=0.01, momentum=0.9)
+    for index in np.split(np.random.default_rng(3).permutation(40), 4):
+        x = to_input(images.pixels[index]) / 2
+        for place, weight in enumerate(used[:6]):
+            x = F.conv2d(x, weight, padding=1)
+            x = F.hardtanh(F.max_pool2d(x, 2) if place % 2 == 0 else x, 0, 1)
+        logits = F.hardtanh(x.flatten(1) @ used[6].T, 0, 1) @ used[7].T
+        optimizer.zero_grad()
+        F.cross_entropy(logits, torch.from_numpy(images.labels[index])).backward()
+        optimizer.step()
+    trained = train(model, images, local(32, batch_size=10, learning_rate=0.01), seed=3)
+    for (key, _), weight, alpha in zip(model.named_parameters(), used, alphas, strict=True):
+        assert torch.equal(trained.update.floats[key], weight.detach() * alpha)
+        assert trained.moved[key].abs().max() > 0
 
 
 @pytest.mark.parametrize("bits", [6, 8, 16])
