@@ -1,4 +1,7 @@
-"""Integer training through the real ClientApp and server loop, under every strategy."""
+"""Integer training through the real ClientApp and server loop, under every strategy.
+
+That a run which was killed goes on to the bit, and each rule, is held by `tests/matrix`.
+"""
 
 import json
 import re
@@ -25,7 +28,7 @@ MODEL_NAME = "vgg7-x0.125"
 SPEC = spec_of(build_model(MODEL_NAME, 1, 8, 10, 0))
 MIXED = "8:0.4,32:0.6"
 FOUR = "6:0.2,12:0.2,16:0.2,32:0.4"
-# Only what is held is compared with: a strategy of Flower's stands for them all.
+# One of Flower's stands for them all.
 SYSTEMS = [*(name for name in STRATEGIES if name != "flwr"), "flwr:FedAvgM"]
 
 
@@ -167,15 +170,6 @@ def test_the_server_evaluates_the_ternary_form_at_low_widths(tmp_path):
         recorded = entries(folder)[-1]["accuracy"][str(bits)]
         assert score.accuracy == pytest.approx(recorded)
         network.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-
-
-@pytest.mark.parametrize("strategy", ["prowd", "fedcomgate"])
-def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path, strategy):
-    whole, _ = run(tmp_path, strategy, MIXED, "whole")
-    half, _ = run(tmp_path, strategy, MIXED, "half", **{"num-server-rounds": 1})
-    run(tmp_path, strategy, MIXED, "half", resume=str(half))
-    one, other = (load_file(folder / "model.safetensors") for folder in (whole, half))
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.mark.parametrize(
