@@ -9,6 +9,7 @@ movements are compared: as they are, and with the drift of each level taken out 
 import argparse
 import copy
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def signal_cosine(first: Moves, second: Moves) -> float:
         float(m.square().sum() - torch.stack([flat(x) for x in moves]).var(0).sum() / len(moves))
         for m, moves in zip(means, (first, second), strict=True)
     ]
-    return float(means[0] @ means[1]) / (squares[0] * squares[1]) ** 0.5
+    return float(means[0] @ means[1]) / math.sqrt(squares[0] * squares[1])
 
 
 def aligned(

@@ -1,4 +1,4 @@
-"""A Flower grid whose clients answer at once with what they were given to say."""
+"""A Flower grid whose clients answer at once with a given reply."""
 
 import logging
 import uuid

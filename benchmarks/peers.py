@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -30,12 +31,12 @@ _ROWS, _COLUMNS, _REPEATS, _AHEAD = 1000, 10_000, 9, 1.0
 _BATCH = 64
 # NVFlare's forms, their widths, and the widest of ours that, coded, takes no more bytes.
 _NVFLARE_FORMS = (("blockwise8", 8, 8), ("float4", 4, 5), ("normfloat4", 4, 5))
-# Weights that share a scale in its 8-bit form, which does not say.
+# Weights that share a scale in its 8-bit form, which does not store the number.
 _BLOCKSIZE = 4096
 
 
 def main() -> None:
-    """Compare with every peer that can be imported, and say which cannot."""
+    """Compare with every peer that can be imported, and print which cannot."""
     torch.set_num_threads(1)
     figures: list[Figure] = []
     for compare in (_torchao, _brevitas, _nvflare_float16, _nvflare_low_bits, _flower):
@@ -189,7 +190,7 @@ def _size_and_error_beside_nvflare(form: str, widest: int) -> list[Figure]:
     ]
 
 
-def _nvflare_computes_on(device: str) -> AbstractContextManager:
+def _nvflare_computes_on(device: str) -> AbstractContextManager[object]:
     """Let NVFlare, which takes everything to a GPU first, compute where things are."""
     return patch.object(Tensor, "cuda", lambda self: self) if device == "cpu" else nullcontext()
 
@@ -198,7 +199,7 @@ def _normal_weights() -> Tensor:
     return torch.randn(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(0))
 
 
-def _nvflare_quantizer(form: str) -> Callable[[Tensor], tuple[dict, dict]]:
+def _nvflare_quantizer(form: str) -> Callable[[Tensor], tuple[dict[str, Any], dict[str, Any]]]:
     """Return what makes NVFlare's values, and what is needed to read them, of weights."""
     from nvflare.apis.fl_context import FLContext
     from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
@@ -206,7 +207,7 @@ def _nvflare_quantizer(form: str) -> Callable[[Tensor], tuple[dict, dict]]:
     quantizer = ModelQuantizer(quantization_type=form)
     quantizer.log_info = lambda *_: None
 
-    def quantize(weights: Tensor) -> tuple[dict, dict]:
+    def quantize(weights: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
         values, states, _ = quantizer.quantization({"w": weights.numpy()}, FLContext())
         return values, states
 

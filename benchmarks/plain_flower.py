@@ -93,7 +93,7 @@ def seconds_of_rounds() -> list[float]:
     found = re.search(rf"{_MARK}(.*)", done.stdout)
     if not found:
         raise RuntimeError(f"plain Flower failed: {(done.stdout + done.stderr)[-2000:]}")
-    return json.loads(found[1])
+    return [float(second) for second in json.loads(found[1])]
 
 
 def _write_app(folder: Path) -> None:

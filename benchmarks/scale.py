@@ -27,7 +27,7 @@ def main() -> None:
     for name in ("fedavg", "prowd"):
         seconds, models = {}, {}
         for count in _COUNTS:
-            # A process each, whose memory is nobody else's.
+            # A process each, with memory of its own.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 seconds[count], models[count] = pool.apply(_rounds, (name, count))
         for few, count in combinations(_COUNTS, 2):

@@ -26,14 +26,14 @@ from prowd.records import read_record
 from quant import FLOAT_BITS, federated_state, quantizable_weights
 from server_app.build import read_settings
 from server_app.run import Run, prepare
-from strategies import FedAvg, StrategyContext
+from strategies import FedAvg, MixedPrecisionStrategy, StrategyContext
 from task.data.dataset import Images
 from task.data.partition import client_images, server_pixels
 from task.training import LocalTraining, ready_to_evaluate, train
 
 _OVERHEAD, _AHEAD, _SHARE = 1.25, 1.0, 0.10
 _FINETUNE_EVERY = 5
-# The poster's, which by default keep everything.
+# The paper's, which by default keep everything.
 _MASKS: dict[str, Setting] = {"prowd-mask-at-most": 0.5, "prowd-mask-at-least": 0.0}
 _IMAGES = 50_000
 _REPEATS = 3
@@ -144,7 +144,7 @@ def _prepared(own: Mapping[str, Setting]) -> Run:
     return prepare(Path(), *read_settings({**SETTINGS, **own}))
 
 
-def _server_seconds(make: Callable) -> float:
+def _server_seconds(make: Callable[[], MixedPrecisionStrategy]) -> float:
     """Seconds of the server's part of a first round, of a strategy made anew each time."""
     model = federated_state(network())
     grid = reporting_grid(model, [4, FLOAT_BITS] * (CLIENTS // 2), coded=True)

@@ -16,8 +16,8 @@ from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from torch import Tensor, nn
 
-from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
 from client_app.node import declare
+from client_app.state_store import has_model, keep_model, own_model, recall, state_folder, store
 from client_app.tracking import TrackedRound, next_correction
 from core.devices import pick_device
 from core.errors import SettingsError
@@ -69,7 +69,7 @@ _DOING = {
 
 
 def _failing_in_one_line(handler: Handler) -> Handler:
-    """Answer with an error of one line in place of raising, and say it on the device too.
+    """Answer with an error of one line in place of raising, and log it on the device.
 
     What is raised would reach the server as a traceback, and what is no `Exception` would end the
     process, or Ray's worker, without an answer: ``sys.exit()`` in a model is the client's failure.
@@ -113,7 +113,7 @@ def on_query(message: Message, context: Context) -> Message:
 def on_train(message: Message, context: Context) -> Message:
     """Train the received model, or the client's own, at the client's width and send the update."""
     started = time.perf_counter()
-    job = _open(message, context)
+    job = _read_job(message, context)
     received = {name: tensor.clone() for name, tensor in job.state().items()}
     delta = {}
     if job.instruction.tracking_epoch:
@@ -168,7 +168,7 @@ def _naming_folder(context: Context, folder: Path | None, done: str) -> Iterator
 def on_evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received model, or the client's own, at the client's width."""
     started = time.perf_counter()
-    job = _open(message, context)
+    job = _read_job(message, context)
     # With the client's own images: it has no access to the server's.
     pixels = job.images.pixels
     model = ready_to_evaluate(
@@ -181,7 +181,7 @@ def on_evaluate(message: Message, context: Context) -> Message:
 
 @dataclass(frozen=True)
 class _Job:
-    """One message's work: who is asked for what, with which model, and as what it came."""
+    """One message's work: the client, its instruction, the model and how it was sent."""
 
     settings: Settings
     client: Declaration
@@ -206,13 +206,11 @@ class _Job:
 
     @property
     def training(self) -> LocalTraining:
-        asked = self.instruction
-        return LocalTraining.of(
-            self.settings, self.client.bits, asked.server_round, asked.proximal_mu
-        )
+        server_round, proximal_mu = self.instruction.server_round, self.instruction.proximal_mu
+        return LocalTraining.of(self.settings, self.client.bits, server_round, proximal_mu)
 
 
-def _open(message: Message, context: Context) -> _Job:
+def _read_job(message: Message, context: Context) -> _Job:
     settings = Settings.of_run(context.run_config)
     # A fixed number of threads: sums, and with them the last bits, depend on it.
     torch.set_num_threads(settings.client_threads)
@@ -220,9 +218,9 @@ def _open(message: Message, context: Context) -> _Job:
     if client.refused:
         raise SettingsError(client.refused)
     if config := config_in(message):
-        # The settings and the instruction say what is done here; nothing else has an effect.
+        # Only the settings and the instruction have an effect here.
         raise SettingsError(
-            f"config: this client knows no {', '.join(sorted(config))}; allowed: none"
+            f"config: this client has no use for {', '.join(sorted(config))}; allowed: none"
         )
     instruction = instruction_in(message)
     folder = state_folder(context.node_config, instruction.keep_in)
@@ -234,7 +232,7 @@ def _open(message: Message, context: Context) -> _Job:
     model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
     spec = spec_of(model)
     sent = model_in(message, spec)
-    # A client that sends nothing goes on from its own model while it has one, whatever it was sent.
+    # A client that sends nothing continues from its own model while it has one.
     if instruction.uplink == "nothing" and has_model(context.state):
         state, scales = own_model(context.state)
         if message.metadata.message_type == MessageType.TRAIN:

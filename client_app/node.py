@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from client_app.memory import state_folder
+from client_app.state_store import state_folder
 from core.errors import SettingsError
 from core.mix import check_client_bits, widths_of_partitions
 from core.settings import Settings

@@ -26,7 +26,7 @@ from typing import Any
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
-from client_app.memory import from_record, to_record
+from client_app.state_store import from_record, to_record
 from exchange.protocol import Instruction
 
 _ROUND = "tracking-round"

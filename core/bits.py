@@ -11,7 +11,11 @@ ALLOWED_WIDTHS = f"{MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS}"
 
 
 def is_width(bits: object) -> bool:
-    """Return whether a device can have this bit-width: a grid's, or that of float32."""
+    """Return whether a device can have this bit-width: a grid's, or that of float32.
+
+    >>> is_width(4), is_width(32), is_width(20)
+    (True, True, False)
+    """
     return _is_whole(bits) and (MIN_BITS <= bits <= MAX_BITS or bits == FLOAT_BITS)  # type: ignore[operator]
 
 
@@ -27,6 +31,11 @@ def check_bits(bits: Any) -> int:
     ------
     ValueError
         If `bits` is not an integer from 2 to 16.
+
+    Examples
+    --------
+    >>> check_bits(4)
+    4
     """
     if not _is_whole(bits) or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits is {bits!r}; allowed are the integers {MIN_BITS} to {MAX_BITS}")

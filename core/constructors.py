@@ -65,7 +65,7 @@ def own_options(options: Own | None, kind: type[Own], owner: object) -> Own:
     """
     if options is None:
         return kind()
-    # One without settings of its own has none of the others'.
+    # A strategy without settings of its own has none of another's either.
     if not isinstance(options, kind) or (kind is Options and type(options) is not Options):
         raise SettingsError(
             f"options: {type(owner).__name__} has {shown(options)}; allowed: {kind.__name__}"

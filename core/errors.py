@@ -1,4 +1,4 @@
-"""The errors that end a run, and what any error says."""
+"""The errors that end a run, and the message of any error."""
 
 
 class SettingsError(ValueError):
@@ -6,7 +6,7 @@ class SettingsError(ValueError):
 
 
 class FederationError(RuntimeError):
-    """The federation cannot go on; the message says why."""
+    """The federation cannot continue; the message says why."""
 
 
 def words_of(error: BaseException) -> str:

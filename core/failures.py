@@ -16,7 +16,7 @@ _MOST_CHARACTERS = 400
 def explain(
     error: BaseException, settings: Mapping[str, object], what: str = "", when: str = ""
 ) -> str:
-    """Return what an error says, in one line that names the setting or the place in the code.
+    """Return an error's message, in one line that names the setting or the place in the code.
 
     Parameters
     ----------

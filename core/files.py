@@ -19,7 +19,7 @@ def user_path(setting: str, value: str | os.PathLike[str]) -> Path:
     Raises
     ------
     SettingsError
-        If nobody knows the home folder that it begins with, or no path can be so.
+        If its home folder is not known, or it cannot be a path.
     """
     if "\0" in str(value):
         raise SettingsError(f"{setting}: {printable(value)} holds a NUL, which no path can")
@@ -108,7 +108,7 @@ def is_locked(folder: Path) -> bool | None:
     except OSError:
         return None
     try:
-        # Shared, so that two who look do not see each other.
+        # Shared, so that two processes that only look do not block each other.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

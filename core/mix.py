@@ -1,4 +1,4 @@
-"""The mix of bit-widths in a simulated federation: shares by width, dealt to the partitions."""
+"""The mix of bit-widths in a simulated federation: shares by width, assigned to partitions."""
 
 from math import floor
 from typing import Any
@@ -15,8 +15,7 @@ def check_client_bits(bits: Any, origin: str) -> int:
     SettingsError
         Otherwise; the message names `origin`.
     """
-    valid = isinstance(bits, int) and not isinstance(bits, bool)
-    if not valid or not is_width(bits):
+    if not isinstance(bits, int) or isinstance(bits, bool) or not is_width(bits):
         raise SettingsError(f"{origin}: {bits!r} is not a bit-width; allowed: {ALLOWED_WIDTHS}")
     return bits
 

@@ -21,13 +21,13 @@ def _kebab(name: str) -> str:
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a setting may be, in words, where neither type nor bounds say it; for settings.md."""
+    """The allowed values in words, where neither type nor bounds show them; for settings.md."""
 
     words: str
 
 
 class Idle(Enum):
-    """A federation in which an option of a strategy has no effect, which a user is told."""
+    """A federation in which an option of a strategy has no effect; the user is told."""
 
     ALL_FLOAT32 = "all clients are Float32"
     ONE_WIDTH = "all clients are of one width"
@@ -64,6 +64,11 @@ class Options(BaseModel):
     """Base of everything that is set from outside: strict types, kebab-case keys, frozen.
 
     NumPy's numbers count as what they hold. What is not allowed is a `SettingsError`, one line.
+
+    >>> class MyOptions(Options):
+    ...     step_size: float = 0.1
+    >>> MyOptions.read({"step-size": 0.2}).to_settings()
+    {'step-size': 0.2}
     """
 
     model_config = ConfigDict(
@@ -133,7 +138,8 @@ def parse_assignments(text: str) -> dict[str, Any]:
         raise ValueError(f"write it as eta = 0.1, tau = 0.001 ({error})") from None
     if list(document) != ["values"]:
         raise ValueError("write it as eta = 0.1, tau = 0.001")
-    return document["values"]
+    values: dict[str, Any] = document["values"]
+    return values
 
 
 def format_assignments(values: Mapping[str, object]) -> str:

@@ -70,7 +70,7 @@ def _taken(module_name: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the kind of an error and what it says first: a line, and one more after a heading."""
+    """Return the kind of an error and its message: a line, and one more after a heading."""
     lines = [line.strip() for line in words_of(error).splitlines() if line.strip()]
     said = lines[: 2 if lines and lines[0].endswith(":") else 1]
     return ": ".join([type(error).__name__, *([" ".join(said)] if said else [])])

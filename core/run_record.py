@@ -1,4 +1,4 @@
-"""The run record's schema: its files, and what stands in each; for who writes it and who reads it.
+"""The run record's schema: its files, and what each holds; for writer and readers.
 
 A reader takes what is there: records of other versions hold fewer and more figures.
 """

@@ -34,10 +34,21 @@ def derive_seed(seed: int, *path: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint64)[0] >> 1)
 
 
+def seed_torch(seed: int, device: torch.device | None = None) -> None:
+    """Seed what torch draws from on the CPU and on a device, if that is a GPU.
+
+    `torch.manual_seed` asks every kind of device there is and takes a thousand times as long, which
+    is as long as a small client takes for a step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized() or (device is not None and device.type == "cuda"):
+        torch.cuda.manual_seed_all(seed)
+
+
 @contextmanager
 def drawn_under(seed: int, *path: int) -> Iterator[None]:
-    """Let a model draw its random numbers under `derive_seed`; torch's own go on as they were."""
+    """Let a model draw random numbers under `derive_seed`; torch's generators stay untouched."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(seed, *path))
+        seed_torch(derive_seed(seed, *path))
         yield

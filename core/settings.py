@@ -21,7 +21,7 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
-# More than any machine has; torch would try to start as many as it is told.
+# More than any machine has; torch would try to start them all.
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 # What is allowed, in words, for the page of settings and for the errors of the validators below.
@@ -38,11 +38,15 @@ DATASETS = get_args(Dataset)
 
 
 class Settings(Options):
-    """Settings of a run that do not belong to one strategy. All have defaults."""
+    """Settings of a run that do not belong to one strategy. All have defaults.
+
+    >>> Settings(num_server_rounds=3, bit_mix="4:0.5,32:0.5").batch_size
+    32
+    """
 
     strategy: str = Field(
         "prowd",
-        description="Aggregation on the server: prowd or a rival, flwr:NAME of Flower's own, or "
+        description="Aggregation on the server: prowd or a baseline, flwr:NAME of Flower's own, or "
         "package.module:Class.",
     )
     strategy_options: str = Field(
@@ -60,7 +64,7 @@ class Settings(Options):
         "local training all do.",
     )
     round_timeout: Positive = Field(
-        3600.0, description="Seconds after which a round goes on without the missing clients."
+        3600.0, description="Seconds after which a round continues without the missing clients."
     )
     min_nodes: AtLeastOne = Field(1, description="Nodes that must be there before the first round.")
     node_wait: Positive = Field(
@@ -77,9 +81,9 @@ class Settings(Options):
     norm_bound: Annotated[float, Field(ge=0), Allowed(_BOUND)] = Field(
         10.0,
         description="An update more than this many times as large as the model and as the round's "
-        "median update is set aside; one that comes alone, as the model. What is smaller counts: "
+        "median update is rejected; a single one, more than the model. What is smaller counts: "
         "one update of nearly this many times the model still moves the mean by so many models, "
-        "times its share of the examples. 1 or more, or 0: none is set aside.",
+        "times its share of the examples. 1 or more, or 0: none is rejected.",
     )
 
     local_epochs: AtLeastOne = Field(1, description="Passes over a client's data in a round.")
@@ -102,11 +106,11 @@ class Settings(Options):
         0, description="Training images a client uses; 0: all it has."
     )
     partitioner: Literal["iid", "dirichlet", "file"] = Field(
-        "iid", description="How the training images are dealt to the clients."
+        "iid", description="How the training images are partitioned among the clients."
     )
     partition_file: AbsolutePath = Field(
         "",
-        description='JSON file that deals them for partitioner=file: {"clients": [[0, 5], [2]]} '
+        description='JSON file with the partition for partitioner=file: {"clients": [[0, 5], [2]]} '
         "gives client 0 the first and the sixth; absolute or ~.",
     )
     dirichlet_alpha: Positive = Field(
@@ -145,13 +149,13 @@ class Settings(Options):
     )
     gradient_bits: WidthOrNone = Field(
         0,
-        description="Width of errors and, in strict training, weight gradients; "
+        description="Width of output gradients and, in strict training, weight gradients; "
         "0: 8 in strict and 32 in qat training; in integer training the client's and at most 8.",
     )
     broadcast: Literal["auto", "float32", "nearest", "calibrated"] = Field(
         "auto",
         description="How low-bit clients get and use the model: in float32, which they round to "
-        "nearest, or as codes of their own width, rounded by the server to nearest or with an eye "
+        "nearest, or as codes of their own width, rounded by the server to nearest or by GPTQ "
         "on its buffer; auto: calibrated for prowd in strict training, float32 for all others.",
     )
     calibrate_normalization: bool = Field(
@@ -187,7 +191,7 @@ class Settings(Options):
     )
     resume: AbsolutePath = Field(
         "",
-        description="Folder of a run to go on with from its last checkpoint; absolute or ~. All "
+        description="Folder of a run to resume from its last checkpoint; absolute or ~. All "
         "settings that decide the result must be that run's. Empty: a new run.",
     )
 
@@ -302,7 +306,7 @@ class Settings(Options):
         return self.activation_bits or self._integer_bits(bits) or bits
 
     def gradient_bits_of(self, bits: int) -> int:
-        """Width of a low-bit client's errors and gradients."""
+        """Width of a low-bit client's gradients."""
         own = 8 if self.low_bit_training == "strict" else FLOAT_BITS
         return self.gradient_bits or self._integer_bits(bits) or own
 

@@ -7,7 +7,7 @@ def in_simulation() -> bool:
     """Return whether Flower's simulation engine runs this client: then it is in an actor of Ray's.
 
     The server does not ask here, but its grid (`exchange.undocumented.is_simulated`): it may be
-    there before Ray is. A device's own program that uses Ray is none of its actors.
+    there before Ray is. A device's own program that uses Ray is not one of its actors.
     """
     # Not imported: a networked device need not have it, and pays a second for it at every message.
     ray = sys.modules.get("ray")

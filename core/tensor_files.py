@@ -28,7 +28,7 @@ def to_bytes(head: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes
     head : mapping
         What JSON can hold.
     arrays : mapping of str to ndarray
-        Contiguous ones: safetensors writes the memory of an array, whatever its strides say.
+        Contiguous ones: safetensors writes the memory of an array and ignores its strides.
     """
     # Under one key: safetensors writes several in any order.
     whole = {"sha256": _checksum(head, arrays), "head": head}
@@ -60,7 +60,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         whole = json.loads(metadata["prowd"])
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         is_whole = whole["sha256"] == _checksum(whole["head"], arrays)
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except KeyError:
+        raise DamagedError("it has no checksum; an earlier version wrote it") from None
+    except (SafetensorError, TypeError, ValueError, RecursionError) as error:
         raise DamagedError(reason(error)) from None
     if not is_whole or not isinstance(whole["head"], dict):
         raise DamagedError("its checksum is of something else")

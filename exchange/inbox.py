@@ -36,7 +36,7 @@ def receive(
 ) -> Iterator[Message]:
     """Send messages, batch by batch, and then yield each reply as soon as it is there.
 
-    A reply that cannot be read comes as an error that says so. One that is still being uploaded is
+    A reply that cannot be read comes as an error. One that is still being uploaded is
     looked at again later, and the others come meanwhile.
 
     Parameters
@@ -51,6 +51,12 @@ def receive(
         batches before the last live twice as long, as it takes its time to be made.
     most_bytes : int
         The arrays of one reply take no more than this.
+
+    Examples
+    --------
+    >>> replies = receive(grid, [lambda: [message]], timeout=60.0, most_bytes=1_000_000)
+    >>> [reply.has_error() for reply in replies]
+    [False]
     """
     if timeout is not None:
         check_number("timeout", timeout, least=0)
@@ -129,7 +135,7 @@ def pull(grid: Grid, message: Message, most_bytes: int = 0) -> Message | None:
     except (FederationError, httpx.HTTPError, OSError, MemoryError):
         # The connection to the SuperLink or this machine, not the reply.
         raise
-    except Exception as error:  # Decoding raises whatever the bytes of a stranger lead to.
+    except Exception as error:  # Decoding untrusted bytes can raise anything.
         return unreadable(message, f"its reply cannot be read: {type(error).__name__}: {error}")
 
 
@@ -155,7 +161,7 @@ def patiently(call: Callable[[], Answer]) -> Answer:
 def _passing(error: httpx.HTTPStatusError) -> SuperLinkFailed:
     """Warn of a failure of the SuperLink's own, and raise any other.
 
-    A node that pushes much at once holds its database, and whoever calls meanwhile is answered
+    A node that pushes much at once holds its database, and a call meanwhile is answered
     with 500. Flower tries again only at statuses that a proxy gives.
     """
     if not error.response.is_server_error:
@@ -217,7 +223,7 @@ def warn_of_left_out(
         if reason := reasons.get(client.partition_id):
             log(
                 WARNING,
-                "Round %d goes on without node %d (partition %d): %s",
+                "Round %d continues without node %d (partition %d): %s",
                 server_round,
                 node_id,
                 client.partition_id,

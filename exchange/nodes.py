@@ -27,13 +27,12 @@ class Nodes:
     A partition belongs to the first node that declares it, for as long as that node is connected;
     a second one waits for it. So a device that died and came back under another ID takes part
     again as soon as its old connection has lapsed. A node that was gone is asked anew, also if it
-    was back before anybody looked, which the time of its activation tells: it may have been
+    was back before the next look, as its activation time shows: it may have been
     repaired or have another width, and its partition may be another's by now. While a partition
     has no holder, a round waits for the nodes that were asked, within the bounds of `Queries`.
 
-    How many partitions there are, the most declarations of the first gathering decide. Whom to
-    believe of equally many, nobody can tell: where a tie lasts until the wait is over, the run
-    ends.
+    The number of partitions is the one that most nodes of the first gathering declare. A tie that
+    lasts until the wait is over ends the run.
 
     Parameters
     ----------
@@ -43,11 +42,11 @@ class Nodes:
         Seconds to wait for them, and in all later gatherings together for nodes that came later
         and did not declare themselves.
     most_examples : int
-        A node that declares more is refused, as its claim is its weight in the mean.
+        A node that declares more is refused, as the number is its weight in the mean.
     examples_of : callable or None
         ``f(partition_id, num_partitions)``: how many a partition has, where the server knows; a
-        node that declares more is refused. A `SettingsError` says that there is no such deal. It
-        may take its time, as it is asked of nodes that are about to take part.
+        node that declares more is refused. A `SettingsError` says that there is no such
+        partition. It may be slow: it is called only for nodes that are about to take part.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Nodes:
         """Return the declarations of the nodes that are connected now and may take part.
 
         New nodes are asked. The first time, this waits until there are as many as the nodes'
-        declarations speak of (`num_partitions`), or the time since one took another partition is
+        declarations name (`num_partitions`), or the time since one took another partition is
         up; later it waits only for the declarations of nodes that are connected, or if fewer than
         `min_nodes` are there.
 
@@ -122,7 +121,7 @@ class Nodes:
                 f"{self._why_few()}"
             )
         if not self._gathered and not complete:
-            log(WARNING, "Going on with %d of %d nodes", len(present), self.num_partitions)
+            log(WARNING, "Continuing with %d of %d nodes", len(present), self.num_partitions)
         self._welcome(present)
         self._gathered = True
         self._present = present
@@ -148,7 +147,7 @@ class Nodes:
 
     @property
     def num_partitions(self) -> int:
-        """Parts that the data is dealt into; 0 while no number has the most declarations."""
+        """Partitions of the data; 0 while no number has the most declarations."""
         if self._parts:
             return self._parts
         votes = self._votes()
@@ -170,14 +169,14 @@ class Nodes:
     def _votes(self) -> Counter[int]:
         """Nodes by the number of partitions that they declare."""
         declared = Counter(d.num_partitions for d in self._declared.values())
-        # Nodes that are refused are believed only where there are no others.
+        # Refused nodes count only where there are no others.
         return declared or Counter(self._refused_parts.values())
 
     def _is_complete(self, present: dict[int, Declaration]) -> bool:
-        """Return whether nobody need be waited for in the first gathering."""
+        """Return whether the first gathering need not wait any longer."""
         expected = self.num_partitions
         if self._before and expected != self._before:
-            # Those of the run that goes on may still come.
+            # Those of the resumed run may still come.
             return False
         heard = len(present)
         if not self._queries:
@@ -187,12 +186,12 @@ class Nodes:
             votes = self._votes()
             others = max((n for parts, n in votes.items() if parts != expected), default=0)
             if votes[expected] <= others + len(self._queries):
-                # Those who are still to answer may speak of another number.
+                # Nodes that are still to answer may declare another number.
                 return False
         return 0 < expected <= heard
 
     def _look(self, grid: Grid) -> None:
-        """See who is connected, ask those that are new, and hear who has answered."""
+        """Look which nodes are connected, ask new ones, and take the answers that are there."""
         connected = {node.node_id: node.last_activated_at for node in patiently(grid.get_nodes)}
         self._forget_all_but({n for n, at in connected.items() if self._connected.get(n) == at})
         self._connected = connected
@@ -243,9 +242,9 @@ class Nodes:
         return {node_id: self._declared[node_id] for node_id in sorted(holders.values())}
 
     def _taking_part(self, late: bool) -> dict[int, Declaration]:
-        """Return who has a seat, held against the deal once that is asked of few.
+        """Return the seated nodes, checked against the partition before they take part.
 
-        Who does not fit the deal is refused, and the next of the partition is seated.
+        A node that does not fit is refused, and the next of the partition is seated.
         """
         present = self._seated()
         if not (late or self._gathered or self._is_complete(present)):
@@ -258,7 +257,7 @@ class Nodes:
         return present
 
     def _misfit(self, declared: Declaration) -> str:
-        """Return what of a declaration does not fit the deal; empty if all does."""
+        """Return what of a declaration contradicts the partition; empty if all does."""
         if self._examples_of is None:
             return ""
         partition, parts = declared.partition_id, declared.num_partitions
@@ -271,13 +270,13 @@ class Nodes:
         return f"{claim}; partition {partition} of {parts} has {most}" if too_many else ""
 
     def _refuse_tie(self) -> None:
-        """End the run where as many nodes speak of one number of partitions as of another."""
+        """End the run where as many nodes declare one number of partitions as another."""
         if self._declared and not self.num_partitions:
             votes = self._votes()
             leading = _leading(votes)
             raise FederationError(
                 f"num-partitions: as many nodes declare {' as '.join(map(str, leading))} "
-                f"({votes[leading[0]]} each); every --node-config must say the same"
+                f"({votes[leading[0]]} each); every --node-config must hold the same"
             )
 
     def _refuse_unseated(self, present: dict[int, Declaration]) -> None:

@@ -27,14 +27,14 @@ CONFIG = "config"
 BY_BROADCAST = -1
 
 # Mean cross-entropy of a network that gives the true class ten thousand logits less than another:
-# who gets there has diverged. Means of losses, and q-FedAvg's weights, are bounded by it.
+# a client that gets there has diverged. Means of losses, and q-FedAvg's weights, are bounded by it.
 MOST_LOSS = 1e4
 
 Uplink = Literal["weights", "difference", "nothing"]
 
 
 def plain(text: str) -> str:
-    """Return a stranger's text as one short line that can be logged."""
+    """Return untrusted text as one short line that can be logged."""
     return "".join(c if c.isprintable() else "?" for c in text[:500])
 
 
@@ -45,7 +45,7 @@ def last_line(reason: str | None) -> str:
 
 
 class ProtocolError(ValueError):
-    """A record that does not hold what the protocol says."""
+    """A record that does not follow the protocol."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,11 @@ class Declaration(_Record):
         Training images that it holds.
     refused : str
         Why the node cannot take part; empty if it can.
+
+    Examples
+    --------
+    >>> Declaration(0, 10, bits=4, num_examples=500, refused="").to_record()["bits"]
+    4
     """
 
     partition_id: int
@@ -118,7 +123,7 @@ class Instruction(_Record):
         Width of a difference; 0 is the client's own.
     downlink_bits : int
         Width of the payload that carries the model, whatever the client's own is: 2 to 16, or 32
-        for float32; 0 if no model is sent and the client goes on from its own. By default the one
+        for float32; 0 if no model is sent and the client continues from its own. By default the one
         that `broadcast` leads to, which the strategy puts in before it sends the instruction.
     proximal_mu : float
         Factor of the proximal term against the received model; 0 leaves it out.
@@ -134,8 +139,13 @@ class Instruction(_Record):
         came as codes, else 0.
     keep_in : str
         Folder for what a simulated client keeps from round to round; its last part names the run.
-        A networked node, which keeps it in its own ``state-dir``, is told that last part alone.
+        A networked node, which keeps it in its own ``state-dir``, gets that last part alone.
         Empty: in memory only.
+
+    Examples
+    --------
+    >>> Instruction(server_round=1, downlink_bits=4).starts_from_codes(bits=4)
+    True
     """
 
     server_round: int
@@ -174,6 +184,11 @@ class Report(_Record):
         Optimizer steps taken; 0 for an evaluation.
     began_clean : int
         1 if the client had nothing kept to correct its gradients by, else 0.
+
+    Examples
+    --------
+    >>> Report.from_record(Report(1, 500, loss=0.5, accuracy=0.8, seconds=2.0).to_record()).loss
+    0.5
     """
 
     server_round: int
@@ -191,7 +206,12 @@ def to_array(payload: bytes) -> Array:
 
 
 def answer_query(message: Message, declaration: Declaration) -> Message:
-    """Answer the server's query what this node is."""
+    """Answer the server's query what this node is.
+
+    >>> reply = answer_query(message, Declaration(0, 10, bits=4, num_examples=500, refused=""))
+    >>> reply.content["declaration"]["bits"]
+    4
+    """
     record = ConfigRecord(declaration.to_record())
     return Message(RecordDict({DECLARATION: record}), reply_to=message)
 
@@ -202,13 +222,22 @@ def instruction_in(message: Message) -> Instruction:
     Raises
     ------
     ProtocolError
-        If it is none of this project's strategies'.
+        If it is not from a strategy of this project.
+
+    Examples
+    --------
+    >>> instruction_in(message).server_round
+    1
     """
     return Instruction.from_record(cast(ConfigRecord, message.content[INSTRUCTION]))
 
 
 def config_in(message: Message) -> dict[str, Any]:
-    """Return what Flower's `start` was given for the clients; empty if that was nothing."""
+    """Return what Flower's `start` was given for the clients; empty if that was nothing.
+
+    >>> config_in(message)
+    {'epochs': 3}
+    """
     return dict(cast(ConfigRecord, message.content[CONFIG])) if CONFIG in message.content else {}
 
 
@@ -226,6 +255,11 @@ def model_in(message: Message, spec: UpdateSpec) -> Update | None:
     ------
     UpdateError
         If it is not a whole, unaltered model of these tensors.
+
+    Examples
+    --------
+    >>> model_in(message, UpdateSpec({"bias": (2,)})).dequantize()
+    {'bias': tensor([1., 1.])}
     """
     bits = instruction_in(message).downlink_bits
     if not bits:
@@ -251,15 +285,22 @@ def answer(
     sent : Update, optional
         The model that it was sent (`model_in`): where this came as codes of the update's width,
         the update's codes travel as differences from them.
+
+    Examples
+    --------
+    >>> report = Report(1, num_examples=500, loss=0.5, accuracy=0.8, seconds=2.0)
+    >>> reply = answer(message, report, quantize_state({"bias": torch.ones(2)}, 32))
+    >>> sorted(reply.content)
+    ['report', 'update']
     """
     content = RecordDict({REPORT: MetricRecord(report.to_record())})
     if update is not None:
-        asked = instruction_in(message)
+        instruction = instruction_in(message)
         payload = encode(
             update,
-            coded=bool(asked.coded),
-            start=sent if asked.starts_from_codes(update.bits) else None,
-            stamp=asked.server_round,
+            coded=bool(instruction.coded),
+            start=sent if instruction.starts_from_codes(update.bits) else None,
+            stamp=instruction.server_round,
         )
         content[UPDATE] = ArrayRecord({UPDATE: to_array(payload)})
     return Message(content, reply_to=message)

@@ -65,12 +65,12 @@ class _Arrival:
     lock: Lock = field(default_factory=Lock)
 
     def add(self, object_id: str, found: PullObjectResponse, most_bytes: int) -> None:
-        """Keep an object, and refuse what is too much.
+        """Keep an object, and reject what is too much.
 
         Raises
         ------
         ValueError
-            If there are more bytes than allowed, or the object is none of Flower's.
+            If there are more bytes than allowed, or the object is not one of Flower's.
         """
         content = found.object_content
         kind, children, _ = get_object_head_values_from_object_content(content)
@@ -86,12 +86,12 @@ class _Arrival:
             if kind == Array.__qualname__:
                 indices = json.loads(get_object_body(content, Array))["arraychunk_ids"]
                 self.listed += [children[index] for index in indices]
-            _refuse_large(sum(self.chunk_bytes.values()), most_bytes)
+            _reject_large(sum(self.chunk_bytes.values()), most_bytes)
             if self.bytes_besides > _MOST_BESIDES:
                 raise ValueError(f"it takes more than {_MOST_BESIDES} bytes besides its arrays")
 
     def read(self, most_bytes: int) -> None:
-        """Let go of the objects, which the grid has by now, and refuse what would become too much.
+        """Let go of the objects, which the grid has by now, and reject what would become too much.
 
         An array lists the chunks that it is made of, and may list one a thousand times: what a
         node uploads does not bound what comes of it.
@@ -99,15 +99,15 @@ class _Arrival:
         with self.lock:
             self.is_read = True
             self.objects.clear()
-        _refuse_large(sum(self.chunk_bytes[object_id] for object_id in self.listed), most_bytes)
+        _reject_large(sum(self.chunk_bytes[object_id] for object_id in self.listed), most_bytes)
 
 
-def _refuse_large(array_bytes: int, most_bytes: int) -> None:
+def _reject_large(array_bytes: int, most_bytes: int) -> None:
     if array_bytes > most_bytes:
         raise ValueError(f"its arrays take more than {most_bytes} bytes")
 
 
-# For as long as somebody waits for the reply to a message, and holds that.
+# An entry lives as long as the message whose reply is awaited.
 _ARRIVALS: WeakKeyDictionary[Message, _Arrival] = WeakKeyDictionary()
 
 
@@ -146,8 +146,8 @@ class _ClientForOneReply:
         """
         self._was_asked = True
         if self._arrival.is_read:
-            # To whom a reply belongs the SuperLink knows; what it says of itself, its node wrote.
-            raise ValueError("it says that it answers another message")
+            # The SuperLink assigns a reply to its message; the reply's own metadata is untrusted.
+            raise ValueError("its metadata answers another message")
         if self._arrival.announced is not None:
             return self._arrival.announced
         found = self._client.PullMessages(request)
@@ -157,7 +157,7 @@ class _ClientForOneReply:
                 mine.messages_list.append(message)
                 mine.message_object_trees.append(tree)
                 self._arrival.announced = mine
-                _refuse_many_objects(tree)
+                _reject_many_objects(tree)
         return mine
 
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
@@ -189,11 +189,11 @@ class _ClientForOneReply:
         return confirmed
 
     def discard(self) -> None:
-        """Let the SuperLink delete a reply that is refused, which else it keeps through the run."""
+        """Let the SuperLink delete a rejected reply, which it would else keep through the run."""
         if self._arrival.announced is None or self._arrival.is_read:
             return
         metadata = self._arrival.announced.messages_list[0].metadata
-        # Where it fails at that, the reply is refused all the same.
+        # Where it fails at that, the reply is rejected all the same.
         with suppress(httpx.HTTPStatusError):
             self._client.ConfirmMessageReceived(
                 ConfirmMessageReceivedRequest(
@@ -211,7 +211,7 @@ def _unknown_flower(what: str) -> FederationError:
     )
 
 
-def _refuse_many_objects(tree: ObjectTree) -> None:
+def _reject_many_objects(tree: ObjectTree) -> None:
     if any(True for _ in islice(iterate_object_tree(tree), _MOST_OBJECTS, None)):
         raise ValueError(f"it consists of more than {_MOST_OBJECTS} objects")
 
@@ -253,7 +253,7 @@ def only_the_reply(
     except (FederationError, NotYetComplete, httpx.HTTPError, OSError):
         raise
     except Exception:
-        # Decoding raises whatever the bytes of a stranger lead to.
+        # Decoding untrusted bytes can raise anything.
         between.discard()
         raise
     finally:

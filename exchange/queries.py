@@ -1,4 +1,4 @@
-"""The question to every node what it is: sent, heard, and how long its answer is waited for."""
+"""The query to every node: sent, received, and how long its answer is waited for."""
 
 import time
 from collections import Counter
@@ -13,34 +13,34 @@ from exchange.undocumented import is_simulated
 # A query can fail for a passing reason; a node that fails this often is given up.
 _ATTEMPTS = 3
 # Flower's simulation goes over all messages that are not answered yet for every node, ten times a
-# second, in the server's own process: with 500 questions open it does nothing else. Its nodes
-# answer, so that no question need wait behind a silent one; networked nodes are asked at once.
+# second, in the server's own process: with 500 open queries it does nothing else. Its nodes
+# answer, so that no query waits behind a silent one; networked nodes are asked at once.
 _OPEN_IN_SIMULATION = 32
 
 
 class Queries:
-    """Questions that are still to be answered.
+    """Queries that are not answered yet.
 
-    Any node that stays silent would hold up every round. So after the first gathering, whoever was
-    waited for in vain is not waited for again before it has answered, also if it was gone
+    A silent node would hold up every round. So after the first gathering, a node that did not
+    answer in time is not waited for again before it has answered, also if it was gone
     meanwhile; and what all later gatherings wait for nodes that then did not answer is bounded
-    together, as somebody may come under a new ID every time. Waiting that an answer ended costs
-    nothing: a node that comes back and answers in its time is waited for, however often.
+    together, as a node may come under a new ID every time. A wait that an answer ended does not
+    count: a node that comes back and answers in time is waited for, however often.
 
     Parameters
     ----------
     patience : float
-        Seconds that the gatherings after the first wait in vain, all together.
+        Seconds that all gatherings after the first together wait for nodes that do not answer.
     """
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
         self._open: dict[int, Message] = {}
-        # Nodes whose turn to be asked has yet to come.
+        # Nodes that are to be asked later.
         self._later: dict[int, None] = {}
         self._failures: Counter[int] = Counter()
         self._in_vain: set[int] = set()
-        # Of the gathering that is going on: who is waited for, and since when.
+        # Of the current gathering: the nodes waited for, and since when.
         self._awaited: set[int] = set()
         self._since = 0.0
 
@@ -64,7 +64,7 @@ class Queries:
 
     def hear(self, grid: Grid) -> Iterator[tuple[int, Message]]:
         """Yield the answers that have come, by node; an error is one that will not pass."""
-        # A node that never answers costs nothing but this look.
+        # A node that never answers costs only this look.
         for node_id, message in list(self._open.items()):
             try:
                 reply = pull(grid, message)
@@ -87,7 +87,7 @@ class Queries:
                 yield node_id, reply
 
     def forget_all_but(self, node_ids: set[int]) -> None:
-        """Drop the questions to other nodes; that they were waited for in vain is kept."""
+        """Drop the queries to other nodes; keep that they did not answer in time."""
         for kept in (self._open, self._later, self._failures):
             for node_id in kept.keys() - node_ids:
                 del kept[node_id]
@@ -108,7 +108,7 @@ class Queries:
         self._in_vain |= self._open.keys() | self._later.keys()
 
     def end_gathering(self) -> None:
-        """Count what this gathering waited in vain."""
+        """Count the seconds that this gathering waited for nodes that did not answer."""
         if self._awaited:
             self._patience -= time.monotonic() - self._since
         self._in_vain |= self._awaited

@@ -57,6 +57,13 @@ class ClientUpdate:
         The weights or the difference; empty if the client was asked for nothing.
     report : Report
         The client's numbers.
+
+    Examples
+    --------
+    >>> client = Declaration(partition_id=0, num_partitions=2, bits=4, num_examples=100, refused="")
+    >>> report = Report(server_round=1, num_examples=100, loss=0.5, accuracy=0.8, seconds=2.0)
+    >>> ClientUpdate(client, Update(4, "weights", {}, {}), report).client.bits
+    4
     """
 
     client: Declaration
@@ -164,7 +171,7 @@ def decode_in_order(
     replies : sequence of Reply
         The replies.
     rejected : mutable mapping of int to str
-        Is told of those that are left out: partition and reason.
+        Called for each reply that is left out, with partition and reason.
     """
     expected = [(r.payload, plan.expected[r.client.partition_id]) for r in replies]
     for reply, update in zip(replies, decode_all(expected), strict=True):

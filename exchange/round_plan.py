@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, get_args
 
 from flwr.app import ConfigRecord, Message
 
@@ -24,7 +24,7 @@ _ALLOWED = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"
 
 @dataclass
 class RoundPlan:
-    """The messages of one round, and what they ask of whom.
+    """The messages of one round, and what they ask of each client.
 
     Attributes
     ----------
@@ -93,6 +93,11 @@ class RoundLog:
         Whether this round is to be recorded in full.
     weights : dict
         Then, from a strategy that has them, `WeightDistributions.to_record`.
+
+    Examples
+    --------
+    >>> RoundLog(sampled=[0, 1], aggregated=[0], failed={1: "no reply"}).left_out
+    {1: 'no reply'}
     """
 
     sampled: list[int] = field(default_factory=list)
@@ -110,7 +115,7 @@ class RoundLog:
 
     @property
     def left_out(self) -> dict[int, str]:
-        """Partitions that were asked in vain, with the reason."""
+        """Partitions that were asked and not used, with the reason."""
         return self.rejected | self.failed
 
 
@@ -155,7 +160,7 @@ def completed(instruction: Instruction, by_broadcast: int, owner: str) -> Instru
     return replace(instruction, downlink_bits=downlink)
 
 
-def with_config(messages: Iterable[Message], config: Mapping | None) -> list[Message]:
+def with_config(messages: Iterable[Message], config: Mapping[str, Any] | None) -> list[Message]:
     """Add to messages what Flower's `start` was given for the clients, if anything was."""
     messages = list(messages)
     if config:

@@ -1,6 +1,6 @@
 """prowd for other programs: ``from prowd import ProWD, prepare, quantize_state``.
 
-The packages behind it have names that somebody else's project may have too (`task`, `strategies`).
+The packages behind it have names that other projects may use too (`task`, `strategies`).
 From the import of this one on they are prowd's own, which lie beside this folder, whatever stands
 first on ``sys.path``. Names are imported when they are first used: with torch and Flower that takes
 seconds.
@@ -57,7 +57,7 @@ class _OwnFirst(MetaPathFinder):
 
 
 def _refuse_others() -> None:
-    """Refuse to go on with somebody else's module under the name of one of prowd's own.
+    """Refuse another project's module under the name of one of prowd's own.
 
     Raises
     ------

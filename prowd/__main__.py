@@ -6,7 +6,7 @@ import sys
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     try:
-        # In here, as a package may be missing or damaged, and then one line says so.
+        # Imported here: a missing or damaged package is then reported in one line.
         from prowd.cli import main as run
     except Exception as error:
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "

@@ -16,7 +16,7 @@ from typing import NoReturn
 from core.failures import explain, one_line
 from core.files import printable, user_path
 
-# What a shell reports of a command that Ctrl-C ended, and of one whose output nobody reads.
+# What a shell reports of a command that Ctrl-C ended, and of one whose output pipe was closed.
 _INTERRUPTED, _UNREAD = 130, 141
 _PAGE = "report.html"
 _EXTRA = ("onnx", "onnxruntime", "onnxscript")
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         try:
             given = _parser().parse_args(arguments)
-            return given.command(given)
+            return int(given.command(given))
         finally:
             # Here, so that what it fails at is not left to the interpreter's end.
             if sys.stdout is not None:  # It is None where a shell closed it.
@@ -99,7 +99,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the command."""
-        self.exit(2, f"prowd: {one_line(message)}; {self.prog} --help says what there is\n")
+        self.exit(2, f"prowd: {one_line(message)}; {self.prog} --help lists the options\n")
 
 
 class _Version(argparse.Action):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -25,7 +25,7 @@ OfRound = TypeVar("OfRound", "Round", "Weights")
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its record tells it.
+    """A run, read from its record.
 
     Attributes
     ----------
@@ -64,12 +64,12 @@ class Record:
 
 
 def read_config(folder: Path) -> Config:
-    """Read what a run was set to; it is empty if that cannot be told."""
+    """Read a run's settings; empty if they cannot be read."""
     return _read_file(folder / CONFIG, Config, [])
 
 
 def read_summary(folder: Path) -> Summary:
-    """Read how a run ended; its status is empty if that cannot be told."""
+    """Read how a run ended; its status is empty if it cannot be read."""
     return _read_file(folder / SUMMARY, Summary, [])
 
 
@@ -92,7 +92,7 @@ def read_record(folder: Path, weights: bool = True) -> Record:
     config = _read_file(folder / CONFIG, Config, damage, needed=whole)
     strategy = str(config.settings.get("strategy", ""))
 
-    def read_round(entry: dict) -> Round:
+    def read_round(entry: dict[str, Any]) -> Round:
         return Round.model_validate({**entry, "own": entry.get(strategy) or {}})
 
     rounds = _read_lines(folder / ROUNDS, read_round, damage)
@@ -140,7 +140,7 @@ def _read_file(path: Path, kind: type[Read], damage: list[str], needed: bool = T
 
 
 def _read_lines(
-    path: Path, read: Callable[[dict], OfRound], damage: list[str]
+    path: Path, read: Callable[[dict[str, Any]], OfRound], damage: list[str]
 ) -> tuple[OfRound, ...]:
     """Read line by line; a line that cannot be read, or repeats a round, is named and left out."""
     try:
@@ -176,7 +176,7 @@ def _gaps(rounds: Sequence[Round], last: int) -> Iterator[str]:
             yield f"lacks rounds {before + 1} to {after - 1}"
 
 
-def _parse(data: bytes) -> dict:
+def _parse(data: bytes) -> dict[str, Any]:
     content = json.loads(data)
     if not isinstance(content, dict):
         raise ValueError("no JSON object")

@@ -45,7 +45,7 @@ def _row(key: str, field: FieldInfo) -> str:
 
 
 def _strategies() -> str:
-    """Name the strategies, which core/settings.py cannot know."""
+    """Name the strategies, which core/settings.py cannot import."""
     return ", ".join(f'`"{name}"`' for name in (*strategy_names(), OWN_CLASS))
 
 

@@ -1,6 +1,6 @@
 """Quantization for mixed-precision federations: grids, packing, layers, dequantizer, masks.
 
-Tensors and bytes in, tensors and bytes out; nothing here knows of Flower.
+Tensors and bytes in, tensors and bytes out; independent of Flower.
 """
 
 from core.bits import ALLOWED_WIDTHS, FLOAT_BITS, MAX_BITS, MIN_BITS, check_bits, is_width

@@ -24,7 +24,7 @@ def level_drift(moved: Tensor, target: Tensor, start: QuantizedTensor, bits: int
     """Return by how many steps ``target`` exceeds ``moved`` on each level that weights start on.
 
     It is the mean difference over the mean step, not the mean of their ratios: a channel of tiny
-    steps, in which any movement is countless steps, says little about the others.
+    steps, in which any movement is countless steps, shows little about the others.
 
     Parameters
     ----------
@@ -41,6 +41,12 @@ def level_drift(moved: Tensor, target: Tensor, start: QuantizedTensor, bits: int
     -------
     Tensor
         Float32 ``[levels]``, in steps of the grid; 0 where no weight starts.
+
+    Examples
+    --------
+    >>> start = QuantizedTensor(torch.tensor([[1, -1]], dtype=torch.int8), torch.tensor([0.5]))
+    >>> level_drift(torch.tensor([[-0.25, 0.0]]), torch.zeros(1, 2), start, bits=2)
+    tensor([0.0000, 0.0000, 0.5000])
     """
     level, count = _levels(start.codes, bits)
     step = per_channel(start.scale, moved.ndim).expand_as(moved)
@@ -52,7 +58,12 @@ def level_drift(moved: Tensor, target: Tensor, start: QuantizedTensor, bits: int
 
 
 def add_drift(moved: Tensor, drift: Tensor, start: QuantizedTensor, bits: int) -> Tensor:
-    """Return a movement with the drift of each weight's starting level added."""
+    """Return a movement with the drift of each weight's starting level added.
+
+    >>> start = QuantizedTensor(torch.tensor([[1, -1]], dtype=torch.int8), torch.tensor([0.5]))
+    >>> add_drift(torch.zeros(1, 2), torch.tensor([0.2, 0.0, -0.2]), start, bits=2)
+    tensor([[-0.1000,  0.1000]])
+    """
     level, _ = _levels(start.codes, bits)
     return moved + drift[level].reshape(moved.shape) * per_channel(start.scale, moved.ndim)
 

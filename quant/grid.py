@@ -1,7 +1,7 @@
 """The symmetric, zero-point-free grid of a bit-width: scales, rounding and their inverse.
 
 A tensor of bit-width ``k`` is stored as codes in ``[-(2**(k-1) - 1), 2**(k-1) - 1]`` and one
-float32 scale per output channel (dimension 0). This file is the only place that says so.
+float32 scale per output channel (dimension 0). Only this file defines it.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,11 @@ class ScaleError(ValueError):
 
 
 def is_finite(values: Tensor) -> bool:
-    """Return whether no value is NaN or infinite."""
+    """Return whether no value is NaN or infinite.
+
+    >>> is_finite(torch.tensor([1.0, float("nan")]))
+    False
+    """
     # A sum is one pass without memory of its own; of finite values it may overflow.
     return isfinite(values.sum()) or bool(values.isfinite().all())
 
@@ -67,7 +71,7 @@ def check_finite(values: Tensor, what: str) -> None:
 
 @contextmanager
 def naming(tensor: str) -> Iterator[None]:
-    """Put a tensor's name before what is said of its values."""
+    """Put a tensor's name before the message of an error about its values."""
     try:
         yield
     except (NonFiniteError, ScaleError) as error:
@@ -76,8 +80,12 @@ def naming(tensor: str) -> Iterator[None]:
 
 @cache
 def largest_code(bits: int) -> int:
-    """Return the largest code of the grid, ``2**(bits - 1) - 1``."""
-    return 2 ** (check_bits(bits) - 1) - 1
+    """Return the largest code of the grid, ``2**(bits - 1) - 1``.
+
+    >>> largest_code(4)
+    7
+    """
+    return (1 << (check_bits(bits) - 1)) - 1
 
 
 def code_type(bits: int) -> torch.dtype:
@@ -104,6 +112,11 @@ def absmax_scale(weight: Tensor, bits: int) -> Tensor:
     -------
     Tensor
         Float32 scales ``[channels]``, positive.
+
+    Examples
+    --------
+    >>> absmax_scale(torch.tensor([[0.5, -3.5]]), 4)
+    tensor([0.5000])
     """
     _check_weight(weight)
     rows = weight.detach().flatten(1)
@@ -136,6 +149,11 @@ def mse_scale(weight: Tensor, bits: int) -> Tensor:
     ------
     ValueError
         If `bits` is not 2 to 4.
+
+    Examples
+    --------
+    >>> mse_scale(torch.tensor([[1.0, 1.0, 4.0]]), 2)
+    tensor([4.])
     """
     if check_bits(bits) > _CLIPPED_BITS:
         raise ValueError(f"bits is {bits}; clipping is fitted at {MIN_BITS} to {_CLIPPED_BITS}")
@@ -194,6 +212,11 @@ def fit_scale(weight: Tensor, bits: int) -> Tensor:
     ------
     NonFiniteError
         If a weight is NaN or infinite.
+
+    Examples
+    --------
+    >>> fit_scale(torch.tensor([[0.5, -12.7]]), 8)
+    tensor([0.1000])
     """
     clipped = check_bits(bits) <= _CLIPPED_BITS
     scale = mse_scale(weight, bits) if clipped else absmax_scale(weight, bits)
@@ -225,6 +248,11 @@ def quantize_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
         If a weight or a scale is NaN or infinite, or a scale too small to divide by.
     ScaleError
         If a scale is not positive.
+
+    Examples
+    --------
+    >>> quantize_nearest(torch.tensor([[0.9, -5.0]]), torch.tensor([0.5]), bits=4)
+    tensor([[ 2, -7]], dtype=torch.int8)
     """
     _check_operands(weight, scale)
     if weight.numel() <= _BLOCK or weight.device.type != "cpu":
@@ -261,6 +289,13 @@ def quantize_stochastic(
         If a weight or a scale is NaN or infinite, or a scale too small to divide by.
     ScaleError
         If a scale is not positive.
+
+    Examples
+    --------
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> codes = quantize_stochastic(torch.full((1, 1000), 0.3), torch.ones(1), 4, generator)
+    >>> codes.unique().tolist(), round(float(codes.float().mean()), 1)
+    ([0, 1], 0.3)
     """
     _check_operands(weight, scale)
     limit = largest_code(bits)
@@ -283,6 +318,11 @@ def dequantize(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> Tenso
     out : Tensor, optional
         Float32, contiguous, of the shape of `codes`: where the values go, as new memory takes
         longer to get than to fill.
+
+    Examples
+    --------
+    >>> dequantize(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([0.5]))
+    tensor([[ 1., -2.]])
     """
     check_kind("codes", codes, Tensor)
     check_kind("scale", scale, Tensor)
@@ -301,6 +341,11 @@ def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     The result equals ``dequantize(quantize_nearest(weight, scale, bits), scale)`` bit for bit. The
     gradient passes unchanged where the weight is not clipped and is zero where it is. If a weight
     is NaN or infinite, all of the result is NaN, where torch's kernel alone would give levels.
+
+    >>> weight = torch.tensor([[0.9, -5.0]], requires_grad=True)
+    >>> fake_quantize(weight, torch.tensor([0.5]), bits=4).sum().backward()
+    >>> weight.grad
+    tensor([[1., 0.]])
     """
     check_kind("weight", weight, Tensor)
     check_kind("scale", scale, Tensor)

@@ -1,6 +1,6 @@
 """Relevancy masks: which coordinates of a low-bit group's movement may be mixed in.
 
-The poster asks for the binary mask ``c`` that maximizes the cosine between ``c * low`` and
+The paper asks for the binary mask ``c`` that maximizes the cosine between ``c * low`` and
 ``high``, at most a share ``tau`` of the coordinates being kept. With ``a = low`` and ``b = high``,
 
     max_c cos(c * a, b)^2 * |b|^2  =  max over (c, lam) of  2 lam <c, a b> - lam^2 <c, a^2>,
@@ -39,10 +39,10 @@ def relevancy_mask(
     low, high : Tensor
         Movements of the two groups, float, same shape.
     at_most : float
-        Largest share of coordinates kept: the poster's ``tau``.
+        Largest share of coordinates kept: the paper's ``tau``.
     at_least : float
         Smallest share of coordinates kept. 0.9 drops the least relevant tenth at most; 0 is the
-        poster's problem.
+        paper's problem.
 
     Returns
     -------
@@ -57,7 +57,12 @@ def relevancy_mask(
 
     Notes
     -----
-    The first display of "Selective Weight Aggregation" in the ProWD poster.
+    The first equation of the paper's section "Selective Weight Aggregation".
+
+    Examples
+    --------
+    >>> relevancy_mask(torch.tensor([1.0, -1.0, 1.0]), torch.tensor([1.0, 1.0, 0.5]))
+    tensor([ True, False,  True])
     """
     check_kind("low", low, Tensor)
     check_kind("high", high, Tensor)
@@ -79,7 +84,11 @@ def relevancy_mask(
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine of the angle between two tensors of one shape; 0 if either vanishes."""
+    """Cosine of the angle between two tensors of one shape; 0 if either vanishes.
+
+    >>> cosine(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]))
+    0.6
+    """
     a, b = a.reshape(-1).double(), b.reshape(-1).double()
     norms = float(a.norm() * b.norm())
     return float(a @ b) / norms if norms else 0.0

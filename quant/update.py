@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,11 @@ Content = Literal["weights", "difference"]
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Integer codes ``[channels, ...]`` on the grid given by float32 scales ``[channels]``."""
+    """Integer codes ``[channels, ...]`` on the grid given by float32 scales ``[channels]``.
+
+    >>> QuantizedTensor(torch.tensor([[3, -1]], dtype=torch.int8), torch.tensor([0.5])).dequantize()
+    tensor([[ 1.5000, -0.5000]])
+    """
 
     codes: Tensor
     scale: Tensor
@@ -49,6 +53,12 @@ class Update:
         bits.
     floats : mapping of str to Tensor
         All other tensors, float32.
+
+    Examples
+    --------
+    >>> update = Update(32, "weights", {}, {"bias": torch.zeros(2)})
+    >>> update.spec.shapes
+    {'bias': (2,)}
     """
 
     bits: int
@@ -67,20 +77,20 @@ class Update:
 
     @property
     def spec(self) -> "UpdateSpec":
-        """Names and shapes of all tensors; at 32 bits it does not tell which have a grid below."""
+        """Names and shapes of all tensors; at 32 bits none of them is marked as on a grid."""
         shapes = {name: tuple(tensor.codes.shape) for name, tensor in self.quantized.items()}
         shapes |= {name: tuple(tensor.shape) for name, tensor in self.floats.items()}
         return UpdateSpec(shapes, frozenset(self.quantized))
 
     def dequantize(self) -> dict[str, Tensor]:
         """Return every tensor in float32, exactly as the sender holds it."""
-        lifted = {name: tensor.dequantize() for name, tensor in self.quantized.items()}
-        return {**lifted, **self.floats}
+        on_grid = {name: tensor.dequantize() for name, tensor in self.quantized.items()}
+        return {**on_grid, **self.floats}
 
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """Names and shapes of the tensors that both sides know, and which of them have a grid.
+    """Names and shapes of a model's tensors, and which of them have a grid.
 
     `quant.spec_of` makes it of a model: which weights are quantized is decided by layer.
 
@@ -96,7 +106,12 @@ class UpdateSpec:
     Raises
     ------
     ValueError
-        If a tensor on a grid is none of them.
+        If a tensor on a grid is not among them.
+
+    Examples
+    --------
+    >>> UpdateSpec({"bias": (2,), "weight": (2, 3)}, frozenset({"weight"})).floats(bits=4)
+    ['bias']
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -118,7 +133,7 @@ class UpdateSpec:
     def __hash__(self) -> int:
         return self._hash
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Texts have other hashes in other processes.
         return type(self), (self.shapes, self.on_grid)
 
@@ -156,12 +171,20 @@ def float_tensors(state: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def is_variance(name: str) -> bool:
-    """Return whether a tensor of this name holds BatchNorm's variances, which are not negative."""
+    """Return whether a tensor of this name holds BatchNorm's variances, which are not negative.
+
+    >>> is_variance("bn.running_var"), is_variance("bn.running_mean")
+    (True, False)
+    """
     return name.endswith("running_var")
 
 
 def is_statistic(name: str) -> bool:
-    """Return whether a tensor of this name holds BatchNorm's statistics: no step optimizes them."""
+    """Return whether a tensor of this name holds BatchNorm's statistics: no step optimizes them.
+
+    >>> is_statistic("bn.running_mean"), is_statistic("bn.weight")
+    (True, False)
+    """
     return name.endswith(("running_mean", "running_var"))
 
 
@@ -174,6 +197,11 @@ def fixed_point(
     ------
     ValueError
         If the step is not a positive number, or there is no such tensor.
+
+    Examples
+    --------
+    >>> fixed_point({"w": torch.zeros(2, 3)}, ["w"], step=0.25)
+    {'w': tensor([0.2500, 0.2500])}
     """
     check_number("step", step, above=0)
     named = _named(state, names)
@@ -189,6 +217,11 @@ def fit_scales(state: Mapping[str, Tensor], names: Iterable[str], bits: int) -> 
         If one of them holds a NaN or an infinity; the message names it.
     ValueError
         If there is no such tensor.
+
+    Examples
+    --------
+    >>> fit_scales({"w": torch.tensor([[0.5, -12.7]]), "b": torch.ones(1)}, ["w"], bits=8)
+    {'w': tensor([0.1000])}
     """
     scales = {}
     for name, tensor in _named(state, names).items():
@@ -230,12 +263,10 @@ def quantize_state(
     NonFiniteError
         If a tensor that is quantized holds a NaN or an infinity; the message names it.
     ValueError
-        If `scales` is missing below 32 bits, names a tensor that there is not, or holds what is not
-        positive.
+        If `scales` is missing below 32 bits, names a missing tensor, or holds what is not positive.
 
     Examples
     --------
-    >>> import torch
     >>> state = {"w": torch.tensor([[0.9, -2.0]]), "b": torch.tensor([0.3])}
     >>> update = quantize_state(state, 4, {"w": torch.tensor([0.5])})
     >>> update.quantized["w"].codes, update.floats["b"]
@@ -243,7 +274,7 @@ def quantize_state(
     """
     if bits != FLOAT_BITS and scales is None:
         raise ValueError(
-            f"scales is None; at {bits} bits it says what is quantized (weight_scales, fit_scales)"
+            f"scales is None; at {bits} bits it names what is quantized (weight_scales, fit_scales)"
         )
     if scales is not None:
         check_tensors("scales", scales)
@@ -267,6 +298,11 @@ def quantize_fitted(state: Mapping[str, Tensor], bits: int, names: Iterable[str]
         As of `quantize_state`.
     names : iterable of str
         As of `fit_scales`; not looked at where 32 bits leave everything as it is.
+
+    Examples
+    --------
+    >>> quantize_fitted({"w": torch.tensor([[12.7, -0.3]])}, 8, ["w"]).quantized["w"].codes
+    tensor([[127,  -3]], dtype=torch.int8)
     """
     scales = None if bits == FLOAT_BITS else fit_scales(state, names, bits)
     return quantize_state(state, bits, scales)
@@ -299,6 +335,13 @@ def quantize_difference(
     ------
     NonFiniteError
         If one of those holds a NaN or an infinity; the message names it.
+
+    Examples
+    --------
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> update = quantize_difference({"w": torch.tensor([[0.7, -0.2]])}, 4, generator, ["w"])
+    >>> update.content, update.quantized["w"].codes
+    ('difference', tensor([[ 7, -2]], dtype=torch.int8))
     """
     check_kind("difference", difference, Mapping)
     tensors = float_tensors(difference)

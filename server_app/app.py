@@ -46,7 +46,7 @@ def _resume(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
     settings, options = read_settings(config)
     _warn_of_idle(grid, config)
     folder = user_path("resume", settings.resume)
-    # Before the checkpoint is read: another process that went on with it would leave it stale.
+    # Before the checkpoint is read: another process that resumed it would leave it stale.
     ending.lock(folder)
     run, saved = restore(grid, folder, settings, options)
     # Not before all has been found in order: a refused run leaves the record as it was.
@@ -70,7 +70,7 @@ def _open_record(run_config: Mapping[str, object]) -> RunRecord:
     try:
         run_name = _one(run_config, "run-name").run_name
     except SettingsError:
-        run_name = ""  # It is refused with all the others, and the record says so.
+        run_name = ""  # It is refused with all the others, and the record holds the reason.
     return open_record(output_dir, run_name, _slug(strategy), _slug(dataset))
 
 

@@ -64,7 +64,7 @@ def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str,
         read = _class_of(settings.strategy).Options.read(values, _OWN_PREFIX)
         try:
             own = {"strategy-options": format_assignments(read.to_settings())}
-        except ValueError as error:  # Of a default that nobody validated, or a type of their own.
+        except ValueError as error:  # Of an unvalidated default, or a type of their own.
             raise SettingsError(f"{_OWN_PREFIX}{error}") from None
     elif settings.strategy_options:
         raise SettingsError(
@@ -114,7 +114,7 @@ class Choice:
     options : Options
         Its own settings.
     context : StrategyContext
-        What the settings say of it, without data and network.
+        What the settings determine of it, without data and network.
     """
 
     setting: str

@@ -4,10 +4,10 @@
 metadata, as JSON, the round, the settings and the strategy's other values, beside a checksum of all
 that. It is replaced whole, so that one good checkpoint is there at any moment. No generator is
 saved: every random number is drawn under a seed derived from the run's seed and the round.
-``checkpoint/resume.toml`` holds the settings that go on with the run, as ``flwr run --run-config``
+``checkpoint/resume.toml`` holds the settings that resume the run, as ``flwr run --run-config``
 reads them.
 
-What a client keeps (`client_app.memory`) does not travel: it stays in ``checkpoint/clients`` in
+A client's state (`client_app.state_store`) does not travel: it stays in ``checkpoint/clients`` in
 simulation, and in the node's own ``state-dir`` where it is networked. So a checkpoint costs no byte
 on the wire but the name of that folder, or of the run.
 """
@@ -30,7 +30,7 @@ from quant import is_finite
 from server_app.plain import to_json
 from server_app.record import versions, writing
 
-# Raised whenever a run that goes on from an older checkpoint would not be the run that it was.
+# Raised whenever a run resumed from an older checkpoint would differ from the run that it was.
 FORMAT = 6
 # Packages of which another version may compute other numbers.
 _DECIDING = ("prowd", "torch", "torchvision", "numpy", "flwr", "flwr-datasets")
@@ -55,10 +55,10 @@ _FOLDER, _FILE, _ARGUMENTS = "checkpoint", "last.safetensors", "resume.toml"
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be the same when a run goes on.
+    """What must be the same when a run is resumed.
 
     The widths of networked nodes are not part of it: a device may be replaced by one of another
-    width while a run is going, and so it may before it goes on.
+    width while a run is going, and so it may before it is resumed.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ class Identity:
     shapes : mapping
         Shape of each of the model's tensors.
     num_partitions : int
-        Parts that the data is dealt into.
+        Partitions of the data.
     client_key : str
         Names the run to the clients that keep something for it.
     """
@@ -142,12 +142,12 @@ class Checkpoint:
         was = self.identity.settings
         keys = (was.keys() | settings.keys()) - MAY_DIFFER
         if was.get("strategy") != settings["strategy"]:
-            keys = {"strategy"}  # The others' own settings differ then, and say nothing.
+            keys = {"strategy"}  # The others' own settings differ then, without meaning.
         now = {key: settings.get(key) for key in keys}
         _refuse_unlike("another run", {key: was.get(key) for key in keys}, now)
 
     def refuse_other(self, now: Identity) -> None:
-        """Compare what the settings do not tell: data, model, federation.
+        """Compare what the settings do not show: data, model, federation.
 
         Raises
         ------

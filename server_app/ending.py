@@ -1,8 +1,8 @@
 """The end of a run: one line in the log and in the record, whatever ended it.
 
 An exception in the ServerApp ends it, or Flower does: its simulation could not start, the run was
-stopped, a signal came. In simulation Flower calls the ServerApp in a thread that it lets die with
-the process, so it says nothing; but it calls exit handlers first, and has logged why.
+stopped, a signal came. In simulation Flower calls the ServerApp in a thread that ends with the
+process, without an exception; but it calls exit handlers first, and has logged why.
 """
 
 import logging
@@ -37,7 +37,7 @@ _STOPPED = (
     "Flower has ended this run: it was stopped (flwr stop), or its server was not heard of for "
     "about a minute"
 )
-_GOES_ON = "docs/resume.md says how to go on"
+_HOW_TO_RESUME = "docs/resume.md says how to resume"
 _NOT_BEGUN = (
     "Flower's simulation has ended before the first round: a signal stopped it, or it could not "
     "start, and its log says why"
@@ -63,8 +63,8 @@ class Ending:
     SettingsError, FederationError
         The one that ended it.
     RunFailed
-        In place of any other exception. So does Flower know that the run failed: in simulation
-        what is no `Exception`, as ``sys.exit()`` in a strategy, would pass for its good end.
+        In place of any other exception, so that Flower counts the run as failed: in simulation it
+        would take what is no `Exception`, as ``sys.exit()`` in a strategy, for a good end.
     """
 
     def __init__(self, config: Mapping[str, object]) -> None:
@@ -77,7 +77,7 @@ class Ending:
         self._parent = os.getppid()
 
     def __enter__(self) -> Self:
-        # It stays when the run is over, for what Flower says of that.
+        # It stays when the run is over, for what Flower logs then.
         for heard in [one for one in _FLOWER.filters if isinstance(one, _LastWords)]:
             _FLOWER.removeFilter(heard)
         _FLOWER.addFilter(self._flower)
@@ -152,7 +152,7 @@ class Ending:
         """
         threading.main_thread().join()
         if self._record is not None and self._record.round_begun:
-            self._fail(f"stopped by a signal, as SIGTERM; {_GOES_ON}")
+            self._fail(f"stopped by a signal, as SIGTERM; {_HOW_TO_RESUME}")
         else:  # It may have ended before it had this exit handler to call.
             self._fail(_NOT_BEGUN)
         time.sleep(FORCE_EXIT_TIMEOUT_SECONDS)
@@ -177,7 +177,7 @@ class Ending:
             log(ERROR, "prowd: %s", error)
 
     def _keep_traceback(self, error: BaseException) -> str:
-        """Write the traceback into the record; return what the line says of that."""
+        """Write the traceback into the record; return the line's hint at it."""
         if self._record is None:
             return ""
         path = self._record.folder / TRACEBACK
@@ -191,7 +191,7 @@ class Ending:
 
 
 class _LastWords(logging.Filter):
-    """Hears what Flower logs before it ends the process, and leaves out what one line says."""
+    """Filters what Flower logs before it ends the process: what the one line holds is left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class _LastWords(logging.Filter):
         self._too_much = ""
 
     def filter(self, record: LogRecord) -> bool:
-        """Let everything pass, but for tracebacks of what one line says, or will say."""
+        """Let all pass but tracebacks of errors that are, or will be, one line."""
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         text = record.msg if isinstance(record.msg, str) else ""
         if text.startswith("The ActorPool is empty") and record.args:
@@ -221,8 +221,8 @@ class _LastWords(logging.Filter):
                 return "federation-config: client-resources-num-cpus=0 is not allowed; 1 or more is"
             return f"Flower's simulation has ended: {explain(root, {})}"
         if superlink_ended:
-            return f"the SuperLink that started this run has ended; {_GOES_ON}"
-        return f"stopped by {_signal()}; {_GOES_ON}"
+            return f"the SuperLink that started this run has ended; {_HOW_TO_RESUME}"
+        return f"stopped by {_signal()}; {_HOW_TO_RESUME}"
 
 
 def _too_much(arguments: object) -> str:
@@ -250,7 +250,7 @@ def _signal() -> str:
         number = frame.f_locals.get("signalnum")
         if isinstance(number, int) and number != SIGINT:
             return Signals(number).name
-    # What Flower sends itself where the SuperLink says that the run is over.
+    # Flower sends it to its own process when the SuperLink reports the end of the run.
     return "flwr stop, or Ctrl-C"
 
 

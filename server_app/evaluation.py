@@ -113,7 +113,7 @@ def make_predict(
     """Return ``f(u; w)``: differentiable logits on some of the buffer; None without a buffer.
 
     BatchNorm uses the statistics of the images at hand, as no others fit weights in the making.
-    Dropout draws from torch's own generator: who calls it seeds that.
+    Dropout draws from torch's own generator, which the caller seeds.
     """
     if not len(buffer):
         return None
@@ -126,6 +126,7 @@ def make_predict(
         parameters = {n: weights[n].to(device) for n, _ in network.named_parameters()}
         # Fresh buffers each time: training mode writes its running statistics into them.
         fresh = {name: b.clone() for name, b in buffers.items()}
-        return functional_call(network, {**parameters, **fresh}, (images,)).cpu()
+        logits: Tensor = functional_call(network, {**parameters, **fresh}, (images,))
+        return logits.cpu()
 
     return predict

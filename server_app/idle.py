@@ -1,4 +1,4 @@
-"""Settings that were changed and can have no effect, which a user would else not hear of."""
+"""Settings that were changed and can have no effect, to be reported to the user."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from strategies import STRATEGIES
 from task.calibration import has_statistics
 
 # What has an effect only where another setting is not as named here; the strategies' own options
-# say so of themselves (`IdleWith`, `Idle`).
+# declare it themselves (`IdleWith`, `Idle`).
 _NEEDS = {
     "dirichlet-alpha": ("partitioner", ("iid", "file")),
     "data-dir": ("dataset", ("digits",)),
@@ -33,7 +33,7 @@ _OF_LOW_BITS = frozenset(
 def idle_settings(run_config: Mapping[str, object], simulated: bool = True) -> list[str]:
     """Return a line for every setting that differs from its default and has no effect.
 
-    Flower fills a run's configuration up with the defaults, so that no more than that can be told
+    Flower fills a run's configuration up with the defaults, so that no more than that can be seen
     of what a user gave.
 
     Parameters
@@ -66,7 +66,7 @@ def idle_settings(run_config: Mapping[str, object], simulated: bool = True) -> l
 
 @dataclass(frozen=True)
 class _Option:
-    """The strategy that a setting is of, and what its field says of where it is idle."""
+    """The strategy of a setting, and where its field declares it idle."""
 
     owner: str
     marks: tuple[object, ...] = ()
@@ -96,7 +96,7 @@ def _why_idle(key: str, one: _Option, given: Mapping[str, object], simulated: bo
     known = STRATEGIES.get(strategy.partition(":")[0])
     idle = {} if known is None else known.idle
     if key in idle and given["broadcast"] in (idle[key] or (given["broadcast"],)):
-        # What goes on was told which device it is on, whatever the user gave.
+        # A resumed run was told its device, whatever the user gave.
         told = key == "server-device" and given["resume"]
         return "" if told else f"strategy={strategy}"
     if key == "bit-mix" and not simulated:
@@ -116,7 +116,7 @@ def _why_idle(key: str, one: _Option, given: Mapping[str, object], simulated: bo
         folder = user_path("resume", str(given["resume"]))
         here = folder.parent if key == "output-dir" else Path(folder.name)
         if user_path(key, str(given[key])) != here:
-            return "resume, which goes on with that run's record"
+            return "resume, which continues that run's record"
     return ""
 
 

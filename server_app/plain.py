@@ -1,4 +1,4 @@
-"""What a strategy reports, as JSON can hold it."""
+"""A strategy's figures in a form that JSON can hold."""
 
 import reprlib
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def to_json(value: object, *path: str, as_null: bool = True) -> object:
     Raises
     ------
     SettingsError
-        If JSON cannot hold it; one line that says where it stands.
+        If JSON cannot hold it; one line that names the place.
     """
     if (
         isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta

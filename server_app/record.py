@@ -55,7 +55,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from going on with a run; the lock ends with this one at the latest.
+    """Keep other processes from resuming a run; the lock ends with this one at the latest.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of a record that is gone on with.
+    """Read a file of a record that is resumed.
 
     Raises
     ------
@@ -112,16 +112,16 @@ class RunRecord:
     Parameters
     ----------
     folder : Path
-        Made here and must not exist, but for a run that is gone on with.
+        Made here and must not exist, but for a run that is resumed.
     resumed_after : int, optional
-        Go on in this folder after so many rounds; later ones are dropped, as they will come again.
+        Resume in this folder after so many rounds; later ones are dropped, as they will come again.
     seconds : float
         Time that those rounds took.
 
     Attributes
     ----------
     short_rounds : int
-        Rounds so far that went on without a client that was asked.
+        Rounds so far that continued without a client that was asked.
     dropped_rounds : int
         Rounds so far whose result was dropped.
     unused : UnusedRounds
@@ -134,7 +134,7 @@ class RunRecord:
     RunExistsError
         If the folder exists.
     SettingsError
-        If it cannot be made; or, to go on, if rounds or settings are missing.
+        If it cannot be made; or, to resume, if rounds or settings are missing.
     """
 
     def __init__(
@@ -319,7 +319,7 @@ def open_record(output_dir: str, run_name: str, strategy: str, dataset: str) -> 
 
 
 def _make(folder: Path) -> None:
-    if not is_utf8(str(folder)):  # As a home may be; the settings that go on with the run are.
+    if not is_utf8(str(folder)):  # As a home may be; the settings that resume the run are.
         raise SettingsError(
             f"output-dir: {printable(folder)} is not in UTF-8; allowed: a path that is"
         )
@@ -352,6 +352,6 @@ def versions() -> dict[str, str]:
 def _is_of(line: bytes, rounds: int) -> bool:
     """Whether a line holds one of the first rounds; one that was torn does not."""
     try:
-        return json.loads(line)["round"] <= rounds
+        return bool(json.loads(line)["round"] <= rounds)
     except (ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -54,7 +54,7 @@ def run_rounds(
     Raises
     ------
     FederationError
-        If no client could be used in the first round, or as `server_app.unused` says.
+        If no client could be used in the first round, or by `server_app.unused`.
     """
     arrays = to_arrays(state)
     began = time.monotonic()
@@ -69,7 +69,7 @@ def run_rounds(
         keep(server_round, to_state(arrays))
         log(INFO, "%s", format_round(entry, settings.num_server_rounds, left))
         _end_if_nothing_is_used(strategy, record, is_last=False)
-    # Also where no round was left to go on with.
+    # Also where no round was left to run.
     _end_if_nothing_is_used(strategy, record, is_last=True)
 
 
@@ -80,9 +80,9 @@ def is_evaluated(settings: Settings, server_round: int) -> bool:
 
 
 def _why(entry: Mapping[str, Any]) -> str:
-    """Return why no update was used, though somebody was asked."""
+    """Return why no update was used, though clients were asked."""
     unread = "the strategy has read no update that it was given"
-    return next(iter(entry["left_out"].values()), entry.get("dropped", unread))
+    return str(next(iter(entry["left_out"].values()), entry.get("dropped", unread)))
 
 
 def _end_if_nothing_is_used(
@@ -130,7 +130,7 @@ def _run_round(
         settings.strategy: trained.own,
     }
     if trained.dropped:
-        # Whom it was asked of, to count again when the run goes on.
+        # The clients that were asked, to be counted again when the run is resumed.
         entry |= {"dropped": trained.dropped, "asked": sorted(trained.sampled)}
     if trained.unchanged:
         entry["unchanged"] = trained.unchanged
@@ -171,7 +171,7 @@ def _evaluate_on_clients(
     arrays: ArrayRecord,
 ) -> dict[str, Any]:
     messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-    # Reports only: nobody is asked for arrays.
+    # Reports only: no client is asked for arrays.
     replies = receive(grid, [lambda: messages], settings.round_timeout, most_bytes=0)
     metrics = strategy.aggregate_evaluate(server_round, replies)
     return dict(metrics.items()) if metrics is not None else {}
@@ -228,7 +228,7 @@ def format_round(entry: Mapping[str, Any], num_rounds: int, left: float) -> str:
 
 def _missing(clients: Mapping[str, int], not_evaluated: float) -> str:
     counts = {
-        "set aside": clients["rejected"],
+        "rejected": clients["rejected"],
         "failed": clients["failed"],
         "not in the evaluation": not_evaluated,
     }

@@ -1,4 +1,4 @@
-"""One run from its settings to its last model: begun anew, or gone on with from a checkpoint."""
+"""One run from its settings to its last model: begun anew, or resumed from a checkpoint."""
 
 import uuid
 from collections.abc import Mapping
@@ -96,7 +96,7 @@ def prepare(
     grid: Grid | None = None,
     client_key: str = "",
 ) -> Run:
-    """Make data, model and strategy as the settings say.
+    """Make data, model and strategy by the settings.
 
     Parameters
     ----------
@@ -105,9 +105,9 @@ def prepare(
     settings, options : Settings, mapping
         The common settings, and the strategy's own by their full keys.
     grid : Grid, optional
-        What its nodes are reached by; None where nobody is to be asked.
+        What its nodes are reached by; None where no node is to be asked.
     client_key : str
-        Of a run that goes on; empty: it begins.
+        Of a resumed run; empty: it begins.
 
     Raises
     ------
@@ -141,13 +141,12 @@ def prepare(
     context = replace(
         choice.context,
         most_examples=len(data.train),
-        # Simulated clients run this code as well; the deal need not be made for them, which costs
-        # seconds.
+        # Simulated clients run this code as well; making the partition for them would cost seconds.
         examples_of=None if shared else partial(_examples_of, settings),
         quantized=quantizable_weights(model),
         predict=make_predict(model, buffer, device),
         round_calibrated=CalibratedRounding(settings, model, buffer),
-        # A networked node is told the key alone: it keeps nothing in the server's folders.
+        # A networked node gets the key alone: it keeps nothing in the server's folders.
         clients_keep_in=folder_of_clients(folder, client_key) if shared else client_key,
         detailed=partial(is_evaluated, settings),
     )
@@ -172,7 +171,7 @@ def _log_what_stays_float32(model: nn.Module) -> None:
 
 
 def _examples_of(settings: Settings, partition_id: int, num_partitions: int) -> int:
-    """Return how many images a client has: the server makes the deal that all others make."""
+    """Return how many images a client has: the server makes the same partition as all others."""
     return len(partition(settings, num_partitions).clients[partition_id])
 
 
@@ -236,7 +235,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
     else:
         done, model = saved.server_round, saved.model
         identity = replace(saved.identity, settings=run.all_settings)
-        log(INFO, "prowd: going on after round %d", done)
+        log(INFO, "prowd: resuming after round %d", done)
     checkpoints = Checkpoints(run.folder, identity)
 
     def keep(server_round: int, state: State) -> None:
@@ -250,7 +249,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
     try:
         run_rounds(grid, strategy, run.settings, model, run.evaluator, record, keep, done)
     except BaseException:
-        # A run that fails, as for want of nodes, leaves the model that it had.
+        # A run that fails, as by a lack of nodes, leaves the model that it had.
         try:
             _write_model(run, record, done, model)
         except SettingsError as error:  # On a full disk; what failed first is what is reported.
@@ -282,5 +281,5 @@ def _refuse_completed(folder: Path, done: int, asked: int) -> None:
     if done == asked and status == "completed":
         raise SettingsError(
             f"resume: {printable(folder)} is completed with its {done} rounds; "
-            "a higher num-server-rounds goes on with it"
+            "a higher num-server-rounds resumes it"
         )

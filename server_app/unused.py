@@ -12,9 +12,9 @@ class UnusedRounds:
 
     A round is used if a client's update counted and the result was not dropped. Where clients are
     sampled, a few in a row may meet the same bad ones: while rounds are left, only those that
-    together asked every node in vain say that nothing can come of it. At the end of the run it has
-    failed too if the last rounds, and more than half of all, asked several nodes in vain, or if the
-    strategy never made a model.
+    together asked every node without success end the run. At its end a run has failed too if the
+    last rounds, and more than half of all, asked several nodes without success, or if the strategy
+    never made a model.
     """
 
     def __init__(self) -> None:
@@ -38,12 +38,12 @@ class UnusedRounds:
             self._forget()
             return
         self._rounds.append(entry["round"])
-        # Where nobody's update counted, those left out are all that were asked.
+        # Where no update counted, all that were asked are left out.
         self._asked |= {str(partition) for partition in entry.get("asked", left_out)}
         self._reason = dropped or next(iter(left_out.values()), "none answered")
 
     def fatal(self, partitions: Collection[int], is_last: bool) -> str:
-        """Return why the run has failed; empty if it may go on.
+        """Return why the run has failed; empty if it may continue.
 
         Parameters
         ----------

@@ -6,6 +6,7 @@ from exchange.replies import ClientUpdate
 from exchange.round_plan import RoundLog
 from exchange.states import RoundDropped
 from quant import WeightedMean
+from strategies.asymmetric import GroupedAvgAsymmetric
 from strategies.base import MixedPrecisionStrategy
 from strategies.context import StrategyContext
 from strategies.differences import FedCOM, FedCOMGATE, FedPAQ
@@ -24,6 +25,7 @@ STRATEGIES: dict[str, type[MixedPrecisionStrategy]] = {
     "fedcom": FedCOM,
     "fedcomgate": FedCOMGATE,
     "grouped-avg": GroupedAvg,
+    "grouped-avg-asymmetric": GroupedAvgAsymmetric,
     "local": Local,
     "flwr": FlowerStrategy,
 }
@@ -47,6 +49,7 @@ __all__ = [
     "FederationError",
     "FlowerStrategy",
     "GroupedAvg",
+    "GroupedAvgAsymmetric",
     "Local",
     "MixedPrecisionStrategy",
     "ProWD",

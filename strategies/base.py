@@ -1,9 +1,9 @@
 """The base of every strategy: clients of different bit-widths under Flower's Strategy interface.
 
-A subclass says what it asks of a client (`instruct`) and how the updates make the next model
-(`combine`). The base does the rest: it knows the nodes and their widths, samples them under the
-seed, packs the model, reads the replies one by one, sets bad ones aside, and hands the good ones
-on in the order of their partitions, so that sums do not depend on who answered first.
+A subclass decides what a client does (`instruct`) and how the updates make the next model
+(`combine`). The base does the rest: it samples the nodes under the seed, packs the model for their
+widths, reads the replies one by one, rejects bad ones, and passes on the good ones in the order of
+their partitions, so that sums do not depend on the order of arrival.
 """
 
 import time
@@ -97,14 +97,22 @@ class MixedPrecisionStrategy(Strategy):
     Attributes
     ----------
     options, context : Options, StrategyContext
-        As given. Nobody but the strategy itself sets an attribute of it.
+        As given. Only the strategy itself sets its attributes.
     nodes : Nodes
         Who takes part.
     round_log, evaluate_log : RoundLog
         What happened to the clients in the last round of training, and in the last evaluation.
+
+    Examples
+    --------
+    >>> class KeepModel(MixedPrecisionStrategy):
+    ...     def combine(self, server_round, start, updates):
+    ...         return start
+    >>> KeepModel().context.fraction_train
+    1.0
     """
 
-    # Class of the strategy's own settings; one that has some says so again.
+    # Class of the strategy's own settings; a subclass with settings overrides it.
     Options: type[OwnOptions] = OwnOptions
     # Of that class, which a subclass may narrow for its type checker.
     options: Any
@@ -115,10 +123,10 @@ class MixedPrecisionStrategy(Strategy):
     idle: Mapping[str, tuple[str, ...]] = {}
     evaluates_on_server = True
     # Whether the tensors that `checkpoint` returns are only ever replaced, and never changed in
-    # place: they need not be copied then. Whoever keeps something else says so again.
+    # place: they need not be copied then. A subclass that keeps something else sets it again.
     replaces_kept = False
 
-    def __init_subclass__(cls, **kwargs) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "configure_train" in vars(cls):
             raise TypeError(
@@ -144,7 +152,7 @@ class MixedPrecisionStrategy(Strategy):
         self.evaluate_log = RoundLog()
         self._plan = RoundPlan()
 
-    # --- what a class says before one is made --------------------------------------------------
+    # --- answered by the class, before an instance is made ---------------------------------------
 
     @classmethod
     def named(cls, suffix: str) -> type[Self]:
@@ -176,7 +184,7 @@ class MixedPrecisionStrategy(Strategy):
             One line that names the setting, its value and what is allowed.
         """
 
-    # --- what a subclass says ------------------------------------------------------------------
+    # --- overridden by subclasses ----------------------------------------------------------------
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Return what this client is asked to do; the default: train and send its weights."""
@@ -201,7 +209,7 @@ class MixedPrecisionStrategy(Strategy):
         Returns
         -------
         dict of str to Tensor or None
-            The next model; None to keep the present one, which the round's line says. A run in
+            The next model; None to keep the present one, as the round's line then shows. A run in
             which no round made one has failed, unless `evaluates_on_server` is False.
         """
 
@@ -227,11 +235,11 @@ class MixedPrecisionStrategy(Strategy):
         Raises
         ------
         FederationError
-            If the strategy was not told which these are.
+            If the strategy's context does not name them.
         """
         if self.context.quantized is None:
             raise FederationError(
-                f"quantized: {type(self).__name__} was not told which weights low-bit clients "
+                f"quantized: {type(self).__name__} does not know which weights low-bit clients "
                 "quantize; give it StrategyContext(quantized=quantizable_weights(model))"
             )
         return [name for name in state if name in self.context.quantized]
@@ -250,7 +258,7 @@ class MixedPrecisionStrategy(Strategy):
     def roll_back(self, before: Snapshot) -> None:
         """Be as before a round whose result is dropped.
 
-        Clients are not told: a strategy whose clients keep something too does here what that takes.
+        Clients get no message: a strategy whose clients keep something too restores that here.
         """
         self.restore(before.tensors, before.values)
 
@@ -411,8 +419,11 @@ class MixedPrecisionStrategy(Strategy):
 
     def _instruction_for(self, server_round: int, client: Declaration) -> Instruction:
         by_broadcast = FLOAT_BITS if self.context.broadcast == "float32" else client.bits
-        asked = completed(self.instruct(server_round, client), by_broadcast, type(self).__name__)
-        return replace(asked, coded=int(self.context.coded), keep_in=self.context.clients_keep_in)
+        owner = type(self).__name__
+        instruction = completed(self.instruct(server_round, client), by_broadcast, owner)
+        return replace(
+            instruction, coded=int(self.context.coded), keep_in=self.context.clients_keep_in
+        )
 
     def _encode_model(
         self, start: State, bits: int, downlink_bits: int
@@ -434,7 +445,7 @@ class MixedPrecisionStrategy(Strategy):
         return ArrayRecord({MODEL: to_array(payload)}), model
 
     def _at_width(self, bits: int, state: State, weight_step: float) -> Update:
-        """Return a model at a width, rounded as `broadcast` says."""
+        """Return a model at a width, rounded by the setting `broadcast`."""
         if bits == FLOAT_BITS:
             return quantize_state(state, bits)
         if self.context.broadcast == "calibrated":

@@ -38,7 +38,7 @@ class StrategyContext:
     node_wait : float
         Seconds to wait for them before the first round (`exchange.nodes`).
     most_examples : int
-        Examples that a node can have; one that declares more is refused, as its claim is its
+        Examples that a node can have; one that declares more is refused, as the number is its
         weight in the mean.
     examples_of : callable, optional
         ``f(partition_id, num_partitions)``: how many a partition has, where the server knows
@@ -57,7 +57,7 @@ class StrategyContext:
         Whether codes are entropy-coded on their way, in both directions (`quant.codec.coding`).
     local_epochs : int or None
         Passes that a client makes over its data in a round. With it, a client that reports more
-        steps than that takes is set aside; None where it is not known.
+        steps than that takes is rejected; None where it is not known.
     batch_size : int
         Images in each of these steps.
     quantized : collection of str, optional

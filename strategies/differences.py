@@ -39,6 +39,9 @@ class FedPAQ(MixedPrecisionStrategy):
     Algorithm 1: a sample of the clients takes several local steps each and sends ``Q(w_i - w)``,
     ``Q`` unbiased (`quant.quantize_difference`); the server adds their mean, weighted by examples
     as in all strategies here, to its model.
+
+    >>> FedPAQ(FedPAQ.Options(bits=4)).options.bits
+    4
     """
 
     Options = DifferenceOptions
@@ -72,6 +75,9 @@ class FedCOM(FedPAQ):
     """Federated averaging with compression (Haddadpour et al., 2021, arXiv:2007.01154).
 
     Algorithm 1: as FedPAQ, and the server applies the mean with a step size of its own.
+
+    >>> FedCOM(FedCOM.Options(bits=4, server_learning_rate=0.5)).server_learning_rate
+    0.5
     """
 
     Options = ServerStepOptions
@@ -89,7 +95,7 @@ class FedCOMGATE(FedCOM):
     Every client corrects its gradients by how its differences deviate from the average, and keeps
     that correction from round to round (`client_app.tracking`). Weighted by examples, the
     corrections of all clients sum to zero. That holds only while the same clients contribute to
-    every round; when one fails, is set aside, joins, or lost what it kept, a new epoch begins and
+    every round; when one fails, is rejected, joins, or lost what it kept, a new epoch begins and
     all start clean. All clients must train in every round, as in the paper.
 
     A client takes the average from the model that it is sent next, so that needs to be exact.
@@ -98,6 +104,11 @@ class FedCOMGATE(FedCOM):
     ------
     SettingsError
         If `fraction_train` is below 1, or `broadcast` sends codes.
+
+    Examples
+    --------
+    >>> FedCOMGATE(FedCOMGATE.Options(bits=4)).server_learning_rate
+    1.0
     """
 
     def __init__(
@@ -110,7 +121,7 @@ class FedCOMGATE(FedCOM):
 
     @classmethod
     def check(cls, options: ServerStepOptions, context: StrategyContext) -> None:
-        """Refuse what the corrections do not stand."""
+        """Refuse settings with which the corrections are wrong."""
         if context.fraction_train < 1:
             raise SettingsError(
                 f"fraction-train: {context.fraction_train:g}, but fedcomgate's corrections need "

@@ -15,6 +15,9 @@ class FedAvg(MixedPrecisionStrategy):
 
     Every client's codes are turned into the float32 values that they stand for and averaged,
     weighted by its number of examples.
+
+    >>> FedAvg(context=StrategyContext(fraction_train=0.5)).context.fraction_train
+    0.5
     """
 
     def combine(

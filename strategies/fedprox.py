@@ -18,7 +18,11 @@ class FedProxOptions(Options):
 
 
 class FedProx(FedAvg):
-    """Proximal local training (Li et al., 2018, arXiv:1812.06127, equation 2)."""
+    """Proximal local training (Li et al., 2018, arXiv:1812.06127, equation 2).
+
+    >>> FedProx(FedProx.Options(mu=0.1)).options.mu
+    0.1
+    """
 
     Options = FedProxOptions
     options: FedProxOptions

@@ -1,7 +1,7 @@
 """Any of Flower's own strategies on clients of any bit-width: `strategy="flwr:FedAdam"`.
 
 The base decodes every client's update to float32; Flower's class then sees ordinary replies and
-needs no change. It aggregates; who takes part and what is sent stays with the base.
+needs no change. It aggregates; sampling and messages stay with the base.
 """
 
 import inspect
@@ -53,7 +53,7 @@ def flower_names() -> list[str]:
 
 
 class FlowerStrategy(MixedPrecisionStrategy):
-    """One of Flower's strategies behind the decoding of mixed bit-widths: which one, `named` says.
+    """One of Flower's strategies behind the decoding of mixed bit-widths, chosen by `named`.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ class FlowerStrategy(MixedPrecisionStrategy):
 
     def training_messages(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> list[Batch]:
         """Let Flower's class see the round's model and write its settings, then do as always."""
-        # With a share of 0 it samples nobody; FedOpt keeps the model, FedProx sets its factor.
+        # With a share of 0 it samples no node; FedOpt keeps the model, FedProx sets its factor.
         self._config = ConfigRecord({"server-round": server_round})
         self.inner.configure_train(server_round, to_arrays(to_state(arrays)), self._config, grid)
         return super().training_messages(server_round, arrays, grid)
@@ -175,8 +175,8 @@ class FlowerStrategy(MixedPrecisionStrategy):
 def _make(name: str, arguments: dict[str, Any]) -> FedAvg:
     if name not in flower_names():
         allowed = ", ".join(PREFIX + n for n in flower_names())
-        raise SettingsError(f"strategy: {f'{PREFIX}{name}'!r} is none of {allowed}")
-    kind = getattr(flower_strategies, name)
+        raise SettingsError(f"strategy: {f'{PREFIX}{name}'!r} is not one of {allowed}")
+    kind: type[FedAvg] = getattr(flower_strategies, name)
     settable = _settable(kind)
     if _UNHEEDED in arguments and issubclass(kind, _ADAPTIVE):
         raise SettingsError(
@@ -202,7 +202,7 @@ def _make(name: str, arguments: dict[str, Any]) -> FedAvg:
         inner = kind(**arguments)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"flwr-arguments: {name} refuses {arguments}: {error}") from None
-    # It is to sample nobody: the base does.
+    # It is not to sample: the base does.
     inner.fraction_train = inner.fraction_evaluate = 0.0
     return inner
 
@@ -213,7 +213,7 @@ def _named(kept: object, owner: str, key: str) -> dict[str, np.ndarray]:
     Raises
     ------
     SettingsError
-        If it holds anything else: a run with it could not go on after a crash.
+        If it holds anything else: a run with it could not be resumed.
     """
     if isinstance(kept, ArrayRecord):
         return {name: array.numpy() for name, array in kept.items()}
@@ -233,7 +233,7 @@ def _as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["W", "C"]))
 
 
-def _rebuilt(kind: str, tensors: State) -> dict | list | ArrayRecord:
+def _rebuilt(kind: str, tensors: State) -> dict[str, np.ndarray] | list[np.ndarray] | ArrayRecord:
     """Make the attribute again that `_named` took apart."""
     if kind == "ArrayRecord":
         return to_arrays(tensors)
@@ -242,7 +242,7 @@ def _rebuilt(kind: str, tensors: State) -> dict | list | ArrayRecord:
 
 
 def _settable(kind: type[FedAvg]) -> dict[str, inspect.Parameter]:
-    """Numbers that a class takes, but for those that say who takes part."""
+    """Numbers that a class takes, but for those of its sampling."""
     parameters = inspect.signature(kind.__init__).parameters
     return {
         key: parameter

@@ -15,6 +15,9 @@ class GroupedAvg(MixedPrecisionStrategy):
     """One global model per bit-width: no precision is mixed, and nothing learned across widths.
 
     The model that the run passes from round to round is that of the highest width.
+
+    >>> GroupedAvg().state_for(4, {"w": torch.ones(1)})
+    {'w': tensor([1.])}
     """
 
     replaces_kept = True

@@ -1,4 +1,4 @@
-"""Local training: no client ever hears of another; the baseline that a federation must beat."""
+"""Local training: no client learns from another; the baseline that a federation must beat."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -19,7 +19,10 @@ class Local(MixedPrecisionStrategy):
     """Every client trains its own model, from the common start, and sends nothing but its report.
 
     The model travels down once, in the first round that a client takes part in; after that each
-    goes on from its own, which it keeps. All clients evaluate theirs, since no other model exists.
+    continues from its own, which it keeps. All clients evaluate theirs; no other model exists.
+
+    >>> Local().instruct(1, Declaration(0, 1, 4, 100, "")).uplink
+    'nothing'
     """
 
     evaluates_on_server = False
@@ -45,7 +48,7 @@ class Local(MixedPrecisionStrategy):
         return Instruction(server_round, uplink="nothing", downlink_bits=downlink_bits)
 
     def checkpoint(self) -> tuple[State, dict[str, object]]:
-        """Return who has begun; the models themselves stay with the clients."""
+        """Return which clients have begun; the models themselves stay with them."""
         return {}, {"started": sorted(self._started)}
 
     def restore(self, tensors: State, values: Mapping[str, Any]) -> None:
@@ -55,7 +58,7 @@ class Local(MixedPrecisionStrategy):
     def combine(
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
     ) -> State | None:
-        """Note who has begun; the common start stays as it is."""
+        """Note which clients have begun; the common start stays as it is."""
         self._started.update(item.client.partition_id for item in updates)
         # One that failed may have lost its model: it is sent the start again, to begin from only
         # if it has.

@@ -1,1 +1,1 @@
-"""What is learned: settings, data, models, local training, evaluation. Knows nothing of Flower."""
+"""What is learned: settings, data, models, local training, evaluation. Independent of Flower."""

@@ -1,4 +1,4 @@
-"""What a few unlabelled images tell about a model at a bit-width."""
+"""Calibration of a model at a bit-width with a few unlabelled images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +47,7 @@ def calibrate_normalization(model: nn.Module, pixels: np.ndarray) -> None:
 
 
 def round_weights(model: nn.Module, pixels: np.ndarray) -> dict[str, QuantizedTensor]:
-    """Bring the weights of a prepared model to their grids with an eye on unlabelled images.
+    """Round the weights of a prepared model to their grids by GPTQ on unlabelled images.
 
     The normalization behind a rounded layer uses the statistics of these images: no others fit.
 

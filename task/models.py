@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from core.errors import SettingsError
 from core.files import is_utf8, printable
 from core.reference import in_one_line, is_reference, load_reference
+from core.seeds import seed_torch
 from quant import LARGEST_VALUE, federated_state, is_finite
 from task.vgg7 import vgg7_named
 
@@ -70,7 +71,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(F.relu(self.bn(self.conv(x))))
-        return self.head(x.mean(dim=(2, 3)))
+        return cast(Tensor, self.head(x.mean(dim=(2, 3))))
 
 
 class SmallCNN(nn.Module):
@@ -87,7 +88,7 @@ class SmallCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = self.pool(F.relu(self.conv2(x)))
-        return self.head(F.relu(self.hidden(x.flatten(1))))
+        return cast(Tensor, self.head(F.relu(self.hidden(x.flatten(1)))))
 
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -121,7 +122,7 @@ def build_model(name: str, channels: int, size: int, num_classes: int, seed: int
     with torch.random.fork_rng(devices=[]):
         # Before the seed: an import may draw random numbers, and only the first one does.
         factory = load_reference("model", name) if is_reference(name) else None
-        torch.manual_seed(seed)
+        seed_torch(seed)
         if name in MODELS:
             model = MODELS[name](channels, num_classes)
         elif name.startswith("vgg7"):
@@ -244,7 +245,7 @@ def _torchvision_model(name: str, channels: int, num_classes: int) -> nn.Module:
             f"model: {name!r}; allowed: {known}, a torchvision classifier's name, or "
             "package.module:factory"
         )
-    # Auxiliary heads would train on nothing; and it warns where it is not told how to begin.
+    # Auxiliary heads would get no loss; and torchvision warns without an explicit init_weights.
     two = name in ("googlenet", "inception_v3")
     extra = {"aux_logits": False, "init_weights": True} if two else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
@@ -252,7 +253,7 @@ def _torchvision_model(name: str, channels: int, num_classes: int) -> nn.Module:
     if first.in_channels != channels:
         parent = model.get_submodule(path.rpartition(".")[0])
         setattr(parent, path.rpartition(".")[2], _with_channels(first, channels))
-    return model
+    return cast(nn.Module, model)
 
 
 def _with_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:

@@ -1,4 +1,4 @@
-"""Local training and evaluation at a bit-width; knows nothing of a federation."""
+"""Local training and evaluation at a bit-width, independent of the federation."""
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from sys import float_info
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from core.devices import device_of
 from core.errors import SettingsError
 from core.mix import check_client_bits
 from core.reference import in_one_line
-from core.seeds import Stream, derive_seed, drawn_under
+from core.seeds import Stream, derive_seed, drawn_under, seed_torch
 from core.settings import LowBitTraining, Settings
 from quant import (
     FLOAT_BITS,
@@ -70,7 +70,7 @@ class LocalTraining:
         Float latent weights with a straight-through gradient, weights on the grid, or weights on
         the grid that compute as ternary ones (`quant.lowbit.integer`).
     activation_bits, gradient_bits : int
-        Widths of activations and of errors and gradients below 32 bits.
+        Widths of activations and of gradients below 32 bits.
     epochs, batch_size : int
         Passes over the data, and images a step.
     learning_rate, momentum, weight_decay : float
@@ -217,7 +217,7 @@ def train(
     -------
     Trained
     """
-    torch.manual_seed(seed)
+    seed_torch(seed, device)
     rng = np.random.default_rng(seed)
     names = federated_state(model).keys()
     if config.bits != FLOAT_BITS:
@@ -362,7 +362,7 @@ def ready_to_evaluate(
     scales : mapping of str to Tensor
         Of weights that came on their grid.
     pixels : ndarray
-        uint8 images of who evaluates: the server's buffer, or a client's own.
+        uint8 images: the server's buffer, or a client's own.
     device : torch.device, optional
         Where the copy computes; the CPU by default.
     """
@@ -475,9 +475,9 @@ def _computed_around(network: nn.Module, images: np.ndarray) -> str:
 
 def _logits(network: nn.Module, images: np.ndarray, training: bool) -> Tensor:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        seed_torch(0)
         network.train(training)
-        return network(to_input(images, device_of(network)))
+        return cast(Tensor, network(to_input(images, device_of(network))))
 
 
 @contextmanager

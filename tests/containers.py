@@ -153,7 +153,7 @@ class Service:
             raise RuntimeError(f"{self.name} did not complete: {self.log}")
 
     def kill(self) -> None:
-        """Kill the container's first process, and with it all; the restart policy goes on."""
+        """Kill the container's first process, and so all; the restart policy starts it again."""
         first = next(_descendants(self._process.pid), self._process.pid)
         os.kill(first, signal.SIGKILL)
 

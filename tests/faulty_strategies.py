@@ -1,6 +1,6 @@
 """Strategies of a user's own that something is wrong with: `strategy="faulty_strategies:Raises"`.
 
-Whoever hears of them must also hear which: each but the last ones fails in its own way.
+A message about one must name it: each but the last ones fails in its own way.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Mutated payloads against the decoder: refused with `UpdateError`, or a sane update; nothing else.
+"""Mutated payloads against the decoder: rejected with `UpdateError` or a sane update, nothing else.
 
-The test suite runs 100,000 (tests/quant/codec/test_fuzz.py). A million, from the project's root::
+The test suite runs 40,000 (tests/quant/codec/test_fuzz.py). A million, from the project's root::
 
     python -m tests.fuzz --count 1000000
 
@@ -85,7 +85,7 @@ def mutate(data: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> byt
     new = data.copy()
     for _ in range(rng.integers(1, 4)):
         new = _KINDS[rng.integers(len(_KINDS))](new, other, rng)
-    # Else the checksum would refuse nearly all, and what comes after it see nothing.
+    # Else the checksum would reject nearly all, and what comes after it see nothing.
     if len(new) >= TABLE and rng.random() < 0.9:
         checksum = xxh3_64_intdigest(np.delete(new, slice(CHECKSUM, TABLE)))
         new[CHECKSUM:TABLE] = np.frombuffer(struct.pack("<Q", checksum), np.uint8)
@@ -148,7 +148,7 @@ def _replace(new, other, rng):
     return other.copy()
 
 
-# Those that keep the length are likelier: others are refused before anything is read.
+# Those that keep the length are likelier: others are rejected before anything is read.
 _KINDS = (
     _flip,
     _flip,
@@ -194,13 +194,13 @@ def fuzz(count: int, seed: int = 0) -> Counter:
     Returns
     -------
     Counter
-        How many were ``accepted`` and ``refused``; ``peak``, the most bytes that one took of what
+        How many were ``accepted`` and ``rejected``; ``peak``, the most bytes that one took of what
         Python and numpy allocate; and ``grown``, by how many bytes the process grew in all.
 
     Raises
     ------
     AssertionError
-        With the payload, if the decoder did anything else than accept or refuse.
+        With the payload, if the decoder did anything else than accept or reject.
     """
     rng = np.random.default_rng(seed)
     all_targets = targets()
@@ -213,7 +213,7 @@ def fuzz(count: int, seed: int = 0) -> Counter:
         if measured:
             tracemalloc.start()
         try:
-            seen["accepted" if check(data, target) else "refused"] += 1
+            seen["accepted" if check(data, target) else "rejected"] += 1
         except Exception as error:
             raise AssertionError(
                 f"seed {seed}, payload {number}, {target.bits} bits, {target.content} of "
@@ -238,8 +238,8 @@ def main() -> None:
     assert seen["peak"] < MOST_BYTES, seen
     assert seen["grown"] < MOST_GROWTH, seen
     print(
-        f"{arguments.count} payloads in {time.monotonic() - began:.0f} s: {seen['refused']} "
-        f"refused, {seen['accepted']} accepted and sane, at most {seen['peak']} bytes for one"
+        f"{arguments.count} payloads in {time.monotonic() - began:.0f} s: {seen['rejected']} "
+        f"rejected, {seen['accepted']} accepted and sane, at most {seen['peak']} bytes for one"
     )
 
 

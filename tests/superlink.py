@@ -35,7 +35,7 @@ _HANDLERS = {
 class SuperLink:
     """The runtime's and the fleet's handlers over one state.
 
-    Nodes are functions; whoever has a message answers when the grid next asks for replies.
+    Nodes are functions; a node with a message answers when the grid next asks for replies.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""The package `prowd`: its names, and that nobody else's modules stand in for its own."""
+"""The package `prowd`: its names, and that no other modules stand in for its own."""
 
 import ast
 import tomllib

@@ -179,7 +179,7 @@ def set_of_a_strategy(path):
                     yield f"{path.name}:{node.lineno}: {ast.unparse(target)}"
 
 
-def test_nobody_sets_an_attribute_of_a_strategy_from_outside():
+def test_no_attribute_of_a_strategy_is_set_from_outside():
     """All that it is handed stands in its StrategyContext."""
     folders = ("server_app", "exchange", "prowd", "benchmarks", "tests")
     files = [path for folder in folders for path in (PROJECT / folder).glob("**/*.py")]

@@ -8,7 +8,7 @@ from prowd.compare.runs import PlannedRun, unique
 from prowd.records import read_config
 from task.data.dataset import data_folder
 
-# The length of a run, the rounds that are evaluated, and the partition tell runs apart here.
+# The length of a run, the rounds that are evaluated, and the partition distinguish runs here.
 _COMPARED_THOUGH = frozenset({"num-server-rounds", "evaluate-every", "partition-file"})
 
 

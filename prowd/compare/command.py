@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.errors import SettingsError
 from prowd.compare.checks import check_runs, may_differ
@@ -18,7 +19,7 @@ from prowd.records import read_record
 
 @dataclass(frozen=True)
 class Choice:
-    """What is asked for in place of what the experiment file says; empty: what it says.
+    """Values in place of those of the experiment file; empty: those of the file.
 
     Attributes
     ----------
@@ -63,7 +64,7 @@ class Comparison:
         Raises
         ------
         SettingsError
-            If something is asked for that there is not, or that no run can have.
+            If something that is asked for does not exist, or no run can have it.
         """
         experiment = read_experiment(file)
         seeds = _seeds(choice.seeds) if choice.seeds else experiment.seeds
@@ -110,10 +111,10 @@ class Comparison:
         try:
             write_page(page, self.experiment.title, list(records.values()), named)
             print(page)
-        except SettingsError as error:  # The runs are not in vain: the table is there.
+        except SettingsError as error:  # The table is there all the same.
             print(f"prowd: there is no page: {error}", file=sys.stderr)
 
-    def _write_table(self, results: list[dict]) -> None:
+    def _write_table(self, results: list[dict[str, Any]]) -> None:
         if not results:
             return
         text, path = to_markdown(self.experiment.title, results), self.output_dir / "table.md"
@@ -143,14 +144,14 @@ def _chosen(option: str, text: str, named: Collection[str]) -> Collection[str]:
 
 
 def _title(experiment: Experiment, overrides: Mapping[str, Setting], federation: str) -> str:
-    """Name what was set against the file, so that nobody takes the results for the file's."""
+    """Name the settings that differ from the file, as the results are not those of the file."""
     runs = planned_runs(experiment, Path(), {})
     said = [
         f"{key} {value}"
         for key, value in overrides.items()
         if key not in may_differ() and any(run.settings.get(key) != value for run in runs)
     ]
-    # How many clients there are; what else it says changes no number.
+    # The number of clients; nothing else in it changes a number.
     asked, own = (
         re.findall(r"num-supernodes=\d+", text) for text in (federation, experiment.federation)
     )

@@ -1,6 +1,6 @@
 """The runs of a comparison in the terminal: a line a run that is kept up to date.
 
-Where there is no terminal, a line says when a run begins, and one when it ends. `flwr` itself
+Where there is no terminal, a line is printed when a run begins, and one when it ends. `flwr` itself
 writes into each run's log, so that nothing else appears between.
 """
 
@@ -120,7 +120,10 @@ class Board:
         self._lock = threading.RLock()
         self._running: list[PlannedRun] = []
         # From all rounds of a run: one may take minutes.
-        self._progress = Progress(*_columns(), expand=True, speed_estimate_period=math.inf)
+        console = Console()
+        self._progress = Progress(
+            *_columns(), console=console, expand=True, speed_estimate_period=math.inf
+        )
         self._all = self._add(title, sum(run.num_rounds for run in waiting))
         self._of = {run.folder: self._add(run.folder.name, run.num_rounds) for run in runs}
         self._waiting = [self._of[run.folder] for run in waiting]
@@ -128,7 +131,7 @@ class Board:
             if run not in waiting:
                 self._note(run, "done")
         self._progress.start_task(self._all.id)
-        self.live = Live(get_renderable=self._table, console=Console(), refresh_per_second=1)
+        self.live = Live(get_renderable=self._table, console=console, refresh_per_second=1)
 
     def _add(self, name: str, rounds: int) -> Task:
         self._progress.add_task(name, start=False, total=rounds, rounds=rounds)

@@ -54,7 +54,9 @@ class Experiment(Options):
 
     @field_validator("scenarios", "systems")
     @classmethod
-    def _names_are_folders(cls, value: dict[str, dict[str, Setting]]) -> dict:
+    def _names_are_folders(
+        cls, value: dict[str, dict[str, Setting]]
+    ) -> dict[str, dict[str, Setting]]:
         for name in value:
             if not re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", name):
                 raise ValueError(f"{name!r}: letters, digits and . _ + = - only")

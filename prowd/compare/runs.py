@@ -71,7 +71,7 @@ def planned_runs(
 ) -> list[PlannedRun]:
     """List the runs: everything under the first seed, then under the next.
 
-    A system that overrides what tells two scenarios apart runs once for both: the runs of equal
+    A system that overrides what distinguishes two scenarios runs once for both: the runs of equal
     settings share one folder.
     """
     runs: list[PlannedRun] = []
@@ -193,7 +193,7 @@ def ask_flower(*arguments: str, timeout: float | None = None) -> dict[str, Any]:
 
 
 def _complaint(answer: Mapping[str, Any]) -> str:
-    return " ".join(str(answer.get("error-message", "it says no more")).split())
+    return " ".join(str(answer.get("error-message", "no reason given")).split())
 
 
 def _as_flower_sees_it(run_id: str) -> tuple[str, str]:
@@ -222,8 +222,8 @@ def pending(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return [run for run in unique(runs) if not run.completed]
 
 
-def _stop(run_id: str, process: subprocess.Popen, folder: Path) -> str:
-    """End a run, which goes on where what follows it is ended; return how that went."""
+def _stop(run_id: str, process: subprocess.Popen[bytes], folder: Path) -> str:
+    """End a run, which continues where what follows it is ended; return how that went."""
     stopped = False
     with suppress(subprocess.TimeoutExpired):
         stopped = bool(ask_flower("stop", run_id, timeout=_SECONDS_TO_STOP).get("success"))

@@ -51,7 +51,7 @@ def export(
     """
     if bits is not None:
         check_client_bits(bits, "--bits")
-    run, state, entries = _open(run_dir, data_dir)
+    run, state, entries = _load_run(run_dir, data_dir)
     if bits is None:
         bits = min(int(width) for entry in entries for width in entry.uplink_bytes)
     if run.settings.low_bit_training == "integer" and bits != FLOAT_BITS:
@@ -82,7 +82,7 @@ def export(
     yield _line(path, _accuracy_in_onnxruntime(path, images))
 
 
-def _open(run_dir: Path, data_dir: str) -> tuple[Run, dict[str, torch.Tensor], list[Round]]:
+def _load_run(run_dir: Path, data_dir: str) -> tuple[Run, dict[str, torch.Tensor], list[Round]]:
     """Return the run, its model, and what it recorded of the rounds up to it."""
     try:
         run, saved = reopen(run_dir, data_dir)

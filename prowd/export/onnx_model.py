@@ -6,7 +6,7 @@ Clip where the grid has fewer levels than its integer type. The rest stays as it
 """
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def to_onnx(network: nn.Module, channels: int, size: int) -> bytes:
     _strip(model)
     _narrow(model.graph, network)
     onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 class _FromPixels(nn.Module):
@@ -82,7 +82,7 @@ class _FromPixels(nn.Module):
         self.network = network
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.network(normalize(pixels))
+        return cast(Tensor, self.network(normalize(pixels)))
 
 
 class _Nodes(QuantLayer):
@@ -109,7 +109,7 @@ class _Nodes(QuantLayer):
         self.register_buffer("input_zero", torch.tensor(0, dtype=signed if low else unsigned))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        y: Tensor = super().forward(x)
         if self.added_bias is None:
             return y
         return y + per_channel(self.added_bias, self.weight.ndim - 1)
@@ -173,7 +173,7 @@ def _with_nodes(network: nn.Module) -> nn.Module:
     return network
 
 
-def _strip(model) -> None:
+def _strip(model: Any) -> None:
     """Take out what torch notes for debugging: paths of this machine, larger than the weights."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
@@ -182,7 +182,7 @@ def _strip(model) -> None:
     del graph.value_info[:]
 
 
-def _narrow(graph, network: nn.Module) -> None:
+def _narrow(graph: Any, network: nn.Module) -> None:
     """Store the weights' codes of up to 4 bits as INT4."""
     from onnx import TensorProto, helper, numpy_helper
 

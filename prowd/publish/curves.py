@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from math import isfinite, nan
 from statistics import mean, stdev
+from typing import Any
 
 from core.run_record import Round
 
@@ -34,13 +35,13 @@ class MeanPoint:
 
 
 def mean_points(
-    curves: Sequence[Sequence[dict]], x: str, y: str, x_unit: float = 1, y_unit: float = 1
+    curves: Sequence[Sequence[dict[str, Any]]], x: str, y: str, x_unit: float = 1, y_unit: float = 1
 ) -> list[MeanPoint]:
     """Average the curves of several seeds round by round, with their sample deviation.
 
     The points are given in `x_unit` and `y_unit`, as in megabytes and percent.
     """
-    by_round: dict[int, list[dict]] = {}
+    by_round: dict[int, list[dict[str, Any]]] = {}
     for point in chain.from_iterable(curves):
         by_round.setdefault(point["round"], []).append(point)
     points = []

@@ -21,7 +21,7 @@ _NAMES = (
 )
 
 
-def draw(scenario: str, results: Sequence[dict], path: Path) -> None:
+def draw(scenario: str, results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw one scenario of an experiment's results.
 
     Parameters
@@ -58,7 +58,7 @@ def draw(scenario: str, results: Sequence[dict], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def _styles(results: Sequence[dict]) -> dict[str, dict[str, Any]]:
+def _styles(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return how each system is drawn: by its name, whatever its rank, in any scenario.
 
     Those that have no place here come after those that have one, in the order of their names.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 from prowd.publish.table import LAST, by_system, markdown_row
 
@@ -46,8 +47,8 @@ class Margins:
         return (self.ceiling - self.ours) / (self.ceiling - self.baseline)
 
 
-def margins(results: Sequence[dict], scenario: str) -> Margins | None:
-    """Return the margins in a scenario; None if a system that they speak of has no run there."""
+def margins(results: Sequence[dict[str, Any]], scenario: str) -> Margins | None:
+    """Return the margins in a scenario; None if one of their systems has no run there."""
     runs = by_system(result for result in results if result["scenario"] == scenario)
     if not {_OURS, _CEILING, _BYTES_BASELINE, *_NAIVE} <= runs.keys():
         return None
@@ -65,18 +66,18 @@ def margins(results: Sequence[dict], scenario: str) -> Margins | None:
     )
 
 
-def _bytes_until(runs: list[dict], accuracy: float) -> float | None:
+def _bytes_until(runs: list[dict[str, Any]], accuracy: float) -> float | None:
     """Bytes sent up until the mean over runs first had an accuracy, as tables have it."""
     points = list(zip(*(run["curve"] for run in runs), strict=True))
     reached = [mean(point["accuracy"] for point in one) for one in points]
     for end in range(min(LAST, len(points)), len(points) + 1):
         # Within what the summaries are rounded to.
         if mean(reached[max(0, end - LAST) : end]) > accuracy - _ROUNDED:
-            return mean(point["uplink_bytes"] for point in points[end - 1])
+            return float(mean(point["uplink_bytes"] for point in points[end - 1]))
     return None
 
 
-def to_markdown(results: Sequence[dict]) -> str:
+def to_markdown(results: Sequence[dict[str, Any]]) -> str:
     """Write the margins of all scenarios as one Markdown table; empty if there are none."""
     scenarios = dict.fromkeys(str(result["scenario"]) for result in results)
     found = {scenario: margins(results, scenario) for scenario in scenarios}

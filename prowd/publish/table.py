@@ -40,9 +40,9 @@ def _is_known(accuracy: Mapping[str, float], width: str) -> bool:
     return isfinite(accuracy.get(width, nan))
 
 
-def by_system(results: Iterable[dict]) -> dict[str, list[dict]]:
+def by_system(results: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Group results by the system that they are of."""
-    systems: dict[str, list[dict]] = {}
+    systems: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         systems.setdefault(str(result["system"]), []).append(result)
     return systems

@@ -64,7 +64,7 @@ class Chart:
     title : str
         What it shows.
     text : str
-        The same in words and numbers, for those who do not see it.
+        The same in words and numbers, for screen readers.
     svg : Markup
         The drawing.
     note : str

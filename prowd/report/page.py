@@ -1,4 +1,4 @@
-"""One page of HTML that needs nothing but itself: no script, no other file, no network."""
+"""One self-contained page of HTML: no script, no other file, no network."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -60,7 +60,7 @@ def write_page(
     records : sequence of Record
         All runs, also those that have no rounds.
     named : iterable of (str, str, Record), optional
-        Scenario and system of each run. Without it, their settings tell.
+        Scenario and system of each run; by default from their settings.
 
     Raises
     ------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from core.mix import parse_mix
 from prowd.records import Record
 
-# What tells seeds and repetitions of one system apart, and no more.
+# The settings that differ between seeds and repetitions of one system.
 _OF_A_RUN = ("seed", "output-dir", "run-name", "resume")
 # Systems are compared in one federation: the same data, partitioned alike among the same widths.
 _OF_A_FEDERATION = (
@@ -87,7 +87,7 @@ def by_settings(records: Sequence[Record]) -> list[Scenario]:
     """Arrange runs by their settings alone.
 
     Runs of equal settings under different seeds are one system. Systems are named by strategy and,
-    where that does not tell them apart, by the settings in which they leave what most of them have.
+    where those are equal, by the settings in which they leave what most of them have.
     A federation of Float32 clients alone, which shows what could be reached, joins the others of
     its data.
     """
@@ -167,7 +167,7 @@ def _titles(federations: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def _is_empty(value: object) -> bool:
-    """Return whether a setting says that there is none: of these, 0 is the same as not set."""
+    """Return whether a setting is empty: for such a one, 0 is the same as not set."""
     return value in ("", 0) and not isinstance(value, bool)
 
 

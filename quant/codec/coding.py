@@ -1,7 +1,7 @@
-"""Lossless entropy coding of codes: by themselves, or as steps from codes that both sides know.
+"""Lossless entropy coding of codes: by themselves, or as differences from known codes.
 
 Codes near zero are the most frequent, and after a round of training most codes are near those that
-the client started from: where the server knows the start, the differences say the same in fewer
+the client started from: where the server knows the start, the differences hold the same in fewer
 bits. Codes and differences are taken modulo ``2**bits``, as words of so many bits
 (`quant.codec.packing`), and coded by Huffman's method over whole bytes: a byte holds as many words
 of 2 or 4 bits as fit, or one of up to 8. Of longer ones it holds the high 8 bits, rounded: they are

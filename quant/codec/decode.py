@@ -46,7 +46,7 @@ class UpdateError(ValueError):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a receiver knows of an update before it comes, and holds it against.
+    """What a receiver knows of an update before it comes, and validates it against.
 
     Attributes
     ----------
@@ -60,6 +60,11 @@ class Expected:
         The model as it was sent to the sender, where it was sent one.
     stamp : int
         What the update has to have been sent for, as the round.
+
+    Examples
+    --------
+    >>> Expected(UpdateSpec({"w": (2, 3)}, {"w"}), bits=4, stamp=3).most_bytes
+    44
     """
 
     spec: UpdateSpec
@@ -98,6 +103,12 @@ def decode(
         content and stamp.
     ValueError
         If `bits` is no bit-width.
+
+    Examples
+    --------
+    >>> update = quantize_state({"w": torch.ones(2)}, 32)
+    >>> decode(encode(update), update.spec, bits=32).dequantize()
+    {'w': tensor([1., 1.])}
     """
     check_kind("spec", spec, UpdateSpec)
     check_width("bits", bits)
@@ -111,6 +122,13 @@ def decode_all(payloads: Sequence[tuple[bytes, Expected]]) -> Iterator[Update | 
     ------
     Update or UpdateError
         Of each payload; where no update was asked for, one of no tensors.
+
+    Examples
+    --------
+    >>> update = quantize_state({"w": torch.ones(2)}, 32)
+    >>> payloads = [(encode(update), Expected(update.spec, 32)), (b"", Expected(update.spec, 32))]
+    >>> [type(result).__name__ for result in decode_all(payloads)]
+    ['FlatUpdate', 'UpdateError']
     """
     batches = (_Batch(payloads[i : i + _AT_ONCE]) for i in range(0, len(payloads), _AT_ONCE))
     with ThreadPoolExecutor(1) as helper:
@@ -126,13 +144,19 @@ def decode_all(payloads: Sequence[tuple[bytes, Expected]]) -> Iterator[Update | 
 def squares_at_most(data: bytes, expected: Expected) -> tuple[float, float]:
     """Bound the sums of squares of a payload's values, without a look at its codes.
 
-    What `decode` would refuse may have any bound, but is not refused here.
+    What `decode` would reject may have any bound, but is not rejected here.
 
     Returns
     -------
     tuple of float
         That of the parameters, where all codes count as if they were the largest, and that of
         BatchNorm's statistics.
+
+    Examples
+    --------
+    >>> update = quantize_state({"b": torch.tensor([3.0, 4.0])}, 32)
+    >>> squares_at_most(encode(update), Expected(update.spec, 32))
+    (25.0, 0.0)
     """
     if not expected.bits:
         return 0.0, 0.0
@@ -172,7 +196,7 @@ def _weights_of_squares(spec: UpdateSpec, bits: int) -> tuple[np.ndarray, np.nda
 
 
 class _Payload:
-    """A payload of this model, width, content and stamp, whose values nobody has looked at."""
+    """A payload of this model, width, content and stamp; its values are not validated yet."""
 
     def __init__(self, data: bytes, expected: Expected) -> None:
         self.layout, self.expected = layout_of(expected.spec, expected.bits), expected
@@ -181,7 +205,7 @@ class _Payload:
         self._decompressed: np.ndarray | None = None
 
     def decompress(self) -> np.ndarray:
-        """Undo the entropy coding, in whichever thread; `read` does it where nobody did."""
+        """Undo the entropy coding, in any thread; `read` does it if it was not done before."""
         if self._decompressed is None:
             layout = self.layout
             self._decompressed = decompress(self.codes, layout.bits, layout.num_codes)
@@ -266,7 +290,7 @@ class _Batch:
             try:
                 payload.decompress()
             except PackingError:
-                # Whoever reads it finds the same, in its turn.
+                # `read` raises the same error, in its turn.
                 continue
 
 
@@ -282,7 +306,7 @@ def _parts_of(data: bytes, layout: Layout) -> tuple[np.ndarray, np.ndarray, memo
 
 
 def _check_variances(values: FlatFloats, content: Content, start: Update | None) -> None:
-    """Refuse what nobody can have trained: a variance that is, or becomes, negative."""
+    """Reject what training cannot give: a variance that is, or becomes, negative."""
     for name in values.layout.variances:
         if content == "weights":
             if (values[name] < 0).any():
@@ -333,7 +357,7 @@ def _check_length(length: int, layout: Layout, coding: int) -> None:
             raise UpdateError(f"payload has {length} bytes; this model at {bits} bits takes {most}")
         return
     if coding not in (CODED, CODED_FROM_START) or not layout.quantized:
-        raise UpdateError(f"payload has coding {coding}, which is none of this width")
+        raise UpdateError(f"payload has coding {coding}, which this width does not have")
     if not fixed < length < most:
         raise UpdateError(
             f"payload has {length} bytes; this model at {bits} bits, coded, takes less than {most}"

@@ -195,7 +195,12 @@ class FlatFloats(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class FlatUpdate(Update):
-    """An update in this form."""
+    """An update in this form.
+
+    >>> update = quantize_state({"w": torch.tensor([[1.0]]), "b": torch.zeros(2)}, 32)
+    >>> FlatUpdate.of(update).floats.flat
+    tensor([1., 0., 0.])
+    """
 
     quantized: FlatCodes
     floats: FlatFloats

@@ -1,7 +1,7 @@
 """A model at a bit-width as one safetensors file, with all that it takes to compute with it.
 
 A quantized weight ``w`` is two tensors, ``w_packed``, its codes (`quant.codec.packing`), and
-``w_scale``; the others are float32 under their own names. The file's metadata says the rest.
+``w_scale``; the others are float32 under their own names. The file's metadata holds the rest.
 """
 
 import copy
@@ -38,7 +38,7 @@ from quant.qat.layers import (
 from quant.update import QuantizedTensor, Update, quantize_state
 
 _VERSION = 3
-# Who makes a network as the file says allocates what these say.
+# A network built by the file's head allocates as much as these allow.
 _MOST = {"channels": 3, "size": 1024}
 
 
@@ -56,8 +56,8 @@ class PackedModel:
         Codes and scales of the weights; the other tensors in float32, normalization's statistics
         as the model is evaluated with them.
     name : str
-        Architecture, as whoever wrote the file calls it. To build what a stranger's file names is
-        to let it choose: `task.models.build_model` imports modules by name.
+        Architecture, as the file calls it. Do not build it by the name in an untrusted file:
+        `task.models.build_model` imports modules by name.
     channels, size : int
         Of the images: ``[channels, size, size]``.
     num_classes : int
@@ -72,7 +72,15 @@ class PackedModel:
     Raises
     ------
     ValueError
-        If a value has the wrong type or is out of range, or a grid is none of a layer's.
+        If a value has the wrong type or is out of range, or a grid is not a layer's.
+
+    Examples
+    --------
+    >>> network = prepare(nn.Sequential(nn.Linear(12, 2)), QuantConfig(weight_bits=4))
+    >>> about = {"channels": 3, "size": 2, "num_classes": 2, "pixel_scale": 0.1, "pixel_offset": 0.}
+    >>> packed = PackedModel.of(network, name="linear", **about)
+    >>> packed.bits, list(packed.update.quantized)
+    (4, ['0.weight'])
     """
 
     update: Update
@@ -112,7 +120,7 @@ class PackedModel:
         if type(grid.scale) is not float or not 0 < grid.scale < float("inf"):
             raise ValueError(f"the scale of the grid of {layer} is {grid.scale!r}")
         if (grid.low, grid.high) not in ends:
-            raise ValueError(f"the grid of {layer} is none of {bits} bits")
+            raise ValueError(f"the grid of {layer} is not one of {bits} bits")
 
     @classmethod
     def of(cls, network: nn.Module, **about: Any) -> Self:
@@ -193,7 +201,7 @@ class PackedModel:
         return to_bytes({"version": _VERSION, "bits": self.bits, "shapes": shapes, **about}, arrays)
 
 
-def load_model(path: str | PathLike) -> PackedModel:
+def load_model(path: str | PathLike[str]) -> PackedModel:
     """Read a packed model from its file.
 
     Parameters
@@ -215,8 +223,11 @@ def load_model(path: str | PathLike) -> PackedModel:
 
     Examples
     --------
-    >>> packed = load_model("resnet8-4bit.safetensors")  # doctest: +SKIP
-    >>> network = packed.network(model)  # doctest: +SKIP
+    >>> about = {"channels": 3, "size": 2, "num_classes": 2, "pixel_scale": 1.0, "pixel_offset": 0.}
+    >>> packed = PackedModel.of(nn.Sequential(nn.Linear(12, 2)), name="linear", **about)
+    >>> _ = Path("linear.safetensors").write_bytes(packed.to_bytes())
+    >>> load_model("linear.safetensors").name
+    'linear'
     """
     try:
         head, tensors = read_tensors(Path(path))

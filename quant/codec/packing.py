@@ -8,7 +8,7 @@ and pack the remaining ``k - 8`` bits the same way.
 
 Codes of 8 and 16 bits are stored as the integers that they are, others with an offset of
 ``2**(k-1)``, which is taken away in one pass where extending a sign would take two. The pattern of
-``-2**(k-1)``, a code below the symmetric grid, never occurs, and `unpack` refuses it, as it refuses
+``-2**(k-1)``, a code below the symmetric grid, never occurs, and `unpack` rejects it, as it rejects
 padding that is not zero.
 """
 
@@ -36,6 +36,11 @@ def packed_size(count: int, bits: int) -> int:
     ------
     ValueError
         If `bits` is not 2 to 16.
+
+    Examples
+    --------
+    >>> packed_size(1000, bits=4)
+    500
     """
     return words_size(count, check_bits(bits))
 
@@ -59,6 +64,11 @@ def pack(codes: np.ndarray, bits: int) -> memoryview:
     ------
     ValueError
         If a code lies off the grid, the array does not hold integers, or `bits` is not 2 to 16.
+
+    Examples
+    --------
+    >>> bytes(pack(np.array([3, -1, 0, 1]), bits=4))
+    b'\x8b\x97'
     """
     codes = np.asarray(codes)
     if codes.dtype.kind not in "iu":
@@ -100,6 +110,11 @@ def unpack(data: bytes | memoryview | np.ndarray, bits: int, count: int) -> np.n
     ------
     PackingError
         If the length is wrong, a code lies off the symmetric grid or padding is not zero.
+
+    Examples
+    --------
+    >>> unpack(pack(np.array([3, -1, 0, 1]), bits=4), bits=4, count=4)
+    array([ 3, -1,  0,  1], dtype=int8)
     """
     codes, limit = np.empty(count, np.int8 if bits <= 8 else np.int16), largest_code(bits)
     for place, words in unpack_words(data, bits, count):
@@ -111,7 +126,7 @@ def unpack(data: bytes | memoryview | np.ndarray, bits: int, count: int) -> np.n
 
 
 def off_grid(bits: int) -> ValueError:
-    """Return the error of codes that are none of a width."""
+    """Return the error of codes that a width does not have."""
     limit = largest_code(bits)
     return ValueError(f"codes of width {bits} must lie in [{-limit}, {limit}]")
 

@@ -39,13 +39,18 @@ class FineTuning:
     learning_rate : float
         Adam's step size.
     distill_weight : float
-        ``lambda`` of the poster; 0 leaves the distillation term out.
+        ``lambda`` of the paper; 0 leaves the distillation term out.
     stochastic : bool
         Whether the low-bit clients round stochastically from their quantized start (strict
         training) rather than to nearest (quantization-aware training). Matters with
-        `StartReference`; `GlobalReference` has the poster's pairs, rounded to nearest.
+        `StartReference`; `GlobalReference` has the paper's pairs, rounded to nearest.
     group_size : int
-        Clients whose mean is lifted at once; matters where they round stochastically.
+        Clients whose mean is dequantized at once; matters where they round stochastically.
+
+    Examples
+    --------
+    >>> FineTuning(steps=5, distill_weight=0.0).learning_rate
+    0.003
     """
 
     steps: int = 20
@@ -72,7 +77,12 @@ class Losses:
     distill : float or None
         Minus the similarity; None where left out.
     undone : bool
-        Whether a loss or a weight left the numbers, and the blocks are as they were before.
+        Whether a loss or a weight became non-finite; the blocks are then as they were before.
+
+    Examples
+    --------
+    >>> Losses(reconstruction=0.5, distill=-0.75).undone
+    False
     """
 
     reconstruction: float
@@ -94,13 +104,13 @@ def fine_tune(
     Parameters
     ----------
     dequantizer : ProgressiveDequantizer
-        Trained in place; as it was if that leaves the numbers, which no later training would mend.
+        Trained in place; left as it was if training diverges, which no later training would mend.
     high : mapping of str to Tensor
         Float32 weights of the high-bit clients (their mean), quantized tensors only.
     high_bits : int
         Bit-width of those clients. Rungs above it have no pairs and stay as they are.
     reference : Reference
-        As for lifting.
+        As for dequantization.
     config : FineTuning
         Steps, step size, loss weight, and how the low-bit clients round.
     predict : callable or None
@@ -115,8 +125,17 @@ def fine_tune(
 
     Notes
     -----
-    ``L = L_recon + lambda L_distill`` of the ProWD poster. Errors are measured in steps of the
-    lowest grid, so that layers of all magnitudes count alike.
+    ``L = L_recon + lambda L_distill`` of the paper's section "Progressive Dequantizer". Errors
+    are measured in steps of the lowest grid, so that layers of all magnitudes count alike.
+
+    Examples
+    --------
+    >>> high = {"w": torch.tensor([[1.0, 0.4]])}
+    >>> reference = GlobalReference(Rungs.of(high, (2, 32)))
+    >>> dequantizer = ProgressiveDequantizer((2, 32), reference.num_features, ["w"], seed=0)
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> fine_tune(dequantizer, high, 32, reference, FineTuning(), None, generator).undone
+    False
     """
     rungs = [b for b in dequantizer.ladder if b < high_bits]
     if not rungs:
@@ -138,8 +157,8 @@ def fine_tune(
         loss = _reconstruction(dequantizer, sent, target, rungs, sampled)
         reconstruction += float(loss.detach())
         if predict is not None and teacher is not None:
-            lifted = dequantizer(sent[rungs[0]], rungs[0], sampled)
-            student = {n: w.index_copy(0, rows[n], lifted[n]) for n, w in high.items()}
+            dequantized = dequantizer(sent[rungs[0]], rungs[0], sampled)
+            student = {n: w.index_copy(0, rows[n], dequantized[n]) for n, w in high.items()}
             alike = F.cosine_similarity(predict(student), teacher, dim=1).mean()
             similarity += float(alike.detach())
             loss = loss - config.distill_weight * alike
@@ -168,11 +187,11 @@ def _reconstruction(
     total = torch.zeros(())
     steps = reference.start.scales[rungs[0]]
     for bits in rungs:
-        lifted = dequantizer.step_up(sent[bits], bits, reference)
+        dequantized = dequantizer.step_up(sent[bits], bits, reference)
         above = dequantizer.ladder[dequantizer.ladder.index(bits) + 1]
         wanted = sent.get(above, target)
         errors = [
-            ((lifted[n] - wanted[n]) / per_channel(steps[n], w.ndim)).flatten()
+            ((dequantized[n] - wanted[n]) / per_channel(steps[n], w.ndim)).flatten()
             for n, w in target.items()
         ]
         total = total + torch.cat(errors).abs().mean()

@@ -8,13 +8,13 @@ correction, measured in steps of the lower grid, to a base value::
 What the base and the features are is the dequantizer's `Reference`:
 
 ``GlobalReference``
-    the poster's form: the base is ``q`` and the block sees the code, its scale and its layer.
+    the paper's form: the base is ``q`` and the block sees the code, its scale and its layer.
 ``StartReference``
     the server also knows the model that the client started from, on every rung. The base is
     ``q + (start_{j+1} - start_j)``, which removes the rounding error of the start, and the block
     also sees how far the weight moved from its start and where the finer start lies in its cell.
 
-With untrained blocks (the last layer starts at zero) a lift is exactly the sum of the bases.
+With untrained blocks (the last layer starts at zero) the result is exactly the sum of the bases.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from core.arguments import check_tensors
 from core.bits import FLOAT_BITS, MAX_BITS
+from core.seeds import seed_torch
 from quant.grid import largest_code, per_channel
 from quant.update import QuantizedTensor, quantize_fitted
 
@@ -61,6 +62,11 @@ class Rungs:
         Per rung below 32, the scale ``[channels]`` of each quantized tensor.
     values : mapping of int to mapping of str to Tensor
         Per rung, the tensors on that rung, as float32.
+
+    Examples
+    --------
+    >>> Rungs.of({"w": torch.tensor([[1.0, 0.4]])}, (2, 32)).values[2]["w"]
+    tensor([[1., 0.]])
     """
 
     ladder: tuple[int, ...]
@@ -107,7 +113,12 @@ class Rungs:
 
 @dataclass(frozen=True)
 class GlobalReference:
-    """Blocks that see a code, its scale and its layer only (the poster's form)."""
+    """Blocks that see a code, its scale and its layer only (the paper's form).
+
+    >>> start = Rungs.of({"w": torch.tensor([[1.0, 0.4]])}, (2, 32))
+    >>> GlobalReference(start).base(start.values[2]["w"], "w", 2, 32)
+    tensor([[1., 0.]])
+    """
 
     start: Rungs
     num_features = _GLOBAL_FEATURES
@@ -133,7 +144,12 @@ class GlobalReference:
 
 @dataclass(frozen=True)
 class StartReference(GlobalReference):
-    """Blocks that also know the model, on every rung, from which the client started."""
+    """Blocks that also know the model, on every rung, from which the client started.
+
+    >>> start = Rungs.of({"w": torch.tensor([[1.0, 0.4]])}, (2, 32))
+    >>> StartReference(start).base(start.values[2]["w"], "w", 2, 32)
+    tensor([[1.0000, 0.4000]])
+    """
 
     num_features = _START_FEATURES
 
@@ -173,7 +189,14 @@ class ProgressiveDequantizer(nn.Module):
 
     Notes
     -----
-    ``phi`` of the section "Progressive Dequantizer" in the ProWD poster.
+    ``phi`` of the paper's section "Progressive Dequantizer".
+
+    Examples
+    --------
+    >>> reference = StartReference(Rungs.of({"w": torch.tensor([[1.0, 0.4]])}, (2, 32)))
+    >>> dequantizer = ProgressiveDequantizer((2, 32), reference.num_features, ["w"], seed=0)
+    >>> dequantizer(reference.start.values[2], 2, reference)["w"].detach()
+    tensor([[1.0000, 0.4000]])
     """
 
     def __init__(
@@ -189,7 +212,7 @@ class ProgressiveDequantizer(nn.Module):
         }
         self.depth = {name: i / max(len(names) - 1, 1) for i, name in enumerate(names)}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            seed_torch(seed)
             blocks = [_block(num_features) for _ in self.ladder[:-1]]
         self.blocks = nn.ModuleDict(
             {str(bits): block for bits, block in zip(self.ladder, blocks, strict=False)}
@@ -201,10 +224,10 @@ class ProgressiveDequantizer(nn.Module):
         """Apply the block of rung `bits`: values on that rung to values on the next."""
         high = self.ladder[self.ladder.index(bits) + 1]
         block = self.blocks[str(bits)]
-        lifted = {name: reference.base(q, name, bits, high) for name, q in values.items()}
+        dequantized = {name: reference.base(q, name, bits, high) for name, q in values.items()}
         *_, last = block.children()
         if not torch.is_grad_enabled() and not any(p.any() for p in last.parameters()):
-            return lifted  # What an untrained block adds is zero, and costs more than all else.
+            return dequantized  # An untrained block adds zero, at more cost than all else.
         for name, q in values.items():
             step = per_channel(reference.start.scales[bits][name], q.ndim)
             correction = torch.cat(
@@ -213,13 +236,13 @@ class ProgressiveDequantizer(nn.Module):
                     for part, rows in _channel_chunks(q)
                 ]
             )
-            lifted[name] = lifted[name] + step * correction.reshape(q.shape)
-        return lifted
+            dequantized[name] = dequantized[name] + step * correction.reshape(q.shape)
+        return dequantized
 
     def forward(
         self, values: Mapping[str, Tensor], bits: int, reference: Reference
     ) -> dict[str, Tensor]:
-        """Lift float32 values on rung `bits` to rung 32, block by block.
+        """Dequantize float32 values on rung `bits` to rung 32, block by block.
 
         Parameters
         ----------
@@ -228,7 +251,7 @@ class ProgressiveDequantizer(nn.Module):
         bits : int
             A rung of the ladder.
         reference : Reference
-            What the server knows besides.
+            What the server knows of the start.
 
         Returns
         -------

@@ -18,7 +18,14 @@ class Eager:
 
 
 class SGD(Eager, torch.optim.SGD):
-    """`torch.optim.SGD`, neither to be compiled nor to be differentiated through."""
+    """`torch.optim.SGD`, neither to be compiled nor to be differentiated through.
+
+    >>> weight = nn.Parameter(torch.ones(1))
+    >>> weight.grad = torch.tensor([2.0])
+    >>> SGD([weight], lr=0.25).step()
+    >>> weight.detach()
+    tensor([0.5000])
+    """
 
     step = torch.no_grad()(unwrap(torch.optim.SGD.step))
 

@@ -6,7 +6,7 @@ scale is fixed for as long as the optimizer lives, one round of federated traini
 which knows the model that it sent, knows the grid exactly. The momentum buffer is float32.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,14 @@ class StrictSGD(SGD):
         Seeded source of the rounding noise.
     lr, momentum, weight_decay : float
         As in `torch.optim.SGD`.
+
+    Examples
+    --------
+    >>> weight = nn.Parameter(torch.tensor([[0.9, -0.2]]))
+    >>> noise = torch.Generator().manual_seed(0)
+    >>> optimizer = StrictSGD([("w", weight)], {"w": torch.ones(1)}, 2, generator=noise, lr=0.1)
+    >>> weight.detach()
+    tensor([[1., 0.]])
     """
 
     def __init__(
@@ -71,7 +79,7 @@ class StrictSGD(SGD):
                     weight.copy_(dequantize(quantize_nearest(weight, scale, bits), scale))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one SGD step and round the weights back to their grid.
 
         Raises

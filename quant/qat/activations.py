@@ -1,12 +1,13 @@
-"""What passes between layers, on a grid: activations on the way forward, errors on the way back.
+"""What passes between layers, on a grid: activations forward, output gradients backward.
 
-Both have one scale a tensor. That of an error is taken from the tensor itself; so is that of an
-activation, until it is fitted to a few images (`calibrate_activations`). A fitted grid stays as it
-is, as integer hardware needs it, costs no pass over the tensor to find its range, and clips the
-rare large values for a finer step.
+Both have one scale a tensor. That of an output gradient is taken from the tensor itself; so is that
+of an activation, until it is fitted to a few images (`calibrate_activations`). A fitted grid stays
+as it is, as integer hardware needs it, costs no pass over the tensor to find its range, and clips
+the rare large values for a finer step.
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def put_on_grid(x: Tensor, grid: ActivationGrid) -> Tensor:
     The gradient passes unchanged where nothing was clipped and is zero where it was. If a value is
     NaN or infinite, all of the result is NaN: clipping would make a number of an infinity.
     """
-    return _PutOnGrid.apply(x, grid)
+    return cast(Tensor, _PutOnGrid.apply(x, grid))
 
 
 def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:
@@ -85,7 +86,7 @@ def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:
     ``[0, 2**bits - 1]``; any other the symmetric one. Neither has a zero point. Nothing is clipped,
     so that the straight-through gradient passes unchanged everywhere.
     """
-    return _QuantizeActivation.apply(x, bits)
+    return cast(Tensor, _QuantizeActivation.apply(x, bits))
 
 
 def fake_quantize_gradient(
@@ -129,17 +130,19 @@ def fake_quantize_gradient(
     return codes.mul_(scale)
 
 
-def quantize_error(y: Tensor, bits: int, generator: torch.Generator | None = None) -> Tensor:
+def quantize_output_gradient(
+    y: Tensor, bits: int, generator: torch.Generator | None = None
+) -> Tensor:
     """Return `y`; its gradient is put on a grid of `bits` bits on the way back.
 
     `generator` is as in `fake_quantize_gradient`.
     """
-    return _QuantizeError.apply(y, bits, generator)
+    return cast(Tensor, _QuantizeOutputGradient.apply(y, bits, generator))
 
 
 class _PutOnGrid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, grid: ActivationGrid) -> Tensor:
+    def forward(ctx: Any, x: Tensor, grid: ActivationGrid) -> Tensor:
         ctx.save_for_backward(x)
         # Half a step further is still rounded to the outermost level.
         ctx.ends = [
@@ -149,14 +152,14 @@ class _PutOnGrid(torch.autograd.Function):
         return x.mul(1 / grid.scale).round_().clamp_(grid.low, grid.high).mul_(step)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # One pass: zero outside of the ends.
         return torch.ops.aten.hardtanh_backward(gradient, *ctx.saved_tensors, *ctx.ends), None
 
 
 class _QuantizeActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
         limit, unsigned = largest_code(bits), 2**bits - 1
         low, high = _range(x)
         # Written without a branch on a value, which would stall a GPU.
@@ -164,18 +167,18 @@ class _QuantizeActivation(torch.autograd.Function):
         return _on_spanning_grid(x, scale)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
-class _QuantizeError(torch.autograd.Function):
+class _QuantizeOutputGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, bits: int, generator: torch.Generator | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, bits: int, generator: torch.Generator | None) -> Tensor:
         ctx.bits, ctx.generator = bits, generator
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return fake_quantize_gradient(gradient, ctx.bits, ctx.generator), None, None
 
 

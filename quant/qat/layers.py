@@ -2,7 +2,7 @@
 
 `prepare` swaps every `nn.Conv2d` and `nn.Linear` for a layer that computes with fake-quantized
 weights and activations, on torch's own operators, and keeps parameter names, so that a state dict
-fits both models. With `QuantConfig(gradient_bits=8)` the errors that flow back through each layer
+fits both models. With `QuantConfig(gradient_bits=8)` the output gradients of each layer
 are quantized too.
 """
 
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from quant.qat.activations import (
     fake_quantize_activation,
     fit_activation_grid,
     put_on_grid,
-    quantize_error,
+    quantize_output_gradient,
 )
 from quant.update import (
     Update,
@@ -47,8 +47,12 @@ class QuantConfig:
     activation_bits : int
         Per-tensor grid of each layer's input, 2 to 16; 32 leaves it float32.
     gradient_bits : int
-        Per-tensor grid of the errors that reach each layer's output, 2 to 16; 32 leaves them
-        float32.
+        Per-tensor grid of the gradients of each layer's output, 2 to 16; 32 leaves them float32.
+
+    Examples
+    --------
+    >>> QuantConfig(weight_bits=4, activation_bits=8)
+    QuantConfig(weight_bits=4, activation_bits=8, gradient_bits=32)
     """
 
     weight_bits: int
@@ -85,7 +89,7 @@ class QuantLayer(nn.Module):
         dtype = fn(self.weight.detach()[:0]).dtype
         if dtype != torch.float32:
             raise TypeError(_wrong_dtype(dtype))
-        return super()._apply(fn, recurse)
+        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         # What `layer.weight = nn.Parameter(...)` calls.
@@ -132,26 +136,36 @@ class QuantLayer(nn.Module):
             return fake_quantize_activation(x, bits)
         return put_on_grid(x, self.input_grid)
 
-    def quantized_error(self, y: Tensor) -> Tensor:
+    def quantized_output_gradient(self, y: Tensor) -> Tensor:
         """Return `y`; its gradient is quantized on the way back."""
         bits = self.config.gradient_bits
-        return y if bits == FLOAT_BITS else quantize_error(y, bits, self.generator)
+        return y if bits == FLOAT_BITS else quantize_output_gradient(y, bits, self.generator)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
-    """`nn.Conv2d` that computes with fake-quantized weights and input."""
+    """`nn.Conv2d` that computes with fake-quantized weights and input.
+
+    >>> model = prepare(nn.Sequential(nn.Conv2d(3, 4, 3)), QuantConfig(weight_bits=4))
+    >>> model[0].weight_scale.shape
+    torch.Size([4])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         y = self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
-        return self.quantized_error(y)
+        return self.quantized_output_gradient(y)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
-    """`nn.Linear` that computes with fake-quantized weights and input."""
+    """`nn.Linear` that computes with fake-quantized weights and input.
+
+    >>> model = prepare(nn.Sequential(nn.Linear(8, 1)), QuantConfig(weight_bits=2))
+    >>> len(model[0].quantized_weight().unique()) <= 3
+    True
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         y = F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
-        return self.quantized_error(y)
+        return self.quantized_output_gradient(y)
 
 
 _QUANTIZED_CLASS = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
@@ -199,7 +213,10 @@ def federated_state(model: nn.Module) -> dict[str, Tensor]:
 
     These are its floating-point parameters and buffers. A buffer that holds a NaN or an infinity
     before any training, as a mask of attention does, is a constant of the model and is not sent;
-    one of BatchNorm's statistics that does is none, but wrong.
+    BatchNorm's statistics are not constants: non-finite ones are wrong.
+
+    >>> list(federated_state(nn.BatchNorm1d(2)))
+    ['weight', 'bias', 'running_mean', 'running_var']
     """
     check_kind("model", model, nn.Module)
     floats = float_tensors(model.state_dict())
@@ -209,7 +226,11 @@ def federated_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tensors_of(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """Return the named tensors of a model as they are now, in its order."""
+    """Return the named tensors of a model as they are now, in its order.
+
+    >>> list(tensors_of(nn.Linear(3, 2), ["bias"]))
+    ['bias']
+    """
     check_kind("model", model, nn.Module)
     return {name: t.detach() for name, t in model.state_dict().items() if name in names}
 
@@ -254,7 +275,13 @@ def quantize_model(model: nn.Module, bits: int) -> Update:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the tensors of a state; all else of the model, as step counters, stays as it is."""
+    """Load the tensors of a state; all else of the model, as step counters, stays as it is.
+
+    >>> model = nn.Linear(3, 2)
+    >>> load_state(model, {"bias": torch.ones(2)})
+    >>> model.bias.tolist()
+    [1.0, 1.0]
+    """
     check_kind("model", model, nn.Module)
     check_kind("state", state, Mapping)
     # Changed in place: a state dict also holds the versions of its modules, which some read.
@@ -325,7 +352,12 @@ def _wrong_dtype(dtype: torch.dtype) -> str:
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
-    """Yield the names and quantization-aware layers of a prepared model."""
+    """Yield the names and quantization-aware layers of a prepared model.
+
+    >>> model = prepare(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), QuantConfig(weight_bits=4))
+    >>> [name for name, _ in quantized_layers(model)]
+    ['0']
+    """
     check_kind("model", model, nn.Module)
     for name, module in model.named_modules():
         if isinstance(module, (QuantConv2d, QuantLinear)):
@@ -333,13 +365,25 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | Quan
 
 
 def layers_by_weight(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
-    """Yield the quantization-aware layers of a prepared model by the names of their weights."""
+    """Yield the quantization-aware layers of a prepared model by the names of their weights.
+
+    >>> model = prepare(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), QuantConfig(weight_bits=4))
+    >>> [name for name, _ in layers_by_weight(model)]
+    ['0.weight']
+    """
     for name, layer in quantized_layers(model):
         yield f"{name}.weight" if name else "weight", layer
 
 
 def refit_scales(model: nn.Module) -> None:
-    """Fit the scales of a prepared model to its present weights."""
+    """Fit the scales of a prepared model to its present weights.
+
+    >>> model = prepare(nn.Sequential(nn.Linear(1, 1)), QuantConfig(weight_bits=8))
+    >>> _ = nn.init.constant_(model[0].weight, 12.7)
+    >>> refit_scales(model)
+    >>> weight_scales(model)
+    {'0.weight': tensor([0.1000])}
+    """
     for _, layer in quantized_layers(model):
         layer.refit_scale()
 
@@ -358,6 +402,13 @@ def set_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
     ------
     ValueError
         If there is no such layer, or a scale is not one positive number for each of its channels.
+
+    Examples
+    --------
+    >>> model = prepare(nn.Sequential(nn.Linear(3, 1)), QuantConfig(weight_bits=4))
+    >>> set_scales(model, {"0.weight": torch.tensor([0.5])})
+    >>> weight_scales(model)
+    {'0.weight': tensor([0.5000])}
     """
     layers = dict(layers_by_weight(model))
     check_tensors("scales", scales)
@@ -385,6 +436,13 @@ def set_generator(model: nn.Module, generator: torch.Generator) -> None:
         Prepared model.
     generator : torch.Generator
         On the model's device. Without one, layers draw from torch's own, as dropout does.
+
+    Examples
+    --------
+    >>> model = prepare(nn.Sequential(nn.Linear(3, 1)), QuantConfig(4, gradient_bits=8))
+    >>> set_generator(model, torch.Generator().manual_seed(1))
+    >>> model[0].generator.initial_seed()
+    1
     """
     check_kind("generator", generator, torch.Generator)
     for _, layer in quantized_layers(model):
@@ -397,7 +455,13 @@ def weight_scales(model: nn.Module) -> dict[str, Tensor]:
     Raises
     ------
     ValueError
-        If a weight was tied or parametrized after it was prepared, and so is none that has a grid.
+        If a weight was tied or parametrized after it was prepared, and so has no grid any more.
+
+    Examples
+    --------
+    >>> model = prepare(nn.Sequential(nn.Linear(3, 2)), QuantConfig(weight_bits=4))
+    >>> weight_scales(model)["0.weight"].shape
+    torch.Size([2])
     """
     layers, on_grid = dict(layers_by_weight(model)), {*quantizable_weights(model)}
     if loose := [name for name in layers if name not in on_grid]:
@@ -426,6 +490,14 @@ def calibrate_activations(model: nn.Module, forward: Callable[[nn.Module], objec
     ------
     NonFiniteError
         If a NaN or an infinity reaches a layer; the message names it.
+
+    Examples
+    --------
+    >>> config = QuantConfig(weight_bits=4, activation_bits=8)
+    >>> model = prepare(nn.Sequential(nn.Linear(2, 1)), config)
+    >>> calibrate_activations(model, lambda m: m(torch.tensor([[0.0, 1.0]])))
+    >>> model[0].input_grid.high
+    255
     """
     layers = {
         name: layer
@@ -451,7 +523,13 @@ def calibrate_activations(model: nn.Module, forward: Callable[[nn.Module], objec
 def watched_inputs(
     layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Call ``see(name, input)`` for every input that reaches one of these layers."""
+    """Call ``see(name, input)`` for every input that reaches one of these layers.
+
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> with watched_inputs({"first": model[0]}, lambda name, x: print(name, list(x.shape))):
+    ...     _ = model(torch.ones(1, 3))
+    first [1, 3]
+    """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         # It may have been given by its keyword.

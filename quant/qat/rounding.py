@@ -1,4 +1,4 @@
-"""Calibrated rounding: a model brought to a bit-width with an eye on what its layers compute.
+"""Calibrated rounding: a model quantized so that its layers' outputs change least (GPTQ).
 
 Rounding every weight to nearest makes the smallest error in the weights, not in the outputs. With
 a few unlabelled images, the error that a rounded weight causes in its layer's output is passed on
@@ -6,7 +6,7 @@ to the weights that are rounded after it (optimal brain surgeon; for quantizatio
 and GPTQ, arXiv:2210.17323).
 
 One forward pass does it all: when the images arrive at a layer, changed by the rounding of the
-layers before it, its weights are rounded for just that input, and the pass goes on with them.
+layers before it, its weights are rounded for just that input, and the pass continues with them.
 """
 
 from collections.abc import Callable
@@ -48,6 +48,12 @@ def calibrated_rounding(
     ------
     NonFiniteError
         If a weight, or what reaches its layer, holds a NaN or an infinity; the message names it.
+
+    Examples
+    --------
+    >>> model = prepare(nn.Sequential(nn.Linear(3, 2)), QuantConfig(weight_bits=4))
+    >>> list(calibrated_rounding(model, lambda m: m(torch.rand(8, 3))))
+    ['0.weight']
     """
     rounded: dict[str, QuantizedTensor] = {}
     layers = dict(layers_by_weight(model))
@@ -127,7 +133,7 @@ def second_moments(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
     For a convolution these are its patches; of many images only every n-th is looked at.
     """
     if isinstance(layer, nn.Linear):
-        rows = x.reshape(1, -1, x.shape[-1])
+        rows: Tensor = x.reshape(1, -1, x.shape[-1])
         rows = rows[:, :: -(-rows.shape[1] // _ROWS)]
         return rows.mT @ rows
     outputs = max(1, x.shape[2] * x.shape[3] // (layer.stride[0] * layer.stride[1]))
@@ -140,7 +146,7 @@ def second_moments(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
 
 
 def _padded(layer: QuantConv2d, x: Tensor) -> Tensor:
-    # The layer knows its padding in this order, whether it was given as numbers or as "same".
+    # The layer stores its padding in this order, whether it was given as numbers or as "same".
     sides = layer._reversed_padding_repeated_twice
     return F.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 

@@ -19,9 +19,12 @@ _UNTUNED = IdleWith("finetune-every", 0)
 class ProWDOptions(Options):
     """ProWD's own settings (`prowd-...`).
 
-    The poster's literal form is ``reference="global", dequantize="client", align=False,
+    The paper's literal form is ``reference="global", dequantize="client", align=False,
     own_normalization=False, mask_at_most=tau, mask_at_least=0, normalization="clients",
     aggregate="weights", low_bit_weight=1``.
+
+    >>> ProWDOptions(low_bit_weight=0.5).low_bit_weight
+    0.5
     """
 
     reference: Annotated[Literal["client-start", "global"], Idle.ALL_FLOAT32] = Field(
@@ -33,12 +36,12 @@ class ProWDOptions(Options):
         "auto", description="Rungs of the dequantizer; auto: from the widths."
     )
     dequantize: Annotated[Literal["group", "client"], _UNTUNED, Idle.ALL_FLOAT32] = Field(
-        "group", description="Lift the mean of a group, or each client's weights."
+        "group", description="Dequantize the mean of a group, or each client's weights."
     )
     finetune_every: Annotated[int, Field(ge=0), Idle.ONE_WIDTH] = Field(
         0,
         description="Rounds between fine-tunings of the dequantizer's blocks; 0: never trained, "
-        "the lift is exact in what the server knows.",
+        "and exact in what the server knows.",
     )
     finetune_steps: Annotated[int, Field(ge=1), _UNTUNED] = Field(
         20, description="Steps of a fine-tuning."
@@ -78,7 +81,7 @@ class ProWDOptions(Options):
         1.0, description="Step size with which the server applies the aggregated movement."
     )
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Share of the last round's movement of the weights that goes on in this."
+        0.0, description="Share of the last round's movement of the weights that is added."
     )
     normalization: Literal["count", "clients"] = Field(
         "count",
@@ -111,7 +114,7 @@ def parse_ladder(text: str) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If the widths do not rise, do not end at 32, or are none that exist.
+        If the widths do not rise, do not end at 32, or do not exist.
     """
     try:
         ladder = tuple(int(part) for part in text.split(","))

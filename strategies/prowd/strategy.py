@@ -15,7 +15,7 @@ and every few rounds fine-tunes the dequantizer on the high-bit group's weights.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from logging import WARNING
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.common.logger import log
@@ -121,7 +121,7 @@ class ProWD(MixedPrecisionStrategy):
     ) -> State | None:
         """Dequantize, mask and aggregate."""
         weights = {name: start[name] for name in self._quantized(start)}
-        # A group's mean needs one model's memory; weights lifted one by one need all the codes.
+        # A group's mean needs one model's memory; weights dequantized singly need all the codes.
         kept = list(updates) if self.options.dequantize == "client" else None
         groups = self._average(updates if kept is None else kept)
         if not groups:
@@ -137,10 +137,10 @@ class ProWD(MixedPrecisionStrategy):
             self._fine_tune(server_round, groups, means, reference)
         if kept is None:
             for bits, mean in means.items():
-                mean.update(self._lift(mean, bits, reference))
+                mean.update(self._dequantize(mean, bits, reference))
         else:
-            lifted = self._average(kept, lambda v, bits: v | self._lift(v, bits, reference))
-            means = {bits: group.mean() for bits, group in lifted.items()}
+            averaged = self._average(kept, lambda v, bits: v | self._dequantize(v, bits, reference))
+            means = {bits: group.mean() for bits, group in averaged.items()}
         if self.options.align:
             self._align(means, start, groups, used)
         if seen is not None:
@@ -161,28 +161,28 @@ class ProWD(MixedPrecisionStrategy):
     def _average(
         self,
         updates: Iterable[ClientUpdate],
-        lift: Callable[[State, int], State] | None = None,
+        dequantize: Callable[[State, int], State] | None = None,
     ) -> dict[int, WeightedMean]:
         """Average the updates of each width; the widths rise."""
         groups: dict[int, WeightedMean] = {}
         for item in updates:
             bits = item.client.bits
-            # The poster's 1 / N counts clients, not examples.
+            # The 1 / N of the paper ("Selective Weight Aggregation") counts clients, not examples.
             literal = self.options.normalization == "clients"
             weight = 1.0 if literal else float(item.report.num_examples)
             group = groups.setdefault(bits, WeightedMean())
-            if lift is None:
+            if dequantize is None:
                 group.add_update(item.update, weight)
             else:
-                group.add(lift(item.update.dequantize(), bits), weight)
+                group.add(dequantize(item.update.dequantize(), bits), weight)
         return dict(sorted(groups.items()))
 
-    def _lift(self, values: State, bits: int, reference: Reference) -> State:
+    def _dequantize(self, values: State, bits: int, reference: Reference) -> State:
         """Dequantize what is quantized in a model of this width."""
         quantized = {name: values[name] for name in self._quantized(values)}
-        assert self.dequantizer is not None, "it is grown before anything is lifted"
+        assert self.dequantizer is not None, "it is grown before anything is dequantized"
         with torch.no_grad():
-            return self.dequantizer(quantized, bits, reference)
+            return cast(State, self.dequantizer(quantized, bits, reference))
 
     def _masks(
         self, server_round: int, means: dict[int, State], start: State, weights: State
@@ -264,7 +264,7 @@ class ProWD(MixedPrecisionStrategy):
     ) -> None:
         """Take the drift out of each low-bit group, seen against all groups above it, in place.
 
-        A group that has none above it in this round is relieved of the drift seen last.
+        A group that has none above it in this round has the drift seen last removed.
         """
         shares = self._shares(groups)
         above = WeightedMean()
@@ -305,7 +305,7 @@ class ProWD(MixedPrecisionStrategy):
         self._widths |= self.nodes.widths().keys()
         if self.options.ladder == "auto":
             return ladder_of(sorted(self._widths))
-        # A width without a rung could not be lifted.
+        # A width without a rung could not be dequantized.
         return tuple(sorted({*parse_ladder(self.options.ladder), *self._widths}))
 
     def _grow_dequantizer(self, weights: State, reference: Reference) -> None:
@@ -360,7 +360,7 @@ class ProWD(MixedPrecisionStrategy):
             ),
         )
         if losses.undone:
-            log(WARNING, "Round %d: fine-tuning is undone, it left the numbers", server_round)
+            log(WARNING, "Round %d: fine-tuning diverged and is undone", server_round)
             self.round_log.own["finetuning-undone"] = 1
             return
         self.round_log.own["reconstruction-loss"] = losses.reconstruction

@@ -1,4 +1,4 @@
-"""The datasets that prowd knows by name, as arrays: read, downloaded, or of scikit-learn."""
+"""The built-in datasets as arrays: read, downloaded, or of scikit-learn."""
 
 import gzip
 import os
@@ -71,7 +71,7 @@ def _torchvision(folder: Path | None, downloads: Path, *, name: str) -> tuple[Ar
         )
     except Exception as error:  # urllib, tarfile and torchvision raise a dozen kinds.
         tried = "downloaded to" if folder is None else "read from"
-        # Torchvision's advice is for who calls it.
+        # Torchvision's advice is meant for its caller.
         why = reason(error).removesuffix(" You can use download=True to download it")
         allowed = "" if folder is None else "; allowed: all its files, laid out as torchvision does"
         raise SettingsError(

@@ -29,7 +29,7 @@ from task.data.image_folder import (
 from task.data.images import check_memory, load_images, warn_once
 
 CACHE = Path("~/.cache/prowd")
-# A brightest pixel below this is told: a quarter of the levels is used.
+# A brightest pixel below this is reported: a quarter of the levels is used.
 _DARK = 64
 
 
@@ -80,12 +80,12 @@ class Dataset:
     @property
     def channels(self) -> int:
         """Channels of an image, 1 or 3."""
-        return self.train.pixels.shape[1]
+        return int(self.train.pixels.shape[1])
 
     @property
     def size(self) -> int:
         """Pixels a side."""
-        return self.train.pixels.shape[2]
+        return int(self.train.pixels.shape[2])
 
 
 def load_dataset(settings: Settings) -> Dataset:
@@ -95,6 +95,12 @@ def load_dataset(settings: Settings) -> Dataset:
     ------
     SettingsError
         If the folder is missing or does not hold the data, or a download fails.
+
+    Examples
+    --------
+    >>> data = load_dataset(Settings(dataset="digits"))
+    >>> len(data.train), data.num_classes, data.channels
+    (1437, 10, 1)
     """
     return _load(settings.dataset, settings.data_dir, settings.image_size)
 

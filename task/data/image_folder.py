@@ -50,7 +50,7 @@ _AFTER_PARTS = ("dataset", "data", "set", "split", "images", "image", "imgs", "i
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file of a class, and what tells whether it has changed."""
+    """A file of a class, and what shows whether it has changed."""
 
     name: str
     label: int
@@ -109,7 +109,7 @@ def find_parts(folder: Path) -> Parts:
     if len(alike) > max(1, len(parts)):
         parts = alike
     if not parts or (len(parts) == 1 < len(names) and not _has_folders(folder / parts[0])):
-        # Trains may well be told from buses.
+        # Trains and buses may well be classes.
         return Parts(folder)
     train, test = ([name for name in names if name.lower() == part] for part in ("train", "test"))
     if len(train) == 1 and len(test) == 1:

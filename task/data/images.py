@@ -73,7 +73,7 @@ def check_memory(images: int, channels: int, size: int) -> None:
 
 @lru_cache(maxsize=64)
 def warn_once(text: str) -> None:
-    """Log a line, in this process once: what it says holds for every folder that is loaded."""
+    """Log a line, in this process once: it holds for every folder that is loaded."""
     # The logger that Flower prints.
     getLogger("flwr").log(WARNING, "prowd: %s", text)
 
@@ -105,10 +105,10 @@ def _decode_all(names: list[str], image_size: int) -> np.ndarray:
 
 
 def _read(path: Path, count: int, image_size: int) -> np.ndarray | None:
-    """Read a cached array; None if there is none, or it is torn or another's."""
+    """Read a cached array; None if there is none, or it is torn or of another dataset."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            pixels = arrays["pixels"]
+            pixels: np.ndarray = arrays["pixels"]
         _check(pixels, count, image_size)
     except (FileNotFoundError, NotADirectoryError):
         return None

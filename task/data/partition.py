@@ -1,7 +1,7 @@
-"""How the training images are dealt: server's unlabelled buffer, validation part, clients.
+"""How the training images are partitioned: server's unlabelled buffer, validation part, clients.
 
-The server takes its share of the shuffled images first, and the clients are dealt the rest; where a
-file deals to the clients, the server takes its share of what that leaves.
+The server takes its share of the shuffled images first, and the clients share the rest; a
+partition file comes first, and the server takes its share of what the file leaves.
 """
 
 import warnings
@@ -27,19 +27,19 @@ class Partition:
 
 @lru_cache(maxsize=4)
 def partition(settings: Settings, num_partitions: int) -> Partition:
-    """Deal the training images of a dataset; the same settings give the same deal everywhere.
+    """Partition the training images; the same settings give the same partition everywhere.
 
     Raises
     ------
     SettingsError
         If there are not enough images for the buffer and every client, or the partition file does
-        not deal to so many clients.
+        not name so many clients.
     """
     labels = load_dataset(settings).train.labels
     if settings.partitioner == "file":
         clients = _clients_of_file(settings, len(labels), num_partitions)
     else:
-        clients = _dealt_clients(settings, labels, num_partitions)
+        clients = _drawn_clients(settings, labels, num_partitions)
     buffer = _in_order(settings, len(labels))[: settings.server_buffer]
     return Partition(buffer, _limited(clients, settings.samples_per_client))
 
@@ -56,7 +56,7 @@ def client_images(settings: Settings, partition_id: int, num_partitions: int) ->
 def server_pixels(settings: Settings) -> np.ndarray:
     """Return the server's buffer: images without labels, uint8 ``[n, channels, size, size]``."""
     train = load_dataset(settings).train
-    return train.pixels[_in_order(settings, len(train))[: settings.server_buffer]]
+    return train[_in_order(settings, len(train))[: settings.server_buffer]].pixels
 
 
 def evaluation_images(settings: Settings) -> Images:
@@ -77,7 +77,7 @@ def evaluation_images(settings: Settings) -> Images:
     return data.train[_in_order(settings, len(data.train))[settings.server_buffer : held]]
 
 
-def _dealt_clients(
+def _drawn_clients(
     settings: Settings, labels: np.ndarray, num_partitions: int
 ) -> Sequence[np.ndarray]:
     buffer, validation = settings.server_buffer, settings.validation_samples
@@ -86,8 +86,8 @@ def _dealt_clients(
             f"server-buffer: {buffer} and validation-samples {validation} of {len(labels)} "
             f"training images leave too few for {num_partitions} clients"
         )
-    dealt = _in_order(settings, len(labels))[buffer + validation :]
-    return [dealt[row] for row in _deal(labels[dealt], settings, num_partitions)]
+    left = _in_order(settings, len(labels))[buffer + validation :]
+    return [left[row] for row in _draw(labels[left], settings, num_partitions)]
 
 
 def _clients_of_file(
@@ -96,7 +96,7 @@ def _clients_of_file(
     clients = read_partition_file(settings.partition_file, num_images)
     if len(clients) != num_partitions:
         raise SettingsError(
-            f"partition-file: {settings.partition_file} deals to {len(clients)} clients; "
+            f"partition-file: {settings.partition_file} names {len(clients)} clients; "
             f"there are {num_partitions}"
         )
     return clients
@@ -118,8 +118,8 @@ def _in_order(settings: Settings, count: int) -> np.ndarray:
     order = _shuffled(count, settings.seed)
     if settings.partitioner != "file":
         return order
-    dealt = np.concatenate(read_partition_file(settings.partition_file, count))
-    left = order[~np.isin(order, dealt)]
+    taken = np.concatenate(read_partition_file(settings.partition_file, count))
+    left = order[~np.isin(order, taken)]
     buffer, validation = settings.server_buffer, settings.validation_samples
     if buffer + validation > len(left):
         raise SettingsError(
@@ -134,7 +134,7 @@ def _shuffled(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 1]).permutation(count)
 
 
-def _deal(labels: np.ndarray, settings: Settings, num_partitions: int) -> list[np.ndarray]:
+def _draw(labels: np.ndarray, settings: Settings, num_partitions: int) -> list[np.ndarray]:
     if settings.partitioner == "iid":
         return np.array_split(np.arange(len(labels)), num_partitions)
     # Importing the partitioners takes two seconds; only the label column passes through them.
@@ -142,13 +142,13 @@ def _deal(labels: np.ndarray, settings: Settings, num_partitions: int) -> list[n
     from flwr_datasets.partitioner import DirichletPartitioner
 
     alpha = settings.dirichlet_alpha
-    dealer = DirichletPartitioner(num_partitions, "label", alpha, seed=settings.seed)
-    dealer.dataset = Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
+    partitioner = DirichletPartitioner(num_partitions, "label", alpha, seed=settings.seed)
+    partitioner.dataset = Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
     try:
         # It warns of every attempt that it repeats, with a page of figures.
         with warnings.catch_warnings(action="ignore"):
             return [
-                np.array(dealer.load_partition(i).with_format("numpy")["index"])
+                np.array(partitioner.load_partition(i).with_format("numpy")["index"])
                 for i in range(num_partitions)
             ]
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A deal of the training images that the user wrote: which client holds which."""
+"""A partition of the training images that the user wrote: which client holds which."""
 
 import codecs
 import json
@@ -20,7 +20,7 @@ from core.files import printable, reason, user_path
 _MOST_BYTES_AN_IMAGE = 64
 
 
-class _Deal(BaseModel):
+class _PartitionFile(BaseModel):
     """What stands in the file."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -62,15 +62,15 @@ def read_partition_file(file: str, num_images: int) -> tuple[np.ndarray, ...]:
     except UnicodeDecodeError as error:
         raise _error(path, f"is not in UTF-8, as byte {error.start} shows") from None
     try:
-        dealt = _Deal.model_validate_json(data).clients
+        clients = _PartitionFile.model_validate_json(data).clients
         # Of two values under one key, it takes the last.
         json.loads(data, object_pairs_hook=partial(_refuse_twice, path))
     except ValidationError as error:
         raise _error(path, _first(error)) from None
-    if not dealt:
-        raise _error(path, "deals to no client")
+    if not clients:
+        raise _error(path, "names no client")
     owners: dict[int, int] = {}
-    for client, indices in enumerate(dealt):
+    for client, indices in enumerate(clients):
         if not indices:
             raise _error(path, f"gives client {client} no image")
         for index in indices:
@@ -80,10 +80,10 @@ def read_partition_file(file: str, num_images: int) -> tuple[np.ndarray, ...]:
                 )
             if index in owners:
                 raise _error(
-                    path, f"deals image {index} twice, to clients {owners[index]} and {client}"
+                    path, f"gives image {index} twice, to clients {owners[index]} and {client}"
                 )
             owners[index] = client
-    return tuple(np.array(indices, np.int64) for indices in dealt)
+    return tuple(np.array(indices, np.int64) for indices in clients)
 
 
 def fingerprint_of_file(file: str) -> str:
@@ -114,7 +114,7 @@ def _first(error: ValidationError) -> str:
     found = error.errors()[0]
     where = ".".join(map(str, found["loc"])) or "it"
     message = found["msg"].splitlines()[0]
-    return f'holds no deal as in {{"clients": [[0, 5], [2]]}}: {where}: {message}'
+    return f'holds no partition as in {{"clients": [[0, 5], [2]]}}: {where}: {message}'
 
 
 def _error(path: Path, what: str) -> SettingsError:

@@ -51,7 +51,7 @@ def decode(name: str, image_size: int) -> tuple[np.ndarray, bool]:
     SettingsError
         If it cannot be decoded, holds several images, or its mode has no known range.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         # Pillow's warnings would be printed between the lines of the log.
@@ -63,7 +63,7 @@ def decode(name: str, image_size: int) -> tuple[np.ndarray, bool]:
             image = _eight_bits(file, name)
     except SettingsError:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         known = "no image that is known here" if os.path.getsize(name) else "empty"
         raise _error(name, f"cannot be decoded: it is {known}") from None
     except Exception as error:  # On bad files Pillow raises a dozen kinds.
@@ -132,7 +132,7 @@ def _full_scale(file: Any, name: str) -> float:
     if file.mode in _EIGHT_BITS:
         return 0
     if file.mode in _SIXTEEN_BITS and file.format == "TIFF":
-        return 2 ** tags.get(_BITS, (16,))[0] - 1
+        return float(2 ** tags.get(_BITS, (16,))[0] - 1)
     # To Pillow, 16 bits are mode I in PGM files and, in older releases, in PNG files. It has scaled
     # a PGM file by its maximum.
     if file.mode in ("I", *_SIXTEEN_BITS) and file.format in ("PNG", "PPM"):
@@ -163,7 +163,7 @@ def _scaled(image: Any, full_scale: float, file: Any, name: str) -> Any:
 
 
 def _upright(file: Any) -> Any:
-    """Turn an image as its EXIF orientation says."""
+    """Turn an image by its EXIF orientation."""
     from PIL import ImageOps
 
     file.load()
@@ -174,7 +174,7 @@ def _upright(file: Any) -> Any:
 
 
 def _on_white(image: Any) -> Any:
-    """Return an image in RGB; what lies under transparent pixels is nothing that anybody sees."""
+    """Return an image in RGB; colours under transparent pixels are dropped."""
     from PIL import Image
 
     if image.mode not in ("LA", "PA", "RGBA", "RGBa") and "transparency" not in image.info:

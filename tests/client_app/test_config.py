@@ -20,4 +20,6 @@ def test_a_client_of_ones_own_reads_it():
 def test_our_client_refuses_what_it_would_not_heed(kind):
     node = ClientAppNode(0, 1, {"bit-mix": "32:1.0"})
     reply = node(message(kind, {"lr": 0.5, "epochs": 3}))
-    assert reply.error.reason.endswith("config: this client knows no epochs, lr; allowed: none")
+    assert reply.error.reason.endswith(
+        "config: this client has no use for epochs, lr; allowed: none"
+    )

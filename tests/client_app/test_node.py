@@ -19,7 +19,7 @@ def config(partition=0, of=4, **more):
 def test_without_bits_the_mix_says_which_partition_has_which_width(partition, bits):
     declaration = declare(config(partition), RUN)
     assert (declaration.bits, declaration.refused) == (bits, "")
-    # 1,437 training digits less 64 for the server, dealt to four.
+    # 1,437 training digits less 64 for the server, partitioned among four.
     assert declaration.num_examples in (343, 344)
 
 

@@ -120,8 +120,8 @@ def test_what_is_called_is_a_function(name):
 
 
 def test_flowers_strategies_are_named():
-    assert "strategy: 'flwr:3' is none of" in refusal(FlowerStrategy.named("3"))
-    assert "strategy: 'flwr:' is none of flwr:Bulyan" in refusal(FlowerStrategy)
+    assert "strategy: 'flwr:3' is not one of" in refusal(FlowerStrategy.named("3"))
+    assert "strategy: 'flwr:' is not one of flwr:Bulyan" in refusal(FlowerStrategy)
 
 
 def test_numpys_numbers_are_numbers():

@@ -18,7 +18,7 @@ def test_a_device_whose_program_uses_ray_is_not_simulated(monkeypatch, initializ
     assert not in_simulation()
 
 
-def test_an_actor_of_rays_is_simulated_and_nobody_else():
+def test_an_actor_of_rays_alone_is_simulated():
     assert not in_simulation()
     with in_an_actor():
         assert in_simulation()

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from containers import PATIENCE, Containers, wait_until
 
+from core.reference import PACKAGES
+
 PROJECT = Path(__file__).parents[2]
 NUM_SITES = 4
 
@@ -87,7 +89,7 @@ class Rehearsal(Containers):
         return self.services["superlink"].log.count('activate-node HTTP/1.1" 200')
 
 
-# A machine of somebody else, which reaches the port that the proxy publishes.
+# An outside machine, which reaches the port that the proxy publishes.
 INTRUDER = {
     "user": "49999:49999",
     "profiles": ["intruder"],
@@ -159,7 +161,7 @@ def story(rehearsal):
     app = f"/srv/prowd/prowd-runs/{source.name}"
     settings = {
         "num_server_rounds": 4,
-        # Whoever was away is waited for before a round, so that none is lost but by its fault.
+        # Nodes that were away are waited for before a round, so that each loss is the fault tested.
         "min_nodes": NUM_SITES,
         # So that the bytes tell what came.
         "lossless_coding": False,
@@ -188,7 +190,7 @@ def story(rehearsal):
 
 def copy_app(source: Path, folder: Path) -> None:
     """Write a copy of the app with the faults in its ClientApp and a clock in its ServerApp."""
-    for name in ("client_app", "prowd", "quant", "server_app", "strategies", "task"):
+    for name in PACKAGES:
         shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("LICENSE", "README.md"):
         shutil.copy(source / name, folder / name)

@@ -1,6 +1,6 @@
 """The two apps with faults in them: what the rehearsed run sends in place of prowd's own.
 
-The server's clock goes ahead by the round's timeout when nobody but the late client is to answer:
+The server's clock goes ahead by the round's timeout when only the late client is still to answer:
 so the timeout is one that no sound client can miss, however loaded the machine is.
 """
 

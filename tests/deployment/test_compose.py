@@ -29,7 +29,7 @@ def mounts(service):
     return {volume["source"]: volume for volume in service.get("volumes", [])}
 
 
-def test_nobody_is_root_and_only_the_proxy_is_published(compose):
+def test_no_service_is_root_and_only_the_proxy_is_published(compose):
     services = compose["services"]
     assert {s["user"] for s in services.values()} == {"49999:49999"}
     assert [name for name, s in services.items() if s.get("ports")] == ["proxy"]
@@ -109,7 +109,7 @@ def test_the_superlink_has_tls_and_asks_its_nodes_and_its_superexec_who_they_are
     assert flags["--isolation"] == "process"
 
 
-def test_nobody_is_insecure_but_towards_its_own_site(compose):
+def test_services_are_insecure_only_towards_their_own_site(compose):
     services = compose["services"]
     insecure = {name for name, service in services.items() if "--insecure" in words_of(service)}
     # A ClientApp's process reaches its site's SuperNode alone.

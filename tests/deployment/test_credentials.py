@@ -63,7 +63,7 @@ def test_a_site_is_added_without_changing_what_is_there(tmp_path):
     }
 
 
-def test_each_partys_secrets_are_its_own_and_readable_to_nobody_else(tmp_path):
+def test_each_partys_secrets_are_its_own_and_readable_to_no_other(tmp_path):
     files = make(tmp_path, "a", "b")
     secrets = [p for p in files if p.endswith((".key", ".secret"))]
     # Each superexec holds the secret of the process that it serves, and no other.
@@ -102,7 +102,7 @@ REFUSED = {"authority/ca.key", "sites/a/node.key"}
 
 
 def test_whatever_is_missing_is_made_anew_and_fits_or_is_refused(tmp_path):
-    """Whichever file it is: as after an interruption, or after somebody's mistake."""
+    """Whichever file it is: as after an interruption, or a mistake."""
     for path in make(tmp_path, "a"):
         before = contents(tmp_path)
         (tmp_path / path).unlink()

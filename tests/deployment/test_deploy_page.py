@@ -236,7 +236,7 @@ def test_a_site_cannot_bring_a_supernode_of_its_own(several):
 
 
 def test_the_superlinks_port_is_not_in_reach_of_a_site(several):
-    """Where its other interfaces ask nobody who he is; a site reaches the proxy alone."""
+    """Its other interfaces do not authenticate; a site reaches the proxy alone."""
 
     def dial(host, name, port):
         script = f"python -c \"import socket; socket.create_connection(('{name}', {port}), 600)\""

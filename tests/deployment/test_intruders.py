@@ -1,4 +1,4 @@
-"""What somebody can do who reaches the proxy but was given no key: nothing."""
+"""A machine that reaches the proxy without a key can do nothing."""
 
 import json
 import shutil

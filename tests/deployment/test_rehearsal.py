@@ -18,7 +18,7 @@ def test_a_run_completes_with_all_four_sites(rehearsal, story):
         assert set(entry["accuracy"]) == {"4", "8", "32", "average"}
 
 
-def test_after_its_serverapp_was_killed_it_goes_on_from_the_last_round(story):
+def test_after_its_serverapp_was_killed_it_resumes_from_the_last_round(story):
     assert story.killed_status == "finished:failed"
     assert [entry["round"] for entry in story.rounds] == [1, 2, 3, 4]
     assert story.rounds[:1] == story.before

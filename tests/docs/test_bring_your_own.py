@@ -58,8 +58,8 @@ def test_any_folder_of_images(home):
 
 def test_a_partition_file(home):
     folder = run(home, "Who holds which image: a partition file", model="cnn")
-    deal = json.loads((home / "deal.json").read_text())
-    assert [len(client) for client in deal["clients"]] == [500, 500]
+    parts = json.loads((home / "partition.json").read_text())
+    assert [len(client) for client in parts["clients"]] == [500, 500]
     # Neither client alone, of even or odd digits, gets further than the half.
     assert final_accuracy(folder) >= 0.6
     assert json.loads((folder / "rounds.jsonl").read_text().splitlines()[0])["left_out"] == {}

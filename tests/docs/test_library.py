@@ -1,4 +1,4 @@
-"""docs/library.md: somebody else's app, as it stands, with its own network, data and loops."""
+"""docs/library.md: another project's app, as it stands, with its own network, data and loops."""
 
 import importlib
 

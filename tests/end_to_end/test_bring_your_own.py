@@ -4,12 +4,12 @@ import shutil
 
 from documents import PROJECT, section
 
-FOLDERS = ("prowd", "core", "quant", "task", "exchange", "strategies", "client_app", "server_app")
+from core.reference import PACKAGES
 
 
 def test_a_model_sent_with_the_app_and_a_strategy_on_the_pythonpath(flower, tmp_path):
     app = tmp_path / "prowd"
-    for folder in FOLDERS:
+    for folder in PACKAGES:
         shutil.copytree(PROJECT / folder, app / folder)
     pyproject = (PROJECT / "pyproject.toml").read_text()
     added = pyproject.replace("fab-include = [", 'fab-include = [\n"my_package/**/*.py",')

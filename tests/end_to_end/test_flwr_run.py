@@ -77,6 +77,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_one_line(flower):
     assert "Traceback" not in run.output
 
 
+@pytest.mark.deployment
 def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
     """Two systems, begun together; the second call finds one of them done and runs the other."""
     (empty := tmp_path / "empty").mkdir()
@@ -135,8 +136,9 @@ def assert_all_widths_took_part(folder):
     assert last["left_out"] == {}
 
 
+@pytest.mark.deployment
 def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
-    """In Flower too, where a run goes on when `flwr run` alone is ended."""
+    """In Flower too, where a run continues when `flwr run` alone is ended."""
     plan, out = tmp_path / "long.toml", tmp_path / "out"
     plan.write_text(PLAN.format(title="Long", rounds=10_000))
     compare = flower.start_compare(plan, out)
@@ -152,6 +154,6 @@ def test_ctrl_c_stops_the_runs_of_a_comparison(flower, tmp_path):
     assert (out / "report.html").is_file()
     assert not (out / "half-B-seed3").exists()
     assert flower.status(run_id_of(out / "half-A-seed3.log")) == "finished:stopped"
-    # Nobody writes it any more, so that the same command can begin it anew.
+    # It is not written any more, so that the same command can begin it anew.
     with locked(rounds.parent):
         pass

@@ -1,4 +1,4 @@
-"""A run under `flwr run` whose ServerApp is killed, and the one line that goes on with it."""
+"""A run under `flwr run` whose ServerApp is killed, and the one line that resumes it."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def unbroken(output_dir: Path, rounds: int) -> Path:
     return output_dir / "whole"
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_unbroken_runs_model(flower, tmp_path):
+def test_a_killed_run_resumes_and_ends_with_the_unbroken_runs_model(flower, tmp_path):
     """Whatever the number of workers: two until it is killed, one after that."""
     folder = flower.output_dir / "killed"
     config = {**SETTINGS, "output-dir": str(flower.output_dir), "run-name": "killed"}
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_unbroken_runs_model(flower, tmp_
     file.write_text(text)
     resumed = flower.run_config("killed", str(file), ONE_AT_A_TIME)
     assert resumed.status == "finished:completed"
-    assert "prowd: going on after round " in resumed.output
+    assert "prowd: resuming after round " in resumed.output
     assert [entry["round"] for entry in resumed.rounds] == list(range(1, rounds + 1))
     model = (unbroken(tmp_path, rounds) / "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == model

@@ -1,4 +1,4 @@
-"""What a hostile or broken client may send: it is set aside by name, and the round goes on."""
+"""What a hostile or broken client may send: it is rejected by name, and the round continues."""
 
 import logging
 import struct
@@ -110,7 +110,7 @@ ALTERATIONS = {
 
 
 @pytest.mark.parametrize("kind", ALTERATIONS)
-def test_a_hostile_payload_is_set_aside_by_name_and_the_round_goes_on(kind):
+def test_a_hostile_payload_is_rejected_by_name_and_the_round_continues(kind):
     alter, reason = ALTERATIONS[kind]
     strategy, without = (
         FedAvg(context=with_w()),
@@ -131,7 +131,7 @@ def test_the_log_names_the_node(caplog):
         run_round(FedAvg(context=with_w()), federation(clients, STATE), STATE)
     finally:
         logging.getLogger("flwr").removeHandler(caplog.handler)
-    line = "Round 1 goes on without node 101 (partition 1): a scale is not finite"
+    line = "Round 1 continues without node 101 (partition 1): a scale is not finite"
     assert line in caplog.messages
 
 
@@ -154,7 +154,7 @@ def test_the_unaltered_payload_of_that_client_is_used():
         {"accuracy": float("nan")},
     ],
 )
-def test_a_report_that_cannot_be_true_is_set_aside(reported):
+def test_a_report_that_cannot_be_true_is_rejected(reported):
     strategy = FedAvg(context=with_w())
     client = honest(1, 2)
     client.reported = reported
@@ -181,7 +181,7 @@ def test_one_client_cannot_blow_up_the_model(name):
 
 
 @pytest.mark.parametrize("broadcast", ["float32", "calibrated"])
-def test_a_difference_that_ends_below_a_variance_of_zero_is_set_aside(broadcast):
+def test_a_difference_that_ends_below_a_variance_of_zero_is_rejected(broadcast):
     """Where the start is as it was sent: to the 8-bit clients, rounded with a variance of 0.5."""
 
     def moves_variance(by, bits=8):
@@ -262,7 +262,7 @@ def test_what_was_sent_in_one_round_is_refused_in_the_next(kept):
         assert strategy.round_log.rejected == {1: reasons[kept].format(server_round)}
 
 
-def test_an_evaluation_of_another_round_is_refused():
+def test_an_evaluation_of_another_round_is_rejected():
     strategy = FedAvg(context=with_w(fraction_evaluate=1.0))
     clients = [honest(0, 2), honest(1, 2)]
     clients[1].reported = {"server_round": 1}
@@ -302,7 +302,7 @@ def test_memory_stays_bounded_however_much_comes(size):
             content = RecordDict({REPORT: report(10)})
             content[UPDATE] = payload_record(bytes(size or 8_000_000))
             if size:
-                # A payload that is right, beside much that nobody asked for.
+                # A payload that is right, beside much that was not asked for.
                 content[UPDATE] = payload_record(encode(to_bits(STATE, 8), stamp=1))
                 content["more"] = ArrayRecord({"x": Array("uint8", (size,), "own", bytes(size))})
             yield Message(content, reply_to=message)
@@ -330,7 +330,7 @@ def test_an_array_that_claims_terabytes_is_never_made():
 
 
 @pytest.mark.parametrize(("steps", "used"), [(6, True), (7, False), (2**62, False)])
-def test_more_steps_than_the_examples_allow_are_set_aside(steps, used):
+def test_more_steps_than_the_examples_allow_are_rejected(steps, used):
     """FedCOMGATE divides every client's correction by the largest number of steps."""
     clients = [honest(i, 2, train=sends(1, difference=True)) for i in range(2)]
     clients[0].reported = {"steps": 3}
@@ -348,7 +348,7 @@ def test_more_steps_than_the_examples_allow_are_set_aside(steps, used):
 
 
 def test_a_number_of_steps_beyond_all_training_does_not_stop_the_others():
-    """Where nobody knows how many epochs clients train, it is believed."""
+    """Where the number of epochs is not known, the report is accepted."""
     assert effective_steps(2**62, 0.9) == pytest.approx(10 * 2**62)
     assert effective_steps(3, 0.5) == pytest.approx(1 + 1.5 + 1.75)
     clients = [honest(i, 2, train=sends(1, difference=True)) for i in range(2)]

@@ -43,9 +43,9 @@ def sent(grid, kind="train"):
     found = {}
     for message in grid.sent:
         if message.metadata.message_type == kind:
-            asked = Instruction.from_record(message.content[INSTRUCTION])
+            instruction = Instruction.from_record(message.content[INSTRUCTION])
             data = message.content[MODEL][MODEL].data if MODEL in message.content else None
-            found[message.metadata.dst_node_id] = (data, asked.downlink_bits)
+            found[message.metadata.dst_node_id] = (data, instruction.downlink_bits)
     return [found[node_id] for node_id in sorted(found)]
 
 

@@ -37,7 +37,7 @@ def test_the_first_node_to_speak_does_not_decide_for_all(claim):
     nodes = Nodes(wait=0.5)
     assert gathered(nodes, grid) == {101: 1, 102: 2, 103: 3}
     assert nodes.num_partitions == 4
-    # The number stays, whoever comes and goes.
+    # The number stays, also when nodes come and go.
     for node_id in (101, 102):
         del grid.nodes[node_id]
     grid.nodes |= {node_id: client(0, claim) for node_id in (104, 105)}
@@ -53,7 +53,7 @@ def test_a_tie_ends_the_run_in_one_line_that_names_the_numbers(claims, named):
     with pytest.raises(FederationError) as caught:
         Nodes(wait=0.3).gather(grid)
     assert str(caught.value) == (
-        f"num-partitions: as many nodes declare {named}; every --node-config must say the same"
+        f"num-partitions: as many nodes declare {named}; every --node-config must hold the same"
     )
 
 
@@ -103,7 +103,7 @@ def test_a_resumed_run_keeps_its_number_of_partitions():
     nodes.expect(2)
     grid = FirstSpeaks(federation([client(0, 3), client(1, 2), client(2, 3)], STATE).nodes)
     assert gathered(nodes, grid) == {101: 1}
-    # Where nobody speaks of it in time, the number is another, which the run then refuses.
+    # Where no node declares it in time, the number is another, which the run then refuses.
     nodes = Nodes(wait=0.3)
     nodes.expect(2)
     nodes.gather(federation([client(i, 3) for i in range(3)], STATE))
@@ -144,7 +144,7 @@ def test_a_node_declares_no_more_examples_than_there_are_images():
 
 
 def thirty_in(partition, parts):
-    """A deal of 30 examples, the last part the largest; there is none into more than three."""
+    """A partition of 30 examples, the last part the largest; there is none into more than three."""
     if parts > 3:
         raise SettingsError(f"too few for {parts} clients")
     return [10, 8, 12][partition]
@@ -168,7 +168,7 @@ def test_a_greedy_node_does_not_keep_the_partitions_own_one_out():
     assert gathered(nodes, federation(clients, STATE)) == {101: 0, 102: 1, 103: 2}
 
 
-def test_no_deal_is_made_before_it_is_decided_how_many_partitions_there_are():
+def test_no_partition_is_made_before_it_is_decided_how_many_partitions_there_are():
     asked = []
 
     def examples_of(partition, parts):
@@ -185,7 +185,7 @@ def test_no_deal_is_made_before_it_is_decided_how_many_partitions_there_are():
     assert set(asked) == {3}
 
 
-def test_nodes_of_a_number_of_partitions_without_a_deal_are_refused_with_the_reason():
+def test_nodes_of_a_number_of_partitions_without_a_partition_are_refused_with_the_reason():
     nodes = Nodes(wait=0.3, examples_of=thirty_in)
     grid = federation([client(i, 4) for i in range(4)], STATE)
     with pytest.raises(FederationError, match=r"0 nodes can take part.*too few for 4 clients"):
@@ -253,7 +253,7 @@ def test_nodes_are_waited_for_as_long_as_they_answer(most, monkeypatch):
     assert most <= clock.now <= most + 3
 
 
-def test_a_federation_of_nobody_is_said_to_be_one():
+def test_a_federation_without_nodes_is_named():
     with pytest.raises(FederationError, match=r"no node is connected after 0\.01 s"):
         Nodes(wait=0.01).gather(federation([], STATE))
     one = client(0, 1)

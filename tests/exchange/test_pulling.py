@@ -138,7 +138,7 @@ def test_a_superlink_that_fails_for_a_while_is_asked_again(link, monkeypatch, na
     assert not list(failures)
 
 
-def test_a_reply_that_is_refused_stays_so_where_the_superlink_fails_to_delete_it(link, monkeypatch):
+def test_a_rejected_reply_stays_so_where_the_superlink_fails_to_delete_it(link, monkeypatch):
     federation = Federation(link)
     federation.alter(too_many_objects)
     replies = federation.ask()
@@ -186,7 +186,7 @@ def listing(monkeypatch, data, indices):
 
 @pytest.mark.parametrize("kind", ["query", "train"])
 @pytest.mark.parametrize("readable", [True, False])
-def test_instructions_that_a_node_injects_knock_nobody_out(link, monkeypatch, kind, readable):
+def test_instructions_that_a_node_injects_disturb_no_other(link, monkeypatch, kind, readable):
     federation = Federation(link)
     content = RecordDict({"x": ConfigRecord({"x": 1}) if readable else unreadable(monkeypatch)})
     looks = []
@@ -255,7 +255,7 @@ def announce(federation):
     return uploads
 
 
-def test_a_reply_that_is_never_uploaded_holds_nobody_up(link):
+def test_a_reply_that_is_never_uploaded_holds_up_no_other(link):
     federation = Federation(link)
     replies = federation.ask(timeout=1.0)
     announce(federation)
@@ -415,7 +415,7 @@ def test_a_declaration_brings_no_arrays(link):
 
 
 def test_a_message_ends_with_its_round(link):
-    """A client that comes late is not given what nobody waits for any more."""
+    """A client that comes late is not given a message whose reply is not awaited any more."""
     federation = Federation(link)
     replies = federation.ask(timeout=0.5)
     link.at_pull = lambda: None
@@ -438,7 +438,7 @@ def test_a_message_is_there_throughout_its_round(link):
 
 
 def test_an_object_that_two_threads_bring_counts_once():
-    """A look that gives up leaves a thread of Flower's behind, which goes on downloading."""
+    """A look that gives up leaves a thread of Flower's behind, which continues to download."""
     objects = get_all_nested_objects(Array("uint8", (1000,), "own", bytes(1000)))
     arrival = pulling._Arrival()
     for _ in range(2):

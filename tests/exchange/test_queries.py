@@ -30,7 +30,7 @@ STATE = {"w": torch.linspace(-1, 1, 6).reshape(2, 3)}
 
 
 class Clock:
-    """Time passes only while somebody sleeps."""
+    """Time passes only in `sleep`."""
 
     now = 0.0
 
@@ -66,7 +66,7 @@ def two_nodes():
 
 
 def come_again(grid, node_id):
-    """As after a restart that nobody saw: the same ID, another activation."""
+    """As after an unnoticed restart: the same ID, another activation."""
     grid.activated[node_id] = str(int(grid.activated.get(node_id, "0")) + 1)
 
 
@@ -276,7 +276,7 @@ def test_a_node_that_answered_at_last_is_waited_for_again():
     assert grid.looks == 3
 
 
-def test_nobody_is_waited_for_where_every_partition_is_held():
+def test_no_node_is_waited_for_where_every_partition_is_held():
     grid = SlowToAnswer(two_nodes().nodes)
     nodes = Nodes(wait=600)
     nodes.gather(grid)

@@ -90,7 +90,7 @@ def of_base():
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("name", [*of_base(), *flower_names()])
-def test_the_run_goes_on_as_if_the_round_had_never_been(name):
+def test_the_run_continues_as_if_the_round_had_never_been(name):
     difference = name in ("fedpaq", "fedcom")
     disturbed, quiet = make(name), make(name)
     models, dropped = run(disturbed, (1, 2, 3, 4), [Client(i, difference) for i in range(5)])
@@ -220,7 +220,7 @@ def test_fedcomgate_begins_anew_after_a_dropped_round():
     clients = [Client(i, difference=True) for i in range(5)]
     _, dropped = run(strategy, (1, 2, 3, 4), clients)
     assert "not finite" in dropped[2]
-    epochs = [asked.tracking_epoch for asked in clients[0].instructions]
+    epochs = [instruction.tracking_epoch for instruction in clients[0].instructions]
     assert epochs[0] == epochs[1] != epochs[2] == epochs[3]
 
 

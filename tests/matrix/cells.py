@@ -26,6 +26,7 @@ OWN_SETTINGS: dict[str, dict[str, object]] = {
     "fedcom": {"fedcom-server-learning-rate": SERVER_STEP},
     "fedcomgate": {"fedcomgate-server-learning-rate": SERVER_STEP},
     "grouped-avg": {},
+    "grouped-avg-asymmetric": {},
     "local": {},
     "flwr:FedAvg": {},
     "flwr:FedAdam": {"flwr-arguments": "eta = 0.01"},
@@ -35,9 +36,8 @@ assert {name.partition(":")[0] for name in OWN_SETTINGS} == set(STRATEGIES)
 # Images of each client: of different numbers, so that a mean without weights is another one, and
 # so that some take three steps and others two.
 EXAMPLES = (9, 14, 8, 12, 10)
-ROUNDS = 3
-# It is killed in the round after this one.
-KEPT_ROUND = 2
+# The last is the one in which it is killed.
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def all_cells() -> list[Cell]:
     """Every strategy with every broadcast and training, on mixed widths and on low-bit ones."""
     crossed = product(OWN_SETTINGS, BROADCASTS, TRAININGS)
     cells = [Cell(*axes, MIXED) for axes in crossed]
-    # Without a Float32 client nobody trains otherwise, and no model travels otherwise: what is new
-    # is that the widest of the models is one of codes.
+    # Without a Float32 client no client trains otherwise, and no model travels otherwise: the
+    # new case is that the widest of the models is one of codes.
     spared = product(OWN_SETTINGS, ("float32", "calibrated"))
     cells += [Cell(strategy, broadcast, "strict", LOW) for strategy, broadcast in spared]
     cells += [Cell(strategy, widths=FLOAT32) for strategy in OWN_SETTINGS]

@@ -9,7 +9,7 @@ import torch
 from flwr.app import RecordDict
 from matrix.cells import LEARNING_RATE, SERVER_STEP
 from matrix.payloads import float64, returned_by, sent_to
-from matrix.rules import next_models
+from matrix.rules import GROUPED, next_models
 from matrix.running import Exchange, Trace
 from safetensors.torch import load_file
 
@@ -85,7 +85,7 @@ def rounds_the_model_that_it_has(trace: Trace) -> None:
     Under strategies that have one model for all widths. Calibrated rounding trades the errors of
     some weights for those of others: it stays on its grid, and not all codes are the nearest.
     """
-    if trace.cell.strategy in ("prowd", "grouped-avg"):
+    if trace.cell.strategy in ("prowd", *GROUPED):
         return
     farthest = 0.0
     for exchange in trace.exchanges:

@@ -10,7 +10,8 @@ from matrix.running import Trace
 
 # Server's step sizes on a mean difference; other rules take the mean of weights.
 STEPS = {"fedpaq": 1.0, "fedcom": SERVER_STEP, "fedcomgate": SERVER_STEP}
-MEANS = ("fedavg", "fedprox", "grouped-avg")
+GROUPED = ("grouped-avg", "grouped-avg-asymmetric")
+MEANS = ("fedavg", "fedprox", *GROUPED)
 
 
 def next_models(trace: Trace, strategy: str) -> list[Values]:
@@ -29,7 +30,7 @@ def _by_rule(trace: Trace, strategy: str, server_round: int) -> Values:
     if strategy == "local":
         return start
     updates = _updates(trace, server_round)
-    if strategy == "grouped-avg":
+    if strategy in GROUPED:
         # The model that a run passes on is that of the widest clients.
         widest = max(bits for bits, _, _ in updates)
         updates = [update for update in updates if update[0] == widest]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from federation import ClientAppNode, Node, SimulatedGrid
 from flwr.app import Context, Error, Message, RecordDict
-from matrix.cells import EXAMPLES, KEPT_ROUND, ROUNDS, Cell
+from matrix.cells import EXAMPLES, ROUNDS, Cell
 from torch import Tensor
 
 from exchange.protocol import INSTRUCTION, MODEL, REPORT, UPDATE, Instruction
@@ -110,11 +110,12 @@ class Watch:
     fails : tuple of int and int, or None
         This partition answers with an error in this round.
     killed : Path or None
-        Where the record is copied in the middle of a round: what is on the disk then is what
+        Where the record is copied in the middle of the last round: what is on the disk then is what
         signal 9 leaves.
     """
 
     folder: Path
+    rounds: int
     fails: tuple[int, int] | None = None
     killed: Path | None = None
     exchanges: list[Exchange] = field(default_factory=list)
@@ -143,7 +144,7 @@ class Watch:
         return answer
 
     def _kill(self, kind: str, server_round: int) -> None:
-        if self.killed is None or (kind, server_round) != ("train", KEPT_ROUND + 1):
+        if self.killed is None or (kind, server_round) != ("train", self.rounds):
             return
         answered = [e for e in self.exchanges if e.instruction.server_round == server_round]
         if len(answered) == _ANSWERED:
@@ -173,7 +174,7 @@ def run(
     rounds : int
         In all.
     resume, reverse : bool
-        Whether to go on in `folder`; whether the last client that was asked answers first.
+        Whether to resume in `folder`; whether the last client that was asked answers first.
     killed, fails
         As of `Watch`.
     on_grid : callable
@@ -182,13 +183,13 @@ def run(
         Others than the cell's, with underscores.
     """
     config = {**cell.settings(), "num-server-rounds": rounds}
-    config |= {"partition-file": str(_deal(cell, folder.parent))}
+    config |= {"partition-file": str(_write_partition(cell, folder.parent))}
     config |= {"output-dir": str(folder.parent), "run-name": folder.name}
     config |= {"resume": str(folder)} if resume else {}
     config |= {key.replace("_", "-"): value for key, value in settings.items()}
     count = len(cell.widths)
     nodes = [ClientAppNode(i, count, config) for i in range(count)]
-    watch = Watch(folder, fails, killed)
+    watch = Watch(folder, rounds, fails, killed)
     grid = SimulatedGrid({50 + i: watch.around(n) for i, n in enumerate(nodes)}, reverse)
     on_grid(grid)
     main(grid, Context(1, 0, {}, RecordDict(), config))
@@ -206,7 +207,7 @@ def _exchange(kind, partition, instruction, message, reply, node) -> Exchange:
     return Exchange(kind, partition, instruction, sent, returned, examples, correction)
 
 
-def _deal(cell: Cell, folder: Path) -> Path:
+def _write_partition(cell: Cell, folder: Path) -> Path:
     """Write which images each client holds."""
     ends = np.cumsum(EXAMPLES)
     clients = [list(range(end - n, end)) for n, end in zip(EXAMPLES, ends.tolist(), strict=True)]

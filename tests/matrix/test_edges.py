@@ -53,7 +53,7 @@ def test_a_resumed_run_samples_the_same_clients(strategy, tmp_path):
     cell = Cell(strategy, "calibrated", "strict")
     # Under this seed the last round is one of 2 and 8 bits; with wider ones, 8 bits trained in the
     # first round only.
-    sampled = {"fraction_train": 0.4, "seed": 19}
+    sampled = {"rounds": 3, "fraction_train": 0.4, "seed": 19}
     straight = run(cell, tmp_path / "straight", killed=tmp_path / "killed", **sampled)
     widths = [[cell.widths[e.partition] for e in straight.trained(r)] for r in straight.rounds]
     assert widths == [[8, 32], [4, 32], [2, 8]]
@@ -117,7 +117,7 @@ def test_settings_that_do_not_go_together_are_refused(cell, settings, beginning,
 
 
 def assert_refused(cell, folder, beginning, **settings):
-    """Nobody is asked to train, and one line says why, in the record as well."""
+    """No client is asked to train, and one line gives the reason, in the record as well."""
     grids = []
     with pytest.raises(SettingsError) as raised:
         run(cell, folder / "run", on_grid=grids.append, **settings)

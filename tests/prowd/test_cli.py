@@ -80,14 +80,14 @@ def test_whatever_ends_the_command_is_one_line(words, reason, run_folder, tmp_pa
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "the following arguments are required: COMMAND; prowd --help says what there is"),
+        ([], "the following arguments are required: COMMAND; prowd --help lists the options"),
         (["nix"], "argument COMMAND: invalid choice: 'nix' (choose from 'compare', 'report', "),
-        (["report"], "the following arguments are required: RUN_DIR; prowd report --help says wh"),
+        (["report"], "the following arguments are required: RUN_DIR; prowd report --help lists"),
         (
             ["export", "x", "--bits", "a\nb"],
             r"argument --bits: invalid int value: 'a\nb'; prowd exp",
         ),
-        (["compare", "x", "--nope\n"], "unrecognized arguments: --nope; prowd --help says what th"),
+        (["compare", "x", "--nope\n"], "unrecognized arguments: --nope; prowd --help lists the op"),
     ],
 )
 def test_a_command_that_is_none_is_one_line(words, line, capsys):
@@ -144,7 +144,7 @@ def test_the_version_and_the_help_wait_for_nothing(tmp_path):
     assert python("-c", f"import prowd; {code}", cwd=tmp_path).stdout.strip() == "set()"
 
 
-def test_an_output_that_nobody_reads_is_no_traceback(tmp_path):
+def test_a_closed_output_is_no_traceback(tmp_path):
     read, write = os.pipe()
     os.close(read)
     done = python("-m", "prowd", "--version", cwd=tmp_path, stdout=write)

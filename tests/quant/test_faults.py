@@ -44,7 +44,7 @@ ONE = torch.ones(1)
 
 @NON_FINITE
 @pytest.mark.parametrize("bits", [2, 8, 16])
-def test_whoever_rounds_refuses_what_is_not_finite(bad, bits):
+def test_rounding_refuses_what_is_not_finite(bad, bits):
     w, generator = torch.tensor([[bad, 1.0]]), torch.Generator().manual_seed(0)
     with pytest.raises(NonFiniteError, match="w: the weight is not finite: 1 of 2 values, as"):
         quantize_state({"w": w}, bits, {"w": ONE})

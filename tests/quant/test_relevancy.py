@@ -153,7 +153,7 @@ def test_a_long_vector_meets_the_best_prefix():
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.3])
 def test_a_long_vector_with_a_bound_beats_simple_choices(share):
-    # Rivals of the same size: the largest products, the best ratios, the largest |high|.
+    # Candidates of the same size: the largest products, the best ratios, the largest |high|.
     rng = np.random.default_rng(4)
     low, high = rng.normal(size=(2, 6000))
     count = round(share * 6000)
@@ -162,9 +162,9 @@ def test_a_long_vector_with_a_bound_beats_simple_choices(share):
     found = mask_cosine(mask, low, high)
     agree = low * high > 0
     for score in (low * high, np.where(agree, high / low, -1), np.where(agree, abs(high), -1)):
-        rival = np.zeros(6000)
-        rival[np.argsort(-score)[:count]] = 1
-        value = (rival * low) @ high / np.linalg.norm(rival * low) / np.linalg.norm(high)
+        candidate = np.zeros(6000)
+        candidate[np.argsort(-score)[:count]] = 1
+        value = (candidate * low) @ high / np.linalg.norm(candidate * low) / np.linalg.norm(high)
         assert found >= value - 1e-9
 
 

@@ -207,7 +207,7 @@ def mutations(data, rng, count):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8, 11, 16, 32])
-def test_every_altered_payload_is_refused(bits):
+def test_every_altered_payload_is_rejected(bits):
     data = encode(to_bits(small_state(), bits))
     decode(data, SPEC, bits)
     for altered in mutations(data, random.Random(bits), 1500):
@@ -227,14 +227,14 @@ def test_every_single_bit_matters():
 @pytest.mark.parametrize("bits", [2, 3, 5, 8, 11, 16, 32])
 def test_an_altered_payload_with_a_fitting_checksum_is_refused_or_sane(bits):
     data = encode(to_bits(small_state(), bits))
-    accepted = refused = 0
+    accepted = rejected = 0
     for altered in mutations(data, random.Random(bits), 1000):
         if len(altered) < TABLE:
             continue
         try:
             update = decode(with_checksum(altered), SPEC, bits)
         except UpdateError:
-            refused += 1
+            rejected += 1
             continue
         accepted += 1
         assert update.bits == bits
@@ -248,7 +248,7 @@ def test_an_altered_payload_with_a_fitting_checksum_is_refused_or_sane(bits):
         for value in update.dequantize().values():
             assert value.isfinite().all()
     assert accepted > 20
-    assert refused > 300
+    assert rejected > 300
 
 
 @pytest.mark.parametrize(
@@ -273,14 +273,14 @@ def test_header_edits_are_refused_by_name(position, value, message):
 
 
 @pytest.mark.parametrize("declared", [b for b in WIDTHS if b != 4])
-def test_another_width_than_declared_is_refused(declared):
+def test_another_width_than_declared_is_rejected(declared):
     data = encode(to_bits(small_state(), 4))
     with pytest.raises(UpdateError, match=f"4 bits; the client declared {declared}"):
         decode(data, SPEC, declared)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 17, 31, 255])
-def test_a_width_that_does_not_exist_is_refused(bits):
+def test_a_width_that_does_not_exist_is_rejected(bits):
     # A client that lies in its declaration and in the header alike.
     data = encode(to_bits(small_state(), 4))
     with pytest.raises(ValueError, match=f"bits: {bits} is not allowed"):
@@ -300,7 +300,7 @@ def test_a_width_that_does_not_exist_is_refused(bits):
     ],
 )
 @pytest.mark.parametrize("bits", [2, 16, 32])
-def test_another_model_is_refused(edit, bits):
+def test_another_model_is_rejected(edit, bits):
     shapes = {n: s for n, s in {**SPEC.shapes, **edit}.items() if s is not None}
     state = {name: torch.ones(shape) for name, shape in shapes.items()}
     with pytest.raises(UpdateError):
@@ -308,18 +308,18 @@ def test_another_model_is_refused(edit, bits):
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.0, -0.5, -1e-45, torch.inf, -torch.inf, torch.nan])
-def test_a_scale_that_is_not_a_positive_number_is_refused(scale):
+def test_a_scale_that_is_not_a_positive_number_is_rejected(scale):
     with pytest.raises(UpdateError, match="a scale is not"):
         decode(tiny_payload(scale=scale), TINY_SPEC, 2)
 
 
 @pytest.mark.parametrize("bias", [torch.inf, -torch.inf, torch.nan])
-def test_a_float_that_is_not_finite_is_refused(bias):
+def test_a_float_that_is_not_finite_is_rejected(bias):
     with pytest.raises(UpdateError, match="not finite"):
         decode(tiny_payload(bias=bias), TINY_SPEC, 2)
 
 
-def test_a_code_below_the_grid_is_refused():
+def test_a_code_below_the_grid_is_rejected():
     # Patterns 0 1 2 3 in place of 3 1 2 3: the first stands for -2, which 2 bits do not have.
     with pytest.raises(UpdateError, match="below the symmetric grid"):
         decode(tiny_payload(codes=228), TINY_SPEC, 2)
@@ -327,7 +327,7 @@ def test_a_code_below_the_grid_is_refused():
 
 @pytest.mark.parametrize("bits", [2, 3, 8, 16])
 @pytest.mark.parametrize(("largest", "accepted"), [(0.9e8, True), (1.1e8, False), (3e38, False)])
-def test_a_grid_that_no_network_needs_is_refused(bits, largest, accepted):
+def test_a_grid_that_no_network_needs_is_rejected(bits, largest, accepted):
     # The grid reaches to scale * largest code; 1e8 is the limit.
     code = largest_code(bits)
     tensor = QuantizedTensor(torch.full((1, 2), code), torch.tensor([largest / code]))
@@ -340,7 +340,7 @@ def test_a_grid_that_no_network_needs_is_refused(bits, largest, accepted):
             decode(data, spec, bits)
 
 
-def test_a_float_that_no_network_needs_is_refused():
+def test_a_float_that_no_network_needs_is_rejected():
     data = encode(Update(32, "weights", {}, {"w": torch.tensor([3e38, 0.0])}))
     with pytest.raises(UpdateError, match=r"a value exceeds 1e\+08"):
         decode(data, UpdateSpec({"w": (2,)}), 32)
@@ -372,17 +372,17 @@ def test_quantized_differences_are_unbiased_and_within_their_variance_bound(bits
 
 
 @pytest.mark.parametrize("data", [b"", b"P", b"PRWD", bytes(15), bytes(16), bytes(10_000)])
-def test_short_and_empty_payloads_are_refused(data):
+def test_short_and_empty_payloads_are_rejected(data):
     with pytest.raises(UpdateError):
         decode(data, SPEC, 4)
 
 
-def peak_of_refusal(data, spec, bits):
-    def refuse():
+def peak_of_rejection(data, spec, bits):
+    def reject():
         with pytest.raises(UpdateError):
             decode(data, spec, bits)
 
-    return peak_memory(refuse)
+    return peak_memory(reject)
 
 
 @pytest.mark.parametrize("bits", [4, 32])
@@ -395,12 +395,12 @@ def test_a_claim_of_terabytes_is_refused_without_allocation(bits):
         data[: TABLE + 12] + struct.pack("<II", big, big) + data[TABLE + 20 :],
     ]
     for claim in claims:
-        assert peak_of_refusal(with_checksum(claim), SPEC, bits) < 200_000
+        assert peak_of_rejection(with_checksum(claim), SPEC, bits) < 200_000
     # And a short payload for a model that is as large.
     huge = UpdateSpec({"w": (big, big)}, {"w"})
     table = struct.pack("<HcBBII", 1, b"w", int(bits == 4), 2, big, big)
     header = struct.pack("<4sBBBBIQ", b"PRWD", 8, bits, 0, 0, len(table), 0)
-    assert peak_of_refusal(with_checksum(header + table), huge, bits) < 200_000
+    assert peak_of_rejection(with_checksum(header + table), huge, bits) < 200_000
 
 
 def test_encoding_refuses_what_is_not_finite():

@@ -209,7 +209,7 @@ def kill_and_resume(folder: Path, kills: int, config: dict) -> list[dict]:
         if (broken / "checkpoint" / "last.safetensors").exists():
             done, now = read_checkpoint(broken).server_round, {**config, "resume": str(broken)}
         elif broken.exists():
-            # Killed before the first round: there is nothing to go on with.
+            # Killed before the first round: there is nothing to resume.
             broken.rename(folder / f"unbegun{len(attempts)}")
         if phase is None:
             code = attempt(now, folder / "broken.log", lambda _: None)

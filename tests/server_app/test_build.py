@@ -128,7 +128,7 @@ def test_a_class_of_the_users_own_takes_the_common_settings_and_its_own(own):
     assert strategy.context.fraction_train == 0.5
     expected = Kinds(server_rate=2.5, name='a "b" = c', layers=[3], exact=False)
     assert strategy.options == expected
-    # What is recorded holds the defaults too, and is read as the same when the run goes on.
+    # What is recorded holds the defaults too, and is read as the same when the run is resumed.
     recorded = options["strategy-options"]
     assert tomllib.loads(f"x = {{{recorded}}}")["x"] == {
         "server-rate": 2.5,

@@ -1,4 +1,4 @@
-"""The poster's first table as a contract: what every system really puts on the wire, per width.
+"""The paper's first table as a contract: what every system really puts on the wire, per width.
 
 The real ClientApp and the real server loop run over an in-process grid that keeps every message. A
 payload says its own width in byte 5 of the header; its length is what that width takes.
@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
 import client_app.app as client_app
-from client_app.memory import own_model
+from client_app.state_store import own_model
 from core.run_record import CONFIG, ROUNDS, SUMMARY, Config, Round, Summary
 from core.seeds import derive_seed
 from core.settings import Settings
@@ -46,6 +46,7 @@ TABLE = {
     "fedcomgate": ({"strategy": "fedcomgate", "fedcomgate-bits": 8}, 8, 32),
     "fedcom at the client's own bits": ({"strategy": "fedcom"}, OWN, 32),
     "grouped-avg": ({"strategy": "grouped-avg"}, OWN, 32),
+    "grouped-avg-asymmetric": ({"strategy": "grouped-avg-asymmetric"}, OWN, 32),
     "local": ({"strategy": "local"}, 0, 32),
     "prowd": ({"strategy": "prowd", "broadcast": "float32"}, OWN, 32),
     "prowd, rounded by the server": ({"strategy": "prowd"}, OWN, OWN),
@@ -282,7 +283,7 @@ def test_local_strict_clients_are_evaluated_on_the_grid_they_trained_on(tmp_path
         bits = {0: 2, 1: 4, 2: 8}[node.config["partition-id"]]
         asked = [m for m in grid.sent if m.metadata.message_type == "evaluate"][-1]
         with in_an_actor():
-            job = client_app._open(asked, node.context)
+            job = client_app._read_job(asked, node.context)
         assert job.client.bits == bits
         evaluated = at_width(job.model, job.settings, bits)
         set_scales(evaluated, job.scales)
@@ -291,7 +292,7 @@ def test_local_strict_clients_are_evaluated_on_the_grid_they_trained_on(tmp_path
             assert torch.equal(layer.weight_scale, scales[f"{name}.weight"])
 
 
-def test_a_local_client_whose_reply_was_lost_goes_on_from_its_own_model(tmp_path):
+def test_a_local_client_whose_reply_was_lost_continues_from_its_own_model(tmp_path):
     """The server sends it the common start once more; it still has its model and uses that."""
     _, grid = run(tmp_path, FLOAT, strategy="local")
     node = grid.nodes[10]
@@ -299,11 +300,11 @@ def test_a_local_client_whose_reply_was_lost_goes_on_from_its_own_model(tmp_path
     first = next(m for m in grid.sent if m.metadata.message_type == "train")
     assert MODEL in first.content
     with in_an_actor():
-        job = client_app._open(first, node.context)
+        job = client_app._read_job(first, node.context)
     assert all(torch.equal(federated_state(job.model)[n], t) for n, t in kept.items())
     node.lose_state()
     with in_an_actor():
-        job = client_app._open(first, node.context)
+        job = client_app._read_job(first, node.context)
     assert not all(torch.equal(federated_state(job.model)[n], t) for n, t in kept.items())
 
 
@@ -340,13 +341,13 @@ def test_the_ladder_follows_more_than_two_widths(tmp_path):
         ({"strategy": "fedpaq", "fedpaq-bits": 17}, "fedpaq-bits: 17 is not allowed"),
         ({"strategy": "fedcom", "fedcom-bits": 1}, "fedcom-bits: 1 is not allowed"),
         ({"strategy": "fedcomgate", "local-epochs": 0}, "local-epochs: 0 is not allowed"),
-        ({"strategy": "flwr:FedNova"}, "strategy: 'flwr:FedNova' is none of"),
+        ({"strategy": "flwr:FedNova"}, "strategy: 'flwr:FedNova' is not one of"),
         ({"strategy": "flwr"}, "strategy: there is no 'flwr'"),
         ({"strategy": "fedavg:x"}, "strategy: there is no 'fedavg:x'"),
         ({"strategy": "flwr:QFedAvg"}, "QFedAvg needs client_learning_rate"),
     ],
 )
-def test_bad_settings_of_the_rivals_are_one_line_and_no_run(tmp_path, settings, reason):
+def test_bad_settings_of_the_baselines_are_one_line_and_no_run(tmp_path, settings, reason):
     with pytest.raises(ValueError, match=r"."):
         run(tmp_path, FLOAT, **settings)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -51,7 +51,7 @@ class Mute(Exception):
 
 @pytest.fixture(autouse=True)
 def handlers(monkeypatch):
-    """Forget the exit handlers of other tests; Flower's logger hears no ending of this one."""
+    """Forget the exit handlers of other tests; Flower's logger filters no ending of this one."""
     monkeypatch.setattr(logging.getLogger("flwr"), "filters", [])
     monkeypatch.setattr("flwr.supercore.exit.exit_handler.registered_exit_handlers", [])
 
@@ -192,7 +192,7 @@ def test_a_traceback_that_cannot_be_kept_is_shown(folder, said):
     assert "Traceback" in said.of_server[-1]
 
 
-def test_ctrl_c_goes_on_as_it_is(folder, said):
+def test_ctrl_c_is_passed_on(folder, said):
     assert type(run(folder, raising(KeyboardInterrupt()))) is KeyboardInterrupt
     assert_failed(folder, said, "interrupted in round 3")
 
@@ -285,7 +285,7 @@ def test_a_superlink_that_is_gone_is_told(folder, said, monkeypatch):
     assert_failed(
         folder,
         said,
-        "the SuperLink that started this run has ended; docs/resume.md says how to go on",
+        "the SuperLink that started this run has ended; docs/resume.md says how to resume",
     )
 
 
@@ -318,12 +318,12 @@ def signals(monkeypatch):
 def test_a_signal_is_named(folder, said, signals, number, by):
     raised = run(folder, lambda _: signal.raise_signal(number))
     assert type(raised) is SystemExit
-    assert_failed(folder, said, f"stopped by {by}; docs/resume.md says how to go on")
+    assert_failed(folder, said, f"stopped by {by}; docs/resume.md says how to resume")
     assert not (folder / TRACEBACK).exists()
 
 
 def test_what_fails_after_flower_has_ended_the_run_is_not_the_reason(folder, said):
-    """In simulation the run's thread goes on for seconds, with clients that are gone."""
+    """In simulation the run's thread continues for seconds, with clients that are gone."""
 
     def happens(record):
         log(ERROR, "The ActorPool is empty. %s", "Too few.")
@@ -357,7 +357,7 @@ def test_a_record_that_is_opened_after_the_end_says_failed(folder, said):
 @pytest.mark.parametrize(
     ("round_begun", "reason"),
     [
-        (2, "stopped by a signal, as SIGTERM; docs/resume.md says how to go on"),
+        (2, "stopped by a signal, as SIGTERM; docs/resume.md says how to resume"),
         (
             0,
             "Flower's simulation has ended before the first round: a signal stopped it, or it "
@@ -453,7 +453,7 @@ def test_a_summary_that_cannot_be_written_is_a_line_of_its_own(folder, said):
     assert second == f"output-dir: {folder}/summary.json cannot be written: Is a directory"
 
 
-def test_a_second_run_of_a_process_hears_nothing_of_the_first(tmp_path, said):
+def test_a_second_run_of_a_process_is_not_affected_by_the_first(tmp_path, said):
     first, second = tmp_path / "first", tmp_path / "second"
 
     def lacks(_):

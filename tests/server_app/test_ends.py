@@ -110,7 +110,7 @@ def recorded_line_of(end: End) -> str:
 
 @contextmanager
 def folder_for_all() -> Iterator[Path]:
-    """A folder that is closed to nobody, as those of the tests are but to root."""
+    """A folder that other users may enter, as those of the tests are not."""
     folder = Path(tempfile.mkdtemp())
     try:
         folder.chmod(0o777)
@@ -122,7 +122,7 @@ def folder_for_all() -> Iterator[Path]:
 # Settings ----------------------------------------------------------------------------------------
 
 EVERY = [(key, *wrong) for key, field in all_settings() for wrong in wrong_values(field)]
-# Without an output-dir there is no record, and what cannot be gone on with keeps its own.
+# Without an output-dir there is no record, and what cannot be resumed keeps its own.
 UNRECORDED = ("output-dir", "resume")
 
 
@@ -148,7 +148,10 @@ PATHS = [
 ]
 TEXTS = [
     ({"strategy": "fedsgd"}, "strategy: there is no 'fedsgd'; allowed: prowd, fedavg, "),
-    ({"strategy": "flwr:FedXgbBagging"}, "strategy: 'flwr:FedXgbBagging' is none of flwr:Bulyan, "),
+    (
+        {"strategy": "flwr:FedXgbBagging"},
+        "strategy: 'flwr:FedXgbBagging' is not one of flwr:Bulyan, ",
+    ),
     ({"strategy": "a:b:c"}, "strategy: 'a:b:c' is not written as package.module:name"),
     ({"strategy": "no_such:S"}, "strategy: 'no_such:S' cannot be imported (ModuleNotFoundError: "),
     ({"strategy": "toy:S"}, f"strategy: toy ({Path(__file__).parents[1]}/toy.py) has no 'S'"),
@@ -278,7 +281,7 @@ def image_folder(base: Path, name: bytes) -> Path:
 
 
 DATA = {"dataset": "image-folder"}
-DEAL = {"partitioner": "file"}
+PARTITION = {"partitioner": "file"}
 FILES = [
     ("data-dir", DATA, "missing", "data-dir: there is no folder {}"),
     ("data-dir", DATA, "text", "data-dir: {} is no folder"),
@@ -288,12 +291,12 @@ FILES = [
     ("data-dir", DATA, "\x1b[2J", r"data-dir: there is no folder {}"),
     ("data-dir", DATA, "x" * 300, "data-dir: {} cannot be read: File name too long"),
     ("data-dir", {"dataset": "fashion-mnist"}, "missing", "data-dir: there is no folder {}"),
-    ("partition-file", DEAL, "missing", "partition-file: {} cannot be read: No such file"),
-    ("partition-file", DEAL, "line\nend", "partition-file: {} is no regular file"),
-    ("partition-file", DEAL, "bytes", "partition-file: {} is not in UTF-8, as byte 0 shows"),
-    ("partition-file", DEAL, "torn", "partition-file: {} holds no deal as in "),
-    ("partition-file", DEAL, "list", "partition-file: {} holds no deal as in "),
-    ("partition-file", DEAL, "\x1b[2J", "partition-file: {} cannot be read: No such file"),
+    ("partition-file", PARTITION, "missing", "partition-file: {} cannot be read: No such file"),
+    ("partition-file", PARTITION, "line\nend", "partition-file: {} is no regular file"),
+    ("partition-file", PARTITION, "bytes", "partition-file: {} is not in UTF-8, as byte 0 shows"),
+    ("partition-file", PARTITION, "torn", "partition-file: {} holds no partition as in "),
+    ("partition-file", PARTITION, "list", "partition-file: {} holds no partition as in "),
+    ("partition-file", PARTITION, "\x1b[2J", "partition-file: {} cannot be read: No such file"),
 ]
 
 
@@ -337,7 +340,7 @@ def test_a_path_that_is_none_is_refused(tmp_path, setting, path, why):
 
 
 def test_a_home_that_is_not_in_utf8_is_refused(tmp_path, monkeypatch):
-    """It may be, but the file that goes on with the run is TOML, which is."""
+    """It may be, but the file that resumes the run is TOML, which is."""
     monkeypatch.setenv("HOME", str(tmp_path / NO_UTF8))
     expected = rf"output-dir: {tmp_path}/b\xff/runs/run is not in UTF-8; allowed: a path that is"
     assert line_of(end_of(Path("~/runs"), {})) == expected
@@ -354,7 +357,7 @@ def test_a_name_that_is_taken_leaves_that_run_alone(tmp_path):
     ("setting", "changes", "start"),
     [
         ("data-dir", DATA, "data-dir: {} cannot be read: Permission denied"),
-        ("partition-file", DEAL, "partition-file: {} cannot be read: Permission denied"),
+        ("partition-file", PARTITION, "partition-file: {} cannot be read: Permission denied"),
         ("output-dir", {}, "output-dir: {}/run cannot be made: Permission denied"),
         ("resume", {}, "resume: {} cannot be opened: Permission denied"),
     ],
@@ -371,7 +374,7 @@ def test_what_is_closed_to_us_is_named(setting, changes, start):
 
 @pytest.fixture(scope="module")
 def completed(tmp_path_factory):
-    """A run that is over: only more rounds would go on with it."""
+    """A run that is over: only more rounds would resume it."""
     end = end_of(tmp_path_factory.mktemp("completed"), {})
     assert end.summary["status"] == "completed"
     return end.folder
@@ -399,7 +402,7 @@ RESUMES = [
     ("config.json", b"[]", MORE, "{}/config.json cannot be read: no object"),
     ("config.json", PIPE, MORE, "{}/config.json cannot be read: it is no regular file"),
     ("config.json", DEEP, MORE, "{}/config.json cannot be read: maximum recursion depth"),
-    (LAST, PIPE, MORE, f"{{}}/{LAST} is no regular file"),
+    (LAST, PIPE, MORE, f"{{}}/{LAST} is no checkpoint that can be read: it is no regular file"),
     (
         "rounds.jsonl",
         PIPE,
@@ -421,12 +424,12 @@ RESUMES = [
     ),
     ("rounds.jsonl", b"", MORE, "{}/rounds.jsonl does not hold the 1 rounds of the checkpoint: "),
     ("", None, {"seed": 1, **MORE}, "the checkpoint is of another run: seed is 1 and was 0"),
-    ("", None, {}, "{} is completed with its 1 rounds; a higher num-server-rounds goes on with it"),
+    ("", None, {}, "{} is completed with its 1 rounds; a higher num-server-rounds resumes it"),
 ]
 
 
 @pytest.mark.parametrize(("name", "data", "changes", "start"), RESUMES)
-def test_a_run_that_cannot_be_gone_on_with_is_named_and_left_alone(
+def test_a_run_that_cannot_be_resumed_is_named_and_left_alone(
     tmp_path, completed, name, data, changes, start
 ):
     folder = tmp_path / "line\nend"
@@ -507,7 +510,7 @@ MODELS = [
 def test_a_model_is_named_with_what_is_wrong(tmp_path, name, start):
     line = recorded_line_of(end := end_of(tmp_path, {"model": f"faulty_models:{name}"}))
     assert line.removeprefix(f"model: 'faulty_models:{name}'").lstrip(": ").startswith(start)
-    # What is nobody's doing but the code's keeps where it was.
+    # A fault of the code itself keeps its place.
     assert ("failed" in line) == (end.folder / TRACEBACK).exists() == ("; traceback in " in line)
 
 
@@ -625,14 +628,14 @@ def test_a_strategy_is_named_with_what_is_wrong(tmp_path, name, start):
 
 
 @pytest.mark.parametrize(("name", "start"), SAYING)
-def test_a_strategy_is_told_what_it_asks_or_reports_in_vain(tmp_path, name, start):
+def test_a_strategys_useless_requests_and_reports_are_named(tmp_path, name, start):
     end = end_of(tmp_path, {"strategy": f"faulty_strategies:{name}"})
     assert recorded_line_of(end).startswith(start)
     assert not (end.folder / TRACEBACK).exists()
 
 
 def test_what_a_strategys_code_returned_is_laid_beside_it(tmp_path):
-    """Nobody can know whether it was the cause, but where to look."""
+    """It need not be the cause, but shows where to look."""
     end = end_of(tmp_path, {"strategy": "faulty_strategies:ModelForNothing"})
     line = recorded_line_of(end)
     assert line.startswith("the run failed in round 1: AttributeError: 'NoneType' object has no ")
@@ -731,7 +734,7 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     def long_name(*_):
         raise OSError(36, "File name too long")
 
-    monkeypatch.setattr("client_app.memory._rounds", long_name)
+    monkeypatch.setattr("client_app.state_store._rounds", long_name)
     node_config = {"bits": 8, "state-dir": str(tmp_path / "own")}
     end = end_of(tmp_path, {"strategy": "fedcomgate"}, InProcessGrid, node_config)
     first, _ = end.log.ends_of_clients()
@@ -744,7 +747,7 @@ def test_a_checkpoint_that_a_simulated_client_cannot_write_is_named(tmp_path, mo
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("client_app.memory.write_atomic", full)
+    monkeypatch.setattr("client_app.state_store.write_atomic", full)
     end = end_of(tmp_path, {"strategy": "local"})
     first, _ = end.log.ends_of_clients()
     assert first.startswith(f"output-dir: {tmp_path}/run/checkpoint/clients/")

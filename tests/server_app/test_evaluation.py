@@ -346,7 +346,6 @@ def run(tmp_path, monkeypatch, **settings):
     [
         ("prowd", "auto", "strict"),
         ("grouped-avg", "calibrated", "qat"),
-        ("fedcom", "nearest", "strict"),
     ],
 )
 def test_clients_start_on_exactly_the_codes_that_were_evaluated(
@@ -366,10 +365,10 @@ def test_clients_start_on_exactly_the_codes_that_were_evaluated(
         assert torch.equal(tensor.scale, first[name].scale)
         assert torch.equal(tensor.codes, first[name].codes) == (broadcast == "nearest")
     for message in trained[3:]:
-        asked = Instruction.from_record(message.content[INSTRUCTION])
+        instruction = Instruction.from_record(message.content[INSTRUCTION])
         node = grid.nodes[message.metadata.dst_node_id]
         bits = (2, 4, 32)[node.config["partition-id"]]
-        assert (asked.server_round, asked.downlink_bits) == (2, bits)
+        assert (instruction.server_round, instruction.downlink_bits) == (2, bits)
         sent = decode(message.content[MODEL][MODEL].data, SPEC, bits)
         model, weights, scales = models[bits]
         assert_same_update(sent, model)
@@ -377,7 +376,7 @@ def test_clients_start_on_exactly_the_codes_that_were_evaluated(
             continue
         # And what the client then computes with is what the server evaluated with.
         with in_an_actor():
-            job = client_app._open(message, node.context)
+            job = client_app._read_job(message, node.context)
         network = at_width(job.model, job.settings, bits)
         set_scales(network, job.scales)
         for name, layer in quantized_layers(network):

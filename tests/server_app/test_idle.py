@@ -83,11 +83,11 @@ def test_the_defaults_are_no_news():
         ),
         (
             {"resume": "/runs/a", "output-dir": "/runs", "run-name": "b"},
-            "run-name: 'b' has no effect with resume, which goes on with that run's record",
+            "run-name: 'b' has no effect with resume, which continues that run's record",
         ),
         (
             {"resume": "/runs/a", "output-dir": "/other"},
-            "output-dir: '/other' has no effect with resume, which goes on with that run's record",
+            "output-dir: '/other' has no effect with resume, which continues that run's record",
         ),
     ],
 )

@@ -88,7 +88,7 @@ def test_weights_have_a_file_of_their_own_and_histograms_in_tensorboard(tmp_path
     assert (value.bucket_limit, value.bucket) == ([-2, 0, 2, 4], [1, 0, 2, 2])
 
 
-def test_a_record_that_is_gone_on_with_holds_the_weights_of_every_round_once(tmp_path):
+def test_a_resumed_record_holds_the_weights_of_every_round_once(tmp_path):
     record = RunRecord(tmp_path / "run")
     record.write_config({})
     for server_round in (1, 2, 3):

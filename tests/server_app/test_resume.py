@@ -1,4 +1,4 @@
-"""Going on with a run: as if it had never stopped, or refused with the reason."""
+"""Resuming a run: as if it had never stopped, or refused with the reason."""
 
 import json
 import os
@@ -8,21 +8,21 @@ import shutil
 import subprocess
 import tomllib
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 from closed import closed_to_us
 from federation import ClientAppNode, InProcessGrid, SimulatedGrid
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.run import RunNotRunningException
-from safetensors import safe_open
 from safetensors.numpy import save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.errors import SettingsError
+from core.tensor_files import read_tensors, to_bytes
 from exchange.protocol import INSTRUCTION
 from server_app.app import main
 from server_app.checkpoint import read_checkpoint
@@ -112,7 +112,7 @@ def test_two_rounds_and_one_more_are_three(tmp_path, system):
             assert torch.equal(tensor, getattr(other, kept)[name]), name
 
 
-def test_a_wider_ladder_goes_on_where_it_was(tmp_path):
+def test_a_wider_ladder_resumes_where_it_was(tmp_path):
     """The dequantizer that a resumed run grows keeps its trained blocks."""
     own = {"strategy": "prowd", "prowd-finetune-every": 1, "prowd-finetune-steps": 1}
     folder = run(tmp_path, 1, **own)
@@ -194,7 +194,7 @@ def test_the_record_tells_what_it_was_made_with(two_rounds):
     assert [e["settings"]["num-server-rounds"] for e in config["earlier"]] == [2, 3]
 
 
-def test_the_settings_to_go_on_with_stand_ready_in_a_file(two_rounds):
+def test_the_settings_to_resume_are_in_a_file(two_rounds):
     given = tomllib.loads((two_rounds / "checkpoint" / "resume.toml").read_text())
     config = json.loads((two_rounds / "config.json").read_text())["settings"]
     assert given.pop("resume").endswith("/run")
@@ -251,15 +251,9 @@ def test_another_run_is_refused_in_one_line_and_the_record_left_alone(two_rounds
 def put_back(folder, **changes):
     """Rewrite the head of a checkpoint, with a checksum that fits."""
     path = folder / "checkpoint" / "last.safetensors"
-    with safe_open(path, "np") as file:
-        head = json.loads(file.metadata()["prowd"]) | changes
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    text = json.dumps(head)
-    hashed = text.encode() + b"".join(
-        f"{name} {arrays[name].dtype} {arrays[name].shape}".encode() + arrays[name].tobytes()
-        for name in sorted(arrays)
-    )
-    path.write_bytes(save(arrays, {"prowd": text, "sha256": sha256(hashed).hexdigest()}))
+    head, tensors = read_tensors(path)
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    path.write_bytes(to_bytes(head | changes, arrays))
 
 
 def test_other_data_under_the_same_name_is_refused(two_rounds):
@@ -269,7 +263,7 @@ def test_other_data_under_the_same_name_is_refused(two_rounds):
         resume(two_rounds, 3)
 
 
-def test_another_deal_in_the_partition_file_is_refused_and_another_place_is_not(tmp_path):
+def test_another_partition_in_the_file_is_refused_and_another_place_is_not(tmp_path):
     def write(name, content):
         path = tmp_path / name
         path.write_text(json.dumps({"clients": content}))
@@ -301,6 +295,13 @@ def test_another_format_is_refused(two_rounds):
         resume(two_rounds, 3)
 
 
+def test_a_checkpoint_of_an_earlier_form_is_refused(two_rounds):
+    path = two_rounds / "checkpoint" / "last.safetensors"
+    path.write_bytes(save({}, {"prowd": '{"format": 5}', "sha256": "0"}))
+    with pytest.raises(SettingsError, match=r"it has no checksum; an earlier version wrote it$"):
+        resume(two_rounds, 3)
+
+
 @pytest.mark.parametrize(
     "damage", [lambda d: d[:-1], lambda d: d[:100], lambda d: b"", bytes.upper]
 )
@@ -328,16 +329,16 @@ def test_one_flipped_bit_of_a_checkpoint_is_refused(two_rounds, find):
     before = contents(two_rounds)
     with pytest.raises(SettingsError) as caught:
         resume(two_rounds, 3)
-    assert str(caught.value).endswith("is damaged: its checksum is of something else")
+    assert str(caught.value).endswith(": its checksum is of something else")
     assert contents(two_rounds) == before
 
 
 def test_a_checkpoint_with_a_weight_that_is_no_number_is_refused(two_rounds):
     path = two_rounds / "checkpoint" / "last.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-4:] = b"\x00\x00\x80\x7f"  # infinity in float32
-    path.write_bytes(bytes(data))
-    put_back(two_rounds)
+    head, tensors = read_tensors(path)
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    arrays["model/hidden.bias"][-1] = np.inf
+    path.write_bytes(to_bytes(head, arrays))
     with pytest.raises(SettingsError, match=r"^resume: the model in .* is not finite$"):
         resume(two_rounds, 3)
 
@@ -388,7 +389,7 @@ def test_a_folder_without_a_checkpoint_is_refused(two_rounds):
 
 @pytest.mark.parametrize("place", [".", "checkpoint"])
 def test_the_folder_of_another_user_is_one_line(stopped, place):
-    # Not under tmp_path, which is closed to nobody altogether.
+    # Not under tmp_path, which the user nobody may not enter.
     with TemporaryDirectory() as base:
         os.chmod(base, 0o755)
         folder = shutil.copytree(stopped, Path(base) / "run")
@@ -590,7 +591,7 @@ def told_to_keep_in(grids):
 
 
 @pytest.mark.parametrize("strategy", ["local", "fedcomgate"])
-def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, strategy):
+def test_networked_nodes_resume_from_their_own_state_dir(tmp_path, strategy):
     grids = []
 
     class Networked(InProcessGrid):
@@ -614,7 +615,7 @@ def test_networked_nodes_go_on_from_their_own_state_dir(tmp_path, strategy):
     assert told_to_keep_in(grids) == set(keys), "no folder of the server's"
 
 
-def test_networked_nodes_may_have_other_widths_when_a_run_goes_on(tmp_path):
+def test_networked_nodes_may_have_other_widths_when_a_run_is_resumed(tmp_path):
     own = {"strategy": "prowd", "prowd-finetune-steps": 1}
     folder = run(tmp_path, 1, node_configs={0: {"bits": 4}, 1: {"bits": 32}}, **own)
     resume(folder, 2, node_configs={0: {"bits": 8}, 1: {"bits": 32}}, **own)

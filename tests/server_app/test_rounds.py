@@ -20,7 +20,7 @@ from torch import nn
 
 import client_app.app
 import task.data.dataset
-from client_app.memory import own_model
+from client_app.state_store import own_model
 from core.clock import clock
 from core.errors import SettingsError
 from exchange.protocol import UPDATE
@@ -106,7 +106,7 @@ def test_node_config_decides_the_width_where_it_has_one(tmp_path):
     assert list(rounds_of(folder)[0]["accuracy"]) == ["2", "5", "average"]
 
 
-def test_a_node_with_a_wrong_width_is_refused_and_the_other_goes_on(tmp_path):
+def test_a_node_with_a_wrong_width_is_refused_and_the_other_continues(tmp_path):
     folder = run(tmp_path, node_configs={0: {"bits": 17}}, num_server_rounds=1)
     entry = rounds_of(folder)[0]
     assert entry["clients"]["sampled"] == 1
@@ -265,7 +265,7 @@ def test_the_rounds_line():
     )
     entry["clients"] = {"aggregated": 2, "sampled": 5, "rejected": 1, "failed": 2}
     entry["left_out_of_evaluation"] = {"3": "no reply in time"}
-    assert " | clients 2 of 5 (1 set aside, 2 failed, 1 not in the evaluation) | " in format_round(
+    assert " | clients 2 of 5 (1 rejected, 2 failed, 1 not in the evaluation) | " in format_round(
         entry, 10, 65.0
     )
     assert format_round(entry, 10, 5400.0).endswith(" | 2.3 s, 1:30:00 left")
@@ -286,7 +286,7 @@ def line_of(board, server_round, num_rounds):
     )
     up, down = (format_bytes(shown[f"{way}_bytes/all"]) for way in ("uplink", "downlink"))
     missing = {
-        "set aside": shown["clients/rejected"],
+        "rejected": shown["clients/rejected"],
         "failed": shown["clients/failed"],
         "not in the evaluation": shown["clients/not_in_the_evaluation"],
     }
@@ -319,14 +319,16 @@ def test_tensorboard_shows_all_that_the_line_of_a_round_shows(tmp_path, monkeypa
     monkeypatch.setattr("server_app.rounds.log", log)
     # So that some time is left after the first round: 1000 s a reading of the clock.
     readings = itertools.count(step=1000.0)
-    monkeypatch.setattr("server_app.rounds.time", SimpleNamespace(monotonic=readings.__next__))
+    clock = SimpleNamespace(monotonic=readings.__next__)
+    for module in ("server_app.rounds", "strategies.base"):
+        monkeypatch.setattr(f"{module}.time", clock)
     folder = run(tmp_path, clients=3, fraction_evaluate=1.0, evaluate_every=2)
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
     rounds = [line for line in lines if line.startswith("round ")]
     assert rounds == [line_of(board, server_round, 2) for server_round in (1, 2)]
     assert "not evaluated" in rounds[0]
-    # Six readings until the first round is recorded, and another round to come.
-    assert rounds[0].endswith(" | 4000.0 s, 1:40:00 left")
+    # Five readings until the first round is recorded, and another round to come.
+    assert rounds[0].endswith(" | 3000.0 s, 1:23:20 left")
     assert "(1 failed, 1 not in the evaluation)" in rounds[1]
     assert rounds[1].endswith(", 0:00 left")
 
@@ -377,7 +379,7 @@ def test_fixed_point_is_for_strict_training(tmp_path):
 
 
 @pytest.mark.parametrize(("grid", "asked"), [(InProcessGrid, [0, 1]), (SimulatedGrid, [])])
-def test_networked_nodes_are_held_to_the_deal_and_simulated_ones_need_not_be(
+def test_networked_nodes_are_held_to_the_partition_and_simulated_ones_need_not_be(
     tmp_path, monkeypatch, grid, asked
 ):
     """Known from the grid: the server begins before Flower's simulation has started Ray."""

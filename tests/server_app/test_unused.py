@@ -187,7 +187,7 @@ def test_the_last_round_needs_a_result_where_everybody_was_asked(tmp_path):
     with pytest.raises(FederationError, match="no result could be used in round 2, though"):
         run(tmp_path, 2, ((2,), (2,)))
     assert summary(tmp_path)["status"] == "failed"
-    # Going on with the rounds that it has changes nothing; with one more it gets another try.
+    # Resuming with the rounds that it has changes nothing; with one more it gets another try.
     with pytest.raises(FederationError, match="no result could be used in round 2, though"):
         run(tmp_path, 2, resume=str(tmp_path / "run"))
     assert summary(tmp_path)["status"] == "failed"

@@ -1,4 +1,4 @@
-"""What all strategies share: who is asked, what is set aside, and that order does not matter."""
+"""What all strategies share: sampling, rejection, and that order does not matter."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ BAD_REPLIES = {
 
 
 @pytest.mark.parametrize("kind", BAD_REPLIES)
-def test_a_bad_reply_is_set_aside_and_the_round_goes_on(kind):
+def test_a_bad_reply_is_rejected_and_the_round_continues(kind):
     reply, reason = BAD_REPLIES[kind]
     strategy = FedAvg(context=with_w())
     grid = federation([good(0), BadClient(1, 3, reply), good(2, value=4.0)], STATE)
@@ -231,7 +231,7 @@ def refusing(partition, of, reason="node-config bits: 7.5 is not a bit-width"):
     return client
 
 
-def test_a_refused_node_is_left_out_and_the_others_go_on():
+def test_a_refused_node_is_left_out_and_the_others_continue():
     grid = federation([good(0), refusing(1, 3), good(2)], STATE)
     strategy = FedAvg(context=with_w())
     run_round(strategy, grid, STATE)
@@ -265,7 +265,7 @@ def test_too_few_nodes_end_the_run_after_the_wait():
         )
 
 
-def test_a_huge_weight_is_set_aside_and_does_not_spoil_the_model():
+def test_a_huge_weight_is_rejected_and_does_not_spoil_the_model():
     """Finite itself, it would overflow in the sum over clients."""
     huge = ScriptedClient(1, 3, 32, constant(3e38))
     strategy = FedAvg(context=with_w())

@@ -30,20 +30,20 @@ class Descending(ScriptedClient):
         self.sent = []
 
     def descend(self, received):
-        asked = self.instructions[-1]
-        if asked.tracking_epoch:
-            self.delta = next_correction(self.state, received, asked, momentum=0.0)
+        instruction = self.instructions[-1]
+        if instruction.tracking_epoch:
+            self.delta = next_correction(self.state, received, instruction, momentum=0.0)
         optimum = torch.from_numpy(OPTIMA[self.declaration.partition_id])
         w = received["w"].clone()
         for _ in range(self.steps):
             w -= ETA * ((w - optimum) - self.delta.get("w", 0.0))
         self.reported = {"steps": self.steps, "began_clean": int(not self.delta)}
-        seed = self.declaration.partition_id + 10 * asked.server_round
+        seed = self.declaration.partition_id + 10 * instruction.server_round
         generator = torch.Generator().manual_seed(seed)
         update = difference_of({"w": w - received["w"]}, self.sent_bits, generator)
         sent = update.dequantize()
         self.sent.append(sent["w"].numpy().copy())
-        epoch, number = asked.tracking_epoch, asked.server_round
+        epoch, number = instruction.tracking_epoch, instruction.server_round
         TrackedRound(epoch, number, ETA, self.delta, received, sent).keep(self.state)
         return update
 
@@ -158,7 +158,7 @@ def lose_reply(clients, grid):
     honest = grid.nodes[101]
 
     def lost(message):
-        honest(message)  # It trained and kept its round, but nobody hears of it.
+        honest(message)  # It trained and kept its round, but its reply is lost.
         grid.nodes[101] = honest
 
     grid.nodes[101] = lost

@@ -215,9 +215,9 @@ def test_a_rule_that_cannot_aggregate_ends_with_its_reason(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("FedNova", "", "strategy: 'flwr:FedNova' is none of flwr:Bulyan"),
-        ("FedOpt2", "", "is none of"),
-        ("DifferentialPrivacyServerSideFixedClipping", "", "is none of"),
+        ("FedNova", "", "strategy: 'flwr:FedNova' is not one of flwr:Bulyan"),
+        ("FedOpt2", "", "is not one of"),
+        ("DifferentialPrivacyServerSideFixedClipping", "", "is not one of"),
         ("QFedAvg", "", "flwr-arguments: QFedAvg needs client_learning_rate"),
         ("FedAdam", "etta = 0.1", "flwr-arguments: FedAdam has no 'etta'; it takes"),
         ("FedAdam", "fraction_train = 0.5", "FedAdam has no 'fraction_train'"),
@@ -228,7 +228,7 @@ def test_a_rule_that_cannot_aggregate_ends_with_its_reason(monkeypatch):
         ("FedAvg", "train_metrics_aggr_fn = 3", "FedAvg has no 'train_metrics_aggr_fn'"),
         ("FedProx", "proximal_mu = -1", "proximal_mu = -1 is not allowed"),
         ("FedAvgM", "server_momentum = true", "server_momentum = True is not allowed"),
-        ("FedXgbBagging", "", "is none of"),
+        ("FedXgbBagging", "", "is not one of"),
         ("FedYogi", "eta_l = 0.5", "flwr-arguments: eta_l has no effect in Flower's FedYogi"),
     ],
 )

@@ -27,7 +27,7 @@ def test_each_width_has_a_model_of_its_own():
     assert strategy.state_for(32, state)["w"].tolist() == [[15.0, 15.0]] * 2
     assert state["w"].tolist() == [[15.0, 15.0]] * 2
     state = run_round(strategy, grid, state, 2)
-    # Each width went on from its own model: 3 + 3 and 15 + 15.
+    # Each width continued from its own model: 3 + 3 and 15 + 15.
     torch.testing.assert_close(strategy.state_for(8, state)["w"], torch.full((2, 2), 6.0))
     assert strategy.state_for(32, state)["b"].tolist() == [30.0, 30.0]
 

@@ -1,4 +1,4 @@
-"""A comparison as it goes on: where runs stand, how long they take, in a terminal and in none."""
+"""A comparison in progress: where runs stand, how long they take, in a terminal and in none."""
 
 import errno
 import io
@@ -122,7 +122,7 @@ def test_without_a_terminal_there_are_plain_lines(runs, capsys, monkeypatch):
     ]
 
 
-def test_a_run_that_cannot_be_written_fails_and_the_others_go_on(runs, monkeypatch):
+def test_a_run_that_cannot_be_written_fails_and_the_others_continue(runs, monkeypatch):
     def full_disk(run, federation, stop, starting):
         raise OSError(errno.ENOSPC, "No space left on device", "/a/log")
 
@@ -153,7 +153,7 @@ def test_what_ends_one_run_otherwise_stops_all(runs, monkeypatch, error):
 
 
 def test_in_a_terminal_a_table_lives(runs, monkeypatch):
-    """A real pseudo-terminal: the table changes while runs go on, and stays at the end."""
+    """A real pseudo-terminal: the table changes while runs continue, and stays at the end."""
 
     def slowly(run, federation, stop, starting):
         time.sleep(1.5)

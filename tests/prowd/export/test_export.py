@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -96,6 +98,10 @@ def test_the_files_are_the_network_that_the_server_evaluated(finished, folder, c
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     in_onnx = accuracy(session.run(None, {"pixels": IMAGES.pixels})[0])
     assert abs(in_onnx - recorded(folder, 4)) <= 0.002
+    kinds = Counter(node.op_type for node in onnx.load(model).graph.node)
+    # Ten layers; the inputs of two blocks' first convolution and shortcut are the same.
+    assert (kinds["DequantizeLinear"], kinds["QuantizeLinear"]) == (18, 8)
+    assert kinds["BatchNormalization"] == 9
     sizes = [f"{path.stat().st_size:,} bytes" for path in (packed, model)]
     shown = f"{recorded(folder, 4):.2%}"
     assert capsys.readouterr().out.splitlines() == [

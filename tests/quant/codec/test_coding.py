@@ -120,7 +120,7 @@ def frame(data, claims=True, level=9):
 
 @pytest.mark.parametrize("count", [10, 1000])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
-def test_what_is_not_so_many_codes_is_refused(bits, count):
+def test_what_is_not_so_many_codes_is_rejected(bits, count):
     good = compress_codes(some_codes(bits, count), bits)
     another = good + compress_codes(some_codes(bits, count), bits)
     for bad in (b"", good[:-1], good[1:], good + b"\0", another, b"\xff" * 20, frame(b"")):
@@ -159,7 +159,7 @@ def test_every_kind_of_block_is_read(codes, kinds):
 
 
 @pytest.mark.parametrize("flag", [1, 2, 4, 8, 16])
-def test_a_frame_that_says_it_holds_more_than_codes_is_refused(flag):
+def test_a_frame_that_says_it_holds_more_than_codes_is_rejected(flag):
     """A dictionary, a checksum, or what no version of the format has yet (RFC 8878, 3.1.1.1.1)."""
     good = compress_codes(some_codes(8, 1000), 8)
     with pytest.raises(PackingError):
@@ -167,7 +167,7 @@ def test_a_frame_that_says_it_holds_more_than_codes_is_refused(flag):
 
 
 def as_blocks(*contents, last=True):
-    """Blocks of a frame as anyone could write them: `bytes` as they are, else (byte, times)."""
+    """Blocks of a frame as any sender could write them: `bytes` as they are, else (byte, times)."""
     parts = []
     for i, content in enumerate(contents):
         is_last = last and i == len(contents) - 1
@@ -202,32 +202,32 @@ def test_a_frame_that_anyone_wrote_is_read_to_its_end():
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_what_is_unfolded_is_what_the_strict_call_of_the_library_unfolds(data):
+def test_decompression_equals_the_strict_call_of_the_library(data):
     count = data.draw(st.sampled_from([1, 300, 5000, 150_000]))
     frame = bytearray(compress_codes(some_codes(8, count, seed=count, spread=0.02), 8))
     for _ in range(data.draw(st.integers(1, 3))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     coder = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
     try:
-        unfolded = decompress(bytes(frame), 8, count)
+        decompressed = decompress(bytes(frame), 8, count)
     except PackingError:
         return
-    assert unfolded.tobytes() == coder.decompress(bytes(frame), allow_extra_data=False)
+    assert decompressed.tobytes() == coder.decompress(bytes(frame), allow_extra_data=False)
 
 
 def test_nothing_is_allocated_for_what_is_not_claimed():
     data = compress_codes(some_codes(8, 1000), 8)
 
-    def unfold():
+    def attempt():
         with pytest.raises(PackingError, match="not those of"):
             decompress(data, 8, 2**46)
 
-    assert peak_memory(unfold) < 1_000_000
+    assert peak_memory(attempt) < 1_000_000
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_a_payload_that_is_read_twice_gives_the_same_codes(bits):
-    """Where they are left in the memory that they were unfolded to, this is another one."""
+    """Where they are left in the memory that they were decompressed to, this is another one."""
     codes, start = some_codes(bits, 1000), some_codes(bits, 1000, seed=1)
     data, known = compress_codes(codes, bits, start), start.copy()
     first = decompress_codes(data, bits, 1000, start)
@@ -237,33 +237,33 @@ def test_a_payload_that_is_read_twice_gives_the_same_codes(bits):
 
 
 @pytest.mark.parametrize("claims", [True, False])
-def test_a_bomb_is_refused_before_it_unfolds(claims):
+def test_a_bomb_is_rejected_before_it_is_decompressed(claims):
     """A hundred megabytes of zeros in ten kilobytes, which says so or does not."""
     bomb = frame(bytes(100_000_000), claims)
     assert len(bomb) < 15_000
 
-    def unfold():
+    def attempt():
         with pytest.raises(PackingError, match="not those of 100000 weights"):
             decompress_codes(bomb, 4, 100_000)
 
-    assert peak_memory(unfold) < 1_000_000
+    assert peak_memory(attempt) < 1_000_000
 
 
-def test_a_bomb_that_claims_to_be_so_many_codes_is_refused():
-    """The header of 50,000 bytes before blocks that unfold to a hundred megabytes."""
+def test_a_bomb_that_claims_to_be_so_many_codes_is_rejected():
+    """The header of 50,000 bytes before blocks that decompress to a hundred megabytes."""
     header, blocks = frame(bytes(50_000)), frame(bytes(100_000_000))
     bomb = header[: header_size(header)] + blocks[header_size(blocks) :]
 
-    def unfold():
+    def attempt():
         with pytest.raises(PackingError, match="cannot be read"):
             decompress_codes(bomb, 4, 100_000)
 
-    assert peak_memory(unfold) < 1_000_000
+    assert peak_memory(attempt) < 1_000_000
 
 
 @pytest.mark.parametrize("from_start", [False, True])
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
-def test_a_word_of_the_wider_container_is_refused(bits, from_start):
+def test_a_word_of_the_wider_container_is_rejected(bits, from_start):
     container = 4 if bits == 3 else 8
     codes = np.zeros(100, np.int8)
     codes[50] = largest_code(bits) + 1
@@ -273,7 +273,7 @@ def test_a_word_of_the_wider_container_is_refused(bits, from_start):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_a_code_below_the_symmetric_grid_is_refused(bits):
+def test_a_code_below_the_symmetric_grid_is_rejected(bits):
     codes = some_codes(bits, 1000)
     codes[500] = -largest_code(bits) - 1
     with pytest.raises(PackingError, match=f"off the grid of width {bits}"):
@@ -282,17 +282,17 @@ def test_a_code_below_the_symmetric_grid_is_refused(bits):
 
 @pytest.mark.parametrize("from_start", [False, True])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_unfolded_codes_are_neither_more_nor_fewer(bits, from_start):
+def test_decompressed_codes_are_neither_more_nor_fewer(bits, from_start):
     codes = some_codes(bits, 1000)
     start = codes if from_start else None
-    unfolded = decompress(compress_codes(codes, bits, start), bits, 1000)
-    for bad in (np.append(unfolded, np.uint8(0)), unfolded[:-1]):
+    decompressed = decompress(compress_codes(codes, bits, start), bits, 1000)
+    for bad in (np.append(decompressed, np.uint8(0)), decompressed[:-1]):
         with pytest.raises(PackingError, match="bytes; got"):
             read_codes(bad, bits, 1000, start)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_a_difference_that_leads_off_the_grid_is_refused(bits):
+def test_a_difference_that_leads_off_the_grid_is_rejected(bits):
     """One level beyond the largest code, where there is room in the words but none on the grid."""
     limit = largest_code(bits)
     start = np.full(100, limit, np.int8 if bits <= 8 else np.int16)
@@ -350,7 +350,7 @@ def test_codes_that_do_not_get_shorter_are_packed():
     assert encode(update, coded=True) == encode(update)
 
 
-def test_a_payload_that_refers_to_codes_that_were_not_sent_is_refused():
+def test_a_payload_that_refers_to_codes_that_were_not_sent_is_rejected():
     start, update = to_bits(model(), 4), to_bits(model(1, moved=0.05), 4)
     data = encode(update, coded=True, start=start)
     for other in (None, to_bits(model(), 8), to_bits(model(), 32)):
@@ -358,7 +358,7 @@ def test_a_payload_that_refers_to_codes_that_were_not_sent_is_refused():
             decode(data, SPEC, 4, start=other)
 
 
-def test_a_coded_payload_is_shorter_than_a_packed_one_or_it_is_refused():
+def test_a_coded_payload_is_shorter_than_a_packed_one_or_it_is_rejected():
     """What is longer can only be a bomb, or a client that pads."""
     update = to_bits(model(), 4)
     data = encode(update)

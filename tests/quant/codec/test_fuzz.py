@@ -1,4 +1,4 @@
-"""A hundred thousand mutated payloads; `python -m tests.fuzz` runs a million."""
+"""Forty thousand mutated payloads; `python -m tests.fuzz` runs a million."""
 
 import numpy as np
 import pytest
@@ -6,15 +6,15 @@ from fuzz import MOST_BYTES, MOST_GROWTH, check, fuzz, targets
 
 import quant.codec.decode
 
-COUNT = 100_000
+COUNT = 40_000
 
 
 def test_no_mutated_payload_does_anything_but_be_refused_or_be_sane():
     seen = fuzz(COUNT)
-    assert seen["accepted"] + seen["refused"] == COUNT
+    assert seen["accepted"] + seen["rejected"] == COUNT
     # Enough gets through the checksum for the checks behind it to have been tried.
     assert seen["accepted"] > COUNT / 50
-    assert seen["refused"] > COUNT / 2
+    assert seen["rejected"] > COUNT / 2
     assert 0 < seen["peak"] < MOST_BYTES
     assert seen["grown"] < MOST_GROWTH
 

@@ -68,7 +68,7 @@ def parts(packed, tmp_path):
 
 
 def load_altered(head, arrays, tmp_path):
-    """Load a file whose checksum fits, as somebody malicious would write it."""
+    """Load a file whose checksum fits, as an attacker would write it."""
     path = tmp_path / "altered"
     path.write_bytes(to_bytes(head, arrays))
     return load_model(path)
@@ -203,12 +203,12 @@ def test_the_message_names_the_file_and_what_is_wrong(tmp_path):
         ({"pixel_scale": float("nan")}, "finite"),
         ({"pixel_offset": -2}, "pixel_offset is -2, not a float"),
         ({"activation_bits": 17}, "bits is 17"),
-        ({"activation_bits": 3}, "the grid of 0 is none of 3 bits"),
-        ({"activation_bits": 32}, "the grid of 0 is none of 32 bits"),
+        ({"activation_bits": 3}, "the grid of 0 is not one of 3 bits"),
+        ({"activation_bits": 32}, "the grid of 0 is not one of 32 bits"),
         ({"grids": {"9": [0.5, 0, 15]}}, "there is no layer '9'"),
         ({"grids": {"0": [0.0, 0, 15]}}, "the scale of the grid of 0 is 0.0"),
         ({"grids": {"0": [float("inf"), 0, 15]}}, "the scale of the grid of 0 is inf"),
-        ({"grids": {"0": [0.5, -8, 7]}}, "the grid of 0 is none of 4 bits"),
+        ({"grids": {"0": [0.5, -8, 7]}}, "the grid of 0 is not one of 4 bits"),
         ({"grids": {"0": [0.5, 0]}}, "no packed model: "),
         ({"grids": []}, "no packed model: "),
         ({"more": 1}, "unexpected keyword argument 'more'"),

@@ -49,12 +49,12 @@ def as_sent(state, reference, bits):
     }
 
 
-def l1(lifted, state, reference, bits):
+def l1(dequantized, state, reference, bits):
     """Mean absolute error in steps of the grid."""
     errors = []
     for name, weight in state.items():
         step = reference.start.scales[bits][name].reshape(-1, *[1] * (weight.ndim - 1))
-        errors.append(((lifted[name] - weight) / step).flatten())
+        errors.append(((dequantized[name] - weight) / step).flatten())
     return torch.cat(errors).abs().mean().item()
 
 
@@ -121,21 +121,21 @@ def test_channels_cut_the_model_down():
 
 
 @pytest.mark.parametrize("bits", LADDER)
-def test_untrained_lift_without_a_start_returns_the_values(bits):
+def test_untrained_dequantizer_without_a_start_returns_the_values(bits):
     start = weights()
     reference = GlobalReference(Rungs.of(start, LADDER))
     q = moved(start, 1)
-    lifted = dequantizer_for(reference)(q, bits, reference)
-    assert all(torch.equal(lifted[name], q[name]) for name in q)
+    dequantized = dequantizer_for(reference)(q, bits, reference)
+    assert all(torch.equal(dequantized[name], q[name]) for name in q)
 
 
 @pytest.mark.parametrize("bits", LADDER)
-def test_untrained_lift_with_a_start_adds_its_rounding_error(bits):
+def test_untrained_dequantizer_with_a_start_adds_its_rounding_error(bits):
     # The bases of all rungs telescope: q + (w_prev - Q(w_prev)), Q worked out in numpy.
     start = weights()
     reference = StartReference(Rungs.of(start, LADDER))
     q = as_sent(moved(start, 1), reference, bits) if bits < 32 else moved(start, 1)
-    lifted = dequantizer_for(reference)(q, bits, reference)
+    dequantized = dequantizer_for(reference)(q, bits, reference)
     for name, weight in start.items():
         rounded = weight.double().numpy()
         if bits < 32:
@@ -144,18 +144,18 @@ def test_untrained_lift_with_a_start_adds_its_rounding_error(bits):
             limit = 2 ** (bits - 1) - 1
             rounded = np.clip(np.rint(rounded / step), -limit, limit) * step
         expected = q[name].double().numpy() + (weight.double().numpy() - rounded)
-        np.testing.assert_allclose(lifted[name].detach().numpy(), expected, atol=1e-6)
+        np.testing.assert_allclose(dequantized[name].detach().numpy(), expected, atol=1e-6)
 
 
-def test_a_client_that_did_not_move_is_lifted_to_its_start():
+def test_a_client_that_did_not_move_is_dequantized_to_its_start():
     start = weights()
     reference = StartReference(Rungs.of(start, LADDER))
-    lifted = dequantizer_for(reference)(as_sent(start, reference, 2), 2, reference)
+    dequantized = dequantizer_for(reference)(as_sent(start, reference, 2), 2, reference)
     for name, weight in start.items():
-        torch.testing.assert_close(lifted[name], weight, rtol=0, atol=1e-6)
+        torch.testing.assert_close(dequantized[name], weight, rtol=0, atol=1e-6)
 
 
-def test_a_lift_by_hand():
+def test_a_dequantization_by_hand():
     # One channel on the ladder 2, 32 whose grid has step 1; start 0.8, 0.3, 0 -> 1, 0, 0.
     # Bases: 0 + (0.8 - 1), 1 + (0.3 - 0), -1 + 0; a constant block adds 0.5 steps of 1.
     start = Rungs(
@@ -168,8 +168,8 @@ def test_a_lift_by_hand():
         dequantizer = ProgressiveDequantizer((2, 32), kind.num_features, ["w"], 0)
         with torch.no_grad():
             dequantizer.blocks["2"][-1].bias.fill_(0.5)
-        lifted = dequantizer(q, 2, kind(start))["w"]
-        torch.testing.assert_close(lifted, torch.tensor([expected]))
+        dequantized = dequantizer(q, 2, kind(start))["w"]
+        torch.testing.assert_close(dequantized, torch.tensor([expected]))
 
 
 def test_features_by_hand():
@@ -309,8 +309,8 @@ def logits(state):
 
 def similarity(dequantizer, high, reference):
     with torch.no_grad():
-        lifted = dequantizer(as_sent(high, reference, 2), 2, reference)
-        return torch.cosine_similarity(logits(lifted), logits(high), dim=1).mean().item()
+        dequantized = dequantizer(as_sent(high, reference, 2), 2, reference)
+        return torch.cosine_similarity(logits(dequantized), logits(high), dim=1).mean().item()
 
 
 def test_distillation_raises_the_similarity():
@@ -329,7 +329,7 @@ def test_distillation_raises_the_similarity():
     assert -1 <= results[20.0][1].distill < -untrained + 0.01
 
 
-def test_distillation_without_a_step_reports_the_similarity_of_the_untrained_lift():
+def test_distillation_without_a_step_reports_the_similarity_of_the_untrained_dequantizer():
     start = weights()
     high = moved(start, 1)
     reference = StartReference(Rungs.of(start, LADDER))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from quant import QuantConfig, prepare, set_generator
-from quant.qat.activations import fake_quantize_gradient, quantize_error
+from quant.qat.activations import fake_quantize_gradient, quantize_output_gradient
 
 BITS = [2, 3, 8, 9, 12, 16]
 
@@ -161,6 +161,6 @@ def test_small_output_gradients_reach_the_layers_below_on_average():
     x = torch.zeros(count).requires_grad_()
     upstream = torch.full((count,), 0.2)
     upstream[0] = 1.0
-    quantize_error(x, 2, generator()).backward(upstream)
+    quantize_output_gradient(x, 2, generator()).backward(upstream)
     assert set(x.grad.unique().tolist()) == {0.0, 1.0}
     assert abs(x.grad[1:].mean().item() - 0.2) < 5 * 0.4 / count**0.5

@@ -194,8 +194,8 @@ def test_weight_gradient_is_straight_through():
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_errors_are_quantized(bits, kind):
-    # With one sample and one output position the bias gradient is the layer's error itself.
+def test_output_gradients_are_quantized(bits, kind):
+    # With one sample and one output position the bias gradient is the output gradient itself.
     layer = nn.Linear(3, 500) if kind == "linear" else nn.Conv2d(3, 500, 1)
     prepare(layer, QuantConfig(8, gradient_bits=bits))
     x = inputs(1, 3).requires_grad_() if kind == "linear" else inputs(1, 3, 1, 1).requires_grad_()
@@ -211,7 +211,7 @@ def test_errors_are_quantized(bits, kind):
     torch.testing.assert_close(error, on_grid(error, step, -limit, limit), rtol=1e-6, atol=0)
     assert (error - upstream).abs().max() < step * 1.0001
     assert 2 < error.unique().numel() <= 2 * limit + 1
-    # The layer below and the weight see the quantized error, not the original one.
+    # The layer below and the weight see the quantized output gradient, not the original one.
     weight = layer.quantized_weight().detach().flatten(1)
     torch.testing.assert_close(x.grad.flatten(), error @ weight)
     outer = error[:, None] * x.detach().flatten()

@@ -55,8 +55,8 @@ class Absent(ScriptedClient):
 
     def __call__(self, message):
         if message.metadata.message_type == "train":
-            asked = Instruction.from_record(message.content[INSTRUCTION])
-            if asked.server_round not in self.rounds:
+            instruction = Instruction.from_record(message.content[INSTRUCTION])
+            if instruction.server_round not in self.rounds:
                 return None
         return super().__call__(message)
 
@@ -176,7 +176,7 @@ def test_without_a_higher_group_the_drift_seen_last_is_taken_out():
     # Seen and taken out.
     second = run_round(strategy, grid, first, 2)
     torch.testing.assert_close(second["w"], first["w"])
-    # Remembered: the same drift by level, though other weights are on the levels of a new model.
+    # Kept: the same drift by level, though other weights are on the levels of a new model.
     other = start_model(seed=8)
     third = run_round(strategy, grid, other, 3)
     assert strategy.round_log.aggregated == [0]
@@ -187,8 +187,8 @@ def test_without_a_higher_group_the_drift_seen_last_is_taken_out():
     torch.testing.assert_close(run_round(strategy, grid, start, 5)["w"], start["w"])
 
 
-def test_the_drift_is_remembered_by_width():
-    """A 4-bit group that is the highest of its round is not relieved of what 2 bits do."""
+def test_the_drift_is_kept_by_width():
+    """A 4-bit group that is the highest of its round does not lose the drift of the 2-bit group."""
     start = start_model()
     two = ScriptedClient(0, 3, 2, moving_by_codes(2, lambda c: -c))
     four = Absent(1, 3, 4, moving_by_codes(4, lambda c: moves() * (c.abs() < 7)), rounds=(2,))
@@ -298,10 +298,10 @@ def received_by(grid, kind="train"):
     for message in grid.sent:
         if message.metadata.message_type != kind or MODEL not in message.content:
             continue
-        asked = Instruction.from_record(message.content[INSTRUCTION])
+        instruction = Instruction.from_record(message.content[INSTRUCTION])
         data = message.content[MODEL][MODEL].data
         client = grid.nodes[message.metadata.dst_node_id]
-        found[client.declaration.partition_id] = decode(data, spec, asked.downlink_bits)
+        found[client.declaration.partition_id] = decode(data, spec, instruction.downlink_bits)
     return found
 
 
@@ -344,7 +344,7 @@ def test_each_width_gets_its_own_normalization_and_the_common_weights(broadcast)
         assert update.bits == (bits if narrow else 32)
         expected = to_bits(new, update.bits).dequantize()["w"]
         assert torch.equal(update.dequantize()["w"], expected)
-    # And goes on from there: twice what was added.
+    # And continues from there: twice what was added.
     for name in ONE_DIMENSIONAL:
         torch.testing.assert_close(newer[name], NORMALIZED[name] + 2 * added[32])
         own = strategy.state_for(4, newer)[name]
@@ -396,7 +396,7 @@ def test_a_round_without_the_widest_leaves_the_global_normalization():
     assert not torch.equal(first["w"], NORMALIZED["w"])
     second = run_round(strategy, grid, first, 2)
     got = received_by(grid)
-    # The low-bit client's own went on nevertheless.
+    # The low-bit client's own continued nevertheless.
     torch.testing.assert_close(got[0].floats["b"], torch.full((4,), 1.0))
     assert torch.equal(got[1].floats["b"], NORMALIZED["b"])
     torch.testing.assert_close(second["b"], torch.full((4,), 2.0))
@@ -455,10 +455,10 @@ class Obedient(ScriptedClient):
         self.got = []
 
     def move(self, received):
-        asked = self.instructions[-1]
+        instruction = self.instructions[-1]
         self.got.append(received)
-        if asked.uplink == "difference":
-            bits = asked.uplink_bits or self.bits
+        if instruction.uplink == "difference":
+            bits = instruction.uplink_bits or self.bits
             moved = {n: torch.full_like(t, self.step) for n, t in received.items()}
             return difference_of(moved, bits, torch.Generator().manual_seed(0))
         return to_bits({n: t + self.step for n, t in received.items()}, self.bits)
@@ -487,11 +487,11 @@ def sent_codes(grid):
     found = {}
     for message in grid.sent:
         if message.metadata.message_type == "train" and MODEL in message.content:
-            asked = Instruction.from_record(message.content[INSTRUCTION])
+            instruction = Instruction.from_record(message.content[INSTRUCTION])
             client = grid.nodes[message.metadata.dst_node_id]
             data = message.content[MODEL][MODEL].data
-            update = decode(data, spec_of_state(PLAIN), asked.downlink_bits)
-            found[client.declaration.partition_id] = (asked.server_round, update)
+            update = decode(data, spec_of_state(PLAIN), instruction.downlink_bits)
+            found[client.declaration.partition_id] = (instruction.server_round, update)
     return found
 
 

@@ -15,8 +15,8 @@ def test_bins_are_in_units_of_the_layers_deviation_in_the_high_bit_group():
     # Standard deviation of 2, so that a bin is 2 * 4 / 64 * 2 = 0.25 wide and bin 32 begins at 0.
     high = {"w": torch.tensor([[2.0, -2.0, 2.0, -2.0]])}
     low = {"w": torch.tensor([[0.1, 0.3, -0.1, 99.0]])}
-    lifted = {"w": torch.tensor([[0.1, 0.1, -8.0, 8.0]])}
-    record = WeightDistributions({3: low, 32: high}, ["w"]).to_record({3: lifted, 32: high})
+    dequantized = {"w": torch.tensor([[0.1, 0.1, -8.0, 8.0]])}
+    record = WeightDistributions({3: low, 32: high}, ["w"]).to_record({3: dequantized, 32: high})
     assert (record["reach"], record["unit"], record["high"]) == (4.0, {"w": 2.0}, 32)
 
     def filled(counts):

@@ -82,7 +82,7 @@ def test_masked_coordinates_are_left_to_the_high_group():
     torch.testing.assert_close(new["w"], expected)
 
 
-def test_the_posters_literal_form_divides_by_all_clients():
+def test_the_papers_literal_form_divides_by_all_clients():
     clients, scale = clients_that_move([0, 1, -1, 0], [0.0, 0.5, 0.5, 0.0])
     options = ProWDOptions(
         **{**UNTRAINED, "mask_at_least": 0.0},
@@ -139,7 +139,7 @@ def test_a_trained_dequantizer_brings_qat_weights_nearer_to_the_truth():
         new = run_round(strategy, federation(clients, start), start)
         if finetune_every:
             assert strategy.round_log.own["reconstruction-loss"] > 0
-        # The mean of lifted and true weights: twice its distance is the lifted ones' error.
+        # The mean of dequantized and true weights: its distance is half of the dequantized ones'.
         return 2 * float((new["w"] - truth["w"]).abs().mean())
 
     assert error(1) < 0.7 * error(0)
@@ -177,8 +177,8 @@ def test_distillation_uses_the_servers_buffer():
     assert -1 <= strategy.round_log.own["distill-loss"] < -0.9
 
 
-def test_fine_tuning_that_leaves_the_numbers_is_undone(caplog):
-    """The blocks are trained in round 1; in round 2 the network's logits are no numbers."""
+def test_fine_tuning_that_diverges_is_undone(caplog):
+    """The blocks are trained in round 1; in round 2 the network's logits are non-finite."""
     start, factor = noisy_start(), [1.0]
     inputs = torch.randn(8, 24, generator=torch.Generator().manual_seed(2))
     options = ProWDOptions(finetune_every=1)
@@ -193,10 +193,10 @@ def test_fine_tuning_that_leaves_the_numbers_is_undone(caplog):
     kept = strategy.dequantizer.state_dict()
     assert all(torch.equal(kept[n], t) for n, t in trained.items())
     assert all(t.isfinite().all() for t in new.values())
-    assert "Round 2: fine-tuning is undone" in caplog.text
+    assert "Round 2: fine-tuning diverged and is undone" in caplog.text
     assert strategy.round_log.own["finetuning-undone"] == 1
     assert "distill-loss" not in strategy.round_log.own
-    # And it goes on from there.
+    # And it continues from there.
     factor[0] = 1.0
     run_round(strategy, grid, start, 3)
     assert strategy.round_log.own["distill-loss"] < 0
@@ -235,7 +235,7 @@ def test_a_ladder_that_grows_keeps_the_blocks_it_has():
     assert strategy.dequantizer.ladder == (2, 4, 8, 16, 32)
 
 
-def test_the_posters_one_nth_counts_clients_not_examples():
+def test_the_papers_one_nth_counts_clients_not_examples():
     clients, _ = clients_that_move([0, 0, 0, 0], [0.0, 0.0, 0.0, 0.0], low_examples=90)
     options = ProWDOptions(**UNTRAINED, normalization="clients")
     new = run_round(ProWD(options, with_w()), federation(clients, START), START)
@@ -244,7 +244,7 @@ def test_the_posters_one_nth_counts_clients_not_examples():
 
 
 @pytest.mark.parametrize("dequantize", ["group", "client"])
-def test_fine_tuning_comes_before_lifting(dequantize):
+def test_fine_tuning_comes_before_dequantization(dequantize):
     """In the very first round the blocks are trained before they are used."""
     start = noisy_start()
     truth = {"w": start["w"] * 1.05, "b": start["b"]}

@@ -1,4 +1,4 @@
-"""What a folder's layout is taken for, and what is refused instead of being believed."""
+"""What a folder's layout is taken for, and what is refused."""
 
 import logging
 import os
@@ -48,7 +48,7 @@ def lines(folder):
 
 @pytest.fixture
 def public():
-    """Somewhere that nobody may look into, as tmp_path is not."""
+    """A folder that the user nobody may enter, which tmp_path is not."""
     with TemporaryDirectory() as base:
         os.chmod(base, 0o755)
         yield Path(base)

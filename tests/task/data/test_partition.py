@@ -28,12 +28,12 @@ def message_of(function, *arguments):
 
 @pytest.mark.parametrize("partitioner", PARTITIONERS)
 @pytest.mark.parametrize("clients", [1, 4, 10])
-def test_every_image_is_dealt_once(partitioner, clients):
-    deal = partition(Settings(partitioner=partitioner, server_buffer=100), clients)
-    assert len(deal.buffer) == 100
-    assert len(deal.clients) == clients
+def test_every_image_has_one_holder(partitioner, clients):
+    parts = partition(Settings(partitioner=partitioner, server_buffer=100), clients)
+    assert len(parts.buffer) == 100
+    assert len(parts.clients) == clients
     # Sorted, all indices are 0 to 1436: disjoint, and nothing is left out.
-    everything = np.concatenate([deal.buffer, *deal.clients])
+    everything = np.concatenate([parts.buffer, *parts.clients])
     assert np.array_equal(np.sort(everything), np.arange(TRAIN))
 
 
@@ -44,22 +44,22 @@ def test_iid_parts_are_of_one_size():
 
 @pytest.mark.parametrize("clients", [1, 3, 7, 10])
 def test_iid_parts_are_those_of_flowers_partitioner(clients):
-    deal = partition(Settings(server_buffer=100, validation_samples=37), clients)
+    parts = partition(Settings(server_buffer=100, validation_samples=37), clients)
     # 1300 images in the order that the seed shuffles them to: the server's come first.
     order = np.random.default_rng([Settings().seed, 1]).permutation(TRAIN)[137:]
-    dealer = IidPartitioner(clients)
-    dealer.dataset = Dataset.from_dict({"index": order})
-    for number, part in enumerate(deal.clients):
-        assert part.tolist() == dealer.load_partition(number)["index"][:]
+    partitioner = IidPartitioner(clients)
+    partitioner.dataset = Dataset.from_dict({"index": order})
+    for number, part in enumerate(parts.clients):
+        assert part.tolist() == partitioner.load_partition(number)["index"][:]
 
 
 @pytest.mark.parametrize("partitioner", PARTITIONERS)
-def test_same_seed_same_deal_other_seed_other_deal(partitioner):
-    def deal(seed):
+def test_same_seed_same_partition_other_seed_another(partitioner):
+    def clients_of(seed):
         partition.cache_clear()
         return partition(Settings(partitioner=partitioner, seed=seed), 5)
 
-    first, again, other = deal(3), deal(3), deal(4)
+    first, again, other = clients_of(3), clients_of(3), clients_of(4)
     assert again is not first
     assert np.array_equal(first.buffer, again.buffer)
     assert not np.array_equal(first.buffer, other.buffer)
@@ -73,8 +73,8 @@ def test_seed_decides_which_classes_a_dirichlet_client_holds():
     labels = load_dataset(Settings()).train.labels
 
     def counts(seed):
-        deal = partition(Settings(partitioner="dirichlet", seed=seed), 5)
-        return np.stack([np.bincount(labels[part], minlength=10) for part in deal.clients])
+        parts = partition(Settings(partitioner="dirichlet", seed=seed), 5)
+        return np.stack([np.bincount(labels[part], minlength=10) for part in parts.clients])
 
     assert np.abs(counts(3) - counts(4)).sum() > TRAIN / 2
 
@@ -82,9 +82,9 @@ def test_seed_decides_which_classes_a_dirichlet_client_holds():
 def skew(**settings):
     """Mean total variation distance of a client's classes from those of all."""
     labels = load_dataset(Settings()).train.labels
-    deal = partition(Settings(**settings), 8)
+    parts = partition(Settings(**settings), 8)
     overall = np.bincount(labels, minlength=10) / len(labels)
-    shares = [np.bincount(labels[part], minlength=10) / len(part) for part in deal.clients]
+    shares = [np.bincount(labels[part], minlength=10) / len(part) for part in parts.clients]
     return np.mean([np.abs(share - overall).sum() / 2 for share in shares])
 
 
@@ -126,12 +126,12 @@ def test_buffer_that_leaves_too_few_images_is_refused(partitioner):
 
 
 def test_one_image_each_is_enough():
-    deal = partition(Settings(server_buffer=1430), 7)
-    assert [len(part) for part in deal.clients] == [1] * 7
+    parts = partition(Settings(server_buffer=1430), 7)
+    assert [len(part) for part in parts.clients] == [1] * 7
 
 
 @pytest.mark.filterwarnings("error")  # Ten pages of figures were printed, in every process.
-def test_dirichlet_deal_that_leaves_a_client_without_images_is_refused():
+def test_dirichlet_partition_that_leaves_a_client_without_images_is_refused():
     settings = Settings(partitioner="dirichlet", dirichlet_alpha=1e-3)
     message = message_of(partition, settings, 60)
     assert message.startswith(
@@ -139,14 +139,14 @@ def test_dirichlet_deal_that_leaves_a_client_without_images_is_refused():
     )
 
 
-def test_client_images_are_the_dealt_rows():
+def test_client_images_are_the_rows_of_the_partition():
     settings = Settings(samples_per_client=30)
     train = load_dataset(settings).train
-    deal = partition(settings, 3)
+    parts = partition(settings, 3)
     for number in range(3):
         images = client_images(settings, number, 3)
-        assert np.array_equal(images.pixels, train.pixels[deal.clients[number]])
-        assert np.array_equal(images.labels, train.labels[deal.clients[number]])
+        assert np.array_equal(images.pixels, train.pixels[parts.clients[number]])
+        assert np.array_equal(images.labels, train.labels[parts.clients[number]])
 
 
 @pytest.mark.parametrize("number", [-1, 3, 100])
@@ -159,13 +159,13 @@ def test_partition_id_out_of_range_is_refused(number):
 @pytest.mark.parametrize("partitioner", PARTITIONERS)
 def test_server_holds_the_buffer_whatever_the_number_of_clients(partitioner, clients):
     settings = Settings(partitioner=partitioner, server_buffer=50, seed=2)
-    deal = partition(settings, clients)
+    parts = partition(settings, clients)
     pixels = server_pixels(settings)
-    assert np.array_equal(pixels, load_dataset(settings).train.pixels[deal.buffer])
-    assert set(deal.buffer).isdisjoint(np.concatenate(deal.clients))
+    assert np.array_equal(pixels, load_dataset(settings).train.pixels[parts.buffer])
+    assert set(parts.buffer).isdisjoint(np.concatenate(parts.clients))
 
 
-def test_no_buffer_deals_everything_to_the_clients():
+def test_without_buffer_clients_hold_everything():
     settings = Settings(server_buffer=0, calibrate_normalization=False)
     assert len(server_pixels(settings)) == 0
     assert sum(len(part) for part in partition(settings, 6).clients) == TRAIN
@@ -179,11 +179,11 @@ def test_without_a_validation_part_the_test_set_is_evaluated_on():
 def test_validation_part_is_neither_the_buffers_nor_a_clients(partitioner):
     settings = Settings(partitioner=partitioner, server_buffer=50, validation_samples=200, seed=3)
     train = load_dataset(settings).train
-    deal = partition(settings, 4)
-    dealt = np.concatenate([deal.buffer, *deal.clients])
-    held = np.setdiff1d(np.arange(TRAIN), dealt)
+    parts = partition(settings, 4)
+    taken = np.concatenate([parts.buffer, *parts.clients])
+    held = np.setdiff1d(np.arange(TRAIN), taken)
     assert len(held) == 200
-    assert len(dealt) == TRAIN - 200
+    assert len(taken) == TRAIN - 200
     images = evaluation_images(settings)
     expected = sorted(train.pixels[i].tobytes() + bytes([train.labels[i]]) for i in held)
     found = zip(images.pixels, images.labels, strict=True)

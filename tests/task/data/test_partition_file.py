@@ -1,4 +1,4 @@
-"""A deal that the user wrote: taken as it is, or refused with the reason in one line."""
+"""A partition that the user wrote: used as it is, or refused with the reason in one line."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TRAIN = 1437
 def write(tmp_path):
     """Write a partition file; return the settings that use it."""
 
-    def write(content, name="deal.json", **settings):
+    def write(content, name="partition.json", **settings):
         path = tmp_path / name
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         chosen = {"partitioner": "file", "server_buffer": 100, **settings}
@@ -43,8 +43,8 @@ def message_of(function, *arguments):
 
 def test_each_client_holds_what_the_file_gives_it(write):
     settings = write({"clients": [[7, 3, 1436], [0]]})
-    deal = partition(settings, 2)
-    assert [part.tolist() for part in deal.clients] == [[7, 3, 1436], [0]]
+    parts = partition(settings, 2)
+    assert [part.tolist() for part in parts.clients] == [[7, 3, 1436], [0]]
     train = load_dataset(settings).train
     images = client_images(settings, 0, 2)
     assert np.array_equal(images.pixels, train.pixels[[7, 3, 1436]])
@@ -52,14 +52,14 @@ def test_each_client_holds_what_the_file_gives_it(write):
 
 
 def test_the_server_takes_its_share_of_what_is_left(write):
-    dealt = [list(range(600)), list(range(600, 1137))]
-    settings = write({"clients": dealt}, validation_samples=200)
-    deal = partition(settings, 2)
+    taken = [list(range(600)), list(range(600, 1137))]
+    settings = write({"clients": taken}, validation_samples=200)
+    parts = partition(settings, 2)
     train = load_dataset(settings).train
     # 1437 - 1137 = 300 images are left: 100 to the buffer, 200 to the validation part.
-    assert np.array_equal(server_pixels(settings), train.pixels[deal.buffer])
-    assert deal.buffer.min() >= 1137
-    held = np.setdiff1d(np.arange(1137, TRAIN), deal.buffer)
+    assert np.array_equal(server_pixels(settings), train.pixels[parts.buffer])
+    assert parts.buffer.min() >= 1137
+    held = np.setdiff1d(np.arange(1137, TRAIN), parts.buffer)
     expected = sorted(train.pixels[i].tobytes() for i in held)
     assert sorted(p.tobytes() for p in evaluation_images(settings).pixels) == expected
 
@@ -83,7 +83,7 @@ def test_samples_per_client_keeps_the_first_of_each(write):
 def test_another_number_of_clients_is_refused(write):
     settings = write({"clients": [[1], [2]]})
     assert message_of(partition, settings, 3) == (
-        f"partition-file: {settings.partition_file} deals to 2 clients; there are 3"
+        f"partition-file: {settings.partition_file} names 2 clients; there are 3"
     )
 
 
@@ -99,11 +99,11 @@ def test_a_file_that_leaves_the_server_too_few_is_refused(write, function):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('{"clients": [[0, 1], [2, 1]]}', "deals image 1 twice, to clients 0 and 1"),
-        ('{"clients": [[0, 0], [2]]}', "deals image 0 twice, to clients 0 and 0"),
+        ('{"clients": [[0, 1], [2, 1]]}', "gives image 1 twice, to clients 0 and 1"),
+        ('{"clients": [[0, 0], [2]]}', "gives image 0 twice, to clients 0 and 0"),
         ('{"clients": [[0], [1437]]}', "gives client 1 image 1437; allowed: 0 to 1436"),
         ('{"clients": [[0], []]}', "gives client 1 no image"),
-        ('{"clients": []}', "deals to no client"),
+        ('{"clients": []}', "names no client"),
         ('{"clients": [[0], [-1]]}', "clients.1.0: Input should be greater than or equal to 0"),
         ('{"clients": [[0], [1.0]]}', "clients.1.0: Input should be a valid integer"),
         ('{"clients": [[0], [true]]}', "clients.1.0: Input should be a valid integer"),
@@ -167,10 +167,10 @@ def test_a_path_that_leads_to_no_file_is_one_line(tmp_path, function, file, reas
     "function", [fingerprint_of_file, lambda file: read_partition_file(file, 9)]
 )
 def test_the_file_of_another_user_is_one_line(function):
-    # Not under tmp_path, which is closed to nobody altogether.
+    # Not under tmp_path, which the user nobody may not enter.
     with TemporaryDirectory() as base:
         os.chmod(base, 0o755)
-        path = Path(base) / "deal.json"
+        path = Path(base) / "partition.json"
         path.write_text("{}")
         with closed_to_us(path):
             message = message_of(function, str(path))
@@ -179,7 +179,7 @@ def test_the_file_of_another_user_is_one_line(function):
 
 def test_a_file_in_utf_8_with_a_mark_is_read_and_one_in_another_encoding_named(tmp_path):
     text = json.dumps({"clients": [[1]]})
-    path = tmp_path / "deal.json"
+    path = tmp_path / "partition.json"
     path.write_text(text, encoding="utf-8-sig")
     assert read_partition_file(str(path), 9)[0].tolist() == [1]
     other = tmp_path / "other.json"
@@ -210,7 +210,7 @@ def test_file_and_partitioner_go_together(changes, message):
     assert message_of(Settings.read, changes).startswith(message)
 
 
-def test_the_fingerprint_tells_two_deals_apart(write):
+def test_the_fingerprint_distinguishes_two_partitions(write):
     one, two = (write({"clients": [[i]]}, f"{i}.json").partition_file for i in (1, 2))
     assert fingerprint_of_file(one) != fingerprint_of_file(two)
     same = write({"clients": [[1]]}, "same.json").partition_file

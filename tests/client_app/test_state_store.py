@@ -7,8 +7,8 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from client_app.memory import has_model, keep_model, own_model, recall, state_folder, store
 from client_app.node import declare
+from client_app.state_store import has_model, keep_model, own_model, recall, state_folder, store
 from core.errors import SettingsError
 
 
@@ -60,7 +60,7 @@ def test_a_round_that_comes_again_begins_from_the_round_before(tmp_path):
     state = RecordDict()
     recall(state, tmp_path, 3)
     assert not has_model(state)
-    # A later round that was lost is of no use to anyone.
+    # A later round that was lost is of no use.
     store(kept(4.0), tmp_path, 4)
     assert sorted(os.listdir(tmp_path)) == ["3.safetensors", "4.safetensors"]
 

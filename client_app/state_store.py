@@ -1,8 +1,8 @@
-"""What a client keeps from one message to the next: in its ``Context.state``, and on its disk.
+"""State store: what a client keeps between messages, in its ``Context.state`` and on its disk.
 
-``Context.state`` lives in memory. A run that is gone on with after a crash needs what it held, to
+``Context.state`` lives in memory. A run that is resumed after a crash needs what it held, to
 the bit, and it is too large and too private to travel. So each client writes it to a folder as
-well: one file a round, of which two stay, since the server may go on from before the last round.
+well: one file a round, of which two stay, since the server may resume from before the last round.
 """
 
 import os
@@ -57,7 +57,7 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
     """Return where this client's state of this run is kept on disk; None: in memory only.
 
     Every run has a folder of its own in ``state-dir``. A node is not told that a run has ended, or
-    will not be gone on with, so it deletes none: its owner may, of runs that are over.
+    will not be resumed, so it deletes none: its owner may, of runs that are over.
 
     Parameters
     ----------
