@@ -87,7 +87,15 @@ class IntegerModule(nn.Module):
 
 
 class IntegerInput(IntegerModule):
-    """Bring a network's input to -1..1 by a factor; on a grid of activations below 32 bits."""
+    """Bring a network's input to -1..1 by a factor; on a grid of activations below 32 bits.
+
+    Examples
+    --------
+    >>> enter = IntegerInput(0.5)
+    >>> enter.activation_bits = 3
+    >>> enter(torch.tensor([-2.0, 0.6, 1.0]))
+    tensor([-0.7500,  0.2500,  0.5000])
+    """
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
@@ -120,7 +128,16 @@ class IntegerActivation(IntegerModule):
 
 
 class IntegerOutput(IntegerModule):
-    """Give the logits as they are; the gradient of the loss by them is quantized on its way."""
+    """Give the logits as they are; the gradient of the loss by them is quantized on its way.
+
+    Examples
+    --------
+    >>> output, logits = IntegerOutput(), torch.zeros(2, requires_grad=True)
+    >>> output.gradient_bits = 3
+    >>> output(logits).backward(torch.tensor([0.3, -0.1]))
+    >>> logits.grad
+    tensor([ 0.7500, -0.5000])
+    """
 
     def forward(self, logits: Tensor) -> Tensor:
         bits = self.gradient_bits
@@ -242,6 +259,13 @@ def check_integer(model: nn.Module) -> None:
     ValueError
         If a parameter is none of a `Scaled` layer, or input or output are not quantized; the
         message names it.
+
+    Examples
+    --------
+    >>> check_integer(nn.Linear(3, 2))
+    Traceback (most recent call last):
+        ...
+    ValueError: weight is not the weight of a quant.Scaled layer
     """
     check_kind("model", model, nn.Module)
     scaled = {name for name, _ in scaled_weights(model)}
@@ -267,6 +291,14 @@ def scale_gradients(model: nn.Module) -> None:
     In a prepared network each is divided by its `shift_of`, as `IntegerSGD` needs it. In float32
     it is multiplied by ``alpha**2``, so that SGD on W does what SGD on ``V = W / alpha`` would:
     one alpha as the gradient by W has one too few, one as W moves alpha times as far.
+
+    Examples
+    --------
+    >>> net = Scaled(nn.Linear(1, 1, bias=False), alpha=4.0)
+    >>> net(torch.ones(1, 1)).sum().backward()
+    >>> scale_gradients(net)
+    >>> net.layer.weight.grad
+    tensor([[4.]])
     """
     for _, module in scaled_weights(model):
         weight = module.layer.weight
