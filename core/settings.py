@@ -26,10 +26,13 @@ Threads = Annotated[int, Field(ge=1, le=1024)]
 
 # What is allowed, in words, for the page of settings and for the errors of the validators below.
 _BOUND = "0, and 1 or more"
+# WAGE's activations and output gradients; of fewer bits on a device that has no more.
+_WAGE_BITS = 8
 _NAME = "letters, digits and . _ + = - only, beginning with a letter or digit; 200 bytes at most"
 _MIX = f"bits:share,...; bits {ALLOWED_WIDTHS}, each once; shares above 0, 1 in all"
 AbsolutePath = Annotated[str, Allowed("path, absolute or from ~")]
 
+LowBitTraining = Literal["qat", "strict", "integer"]
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
 DATASETS = get_args(Dataset)
 
@@ -115,14 +118,24 @@ class Settings(Options):
     )
     model: str = Field(
         "resnet8",
-        description="resnet8, resnet20, cnn, a torchvision classifier, or package.module:factory.",
+        description="resnet8, resnet20, cnn, vgg7 or vgg7-nobn (with a factor on its channels as "
+        "in vgg7-x0.5), a torchvision classifier, or package.module:factory.",
     )
 
     bit_mix: Annotated[str, Allowed(_MIX)] = Field(
         "8:0.5,32:0.5", description="Shares of the simulated clients by bit-width."
     )
-    low_bit_training: Literal["qat", "strict"] = Field(
-        "qat", description="qat: float latent weights; strict: weights never leave their grid."
+    low_bit_training: LowBitTraining = Field(
+        "qat",
+        description="qat: float latent weights; strict: weights never leave their grid; integer: "
+        "WAGE's, for a model of its layers, as vgg7: weights on the client's grid that compute as "
+        "ternary ones, with activations and output gradients of at most 8 bits.",
+    )
+    integer_learning_rate: Positive = Field(
+        8.0,
+        description="Step size of integer low-bit clients in the first round, as WAGE's eta: by "
+        "how many 128ths a layer's largest gradient moves its weight, within a factor of 1.42. "
+        "learning-rate and momentum are of Float32 clients then.",
     )
     weight_step: Annotated[float, Field(ge=0)] = Field(
         0.0,
@@ -130,12 +143,14 @@ class Settings(Options):
         "2**-6; 0: each channel's own, fitted to it.",
     )
     activation_bits: WidthOrNone = Field(
-        0, description="Width of the activations of low-bit clients; 0: the client's, 32: float32."
+        0,
+        description="Width of the activations of low-bit clients; 0: the client's, in integer "
+        "training 8 at most; 32: float32.",
     )
     gradient_bits: WidthOrNone = Field(
         0,
         description="Width of output gradients and, in strict training, weight gradients; "
-        "0: 8 in strict and 32 in qat training.",
+        "0: 8 in strict and 32 in qat training; in integer training the client's and at most 8.",
     )
     broadcast: Literal["auto", "float32", "nearest", "calibrated"] = Field(
         "auto",
@@ -249,7 +264,24 @@ class Settings(Options):
         if self.weight_step and self.low_bit_training != "strict":
             raise SettingsError(
                 f"weight-step: {self.weight_step:g} with low-bit-training {self.low_bit_training}; "
-                "allowed: strict, as qat fits its grid to the trained weights"
+                "allowed: strict, as qat fits its grid to the trained weights, and integer has one "
+                "of its own"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _integer_goes_together(self) -> "Settings":
+        if self.low_bit_training != "integer":
+            return self
+        if self.broadcast == "calibrated":
+            raise SettingsError(
+                "broadcast: calibrated with low-bit-training integer; allowed: auto, float32 and "
+                "nearest, as it rounds for layers that compute with their stored weights"
+            )
+        if self.weight_decay:
+            raise SettingsError(
+                f"weight-decay: {self.weight_decay:g} with low-bit-training integer; allowed: 0, "
+                "as its steps have the gradient's direction and no size to add a decay to"
             )
         return self
 
@@ -271,8 +303,15 @@ class Settings(Options):
 
     def activation_bits_of(self, bits: int) -> int:
         """Width of a client's activations."""
-        return self.activation_bits or bits
+        return self.activation_bits or self._integer_bits(bits) or bits
 
-    def gradient_bits_of_low_bit(self) -> int:
+    def gradient_bits_of(self, bits: int) -> int:
         """Width of a low-bit client's gradients."""
-        return self.gradient_bits or (8 if self.low_bit_training == "strict" else FLOAT_BITS)
+        own = 8 if self.low_bit_training == "strict" else FLOAT_BITS
+        return self.gradient_bits or self._integer_bits(bits) or own
+
+    def _integer_bits(self, bits: int) -> int:
+        """Width of what a low-bit client computes with in integer training; 0 in any other."""
+        if self.low_bit_training != "integer" or bits == FLOAT_BITS:
+            return 0
+        return min(bits, _WAGE_BITS)

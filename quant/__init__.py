@@ -40,6 +40,18 @@ from quant.grid import (
     quantize_stochastic,
 )
 from quant.lowbit.eager import SGD
+from quant.lowbit.integer import IntegerSGD, stored_codes, stored_state, ternary
+from quant.lowbit.integer_layers import (
+    INITIAL_RANGE,
+    IntegerActivation,
+    IntegerInput,
+    IntegerOutput,
+    Scaled,
+    check_integer,
+    prepare_integer,
+    scale_gradients,
+    shared_scale,
+)
 from quant.lowbit.strict_sgd import StrictSGD
 from quant.qat.layers import (
     QuantConfig,
@@ -79,6 +91,7 @@ from quant.update import (
 __all__ = [
     "ALLOWED_WIDTHS",
     "FLOAT_BITS",
+    "INITIAL_RANGE",
     "LARGEST_VALUE",
     "MAX_BITS",
     "MIN_BITS",
@@ -88,6 +101,10 @@ __all__ = [
     "FineTuning",
     "FlatUpdate",
     "GlobalReference",
+    "IntegerActivation",
+    "IntegerInput",
+    "IntegerOutput",
+    "IntegerSGD",
     "Losses",
     "ModelFileError",
     "NonFiniteError",
@@ -101,6 +118,7 @@ __all__ = [
     "Reference",
     "Rungs",
     "ScaleError",
+    "Scaled",
     "StartReference",
     "StrictSGD",
     "Update",
@@ -112,6 +130,7 @@ __all__ = [
     "calibrate_activations",
     "calibrated_rounding",
     "check_bits",
+    "check_integer",
     "cosine",
     "decode",
     "decode_all",
@@ -138,6 +157,7 @@ __all__ = [
     "packed_size",
     "payload_size",
     "prepare",
+    "prepare_integer",
     "quantizable_weights",
     "quantize_difference",
     "quantize_fitted",
@@ -148,11 +168,16 @@ __all__ = [
     "quantized_layers",
     "refit_scales",
     "relevancy_mask",
+    "scale_gradients",
     "set_generator",
     "set_scales",
+    "shared_scale",
     "spec_of",
     "squares_at_most",
+    "stored_codes",
+    "stored_state",
     "tensors_of",
+    "ternary",
     "unpack",
     "watched_inputs",
     "weight_scales",

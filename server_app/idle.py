@@ -19,12 +19,13 @@ from task.calibration import has_statistics
 _NEEDS = {
     "dirichlet-alpha": ("partitioner", ("iid", "file")),
     "data-dir": ("dataset", ("digits",)),
+    "integer-learning-rate": ("low-bit-training", ("qat", "strict")),
 }
 # What has none where all clients are Float32.
 _OF_LOW_BITS = frozenset(
     {
         *("low-bit-training", "weight-step", "activation-bits", "gradient-bits", "broadcast"),
-        "lossless-coding",
+        *("lossless-coding", "integer-learning-rate"),
     }
 )
 
@@ -104,6 +105,8 @@ def _why_idle(key: str, one: _Option, given: Mapping[str, object], simulated: bo
     if simulated and known is not None:
         widths = parse_mix(str(given["bit-mix"])).keys()
         of_low_bits = key in _OF_LOW_BITS or Idle.ALL_FLOAT32 in one.marks
+        # With it Float32 clients train their weights over alpha.
+        of_low_bits &= (key, given[key]) != ("low-bit-training", "integer")
         only_float = of_low_bits and widths == {FLOAT_BITS}
         if key == "lossless-coding":  # A difference may have a width of its own.
             only_float &= given.get(f"{given['strategy']}-bits", 0) in (0, FLOAT_BITS)

@@ -44,7 +44,7 @@ from task.data.dataset import describe, fingerprint, load_dataset
 from task.data.partition import evaluation_images, partition, server_pixels
 from task.data.partition_file import fingerprint_of_file
 from task.models import build_model, check_repeatable
-from task.training import check_at_width, check_quantizable
+from task.training import check_at_width, check_quantizable, check_trained_in_integers
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,8 @@ def prepare(
     for line in idle_with_model(settings, model):
         log(WARNING, "prowd: %s", line)
     buffer = server_pixels(settings)
+    if settings.low_bit_training == "integer":
+        check_trained_in_integers(model, settings.model)
     if min(settings.mix) < FLOAT_BITS:
         check_quantizable(model, settings.model)
         _log_what_stays_float32(model)

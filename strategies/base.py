@@ -74,6 +74,7 @@ from quant import (
     fixed_point,
     quantize_fitted,
     quantize_state,
+    stored_state,
 )
 from strategies.context import StrategyContext, own_context
 
@@ -164,7 +165,7 @@ class MixedPrecisionStrategy(Strategy):
 
         Parameters
         ----------
-        low_bit_training : {"qat", "strict"}
+        low_bit_training : {"qat", "strict", "integer"}
             How low-bit clients train.
         has_buffer : bool
             Whether the server has unlabelled images to calibrate the rounding with.
@@ -218,6 +219,9 @@ class MixedPrecisionStrategy(Strategy):
 
     def model_for(self, bits: int, state: State) -> Update:
         """Return the model as clients of a width compute with it."""
+        if self.context.low_bit_training == "integer" and bits != FLOAT_BITS:
+            state = self.state_at(bits, state)
+            return stored_state(state, self.on_grid(state), bits)
         return self._at_width(bits, self.state_at(bits, state), self.context.weight_step)
 
     def state_at(self, bits: int, state: State) -> State:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
 
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from core.arguments import check_number
 from core.constructors import Broadcast, checked, names_in
 from core.errors import SettingsError
 from core.options import shown
+from core.settings import LowBitTraining
 from quant import Update
 
 Predict = Callable[[Mapping[str, Tensor]], Tensor]
@@ -46,7 +46,7 @@ class StrategyContext:
     broadcast : {"float32", "nearest", "calibrated"}
         How the model reaches low-bit clients: in float32, which they round to nearest themselves,
         or as codes of their own width that the server rounded.
-    low_bit_training : {"qat", "strict"}
+    low_bit_training : {"qat", "strict", "integer"}
         How low-bit clients train.
     weight_step : float
         Step of the weights of low-bit clients in fixed point, for strict training; 0 where each
@@ -99,7 +99,7 @@ class StrategyContext:
     most_examples: int = 10**9
     examples_of: Callable[[int, int], int] | None = None
     broadcast: Broadcast = "float32"
-    low_bit_training: Literal["qat", "strict"] = "qat"
+    low_bit_training: LowBitTraining = "qat"
     weight_step: float = 0.0
     norm_bound: float = 10.0
     coded: bool = True

@@ -13,6 +13,7 @@ from core.files import is_utf8, printable
 from core.reference import in_one_line, is_reference, load_reference
 from core.seeds import seed_torch
 from quant import LARGEST_VALUE, federated_state, is_finite
+from task.vgg7 import vgg7_named
 
 # A pixel x of 0..255 enters the network as PIXEL_SCALE * x + PIXEL_OFFSET, in -2..2.
 PIXEL_SCALE, PIXEL_OFFSET = 4 / 255, -2.0
@@ -103,8 +104,9 @@ def build_model(name: str, channels: int, size: int, num_classes: int, seed: int
     Parameters
     ----------
     name : str
-        A key of `MODELS`, any classifier that ``torchvision.models.get_model`` knows, or
-        ``"package.module:factory"`` with ``factory(channels, size, num_classes) -> nn.Module``.
+        A key of `MODELS`, a name of `task.vgg7.vgg7_named`, any classifier that
+        ``torchvision.models.get_model`` knows, or ``"package.module:factory"`` with
+        ``factory(channels, size, num_classes) -> nn.Module``.
     channels, size : int
         Channels (1 or 3) and pixels a side of the images.
     num_classes : int
@@ -123,6 +125,8 @@ def build_model(name: str, channels: int, size: int, num_classes: int, seed: int
         seed_torch(seed)
         if name in MODELS:
             model = MODELS[name](channels, num_classes)
+        elif name.startswith("vgg7"):
+            model = vgg7_named(name, channels, size, num_classes)
         elif is_reference(name):
             model = _own_model(factory, name, channels, size, num_classes)
         else:
@@ -236,7 +240,7 @@ def _torchvision_model(name: str, channels: int, num_classes: int) -> nn.Module:
     import torchvision  # Two seconds that the small models need not wait for.
 
     if name not in torchvision.models.list_models(module=torchvision.models):
-        known = ", ".join(MODELS)
+        known = ", ".join([*MODELS, "vgg7"])
         raise SettingsError(
             f"model: {name!r}; allowed: {known}, a torchvision classifier's name, or "
             "package.module:factory"

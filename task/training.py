@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from sys import float_info
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,27 +21,32 @@ from core.errors import SettingsError
 from core.mix import check_client_bits
 from core.reference import in_one_line
 from core.seeds import Stream, derive_seed, drawn_under, seed_torch
-from core.settings import Settings
+from core.settings import LowBitTraining, Settings
 from quant import (
     FLOAT_BITS,
     SGD,
+    IntegerSGD,
     QuantConfig,
     StrictSGD,
     Update,
+    check_integer,
     federated_state,
     fixed_point,
     is_finite,
     layers_by_weight,
     load_state,
     prepare,
+    prepare_integer,
     quantizable_weights,
     quantize_state,
     refit_scales,
+    scale_gradients,
     set_generator,
     set_scales,
     tensors_of,
     weight_scales,
 )
+from quant.lowbit.integer import sigma
 from quant.qat.layers import QuantLayer
 from task.calibration import calibrate_activations, calibrate_normalization
 from task.data.dataset import Images
@@ -61,8 +66,9 @@ class LocalTraining:
     ----------
     bits : int
         The client's width, 2 to 16, or 32 for plain float32 training.
-    low_bit_training : {"qat", "strict"}
-        Float latent weights with a straight-through gradient, or weights on the grid.
+    low_bit_training : {"qat", "strict", "integer"}
+        Float latent weights with a straight-through gradient, weights on the grid, or weights on
+        the grid that compute as ternary ones (`quant.lowbit.integer`).
     activation_bits, gradient_bits : int
         Widths of activations and of gradients below 32 bits.
     epochs, batch_size : int
@@ -73,10 +79,12 @@ class LocalTraining:
         Factor of ``mu / 2 |w - w_received|^2`` in the loss (Li et al., arXiv:1812.06127).
     weight_step : float
         One step for all weights (fixed point); 0 fits each channel's.
+    integer_learning_rate : float
+        Of `quant.IntegerSGD`.
     """
 
     bits: int
-    low_bit_training: Literal["qat", "strict"] = "qat"
+    low_bit_training: LowBitTraining = "qat"
     activation_bits: int = FLOAT_BITS
     gradient_bits: int = FLOAT_BITS
     epochs: int = 1
@@ -86,6 +94,7 @@ class LocalTraining:
     weight_decay: float = 0.0
     proximal_mu: float = 0.0
     weight_step: float = 0.0
+    integer_learning_rate: float = 8.0
 
     def __post_init__(self) -> None:
         check_client_bits(self.bits, "bits")
@@ -101,6 +110,7 @@ class LocalTraining:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             weight_step=self.weight_step,
+            integer_learning_rate=self.integer_learning_rate,
         )
 
     @classmethod
@@ -110,19 +120,31 @@ class LocalTraining:
             bits=bits,
             low_bit_training=settings.low_bit_training,
             activation_bits=settings.activation_bits_of(bits),
-            gradient_bits=settings.gradient_bits_of_low_bit(),
+            gradient_bits=settings.gradient_bits_of(bits),
             epochs=settings.local_epochs,
             batch_size=settings.batch_size,
-            # Above zero, however many rounds it decays.
-            learning_rate=max(
-                settings.learning_rate * settings.learning_rate_decay ** (server_round - 1),
-                float_info.min,
-            ),
+            learning_rate=_decayed(settings.learning_rate, settings, server_round),
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             proximal_mu=mu,
             weight_step=settings.weight_step,
+            integer_learning_rate=_decayed(settings.integer_learning_rate, settings, server_round),
         )
+
+    @property
+    def in_integers(self) -> bool:
+        """Whether the weights move in whole steps of integer training."""
+        return self.low_bit_training == "integer" and self.bits != FLOAT_BITS
+
+    @property
+    def step_size(self) -> float:
+        """How far a gradient of 1 moves a weight."""
+        return self.integer_learning_rate * sigma(8) if self.in_integers else self.learning_rate
+
+
+def _decayed(rate: float, settings: Settings, server_round: int) -> float:
+    # Above zero, however many rounds it decays.
+    return max(rate * settings.learning_rate_decay ** (server_round - 1), float_info.min)
 
 
 class DivergedError(RuntimeError):
@@ -148,7 +170,8 @@ class Trained:
         The trained weights at the client's width.
     moved : dict of str to Tensor
         Float32 difference between the weights that training ended and began with, as the client
-        holds them: in strict training both lie on the grid, in qat they are the latent ones.
+        holds them: in strict and integer training both lie on the grid, and the start is exactly
+        the update less this; in qat they are the latent ones.
     steps : int
         Optimizer steps taken.
     score : Score
@@ -199,8 +222,9 @@ def train(
     names = federated_state(model).keys()
     if config.bits != FLOAT_BITS:
         widths = QuantConfig(config.bits, config.activation_bits, config.gradient_bits)
-        _prepare(model, widths, config.weight_step)
-        set_scales(model, scales or {})
+        _prepare(model, widths, config.low_bit_training, config.weight_step, scales)
+    elif config.low_bit_training == "integer":
+        check_trained_in_integers(model, type(model).__name__)
     model.to(device)
     if config.bits != FLOAT_BITS:
         calibrate_activations(model, images.pixels)
@@ -214,6 +238,8 @@ def train(
     began = {name: tensor.clone().cpu() for name, tensor in tensors_of(model, names).items()}
     correction = {n: tensor.to(device) for n, tensor in (correction or {}).items()}
     corrected = [(p, correction[n]) for n, p in model.named_parameters() if n in correction]
+    # What is added to a gradient is in the units of SGD's, also where steps have others.
+    unit = config.learning_rate / config.step_size
     model.train()
     loss_sum, correct, seen, steps = 0.0, 0, 0, 0
     for epoch in range(config.epochs):
@@ -228,12 +254,15 @@ def train(
                 raise DivergedError(f"training diverged: the loss of step {steps + 1} is {value}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if config.low_bit_training == "integer":
+                scale_gradients(model)
             for parameter, anchor in anchored:
                 if parameter.grad is not None:  # It took no part, and does not move.
-                    parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal_mu)
+                    pull = config.proximal_mu * unit
+                    parameter.grad.add_(parameter.detach() - anchor, alpha=pull)
             for parameter, offset in corrected:
                 if parameter.grad is not None:
-                    parameter.grad.sub_(offset)
+                    parameter.grad.sub_(offset, alpha=unit)
             _check_gradients(model, steps + 1)
             optimizer.step()
             steps += 1
@@ -295,13 +324,21 @@ def _evaluate(model: nn.Module, images: Images) -> Score:
     return Score(loss / len(images), correct / len(images), len(images))
 
 
-def at_width(model: nn.Module, settings: Settings, bits: int) -> nn.Module:
-    """Return a copy of a float32 model that computes at a bit-width, as a client of it would."""
+def at_width(
+    model: nn.Module,
+    settings: Settings,
+    bits: int,
+    scales: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Return a copy of a float32 model that computes at a bit-width, as a client of it would.
+
+    `scales` are those of weights that came on their grid.
+    """
     model = copy.deepcopy(model)
     if bits == FLOAT_BITS:
         return model
     widths = QuantConfig(bits, settings.activation_bits_of(bits))
-    return _prepare(model, widths, settings.weight_step)
+    return _prepare(model, widths, settings.low_bit_training, settings.weight_step, scales)
 
 
 def ready_to_evaluate(
@@ -329,8 +366,7 @@ def ready_to_evaluate(
     device : torch.device, optional
         Where the copy computes; the CPU by default.
     """
-    network = at_width(model, settings, bits)
-    set_scales(network, scales)
+    network = at_width(model, settings, bits, scales)
     network.to(device)
     with drawn_under(settings.seed, Stream.CALIBRATION):
         calibrate_activations(network, pixels)
@@ -354,6 +390,23 @@ def check_quantizable(model: nn.Module, name: str) -> None:
         f"model: {name!r} has no layer to quantize, only {', '.join(sorted(kinds)) or 'none'}; "
         "nn.Conv2d and nn.Linear layers are, but no subclass of them and no tied weight"
     )
+
+
+def check_trained_in_integers(model: nn.Module, name: str) -> None:
+    """Refuse a model that integer training cannot train.
+
+    Raises
+    ------
+    SettingsError
+        If it is not built of the layers that have an integer form (`quant.check_integer`).
+    """
+    try:
+        check_integer(model)
+    except ValueError as error:
+        raise SettingsError(
+            f"model: {name!r} with low-bit-training integer: {error}; allowed: vgg7, or a model of "
+            "your own from quant.Scaled, IntegerInput, IntegerActivation and IntegerOutput"
+        ) from None
 
 
 def check_at_width(model: nn.Module, settings: Settings, bits: int, pixels: np.ndarray) -> None:
@@ -440,12 +493,23 @@ def _on_grid(layers: Collection[QuantLayer]) -> Iterator[None]:
             layer.weight.copy_(weight)
 
 
-def _prepare(model: nn.Module, config: QuantConfig, weight_step: float) -> nn.Module:
+def _prepare(
+    model: nn.Module,
+    config: QuantConfig,
+    low_bit_training: LowBitTraining,
+    weight_step: float,
+    scales: Mapping[str, Tensor] | None,
+) -> nn.Module:
+    if low_bit_training == "integer":
+        check_trained_in_integers(model, type(model).__name__)
+        # Its grid is that of the width, whatever the weights came on.
+        return prepare_integer(model, config)
     check_quantizable(model, type(model).__name__)
     prepare(model, config)
     if weight_step:
         names = quantizable_weights(model)
         set_scales(model, fixed_point(model.state_dict(), names, weight_step))
+    set_scales(model, scales or {})
     return model
 
 
@@ -457,6 +521,10 @@ def _optimizer(
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,
     }
+    if config.in_integers:
+        rate = config.integer_learning_rate
+        parameters = dict(model.named_parameters())
+        return IntegerSGD(parameters, config.bits, lr=rate, generator=noise)
     if config.bits == FLOAT_BITS or config.low_bit_training == "qat":
         return SGD(model.parameters(), **sgd)
     return StrictSGD(

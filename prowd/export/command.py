@@ -12,7 +12,7 @@ from core.mix import check_client_bits
 from core.run_record import Round
 from prowd.export.onnx_model import to_onnx
 from prowd.records import read_record
-from quant import PackedModel, load_model
+from quant import FLOAT_BITS, PackedModel, load_model
 from server_app.run import Run, reopen
 from task.data.dataset import Images, load_dataset
 from task.data.partition import evaluation_images
@@ -54,6 +54,11 @@ def export(
     run, state, entries = _load_run(run_dir, data_dir)
     if bits is None:
         bits = min(int(width) for entry in entries for width in entry.uplink_bytes)
+    if run.settings.low_bit_training == "integer" and bits != FLOAT_BITS:
+        raise SettingsError(
+            f"--bits: {bits} of a run with low-bit-training integer; allowed: {FLOAT_BITS}, as no "
+            "file says that weights compute as ternary ones"
+        )
     yield _recorded(entries[-1], bits)
     network = run.evaluator.network(run.strategy.model_for(bits, state)).cpu()
     images, data = evaluation_images(run.settings), load_dataset(run.settings)

@@ -10,12 +10,14 @@ import torch
 from torch.optim import Optimizer
 
 
-class _Eager:
+class Eager:
+    """What an optimizer inherits first to be rid of those wrappers; `step` is its own."""
+
     add_param_group = unwrap(Optimizer.add_param_group)
     zero_grad = unwrap(Optimizer.zero_grad)
 
 
-class SGD(_Eager, torch.optim.SGD):
+class SGD(Eager, torch.optim.SGD):
     """`torch.optim.SGD`, neither to be compiled nor to be differentiated through.
 
     >>> weight = nn.Parameter(torch.ones(1))
@@ -28,7 +30,7 @@ class SGD(_Eager, torch.optim.SGD):
     step = torch.no_grad()(unwrap(torch.optim.SGD.step))
 
 
-class Adam(_Eager, torch.optim.Adam):
+class Adam(Eager, torch.optim.Adam):
     """`torch.optim.Adam`, neither to be compiled nor to be differentiated through."""
 
     step = torch.no_grad()(unwrap(torch.optim.Adam.step))

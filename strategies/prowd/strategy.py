@@ -345,7 +345,7 @@ class ProWD(MixedPrecisionStrategy):
             steps=self.options.finetune_steps,
             learning_rate=self.options.finetune_learning_rate,
             distill_weight=self.options.distill_weight,
-            stochastic=self.context.low_bit_training == "strict",
+            stochastic=self.context.low_bit_training != "qat",
             group_size=max(groups[bits].count for bits in low) if in_groups else 1,
         )
         losses = fine_tune(

@@ -62,7 +62,7 @@ WRONG = [
     ("dirichlet-alpha", 0.0, "greater than 0"),
     ("model", 8, "string"),
     ("bit-mix", 8, "string"),
-    ("low-bit-training", "ptq", "'qat' or 'strict'"),
+    ("low-bit-training", "ptq", "'qat', 'strict' or 'integer'"),
     ("activation-bits", 1, "0, 2 to 16, and 32"),
     ("activation-bits", 17, "0, 2 to 16, and 32"),
     ("activation-bits", -8, "0, 2 to 16, and 32"),
@@ -234,7 +234,29 @@ def test_activation_bits_are_the_clients_unless_set(given, bits, used):
 )
 def test_gradient_bits_default_to_8_strict_and_32_qat(given, training, used):
     settings = Settings(gradient_bits=given, low_bit_training=training)
-    assert settings.gradient_bits_of_low_bit() == used
+    assert settings.gradient_bits_of(4) == used
+
+
+@pytest.mark.parametrize(
+    ("given", "bits", "used"), [(0, 8, 8), (0, 6, 6), (0, 16, 8), (0, 32, 32), (4, 16, 4)]
+)
+def test_integer_training_computes_with_eight_bits_at_most(given, bits, used):
+    given = {"activation_bits": given, "gradient_bits": given}
+    settings = Settings(low_bit_training="integer", **given)
+    assert settings.activation_bits_of(bits) == settings.gradient_bits_of(bits) == used
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"broadcast": "calibrated"}, "broadcast: calibrated with low-bit-training integer; "),
+        ({"weight_decay": 0.1}, "weight-decay: 0.1 with low-bit-training integer; allowed: 0"),
+        ({"weight_step": 0.5}, "weight-step: 0.5 with low-bit-training integer; allowed: strict"),
+    ],
+)
+def test_what_does_not_go_with_integer_training_is_refused(settings, said):
+    with pytest.raises(SettingsError, match=said):
+        Settings(low_bit_training="integer", **settings)
 
 
 def test_keys_of_a_run_are_read_and_the_strategies_own_left_alone():

@@ -4,12 +4,14 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 
+from matrix.tiny import INTEGER_ON_GRID, ON_GRID
+
 from strategies import STRATEGIES
 
 MIXED, LOW, FLOAT32 = (2, 4, 4, 8, 32), (2, 8, 8), (32, 32, 32)
 WIDTH_NAMES = {MIXED: "mixed", LOW: "low", FLOAT32: "float32"}
 BROADCASTS = ("float32", "nearest", "calibrated")
-TRAININGS = ("qat", "strict")
+TRAININGS = ("qat", "strict", "integer")
 LEARNING_RATE, SERVER_STEP = 0.02, 0.9
 # Every strategy with whatever makes it keep something from round to round.
 OWN_SETTINGS: dict[str, dict[str, object]] = {
@@ -62,6 +64,8 @@ class Cell:
     @property
     def refused(self) -> str:
         """What the error begins with that refuses this cell before training; empty if it runs."""
+        if self.in_integers and self.broadcast == "calibrated":
+            return "broadcast:"
         coded = self.broadcast != "float32" and min(self.widths) < 32
         # The corrections are taken from differences of codes, whose rounding does not sum to zero.
         return "broadcast:" if self.strategy == "fedcomgate" and coded else ""
@@ -76,6 +80,16 @@ class Cell:
         """Whether there is a global model."""
         return self.strategy != "local"
 
+    @property
+    def in_integers(self) -> bool:
+        """Whether low-bit clients train in integers, which takes a model of its own."""
+        return self.training == "integer"
+
+    @property
+    def on_grid(self) -> tuple[str, ...]:
+        """Names of the weights that low-bit clients quantize."""
+        return INTEGER_ON_GRID if self.in_integers else ON_GRID
+
     def downlink_bits(self, partition: int) -> int:
         """Width of the payload in which a client gets the model."""
         return 32 if self.broadcast == "float32" else self.widths[partition]
@@ -88,7 +102,7 @@ class Cell:
             "broadcast": self.broadcast,
             "low-bit-training": self.training,
             "bit-mix": ",".join(f"{bits}:{share:.9f}" for bits, share in shares.items()),
-            "model": "matrix.tiny:network",
+            "model": "matrix.tiny:" + ("integer_network" if self.in_integers else "network"),
             "partitioner": "file",
             "batch-size": 6,
             "learning-rate": LEARNING_RATE,

@@ -98,6 +98,9 @@ def rounds_the_model_that_it_has(trace: Trace) -> None:
             assert np.array_equal(tensor.numpy(), model[name]), name
         for name, tensor in update.quantized.items():
             largest = 2 ** (update.bits - 1) - 1
+            if trace.cell.in_integers:  # From -0.5 to 0.5, on one grid of -1 to 1.
+                largest = 2 ** (update.bits - 2)
+                assert (tensor.scale == 2.0 ** (1 - update.bits)).all(), name
             codes = tensor.codes.numpy().astype(np.int64)
             assert np.abs(codes).max() <= largest, name
             scale = tensor.scale.to(torch.float64).numpy()

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from matrix.running import Exchange, Trace
-from matrix.tiny import ON_GRID
 from torch import Tensor
 
 from quant import Update, UpdateSpec, decode
@@ -17,7 +16,7 @@ def sent_to(trace: Trace, exchange: Exchange) -> Update | None:
     """Open the model that a client was sent, at the width that the cell asks for."""
     if exchange.sent is None:
         return None
-    spec = UpdateSpec.of(trace.starts[exchange.instruction.server_round], ON_GRID)
+    spec = UpdateSpec.of(trace.starts[exchange.instruction.server_round], trace.cell.on_grid)
     return decode(exchange.sent, spec, trace.cell.downlink_bits(exchange.partition))
 
 
@@ -28,7 +27,7 @@ def returned_by(trace: Trace, exchange: Exchange) -> Update | None:
     bits, server_round = trace.cell.widths[exchange.partition], exchange.instruction.server_round
     sent = sent_to(trace, exchange)
     start = sent if sent is not None and sent.bits == bits else None
-    spec = UpdateSpec.of(trace.starts[server_round], ON_GRID)
+    spec = UpdateSpec.of(trace.starts[server_round], trace.cell.on_grid)
     content = exchange.instruction.uplink
     return decode(exchange.returned, spec, bits, content, start, server_round)
 

@@ -37,7 +37,7 @@ def test_rows_by_hand():
     page = settings_page()
     assert "| `num-server-rounds` | `8` | whole number ≥ 1 | Rounds of training. |" in page
     assert "| `momentum` | `0.9` | number ≥ 0, < 1 | Momentum of local SGD. |" in page
-    assert '| `low-bit-training` | `"qat"` | `"qat"`, `"strict"` | ' in page
+    assert '| `low-bit-training` | `"qat"` | `"qat"`, `"strict"`, `"integer"` | ' in page
     assert "| `lossless-coding` | `true` | `true`, `false` | " in page
     assert "| `fedprox-mu` | `0.01` | number ≥ 0 | " in page
     assert "| `image-size` | `0` | whole number ≥ 0, ≤ 1024 | " in page

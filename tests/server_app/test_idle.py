@@ -29,6 +29,19 @@ def test_the_defaults_are_no_news():
         ({"dirichlet-alpha": 1.0}, "dirichlet-alpha: 1.0 has no effect with partitioner=iid"),
         ({"data-dir": "/x"}, "data-dir: '/x' has no effect with dataset=digits"),
         (
+            {"integer-learning-rate": 4.0},
+            "integer-learning-rate: 4.0 has no effect with low-bit-training=qat",
+        ),
+        (
+            {
+                "strategy": "fedavg",
+                "bit-mix": "32:1.0",
+                "low-bit-training": "integer",
+                "integer-learning-rate": 4.0,
+            },
+            "integer-learning-rate: 4.0 has no effect with bit-mix=32:1.0",
+        ),
+        (
             {"prowd-finetune-steps": 5},
             "prowd-finetune-steps: 5 has no effect with prowd-finetune-every=0",
         ),
@@ -90,6 +103,7 @@ def test_what_has_no_effect_is_named(changes, line):
         {"partitioner": "dirichlet", "dirichlet-alpha": 1.0},
         {"dataset": "cifar10", "data-dir": "/x"},
         {"prowd-finetune-every": 2, "prowd-finetune-steps": 5},
+        {"low-bit-training": "integer", "integer-learning-rate": 4.0},
         {"prowd-mask": "random", "prowd-mask-at-least": 0.5},
         {"strategy": "package.module:Class", "strategy-options": "a = 1"},
         {"bit-mix": "8:1.0", "activation-bits": 4, "prowd-reference": "global"},

@@ -88,7 +88,8 @@ def message_of(*arguments):
 )
 def test_unknown_model_is_refused_with_what_is_allowed(name):
     message = message_of(name, 1, 8, 10, 0)
-    assert message.startswith(f"model: {name!r}; allowed: resnet8, resnet20, cnn, a torchvision")
+    allowed = "resnet8, resnet20, cnn, vgg7, a torchvision"
+    assert message.startswith(f"model: {name!r}; allowed: {allowed}")
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "densenet121"])
