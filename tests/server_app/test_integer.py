@@ -18,7 +18,6 @@ from exchange.protocol import MODEL, UPDATE
 from prowd.export.command import export
 from quant import decode, federated_state, spec_of, stored_codes, stored_state, ternary
 from server_app.app import main
-from strategies import STRATEGIES
 from task.data.dataset import load_dataset
 from task.data.partition import evaluation_images, server_pixels
 from task.models import build_model
@@ -29,7 +28,6 @@ SPEC = spec_of(build_model(MODEL_NAME, 1, 8, 10, 0))
 MIXED = "8:0.4,32:0.6"
 FOUR = "6:0.2,12:0.2,16:0.2,32:0.4"
 # One of Flower's stands for them all.
-SYSTEMS = [*(name for name in STRATEGIES if name != "flwr"), "flwr:FedAvgM"]
 
 
 class Recording(SimulatedGrid):
@@ -77,18 +75,17 @@ def entries(folder):
     return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("mix", [MIXED, FOUR])
-@pytest.mark.parametrize("strategy", SYSTEMS)
-def test_every_strategy_completes_with_every_client(tmp_path, strategy, mix):
-    folder, _ = run(tmp_path, strategy, mix)
+@pytest.mark.parametrize("strategy", ["prowd", "fedavg", "fedcom"])
+def test_the_widths_of_the_paper_complete_with_every_client(tmp_path, strategy):
+    """All strategies, at other widths, run in tests/matrix."""
+    folder, _ = run(tmp_path, strategy, FOUR)
     assert json.loads((folder / "summary.json").read_text())["status"] == "completed"
     for entry in entries(folder):
         assert entry["clients"]["aggregated"] == 5
         assert not entry.get("left_out")
-        widths = {part.partition(":")[0] for part in mix.split(",")}
+        widths = {part.partition(":")[0] for part in FOUR.split(",")}
         assert entry["accuracy"].keys() >= widths
-    if strategy != "local":
-        assert all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
+    assert all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
 
 
 @pytest.mark.parametrize("strategy", ["prowd", "fedavg"])
