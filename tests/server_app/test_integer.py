@@ -27,7 +27,6 @@ MODEL_NAME = "vgg7-x0.125"
 SPEC = spec_of(build_model(MODEL_NAME, 1, 8, 10, 0))
 MIXED = "8:0.4,32:0.6"
 FOUR = "6:0.2,12:0.2,16:0.2,32:0.4"
-# One of Flower's stands for them all.
 
 
 class Recording(SimulatedGrid):
