@@ -57,7 +57,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
     assert (tmp_path / "page").read_text().count("it is no regular file") == 2
 
 
-@pytest.mark.parametrize("absurd", [1e308, -1e308, 10**400, 5e-324])
+@pytest.mark.parametrize("absurd", [1e308, 10**400])
 def test_absurd_numbers_do_not_keep_the_page_from_being_written(tmp_path, absurd):
     folder = write_run(tmp_path / "ProWD-0", "prowd", 0)
     for name in ("rounds.jsonl", "weights.jsonl"):
