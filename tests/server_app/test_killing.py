@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 PROJECT = Path(__file__).parents[2]
 SMALL = {
-    "num-server-rounds": 5,
+    "num-server-rounds": 6,
     "samples-per-client": 32,
     "server-buffer": 16,
     "evaluate-every": 3,
@@ -27,7 +27,7 @@ SMALL = {
 PROWD = {"strategy": "prowd", "prowd-finetune-every": 2, "prowd-finetune-steps": 2}
 MOMENTUM = {"strategy": "flwr:FedAvgM", "flwr-arguments": "server_momentum = 0.5"}
 # Kills of each run: one before a round, the others in different rounds.
-KILLS = 4
+KILLS = 5
 # By name, the strategies that keep something, on the server or with clients.
 JOBS = {
     "prowd": SMALL | PROWD,
@@ -64,7 +64,7 @@ def test_runs_are_killed_at_least_twenty_times_and_end(killed):
 def test_kills_are_in_and_resumes_from_different_rounds(killed):
     for name, attempts in killed[1].items():
         kills = [attempt for attempt in attempts if attempt["phase"] is not None]
-        # In a start, and in three different rounds.
+        # In a start, and in four different rounds.
         assert len({kill["phase"] for kill in kills}) == KILLS, name
         assert len({attempt["after"] for attempt in attempts}) >= 3, name
         # Also in rounds that were not the first of their process.
