@@ -111,6 +111,8 @@ def _run_round(
         scores = _evaluate(grid, strategy, settings, server_round, arrays, evaluator)
     ended = time.monotonic()
     trained, evaluated = strategy.round_log, strategy.evaluate_log
+    # An aggregate_train of the user's own may not note it.
+    received = trained.received or combined
     entry = {
         "round": server_round,
         "accuracy": scores.accuracy,
@@ -120,8 +122,8 @@ def _run_round(
         "downlink_bytes": _by_width(trained.downlink_bytes + evaluated.downlink_bytes),
         "seconds": {
             "round": ended - started,
-            "train": trained.received - started,
-            "aggregate": combined - trained.received,
+            "train": received - started,
+            "aggregate": combined - received,
             "evaluate": ended - combined,
         },
         "clients": _clients(trained),

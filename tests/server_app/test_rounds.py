@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import re
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from exchange.protocol import UPDATE
 from quant import decode, spec_of
 from server_app.app import main
 from server_app.rounds import format_bytes, format_round
+from strategies import FedAvg
 from task.models import MODELS, build_model
 
 SMALL = {
@@ -57,6 +59,22 @@ def run(tmp_path, clients=2, node_configs=None, **changes):
 
 def rounds_of(folder):
     return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+class DrainingOnly(FedAvg):
+    """Aggregates by itself, and keeps the model."""
+
+    def aggregate_train(self, server_round, replies):
+        self.round_log.aggregated += [reply.metadata.src_node_id for reply in replies]
+        return None, None
+
+
+def test_a_strategy_that_aggregates_by_itself_has_times_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "own_strategies", sys.modules[__name__])
+    for entry in rounds_of(run(tmp_path, strategy="own_strategies:DrainingOnly")):
+        seconds = entry["seconds"]
+        assert 0 < seconds["train"] <= seconds["round"]
+        assert 0 <= seconds["aggregate"] <= seconds["round"]
 
 
 @pytest.mark.parametrize("strategy", ["prowd", "fedavg"])
