@@ -1,8 +1,7 @@
 """GroupedAvg-Asymmetric: precision flows down only, from the widest clients to the others."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
-from exchange.replies import ClientUpdate
 from exchange.states import State
 from quant import WeightedMean
 from strategies.grouped import GroupedAvg
@@ -19,24 +18,16 @@ class GroupedAvgAsymmetric(GroupedAvg):
     {'bias': tensor([0.])}
     """
 
-    def combine(
-        self, server_round: int, start: State, updates: Iterator[ClientUpdate]
-    ) -> State | None:
-        """Average the widest clients, and everybody."""
+    def _use(self, averages: Mapping[int, WeightedMean]) -> None:
+        super()._use(averages)
         everybody = WeightedMean()
-        widest = super().combine(server_round, start, _added_to(everybody, updates))
+        for bits, average in averages.items():
+            everybody.add(self._models[bits], average.weight)
         if everybody.count:
             mean = everybody.mean()
             self._models |= {b: mean for b in self._models if b != max(self._models)}
-        return widest
 
     def state_for(self, bits: int, state: State) -> State:
         """Return the model of a width; one that has not reported yet gets the others' mean."""
         known = bits if bits in self._models else min(self._models, default=bits)
         return super().state_for(known, state)
-
-
-def _added_to(mean: WeightedMean, updates: Iterator[ClientUpdate]) -> Iterator[ClientUpdate]:
-    for item in updates:
-        mean.add_update(item.update, item.report.num_examples)
-        yield item

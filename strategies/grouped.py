@@ -38,8 +38,12 @@ class GroupedAvg(MixedPrecisionStrategy):
         for item in updates:
             average = averages.setdefault(item.client.bits, WeightedMean())
             average.add_update(item.update, item.report.num_examples)
-        self._models |= {bits: average.mean() for bits, average in averages.items()}
+        self._use(averages)
         return self._models[max(self._models)] if self._models else None
+
+    def _use(self, averages: Mapping[int, WeightedMean]) -> None:
+        """Make each width's model of a round's averages by width."""
+        self._models |= {bits: average.mean() for bits, average in averages.items()}
 
     def checkpoint(self) -> tuple[State, dict[str, object]]:
         """Return the model of each width, and the common start."""
