@@ -60,8 +60,13 @@ def check_kind(name: str, value: object, kind: type) -> None:
         One line.
     """
     if not isinstance(value, kind):
-        allowed = _WORDS.get(kind, f"a {kind.__name__}")
-        raise ValueError(f"{name}: a {type(value).__name__} is not allowed: it should be {allowed}")
+        raise wrong_kind(name, value, kind)
+
+
+def wrong_kind(name: str, value: object, kind: type) -> ValueError:
+    """Return the error of `check_kind`."""
+    allowed = _WORDS.get(kind, f"a {kind.__name__}")
+    return ValueError(f"{name}: a {type(value).__name__} is not allowed: it should be {allowed}")
 
 
 def check_tensors(name: str, value: object) -> None:

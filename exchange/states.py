@@ -132,8 +132,9 @@ def why_unusable(
         if largest > LARGEST_VALUE:
             return f"its model holds more than {LARGEST_VALUE:g} ({name}), which no client takes"
     for name, tensor in kept.items():
-        was_finite = name not in before or isfinite(_largest(before[name]))
-        if id(tensor) not in known and not isfinite(_largest(tensor)) and was_finite:
+        if id(tensor) in known or isfinite(_largest(tensor)):
+            continue
+        if name not in before or isfinite(_largest(before[name])):
             return f"what the strategy keeps is not finite ({name})"
     return ""
 

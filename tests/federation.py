@@ -111,6 +111,26 @@ class SimulatedGrid(InProcessGrid, InMemoryGrid):
     """Is, by its type, that of Flower's simulation; all else is taken for a networked one."""
 
 
+class Recording:
+    """A grid of these that keeps what was received too."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = super().pull_messages(message_ids)
+        self.received = [*getattr(self, "received", []), *replies]
+        return replies
+
+
+def payloads(messages: Iterable[Message], record: str) -> list[tuple[int, int, bytes]]:
+    """Node, bits in the header, and bytes of each training message that carries a payload."""
+    found = []
+    for message in messages:
+        if message.metadata.message_type == "train" and record in message.content:
+            data = next(iter(message.content[record].values())).data
+            node = message.metadata.dst_node_id if record == MODEL else message.metadata.src_node_id
+            found.append((node, data[5], data))
+    return found
+
+
 class LateGrid(InProcessGrid):
     """Counts the looks for nodes; a subclass says who is there, and who has answered, by then."""
 

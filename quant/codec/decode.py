@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from core.arguments import check_kind
-from core.bits import check_width
+from core.bits import FLOAT_BITS, check_width
 from quant.codec.coding import decompress, read_codes
 from quant.codec.encode import (
     CHECKSUM_OFFSET,
@@ -294,7 +294,7 @@ class _Batch:
                 continue
 
 
-_NOTHING = Update(32, "weights", {}, {})
+_NOTHING = Update(FLOAT_BITS, "weights", {}, {})
 
 
 def _parts_of(data: bytes, layout: Layout) -> tuple[np.ndarray, np.ndarray, memoryview]:

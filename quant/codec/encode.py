@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
+from core.arguments import wrong_kind
 from core.bits import FLOAT_BITS
 from quant.codec.coding import compress_codes
 from quant.codec.layout import HEADER, FlatCodes, FlatUpdate, layout_of
@@ -49,7 +50,7 @@ def payload_size(spec: UpdateSpec, bits: int) -> int:
     (450, 2650)
     """
     if not isinstance(spec, UpdateSpec):
-        raise _wrong("spec", spec, UpdateSpec)
+        raise wrong_kind("spec", spec, UpdateSpec)
     layout = layout_of(spec, bits)
     return layout.fixed_bytes + layout.packed_bytes
 
@@ -84,7 +85,7 @@ def encode(
     """
     for name, given in (("update", update), ("start", update if start is None else start)):
         if not isinstance(given, Update):
-            raise _wrong(name, given, Update)
+            raise wrong_kind(name, given, Update)
     if update.bits == FLOAT_BITS and update.quantized:
         raise ValueError(f"an update of 32 bits quantizes {sorted(update.quantized)}")
     layout, flat = layout_of(update.spec, update.bits), FlatUpdate.of(update)
@@ -118,9 +119,3 @@ def _bytes_of(values: Tensor) -> bytes:
     if not np.isfinite(array).all():
         raise ValueError("an update must be finite; training diverged")
     return array.tobytes()
-
-
-def _wrong(name: str, value: object, kind: type) -> ValueError:
-    return ValueError(
-        f"{name}: a {type(value).__name__} is not allowed: it should be a {kind.__name__}"
-    )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from federation import ClientAppNode, InProcessGrid, in_an_actor
+from federation import ClientAppNode, InProcessGrid, Recording, in_an_actor, payloads
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
@@ -55,13 +55,8 @@ TABLE = {
 }
 
 
-class Recording(InProcessGrid):
-    """Keeps what was received too."""
-
-    def pull_messages(self, message_ids):
-        replies = super().pull_messages(message_ids)
-        self.received = [*getattr(self, "received", []), *replies]
-        return replies
+class RecordingGrid(Recording, InProcessGrid):
+    pass
 
 
 def run(tmp_path, mix, clients=5, name="run", **settings):
@@ -77,20 +72,9 @@ def run(tmp_path, mix, clients=5, name="run", **settings):
         "run-name": name,
         **settings,
     }
-    grid = Recording({10 + i: ClientAppNode(i, clients, config) for i in range(clients)})
+    grid = RecordingGrid({10 + i: ClientAppNode(i, clients, config) for i in range(clients)})
     main(grid, Context(1, 0, {}, RecordDict(), config))
     return tmp_path / name, grid
-
-
-def payloads(messages, record):
-    """(node, bits in the header, payload) of each training message that carries one."""
-    found = []
-    for message in messages:
-        if message.metadata.message_type == "train" and record in message.content:
-            data = next(iter(message.content[record].values())).data
-            node = message.metadata.dst_node_id if record == MODEL else message.metadata.src_node_id
-            found.append((node, data[5], data))
-    return found
 
 
 @pytest.mark.parametrize("system", TABLE)

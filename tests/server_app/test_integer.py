@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from federation import ClientAppNode, SimulatedGrid
+from federation import ClientAppNode, Recording, SimulatedGrid, payloads
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
@@ -29,13 +29,8 @@ MIXED = "8:0.4,32:0.6"
 FOUR = "6:0.2,12:0.2,16:0.2,32:0.4"
 
 
-class Recording(SimulatedGrid):
-    """Keeps what was received too."""
-
-    def pull_messages(self, message_ids):
-        replies = super().pull_messages(message_ids)
-        self.received = [*getattr(self, "received", []), *replies]
-        return replies
+class RecordingGrid(Recording, SimulatedGrid):
+    pass
 
 
 def run(tmp_path, strategy, mix, name="run", clients=5, **settings):
@@ -55,19 +50,9 @@ def run(tmp_path, strategy, mix, name="run", clients=5, **settings):
         "strategy": strategy,
         **settings,
     }
-    grid = Recording({10 + i: ClientAppNode(i, clients, config) for i in range(clients)})
+    grid = RecordingGrid({10 + i: ClientAppNode(i, clients, config) for i in range(clients)})
     main(grid, Context(1, 0, {}, RecordDict(), config))
     return tmp_path / name, grid
-
-
-def payloads(messages, record):
-    """Bits and bytes of each training message that carries a payload."""
-    found = []
-    for message in messages:
-        if message.metadata.message_type == "train" and record in message.content:
-            data = next(iter(message.content[record].values())).data
-            found.append((data[5], data))
-    return found
 
 
 def entries(folder):
@@ -98,8 +83,8 @@ def test_clients_send_stored_weights_of_their_width(tmp_path):
     settings = {"num-server-rounds": 1, "lossless-coding": False}
     _, grid = run(tmp_path, "fedavg", "6:0.2,8:0.2,16:0.2,32:0.4", **settings)
     sent = payloads(grid.received, UPDATE)
-    assert sorted(bits for bits, _ in sent) == [6, 8, 16, 32, 32]
-    for bits, data in sent:
+    assert sorted(bits for _, bits, _ in sent) == [6, 8, 16, 32, 32]
+    for _, bits, data in sent:
         update = decode(data, SPEC, bits, stamp=1)
         for tensor in update.quantized.values():
             assert tensor.scale.tolist() == [2.0 ** (1 - bits)] * len(tensor.scale)
@@ -112,8 +97,8 @@ def test_codes_that_the_server_rounded_are_those_that_clients_round_to(tmp_path)
     other, codes = run(tmp_path, "fedavg", MIXED, "nearest", broadcast="nearest")
     for name, tensor in load_file(one / "model.safetensors").items():
         assert torch.equal(tensor, load_file(other / "model.safetensors")[name])
-    assert {bits for bits, _ in payloads(wide.sent, MODEL)} == {32}
-    assert {bits for bits, _ in payloads(codes.sent, MODEL)} == {8, 32}
+    assert {bits for _, bits, _ in payloads(wide.sent, MODEL)} == {32}
+    assert {bits for _, bits, _ in payloads(codes.sent, MODEL)} == {8, 32}
     assert [e["accuracy"] for e in entries(one)] == [e["accuracy"] for e in entries(other)]
 
 
@@ -121,7 +106,8 @@ def test_fedavg_is_the_mean_of_what_clients_store(tmp_path):
     settings = {"num-server-rounds": 1, "lossless-coding": False}
     folder, grid = run(tmp_path, "fedavg", MIXED, **settings)
     states = [
-        decode(data, SPEC, b, stamp=1).dequantize() for b, data in payloads(grid.received, UPDATE)
+        decode(data, SPEC, b, stamp=1).dequantize()
+        for _, b, data in payloads(grid.received, UPDATE)
     ]
     model = load_file(folder / "model.safetensors")
     # Its statistics are recalibrated on the server's buffer.
@@ -138,7 +124,7 @@ def test_prowd_measures_movement_from_the_start_that_clients_had(tmp_path):
     # Of initial weights up to 0.75 many are clipped at the start.
     began = {8: stored_state(start, SPEC.on_grid, 8).dequantize(), 32: start}
     states = [
-        (b, decode(d, SPEC, b, stamp=1).dequantize()) for b, d in payloads(grid.received, UPDATE)
+        (b, decode(d, SPEC, b, stamp=1).dequantize()) for _, b, d in payloads(grid.received, UPDATE)
     ]
     model = load_file(folder / "model.safetensors")
     for name in SPEC.on_grid:
