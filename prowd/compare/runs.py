@@ -26,7 +26,7 @@ INTERRUPTED = "interrupted"
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_STREAMS = 1.0
 _SECONDS_TO_STOP = 60
-_STARTS = 3
+_SECONDS_TO_START = 180
 # Flower's words for a run that has not ended.
 _GOING_ON = ("pending", "starting", "running")
 
@@ -134,13 +134,14 @@ def execute(
 def _start(command: Sequence[str]) -> dict[str, Any]:
     """Let Flower start a run; return its answer.
 
-    It gives a local SuperLink 15 seconds to come up, which a loaded machine may miss once.
+    It gives a local SuperLink 15 seconds to come up, which a loaded machine may miss often.
     """
-    for _ in range(_STARTS):
+    deadline = time.monotonic() + _SECONDS_TO_START
+    while True:
         answer = ask_flower(*command)
-        if answer.get("success") or "local SuperLink" not in _complaint(answer):
-            break
-    return answer
+        superlink_is_up = answer.get("success") or "local SuperLink" not in _complaint(answer)
+        if superlink_is_up or time.monotonic() > deadline:
+            return answer
 
 
 def _follow(run_id: str, log: TextIO, folder: Path, stop: threading.Event) -> str:
