@@ -133,7 +133,7 @@ def on_train(message: Message, context: Context) -> Message:
         keep_model(kept, job.state(), weight_scales(job.model))
         _keep(kept, context, job.instruction)
         return answer(message, report)
-    update = _update(job, trained)
+    update = _update(job, trained, received)
     reply = answer(message, report, update, job.sent)
     if job.instruction.tracking_epoch:
         kept = RecordDict()
@@ -247,13 +247,24 @@ def _read_job(message: Message, context: Context) -> _Job:
     return _Job(settings, client, instruction, model, scales, sent, spec)
 
 
-def _update(job: _Job, trained: Trained) -> Update:
+def _update(job: _Job, trained: Trained, received: dict[str, Tensor]) -> Update:
     """What the client was asked to send."""
-    if job.instruction.uplink == "weights":
-        return trained.update
-    bits = job.instruction.uplink_bits or job.client.bits
+    asked = job.instruction
+    bits = asked.uplink_bits or job.client.bits
+    if asked.uplink == "weights":
+        update = trained.upload(asked.upload, asked.dither)
+        if update.bits != bits:
+            raise SettingsError(
+                f"uplink-bits: {bits} asked of a client of {job.client.bits} bits; allowed with "
+                f"upload {asked.upload}: {update.bits}"
+            )
+        return update
+    moved = trained.moved
+    if asked.upload != "stored":
+        held = trained.upload(asked.upload, asked.dither).dequantize()
+        moved = {name: tensor - received[name] for name, tensor in held.items()}
     generator = torch.Generator().manual_seed(derive_seed(job.seed, Stream.DIFFERENCE))
-    return quantize_difference(trained.moved, bits, generator, job.spec.on_grid)
+    return quantize_difference(moved, bits, generator, job.spec.on_grid)
 
 
 def _tracked(

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar, get_args
 from core.arguments import check_names
 from core.errors import SettingsError
 from core.options import Options, shown
-from core.settings import Settings
+from core.settings import Settings, Upload
 
 # What low-bit clients are sent: float32, or codes that the server rounded.
 Broadcast = Literal["float32", "nearest", "calibrated"]
@@ -33,10 +33,11 @@ equal to 1
     """
     settings = {name: _SETTING.get(name, name) for name in arguments}
     values = {settings[name].replace("_", "-"): value for name, value in arguments.items()}
-    # A run of the app may leave it to the strategy, as "auto".
-    if (broadcast := values.get("broadcast", "float32")) not in get_args(Broadcast):
-        allowed = ", ".join(get_args(Broadcast))
-        raise SettingsError(f"broadcast: {broadcast!r} is not allowed: it should be {allowed}")
+    # A run of the app may leave them to the strategy, as "auto".
+    for name, choices in (("broadcast", get_args(Broadcast)), ("upload", get_args(Upload))):
+        if (chosen := values.get(name, choices[0])) not in choices:
+            allowed = ", ".join(choices)
+            raise SettingsError(f"{name}: {chosen!r} is not allowed: it should be {allowed}")
     held = Settings.read(values)
     return {name: getattr(held, setting) for name, setting in settings.items()}
 

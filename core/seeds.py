@@ -24,6 +24,8 @@ class Stream(IntEnum):
     DISTILLATION = 9
     EVALUATION = 10
     CALIBRATION = 11
+    # Of what a client sends in a round: the server draws the same.
+    DITHER = 12
 
 
 def derive_seed(seed: int, *path: int) -> int:

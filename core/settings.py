@@ -33,6 +33,8 @@ _MIX = f"bits:share,...; bits {ALLOWED_WIDTHS}, each once; shares above 0, 1 in 
 AbsolutePath = Annotated[str, Allowed("path, absolute or from ~")]
 
 LowBitTraining = Literal["qat", "strict", "integer"]
+# What they send of their weights (`quant.upload`).
+Upload = Literal["forward", "dithered", "stored"]
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
 DATASETS = get_args(Dataset)
 
@@ -151,6 +153,14 @@ class Settings(Options):
         0,
         description="Width of output gradients and, in strict training, weight gradients; "
         "0: 8 in strict and 32 in qat training; in integer training the client's and at most 8.",
+    )
+    upload: Literal["auto", "forward", "dithered", "stored"] = Field(
+        "auto",
+        description="What low-bit clients send of the weights that they trained: those that they "
+        "compute with, rounded to nearest (forward) or stochastically under a seed that the server "
+        "knows (dithered), or those that they hold (stored): in qat training float32, in integer "
+        "training of the client's width, in strict training the same; a difference is taken of "
+        "these. auto: stored for fedpaq, fedcom and fedcomgate, forward for all others.",
     )
     broadcast: Literal["auto", "float32", "nearest", "calibrated"] = Field(
         "auto",

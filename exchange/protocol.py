@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, cast, get_args
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from core.settings import Upload
 from quant import STYPE, Update, UpdateSpec, decode, encode
 
 # Keys of the records in a message.
@@ -66,7 +67,8 @@ class _Record:
             If a field is missing, unknown, or of another type than declared.
         """
         declared: dict[str, Any] = {f.name: f.type for f in fields(cls)}
-        expected = {name: str if kind is Uplink else kind for name, kind in declared.items()}
+        texts = (Uplink, Upload)
+        expected = {name: str if kind in texts else kind for name, kind in declared.items()}
         if set(record) != set(expected):
             odd = ", ".join(sorted(set(record) ^ set(expected)))
             raise ProtocolError(f"{cls.__name__}: missing or unknown: {odd}")
@@ -75,8 +77,9 @@ class _Record:
                 raise ProtocolError(
                     f"{cls.__name__}: {name} is {record[name]!r}; it must be {kind.__name__}"
                 )
-        if record.get("uplink", "weights") not in get_args(Uplink):
-            raise ProtocolError(f"{cls.__name__}: uplink is {record['uplink']!r}")
+        for name, kind in declared.items():
+            if kind in texts and record[name] not in get_args(kind):
+                raise ProtocolError(f"{cls.__name__}: {name} is {record[name]!r}")
         return cls(**record)
 
 
@@ -117,10 +120,10 @@ class Instruction(_Record):
     server_round : int
         Round, from 1.
     uplink : str
-        What the client sends: "weights" at its own width, a "difference" to the model that it
-        received, or "nothing" but its report.
+        What the client sends: "weights", a "difference" to the model that it received, or "nothing"
+        but its report.
     uplink_bits : int
-        Width of a difference; 0 is the client's own.
+        Width of what it sends; 0 is the client's own.
     downlink_bits : int
         Width of the payload that carries the model, whatever the client's own is: 2 to 16, or 32
         for float32; 0 if no model is sent and the client continues from its own. By default the one
@@ -135,17 +138,22 @@ class Instruction(_Record):
     server_learning_rate : float
         Step size with which the server applied the average difference of that round.
     coded : int
-        1 if the update's codes may be entropy-coded, from those that were sent where the model
-        came as codes, else 0.
+        1 if the update's codes may be entropy-coded, as differences from those of the model that
+        was sent, else 0.
     keep_in : str
         Folder for what a simulated client keeps from round to round; its last part names the run.
         A networked node, which keeps it in its own ``state-dir``, gets that last part alone.
         Empty: in memory only.
+    upload : str
+        Which of its weights it sends, or takes the difference of: "forward", "dithered" or "stored"
+        (`quant.upload`).
+    dither : int
+        Seed of the dither, from 1; 0 where nothing is rounded with one.
 
     Examples
     --------
-    >>> Instruction(server_round=1, downlink_bits=4).starts_from_codes(bits=4)
-    True
+    >>> Instruction(server_round=1, uplink="difference", uplink_bits=4).to_record()["uplink"]
+    'difference'
     """
 
     server_round: int
@@ -158,10 +166,8 @@ class Instruction(_Record):
     server_learning_rate: float = 1.0
     coded: int = 0
     keep_in: str = ""
-
-    def starts_from_codes(self, bits: int) -> bool:
-        """Return whether an update of so many bits may refer to the codes that were sent."""
-        return self.uplink == "weights" and self.downlink_bits == bits
+    upload: Upload = "forward"
+    dither: int = 0
 
 
 @dataclass(frozen=True)
@@ -283,8 +289,8 @@ def answer(
     update : Update, optional
         What it was asked to send: its weights, or the difference to what it was sent.
     sent : Update, optional
-        The model that it was sent (`model_in`): where this came as codes of the update's width,
-        the update's codes travel as differences from them.
+        The model that it was sent (`model_in`): the codes of weights travel as differences from
+        those of this model.
 
     Examples
     --------
@@ -299,8 +305,9 @@ def answer(
         payload = encode(
             update,
             coded=bool(instruction.coded),
-            start=sent if instruction.starts_from_codes(update.bits) else None,
+            start=sent,
             stamp=instruction.server_round,
+            dither=instruction.dither,
         )
         content[UPDATE] = ArrayRecord({UPDATE: to_array(payload)})
     return Message(content, reply_to=message)

@@ -57,6 +57,8 @@ class ClientUpdate:
         The weights or the difference; empty if the client was asked for nothing.
     report : Report
         The client's numbers.
+    dither : int
+        Seed of the dither that it was asked to round its weights with; 0: to nearest.
 
     Examples
     --------
@@ -69,6 +71,7 @@ class ClientUpdate:
     client: Declaration
     update: Update
     report: Report
+    dither: int = 0
 
 
 def read_report(reply: Message, server_round: int) -> Report:
@@ -178,7 +181,8 @@ def decode_in_order(
         if isinstance(update, UpdateError):
             rejected[reply.client.partition_id] = str(update)
         else:
-            yield ClientUpdate(reply.client, update, reply.report)
+            dither = plan.expected[reply.client.partition_id].dither
+            yield ClientUpdate(reply.client, update, reply.report, dither)
         # Let go of it before the next one is decoded.
         del update
 

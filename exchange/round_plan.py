@@ -59,7 +59,13 @@ class RoundPlan:
         self.expected[client.partition_id] = (
             Expected(self.spec, 0)
             if instruction.uplink == "nothing"
-            else Expected(self.spec, bits, instruction.uplink, stamp=instruction.server_round)
+            else Expected(
+                self.spec,
+                bits,
+                instruction.uplink,
+                stamp=instruction.server_round,
+                dither=instruction.dither,
+            )
         )
 
     def sent(self, client: Declaration, model: Update) -> None:

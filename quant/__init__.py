@@ -87,6 +87,7 @@ from quant.update import (
     quantize_fitted,
     quantize_state,
 )
+from quant.upload import start_of, ternary_scales, upload_bits
 
 __all__ = [
     "ALLOWED_WIDTHS",
@@ -174,11 +175,14 @@ __all__ = [
     "shared_scale",
     "spec_of",
     "squares_at_most",
+    "start_of",
     "stored_codes",
     "stored_state",
     "tensors_of",
     "ternary",
+    "ternary_scales",
     "unpack",
+    "upload_bits",
     "watched_inputs",
     "weight_scales",
 ]

@@ -244,9 +244,13 @@ def _named(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tenso
 
 
 def quantize_state(
-    state: Mapping[str, Tensor], bits: int, scales: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Tensor],
+    bits: int,
+    scales: Mapping[str, Tensor] | None = None,
+    *,
+    dither: int = 0,
 ) -> Update:
-    """Bring a model to a bit-width by rounding to nearest.
+    """Bring a model to a bit-width by rounding to nearest, or with a dither.
 
     Parameters
     ----------
@@ -257,6 +261,9 @@ def quantize_state(
     scales : mapping of str to Tensor
         Scale of each tensor that is quantized, as `weight_scales` has them of a prepared model and
         `fit_scales` fits them; what has no scale stays float32. Not needed at 32 bits.
+    dither : int
+        Seed of the noise with which weights are rounded stochastically, the same noise whatever the
+        weights and the scales are; 0: they are rounded to nearest.
 
     Raises
     ------
@@ -281,10 +288,14 @@ def quantize_state(
     tensors = float_tensors(state)
     spec = UpdateSpec.of(tensors, () if bits == FLOAT_BITS else scales or ())
     quantized = {}
+    noise = torch.Generator().manual_seed(dither) if dither else None
     for name in spec.quantized(bits):
         assert scales is not None  # Or nothing would be quantized.
         with naming(name):
-            codes = quantize_nearest(tensors[name], scales[name], bits)
+            if noise is None:
+                codes = quantize_nearest(tensors[name], scales[name], bits)
+            else:
+                codes = quantize_stochastic(tensors[name], scales[name], bits, noise)
         quantized[name] = QuantizedTensor(codes, scales[name].detach().clone())
     return Update(bits, "weights", quantized, {n: tensors[n].float() for n in spec.floats(bits)})
 

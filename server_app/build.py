@@ -48,8 +48,9 @@ def read_settings(run_config: Mapping[str, object]) -> tuple[Settings, dict[str,
     chosen = _registered(settings.strategy)
     own: dict[str, object] = {}
     left = set(run_config) - Settings.keys()
-    for name, strategy_class in STRATEGIES.items():
-        prefix = f"{name}-"
+    # The longest first, as a name may begin with another.
+    for name in sorted(STRATEGIES, key=len, reverse=True):
+        prefix, strategy_class = f"{name}-", STRATEGIES[name]
         keys = {key for key in left if key.startswith(prefix)}
         left -= keys
         values = {key.removeprefix(prefix): run_config[key] for key in keys}
@@ -195,6 +196,7 @@ def _context(settings: Settings, kind: type[MixedPrecisionStrategy]) -> Strategy
         node_wait=settings.node_wait,
         broadcast=_broadcast(settings, kind),
         low_bit_training=settings.low_bit_training,
+        upload=None if settings.upload == "auto" else settings.upload,
         weight_step=settings.weight_step,
         norm_bound=settings.norm_bound,
         coded=settings.lossless_coding,

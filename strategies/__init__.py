@@ -15,10 +15,11 @@ from strategies.fedprox import FedProx
 from strategies.flower import FlowerStrategy
 from strategies.grouped import GroupedAvg
 from strategies.local import Local
-from strategies.prowd import ProWD, ProWDOptions
+from strategies.prowd import ProWD, ProWDOptions, ProWDPaper, ProWDPaperOptions
 
 STRATEGIES: dict[str, type[MixedPrecisionStrategy]] = {
     "prowd": ProWD,
+    "prowd-paper": ProWDPaper,
     "fedavg": FedAvg,
     "fedprox": FedProx,
     "fedpaq": FedPAQ,
@@ -54,6 +55,8 @@ __all__ = [
     "MixedPrecisionStrategy",
     "ProWD",
     "ProWDOptions",
+    "ProWDPaper",
+    "ProWDPaperOptions",
     "RoundDropped",
     "RoundLog",
     "StrategyContext",

@@ -30,6 +30,8 @@ from flwr.serverapp.strategy import Strategy
 from core.constructors import Broadcast, own_options
 from core.errors import FederationError, SettingsError
 from core.options import Options as OwnOptions
+from core.seeds import Stream, derive_seed
+from core.settings import Upload
 from exchange.inbox import Batch, match_replies, warn_of_left_out
 from exchange.nodes import Nodes, sample_nodes
 from exchange.protocol import (
@@ -75,6 +77,7 @@ from quant import (
     quantize_fitted,
     quantize_state,
     stored_state,
+    upload_bits,
 )
 from strategies.context import StrategyContext, own_context
 
@@ -98,6 +101,8 @@ class MixedPrecisionStrategy(Strategy):
     ----------
     options, context : Options, StrategyContext
         As given. Only the strategy itself sets its attributes.
+    upload : {"forward", "dithered", "stored"}
+        What low-bit clients send of their weights.
     nodes : Nodes
         Who takes part.
     round_log, evaluate_log : RoundLog
@@ -142,6 +147,9 @@ class MixedPrecisionStrategy(Strategy):
         self.context = own_context(context, self)
         self.options = own_options(options, self.Options, self)
         self.check(self.options, self.context)
+        self.upload: Upload = self.context.upload or self.preferred_upload(
+            self.context.low_bit_training
+        )
         self.nodes = Nodes(
             self.context.min_nodes,
             self.context.node_wait,
@@ -158,6 +166,17 @@ class MixedPrecisionStrategy(Strategy):
     def named(cls, suffix: str) -> type[Self]:
         """Return the class that is meant by ``strategy="name:suffix"``; there is only this one."""
         return cls
+
+    @classmethod
+    def preferred_upload(cls, low_bit_training: str) -> Upload:
+        """Return what ``upload="auto"`` stands for.
+
+        Parameters
+        ----------
+        low_bit_training : {"qat", "strict", "integer"}
+            How low-bit clients train.
+        """
+        return "forward"
 
     @classmethod
     def preferred_broadcast(cls, low_bit_training: str, has_buffer: bool) -> Broadcast:
@@ -422,8 +441,23 @@ class MixedPrecisionStrategy(Strategy):
         owner = type(self).__name__
         instruction = completed(self.instruct(server_round, client), by_broadcast, owner)
         return replace(
-            instruction, coded=int(self.context.coded), keep_in=self.context.clients_keep_in
+            self._with_upload(instruction, client),
+            coded=int(self.context.coded),
+            keep_in=self.context.clients_keep_in,
         )
+
+    def _with_upload(self, instruction: Instruction, client: Declaration) -> Instruction:
+        """Say in which form a low-bit client is to send its weights."""
+        training = self.context.low_bit_training
+        if client.bits == FLOAT_BITS or training == "strict" or instruction.uplink == "nothing":
+            return instruction
+        bits, dither = instruction.uplink_bits, 0
+        if instruction.uplink == "weights" and not bits:
+            bits = upload_bits(client.bits, training, self.upload)
+        if self.upload == "dithered":
+            path = (instruction.server_round, client.partition_id)
+            dither = derive_seed(self.context.seed, Stream.DITHER, *path) or 1
+        return replace(instruction, upload=self.upload, uplink_bits=bits, dither=dither)
 
     def _encode_model(
         self, start: State, bits: int, downlink_bits: int

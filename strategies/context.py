@@ -9,7 +9,7 @@ from core.arguments import check_number
 from core.constructors import Broadcast, checked, names_in
 from core.errors import SettingsError
 from core.options import shown
-from core.settings import LowBitTraining
+from core.settings import LowBitTraining, Upload
 from quant import Update
 
 Predict = Callable[[Mapping[str, Tensor]], Tensor]
@@ -17,6 +17,8 @@ RoundCalibrated = Callable[[Mapping[str, Tensor], int], Update]
 
 # Those that have no setting of their name.
 _FUNCTIONS = ("examples_of", "predict", "round_calibrated", "detailed")
+# Those that may be left open.
+_OR_NONE = ("local_epochs", "upload")
 _NO_SETTING = {*_FUNCTIONS, "most_examples", "quantized", "clients_keep_in"}
 
 
@@ -48,6 +50,8 @@ class StrategyContext:
         or as codes of their own width that the server rounded.
     low_bit_training : {"qat", "strict", "integer"}
         How low-bit clients train.
+    upload : {"forward", "dithered", "stored"}, optional
+        What they send of their weights (`quant.upload`); by default what the strategy prefers.
     weight_step : float
         Step of the weights of low-bit clients in fixed point, for strict training; 0 where each
         channel has its own.
@@ -100,6 +104,7 @@ class StrategyContext:
     examples_of: Callable[[int, int], int] | None = None
     broadcast: Broadcast = "float32"
     low_bit_training: LowBitTraining = "qat"
+    upload: Upload | None = None
     weight_step: float = 0.0
     norm_bound: float = 10.0
     coded: bool = True
@@ -114,8 +119,7 @@ class StrategyContext:
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         numbers = {name: value for name, value in given.items() if name not in _NO_SETTING}
-        if self.local_epochs is None:
-            del numbers["local_epochs"]
+        numbers = {k: v for k, v in numbers.items() if k not in _OR_NONE or v is not None}
         held: dict[str, object] = checked(numbers)
         try:
             check_number("most_examples", self.most_examples, least=1, whole=True)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from core.errors import SettingsError
 from core.options import Options, WidthOrNone
+from core.settings import Upload
 from exchange.protocol import Declaration, Instruction, Report
 from exchange.replies import ClientUpdate
 from exchange.states import Snapshot, State
@@ -46,6 +47,11 @@ class FedPAQ(MixedPrecisionStrategy):
 
     Options = DifferenceOptions
     options: DifferenceOptions
+
+    @classmethod
+    def preferred_upload(cls, low_bit_training: str) -> Upload:
+        """Take the difference of the weights that clients hold."""
+        return "stored"
 
     @property
     def server_learning_rate(self) -> float:

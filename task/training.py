@@ -21,7 +21,7 @@ from core.errors import SettingsError
 from core.mix import check_client_bits
 from core.reference import in_one_line
 from core.seeds import Stream, derive_seed, drawn_under, seed_torch
-from core.settings import LowBitTraining, Settings
+from core.settings import LowBitTraining, Settings, Upload
 from quant import (
     FLOAT_BITS,
     SGD,
@@ -44,6 +44,8 @@ from quant import (
     set_generator,
     set_scales,
     tensors_of,
+    ternary_scales,
+    upload_bits,
     weight_scales,
 )
 from quant.lowbit.integer import sigma
@@ -166,22 +168,43 @@ class Trained:
 
     Attributes
     ----------
-    update : Update
-        The trained weights at the client's width.
+    config : LocalTraining
+        How it was trained.
+    weights : dict of str to Tensor
+        Float32 tensors as the client holds them: in strict and integer training its weights lie on
+        the grid, in qat they are the latent ones.
+    scales : dict of str to Tensor
+        Of the grid of each weight at the client's width; empty at 32 bits.
     moved : dict of str to Tensor
-        Float32 difference between the weights that training ended and began with, as the client
-        holds them: in strict and integer training both lie on the grid, and the start is exactly
-        the update less this; in qat they are the latent ones.
+        Float32 difference between what it holds and what it held when training began.
     steps : int
         Optimizer steps taken.
     score : Score
         Mean training loss and accuracy.
     """
 
-    update: Update
+    config: LocalTraining
+    weights: dict[str, Tensor]
+    scales: dict[str, Tensor]
     moved: dict[str, Tensor]
     steps: int
     score: Score
+
+    def upload(self, form: Upload = "forward", dither: int = 0) -> Update:
+        """Return what the client sends of its weights (`quant.upload`).
+
+        Parameters
+        ----------
+        form : {"forward", "dithered", "stored"}
+            Of what it computes with, rounded to nearest or with a dither, or of what it holds.
+        dither : int
+            Seed of the dither, from 1; of a dithered form only.
+        """
+        bits = upload_bits(self.config.bits, self.config.low_bit_training, form)
+        scales = None if bits == FLOAT_BITS else self.scales
+        if self.config.in_integers and form != "stored":
+            scales = ternary_scales(self.weights, self.scales)
+        return quantize_state(self.weights, bits, scales, dither=dither)
 
 
 def train(
@@ -280,8 +303,10 @@ def train(
         if not is_finite(tensor):
             raise DivergedError(f"training diverged: {name} is not finite after {steps} steps")
     moved = {name: tensor - began[name] for name, tensor in trained.items()}
+    if config.low_bit_training == "qat":
+        refit_scales(model)
     score = Score(loss_sum / seen, correct / seen, len(images))
-    return Trained(_update(model, trained, config), moved, steps, score)
+    return Trained(config, trained, weight_scales(model), moved, steps, score)
 
 
 def _check_gradients(model: nn.Module, step: int) -> None:
@@ -535,12 +560,6 @@ def _optimizer(
         generator=noise,
         **sgd,
     )
-
-
-def _update(model: nn.Module, trained: dict[str, Tensor], config: LocalTraining) -> Update:
-    if config.low_bit_training == "qat":
-        refit_scales(model)
-    return quantize_state(trained, config.bits, weight_scales(model))
 
 
 def _batches(count: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -28,6 +28,7 @@ from quant.codec.encode import (
     MAGIC,
     PACKED,
     VERSION,
+    codes_on,
     payload_size,
 )
 from quant.codec.layout import HEADER, FlatCodes, FlatFloats, FlatUpdate, Layout, layout_of
@@ -60,6 +61,8 @@ class Expected:
         The model as it was sent to the sender, where it was sent one.
     stamp : int
         What the update has to have been sent for, as the round.
+    dither : int
+        Seed of the dither that its weights were rounded with; 0: to nearest.
 
     Examples
     --------
@@ -72,6 +75,7 @@ class Expected:
     content: Content = "weights"
     start: Update | None = field(default=None, repr=False)
     stamp: int = 0
+    dither: int = 0
 
     @cached_property
     def most_bytes(self) -> int:
@@ -86,6 +90,7 @@ def decode(
     content: Content = "weights",
     start: Update | None = None,
     stamp: int = 0,
+    dither: int = 0,
 ) -> Update:
     """Read and validate an update.
 
@@ -93,7 +98,7 @@ def decode(
     ----------
     data : bytes
         The payload.
-    spec, bits, content, start, stamp
+    spec, bits, content, start, stamp, dither
         As of `Expected`.
 
     Raises
@@ -112,7 +117,7 @@ def decode(
     """
     check_kind("spec", spec, UpdateSpec)
     check_width("bits", bits)
-    return _Payload(data, Expected(spec, bits, content, start, stamp)).read()
+    return _Payload(data, Expected(spec, bits, content, start, stamp, dither)).read()
 
 
 def decode_all(payloads: Sequence[tuple[bytes, Expected]]) -> Iterator[Update | UpdateError]:
@@ -239,11 +244,15 @@ class _Payload:
             raise UpdateError(str(error)) from None
 
     def _known(self) -> np.ndarray:
-        """Return the codes that the sender was sent."""
-        start = self.expected.start
-        if self.expected.content != "weights" or start is None or start.bits != self.layout.bits:
+        """Return the codes that the model which the sender was sent has on the sender's scales."""
+        start, layout = self.expected.start, self.layout
+        if self.expected.content != "weights" or start is None:
             raise UpdateError("payload refers to codes that were not sent")
-        return FlatUpdate.of(start).quantized.codes.numpy()
+        steps = torch.from_numpy(self.scales.astype(np.float32))
+        try:
+            return codes_on(FlatCodes(layout, torch.empty(0), steps), start, self.expected.dither)
+        except ValueError as error:
+            raise UpdateError(f"its codes cannot be read: {error}") from None
 
 
 class _Batch:

@@ -7,7 +7,8 @@ Layout (little-endian)::
     scales    float32, one per output channel of every quantized tensor, in table order
     floats    float32, the other tensors, in table order
     codes     all quantized tensors as one flat run: packed (coding 0), entropy-coded (1), or
-              entropy-coded differences from the codes that the receiver had sent (2)
+              entropy-coded differences from the codes that the model which the sender was sent has
+              on its scales, rounded as its own were (2)
 
 The checksum, XXH3 of 64 bits, covers everything else in the payload, so that no altered byte goes
 unnoticed. Its seed is a number known to both sides, the stamp, so that what was sent in one round
@@ -21,6 +22,7 @@ import struct
 from typing import get_args
 
 import numpy as np
+import torch
 import xxhash
 from torch import Tensor
 
@@ -29,12 +31,12 @@ from core.bits import FLOAT_BITS
 from quant.codec.coding import compress_codes
 from quant.codec.layout import HEADER, FlatCodes, FlatUpdate, layout_of
 from quant.codec.packing import pack
-from quant.update import Content, Update, UpdateSpec
+from quant.update import Content, Update, UpdateSpec, quantize_state
 
-STYPE = "prowd.update/8"
+STYPE = "prowd.update/9"
 
 MAGIC = b"PRWD"
-VERSION = 8
+VERSION = 9
 CHECKSUM_OFFSET = HEADER.size - 8
 CONTENTS: tuple[str, ...] = get_args(Content)
 PACKED, CODED, CODED_FROM_START = 0, 1, 2
@@ -56,7 +58,12 @@ def payload_size(spec: UpdateSpec, bits: int) -> int:
 
 
 def encode(
-    update: Update, *, coded: bool = False, start: Update | None = None, stamp: int = 0
+    update: Update,
+    *,
+    coded: bool = False,
+    start: Update | None = None,
+    stamp: int = 0,
+    dither: int = 0,
 ) -> bytes:
     """Serialize an update.
 
@@ -67,9 +74,12 @@ def encode(
     coded : bool
         Whether the codes are entropy-coded (`quant.codec.coding`), where that makes them shorter.
     start : Update, optional
-        Model of the same width whose codes the receiver has sent; coded codes may refer to them.
+        The model as the receiver sent it, at any width. Coded codes of weights may be differences
+        from the codes that this model has on the scales of `update`.
     stamp : int
         What it is sent for, as the round: 0 to 2**64 - 1, known to the receiver.
+    dither : int
+        Seed of the dither that the weights were rounded with, known to the receiver; 0: to nearest.
 
     Raises
     ------
@@ -89,7 +99,8 @@ def encode(
     if update.bits == FLOAT_BITS and update.quantized:
         raise ValueError(f"an update of 32 bits quantizes {sorted(update.quantized)}")
     layout, flat = layout_of(update.spec, update.bits), FlatUpdate.of(update)
-    coding, codes = _shortest(flat.quantized, coded, start)
+    from_start = start if coded and update.content == "weights" else None
+    coding, codes = _shortest(flat.quantized, coded, from_start, dither)
     body = [_bytes_of(flat.quantized.scales), _bytes_of(flat.floats.flat), codes]
     content = CONTENTS.index(update.content)
     head = HEADER.pack(MAGIC, VERSION, update.bits, content, coding, len(layout.table), 0)
@@ -100,7 +111,41 @@ def encode(
     return b"".join([head, struct.pack("<Q", checksum.intdigest()), layout.table, *body])
 
 
-def _shortest(flat: FlatCodes, coded: bool, start: Update | None) -> tuple[int, bytes | memoryview]:
+def codes_on(flat: FlatCodes, start: Update, dither: int) -> np.ndarray:
+    """Return the codes that a model has on the scales of an update, rounded as its own were.
+
+    Parameters
+    ----------
+    flat : FlatCodes
+        Of the update; its codes are not looked at.
+    start : Update
+        The model, of the same tensors, at any width.
+    dither : int
+        As of `encode`.
+
+    Raises
+    ------
+    ValueError
+        If a scale is too small to divide by.
+    """
+    layout = flat.layout
+    if start.bits == layout.bits and not dither:
+        known = FlatUpdate.of(start).quantized
+        if torch.equal(known.scales, flat.scales):
+            return known.codes.numpy()
+    on_grid = start.quantized
+    values = {
+        name: on_grid[name].dequantize() if name in on_grid else start.floats[name]
+        for name in layout.quantized
+    }
+    scales = {name: flat.scale_of(name) for name in layout.quantized}
+    began = quantize_state(values, layout.bits, scales, dither=dither)
+    return FlatUpdate.of(began).quantized.codes.numpy()
+
+
+def _shortest(
+    flat: FlatCodes, coded: bool, start: Update | None, dither: int
+) -> tuple[int, bytes | memoryview]:
     """Return the shortest of the allowed forms of the codes, and which it is."""
     bits, codes = flat.layout.bits, flat.codes.numpy()
     if not flat.layout.num_codes:
@@ -109,7 +154,7 @@ def _shortest(flat: FlatCodes, coded: bool, start: Update | None) -> tuple[int, 
     if coded:
         forms.append((CODED, compress_codes(codes, bits)))
         if start is not None:
-            known = FlatUpdate.of(start).quantized.codes.numpy()
+            known = codes_on(flat, start, dither)
             forms.append((CODED_FROM_START, compress_codes(codes, bits, known)))
     return min(forms, key=lambda form: len(form[1]))
 

@@ -162,6 +162,10 @@ class FlatCodes(Mapping[str, QuantizedTensor]):
         shape = self.layout.quantized[name]
         return QuantizedTensor(self.codes[codes].view(shape), self.scales[scales])
 
+    def scale_of(self, name: str) -> Tensor:
+        """Return the scales of a tensor."""
+        return self.scales[self.layout.code_places[name][1]]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.quantized)
 

@@ -18,7 +18,7 @@ With untrained blocks (the last layer starts at zero) the result is exactly the 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,10 @@ class Rungs:
             scales[bits] = {name: rung[name].scale for name in weights}
             values[bits] = {name: rung[name].dequantize() for name in weights}
         return cls(ladder, scales, values)
+
+    def beginning(self, bits: int, values: Mapping[str, Tensor]) -> "Rungs":
+        """Return the same model with other values on one rung, as one client rounds it there."""
+        return replace(self, values={**self.values, bits: values})
 
     def channels(self, rows: Mapping[str, Tensor]) -> "Rungs":
         """Return the same model cut down to some output channels of each tensor."""

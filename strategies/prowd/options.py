@@ -16,32 +16,11 @@ _LADDER = (
 _UNTUNED = IdleWith("finetune-every", 0)
 
 
-class ProWDOptions(Options):
-    """ProWD's own settings (`prowd-...`).
+class FineTuningOptions(Options):
+    """How the dequantizer is fine-tuned."""
 
-    The paper's literal form is ``reference="global", dequantize="client", align=False,
-    own_normalization=False, mask_at_most=tau, mask_at_least=0, normalization="clients",
-    aggregate="weights", low_bit_weight=1``.
-
-    >>> ProWDOptions(low_bit_weight=0.5).low_bit_weight
-    0.5
-    """
-
-    reference: Annotated[Literal["client-start", "global"], Idle.ALL_FLOAT32] = Field(
-        "client-start",
-        description="What a low-bit client's movement is measured from: the quantized model that "
-        "it started from, or the float32 global model.",
-    )
     ladder: Annotated[str, Allowed(_LADDER), _UNTUNED, Idle.ALL_FLOAT32] = Field(
         "auto", description="Rungs of the dequantizer; auto: from the widths."
-    )
-    dequantize: Annotated[Literal["group", "client"], _UNTUNED, Idle.ALL_FLOAT32] = Field(
-        "group", description="Dequantize the mean of a group, or each client's weights."
-    )
-    finetune_every: Annotated[int, Field(ge=0), Idle.ONE_WIDTH] = Field(
-        0,
-        description="Rounds between fine-tunings of the dequantizer's blocks; 0: never trained, "
-        "and exact in what the server knows.",
     )
     finetune_steps: Annotated[int, Field(ge=1), _UNTUNED] = Field(
         20, description="Steps of a fine-tuning."
@@ -52,10 +31,41 @@ class ProWDOptions(Options):
     distill_weight: Annotated[float, Field(ge=0), _UNTUNED, Idle.NO_BUFFER] = Field(
         0.1, description="Weight lambda of the distillation loss."
     )
-    align: Annotated[bool, Idle.ONE_WIDTH] = Field(
-        True,
+
+    @field_validator("ladder")
+    @classmethod
+    def _ladder_rises(cls, value: str) -> str:
+        if value != "auto":
+            parse_ladder(value)
+        return value
+
+
+class ProWDOptions(FineTuningOptions):
+    """ProWD's own settings (`prowd-...`).
+
+    Those of the paper's literal form are `strategies.prowd.paper.ProWDPaperOptions.as_prowd`.
+
+    >>> ProWDOptions(low_bit_weight=0.5).low_bit_weight
+    0.5
+    """
+
+    reference: Annotated[Literal["client-start", "global"], Idle.ALL_FLOAT32] = Field(
+        "client-start",
+        description="What a low-bit client's movement is measured from: the quantized model that "
+        "it started from, or the float32 global model.",
+    )
+    dequantize: Annotated[Literal["group", "client"], _UNTUNED, Idle.ALL_FLOAT32] = Field(
+        "group", description="Dequantize the mean of a group, or each client's weights."
+    )
+    finetune_every: Annotated[int, Field(ge=0), Idle.ONE_WIDTH] = Field(
+        0,
+        description="Rounds between fine-tunings of the dequantizer's blocks; 0: never trained, "
+        "and exact in what the server knows.",
+    )
+    align: Annotated[Literal["auto", "on", "off"], Idle.ONE_WIDTH] = Field(
+        "auto",
         description="Take out of each low-bit group's movement what distinguishes it, level by "
-        "level, from the mean movement of the groups above it.",
+        "level, from the mean movement of the groups above it; auto: in strict training.",
     )
     own_normalization: Annotated[bool, Idle.ONE_WIDTH] = Field(
         True,
@@ -90,13 +100,6 @@ class ProWDOptions(Options):
     aggregate: Literal["differences", "weights"] = Field(
         "differences", description="Mask and average movements, or weights."
     )
-
-    @field_validator("ladder")
-    @classmethod
-    def _ladder_rises(cls, value: str) -> str:
-        if value != "auto":
-            parse_ladder(value)
-        return value
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "ProWDOptions":

@@ -13,6 +13,7 @@ and every few rounds fine-tunes the dequantizer on the high-bit group's weights.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from logging import WARNING
 from typing import Any, cast
@@ -30,7 +31,6 @@ from quant import (
     FineTuning,
     GlobalReference,
     ProgressiveDequantizer,
-    QuantizedTensor,
     Reference,
     Rungs,
     StartReference,
@@ -40,12 +40,16 @@ from quant import (
     fine_tune,
     ladder_of,
     level_drift,
+    quantize_state,
     relevancy_mask,
+    ternary_scales,
+    upload_bits,
 )
 from strategies.base import MixedPrecisionStrategy
 from strategies.context import StrategyContext
 from strategies.prowd.distributions import WeightDistributions
-from strategies.prowd.options import ProWDOptions, parse_ladder
+from strategies.prowd.groups import Group, Rung, dequantized
+from strategies.prowd.options import FineTuningOptions, ProWDOptions, parse_ladder
 
 
 class ProWD(MixedPrecisionStrategy):
@@ -66,11 +70,11 @@ class ProWD(MixedPrecisionStrategy):
     0.5
     """
 
-    Options = ProWDOptions
+    Options: type[FineTuningOptions] = ProWDOptions
     options: ProWDOptions
 
     def __init__(
-        self, options: ProWDOptions | None = None, context: StrategyContext | None = None
+        self, options: FineTuningOptions | None = None, context: StrategyContext | None = None
     ) -> None:
         super().__init__(options, context)
         self.dequantizer: ProgressiveDequantizer | None = None
@@ -123,26 +127,24 @@ class ProWD(MixedPrecisionStrategy):
         weights = {name: start[name] for name in self._quantized(start)}
         # A group's mean needs one model's memory; weights dequantized singly need all the codes.
         kept = list(updates) if self.options.dequantize == "client" else None
-        groups = self._average(updates if kept is None else kept)
+        groups = self._average(updates if kept is None else kept, start)
         if not groups:
             return None
-        means = {bits: group.mean() for bits, group in groups.items()}
+        means = {bits: group.sent.mean() for bits, group in groups.items()}
         seen = None
         if self.round_log.detailed and len(means) > 1:
             seen = WeightDistributions(means, weights)
-        used = {b: self.model_for(b, start).quantized for b in groups if b != FLOAT_BITS}
-        reference = self._reference(weights, used)
+        reference = self._reference(weights, groups)
         self._grow_dequantizer(weights, reference)
         if self._is_due(server_round, groups):
             self._fine_tune(server_round, groups, means, reference)
         if kept is None:
             for bits, mean in means.items():
-                mean.update(self._dequantize(mean, bits, reference))
+                mean.update(self._dequantize(mean, groups[bits], reference))
         else:
-            averaged = self._average(kept, lambda v, bits: v | self._dequantize(v, bits, reference))
-            means = {bits: group.mean() for bits, group in averaged.items()}
-        if self.options.align:
-            self._align(means, start, groups, used)
+            means = self._dequantize_each(kept, groups, reference)
+        if self._aligns:
+            self._align(means, start, groups)
         if seen is not None:
             self.round_log.weights = seen.to_record(means)
         masks = self._masks(server_round, means, start, weights)
@@ -158,29 +160,73 @@ class ProWD(MixedPrecisionStrategy):
         only_float = self.context.quantized is None and self._widths <= {FLOAT_BITS}
         return [] if only_float else self.on_grid(state)
 
-    def _average(
-        self,
-        updates: Iterable[ClientUpdate],
-        dequantize: Callable[[State, int], State] | None = None,
-    ) -> dict[int, WeightedMean]:
+    @property
+    def _aligns(self) -> bool:
+        """Whether low-bit movements are aligned; by itself only where that was seen to gain."""
+        if self.options.align == "auto":
+            return self.context.low_bit_training == "strict"
+        return self.options.align == "on"
+
+    def _weight_of(self, item: ClientUpdate) -> float:
+        # The 1 / N of the paper ("Selective Weight Aggregation") counts clients, not examples.
+        literal = self.options.normalization == "clients"
+        return 1.0 if literal else float(item.report.num_examples)
+
+    def _average(self, updates: Iterable[ClientUpdate], start: State) -> dict[int, Group]:
         """Average the updates of each width; the widths rise."""
-        groups: dict[int, WeightedMean] = {}
+        groups: dict[int, Group] = {}
+        from_start = self.options.reference == "client-start"
         for item in updates:
             bits = item.client.bits
-            # The 1 / N of the paper ("Selective Weight Aggregation") counts clients, not examples.
-            literal = self.options.normalization == "clients"
-            weight = 1.0 if literal else float(item.report.num_examples)
-            group = groups.setdefault(bits, WeightedMean())
-            if dequantize is None:
-                group.add_update(item.update, weight)
-            else:
-                group.add(dequantize(item.update.dequantize(), bits), weight)
+            if bits not in groups:
+                groups[bits] = Group(self._rung(bits, start), from_start)
+            groups[bits].add(item, self._weight_of(item))
         return dict(sorted(groups.items()))
 
-    def _dequantize(self, values: State, bits: int, reference: Reference) -> State:
-        """Dequantize what is quantized in a model of this width."""
-        quantized = {name: values[name] for name in self._quantized(values)}
+    def _rung(self, bits: int, start: State) -> Rung | None:
+        """Return how clients of a width see the model that the round began with."""
+        if bits == FLOAT_BITS:
+            return None
+        model, training = self.model_for(bits, start), self.context.low_bit_training
+        codes, code_bits = model.quantized, bits
+        sent_bits = upload_bits(bits, training, self.upload)
+        if training == "integer" and self.upload != "stored":
+            held, code_bits = dequantized(codes), sent_bits
+            codes = quantize_state(held, code_bits, ternary_scales(held, held)).quantized
+        as_floats = self.context.broadcast == "float32"
+        received = self.state_at(bits, start) if as_floats else dequantized(model.quantized)
+        received = {name: received[name] for name in codes}
+        return Rung(sent_bits, codes, code_bits, received, bits if training == "integer" else 0)
+
+    def _dequantize(self, values: State, group: Group, reference: Reference) -> State:
+        """Dequantize what is quantized in the mean model of a group."""
+        bits, start = FLOAT_BITS, None
+        if group.rung is not None:
+            bits, start = group.rung.bits, group.start()
+        return self._to_float32(values, bits, start, reference)
+
+    def _dequantize_each(
+        self, kept: Iterable[ClientUpdate], groups: Mapping[int, Group], reference: Reference
+    ) -> dict[int, State]:
+        """Dequantize the model of every client; return the mean of each group."""
+        averaged = {bits: WeightedMean() for bits in groups}
+        for item in kept:
+            group = groups[item.client.bits]
+            values, bits = item.update.dequantize(), FLOAT_BITS
+            if group.rung is not None:
+                bits = group.rung.bits
+            values |= self._to_float32(values, bits, group.start_of(item), reference)
+            averaged[item.client.bits].add(values, self._weight_of(item))
+        return {bits: mean.mean() for bits, mean in averaged.items()}
+
+    def _to_float32(
+        self, values: State, bits: int, start: State | None, reference: Reference
+    ) -> State:
+        """Dequantize values on a rung, of clients that started from values on that rung."""
         assert self.dequantizer is not None, "it is grown before anything is dequantized"
+        if start is not None and bits != FLOAT_BITS:
+            reference = replace(reference, start=reference.start.beginning(bits, start))
+        quantized = {name: values[name] for name in self._quantized(values)}
         with torch.no_grad():
             return cast(State, self.dequantizer(quantized, bits, reference))
 
@@ -219,7 +265,7 @@ class ProWD(MixedPrecisionStrategy):
         self,
         start: State,
         means: dict[int, State],
-        groups: dict[int, WeightedMean],
+        groups: Mapping[int, Group],
         masks: dict[int, State],
     ) -> State:
         """Selective aggregation, coordinate by coordinate."""
@@ -259,8 +305,7 @@ class ProWD(MixedPrecisionStrategy):
         self,
         means: dict[int, State],
         start: State,
-        groups: Mapping[int, WeightedMean],
-        used: Mapping[int, Mapping[str, QuantizedTensor]],
+        groups: Mapping[int, Group],
     ) -> None:
         """Take the drift out of each low-bit group, seen against all groups above it, in place.
 
@@ -271,12 +316,15 @@ class ProWD(MixedPrecisionStrategy):
         for bits in reversed(means):
             target = above.mean()
             drift = self._drift.setdefault(bits, {})
-            for name, codes in used.get(bits, {}).items():
-                moved = means[bits][name] - start[name]
-                if target:
-                    drift[name] = level_drift(moved, target[name] - start[name], codes, bits)
-                if name in drift:
-                    means[bits][name] = start[name] + add_drift(moved, drift[name], codes, bits)
+            if (rung := groups[bits].rung) is not None:
+                for name, codes in rung.codes.items():
+                    moved = means[bits][name] - start[name]
+                    if target:
+                        towards = target[name] - start[name]
+                        drift[name] = level_drift(moved, towards, codes, rung.code_bits)
+                    if name in drift:
+                        aligned = add_drift(moved, drift[name], codes, rung.code_bits)
+                        means[bits][name] = start[name] + aligned
             above.add(means[bits], shares[bits])
 
     def _keep_own(self, means: Mapping[int, State]) -> State:
@@ -286,7 +334,7 @@ class ProWD(MixedPrecisionStrategy):
             self._own[bits] = {name: t for name, t in mean.items() if name not in on_grid}
         return self._own.get(max(self._widths), {})
 
-    def _shares(self, groups: Mapping[int, WeightedMean]) -> dict[int, float]:
+    def _shares(self, groups: Mapping[int, Group]) -> dict[int, float]:
         """Weight of each group in the aggregate."""
         high = max(groups)
         return {
@@ -294,19 +342,20 @@ class ProWD(MixedPrecisionStrategy):
             for bits, group in groups.items()
         }
 
-    def _reference(
-        self, weights: State, used: Mapping[int, Mapping[str, QuantizedTensor]]
-    ) -> Reference:
+    def _reference(self, weights: State, groups: Mapping[int, Group]) -> Reference:
         kind = StartReference if self.options.reference == "client-start" else GlobalReference
-        return kind(Rungs.of(weights, self._ladder(), used))
+        known = {g.rung.bits: g.rung.codes for g in groups.values() if g.rung is not None}
+        return kind(Rungs.of(weights, self._ladder(), known))
 
     def _ladder(self) -> tuple[int, ...]:
         # It only grows: a width that is away for a round keeps its rung.
         self._widths |= self.nodes.widths().keys()
+        training = self.context.low_bit_training
+        rungs = {upload_bits(bits, training, self.upload) for bits in self._widths}
         if self.options.ladder == "auto":
-            return ladder_of(sorted(self._widths))
+            return ladder_of(sorted(rungs))
         # A width without a rung could not be dequantized.
-        return tuple(sorted({*parse_ladder(self.options.ladder), *self._widths}))
+        return tuple(sorted({*parse_ladder(self.options.ladder), *rungs}))
 
     def _grow_dequantizer(self, weights: State, reference: Reference) -> None:
         """Make the dequantizer, or a longer one that keeps the blocks whose rungs are the same."""
@@ -321,7 +370,7 @@ class ProWD(MixedPrecisionStrategy):
                 new.blocks[str(bits)].load_state_dict(old.blocks[str(bits)].state_dict())
         self.dequantizer = new
 
-    def _is_due(self, server_round: int, groups: Mapping[int, WeightedMean]) -> bool:
+    def _is_due(self, server_round: int, groups: Mapping[int, Group]) -> bool:
         """Whether to fine-tune: every so many rounds, or at the next that has two widths."""
         every = self.options.finetune_every
         period = (server_round - 1) // every + 1 if every else 0
@@ -333,7 +382,7 @@ class ProWD(MixedPrecisionStrategy):
     def _fine_tune(
         self,
         server_round: int,
-        groups: dict[int, WeightedMean],
+        groups: Mapping[int, Group],
         means: dict[int, State],
         reference: Reference,
     ) -> None:
@@ -345,7 +394,7 @@ class ProWD(MixedPrecisionStrategy):
             steps=self.options.finetune_steps,
             learning_rate=self.options.finetune_learning_rate,
             distill_weight=self.options.distill_weight,
-            stochastic=self.context.low_bit_training != "qat",
+            stochastic=self._rounds_at_random,
             group_size=max(groups[bits].count for bits in low) if in_groups else 1,
         )
         losses = fine_tune(
@@ -366,6 +415,13 @@ class ProWD(MixedPrecisionStrategy):
         self.round_log.own["reconstruction-loss"] = losses.reconstruction
         if losses.distill is not None:
             self.round_log.own["distill-loss"] = losses.distill
+
+    @property
+    def _rounds_at_random(self) -> bool:
+        """Whether what low-bit clients send was rounded stochastically, in training or after it."""
+        if self.upload == "dithered" or self.context.low_bit_training == "strict":
+            return True
+        return self.context.low_bit_training == "integer" and self.upload == "stored"
 
     def _predicting(
         self, server_round: int, state: State

@@ -317,7 +317,7 @@ def test_an_array_that_claims_terabytes_is_never_made():
     """The shape that Flower carries beside the bytes is not read."""
 
     def claim(message):
-        record = ArrayRecord({UPDATE: Array("float64", (2**20, 2**30), "prowd.update/8", b"PRWD")})
+        record = ArrayRecord({UPDATE: Array("float64", (2**20, 2**30), "prowd.update/9", b"PRWD")})
         return Message(RecordDict({UPDATE: record, REPORT: report(10)}), reply_to=message)
 
     strategy = FedAvg(context=with_w())

@@ -71,7 +71,7 @@ def tiny_payload(scale=0.5, codes=231, bias=2.0):
     """The payload of `tiny_update`, written by hand from the documented layout."""
     # w: 1 name byte, codes, 2 dimensions 1 x 4; b: 1 name byte, floats, 1 dimension of 1.
     table = struct.pack("<HcBBII", 1, b"w", 1, 2, 1, 4) + struct.pack("<HcBBI", 1, b"b", 0, 1, 1)
-    header = struct.pack("<4sBBBBIQ", b"PRWD", 8, 2, 0, 0, len(table), 0)
+    header = struct.pack("<4sBBBBIQ", b"PRWD", 9, 2, 0, 0, len(table), 0)
     # Patterns code + 2: 3 + 1*4 + 2*16 + 3*64 = 231.
     return with_checksum(header + table + struct.pack("<ffB", scale, bias, codes))
 
@@ -399,7 +399,7 @@ def test_a_claim_of_terabytes_is_refused_without_allocation(bits):
     # And a short payload for a model that is as large.
     huge = UpdateSpec({"w": (big, big)}, {"w"})
     table = struct.pack("<HcBBII", 1, b"w", int(bits == 4), 2, big, big)
-    header = struct.pack("<4sBBBBIQ", b"PRWD", 8, bits, 0, 0, len(table), 0)
+    header = struct.pack("<4sBBBBIQ", b"PRWD", 9, bits, 0, 0, len(table), 0)
     assert peak_of_rejection(with_checksum(header + table), huge, bits) < 200_000
 
 

@@ -74,8 +74,8 @@ def test_the_defaults_are_no_news():
             "activation-bits: 4 has no effect with bit-mix=32:1.0",
         ),
         (
-            {"bit-mix": "8:1.0", "prowd-align": False},
-            "prowd-align: False has no effect with bit-mix=8:1.0",
+            {"bit-mix": "8:1.0", "prowd-align": "off"},
+            "prowd-align: 'off' has no effect with bit-mix=8:1.0",
         ),
         (
             {"prowd-finetune-every": 1, "server-buffer": 0, "calibrate-normalization": False},

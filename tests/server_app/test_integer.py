@@ -118,7 +118,7 @@ def test_fedavg_is_the_mean_of_what_clients_store(tmp_path):
 
 def test_prowd_measures_movement_from_the_start_that_clients_had(tmp_path):
     """One low-bit client, no alignment: the new model is the old one and the mean movement."""
-    settings = {"num-server-rounds": 1, "lossless-coding": False, "prowd-align": False}
+    settings = {"num-server-rounds": 1, "lossless-coding": False, "prowd-align": "off"}
     folder, grid = run(tmp_path, "prowd", "8:0.5,32:0.5", clients=2, **settings)
     start = federated_state(build_model(MODEL_NAME, 1, 8, 10, 0))
     # Of initial weights up to 0.75 many are clipped at the start.

@@ -103,13 +103,16 @@ def test_a_client_agrees_with_plain_pytorch_bit_for_bit(name, bits, wide):
     codes, start = replay(name, images, bits, wide, 4.0, 10, seed=5)
     assert trained.steps == 4
     for tensor, expected, began in zip(
-        trained.update.quantized.values(), _sorted(name, codes), _sorted(name, start), strict=True
+        trained.upload("stored").quantized.values(),
+        _sorted(name, codes),
+        _sorted(name, start),
+        strict=True,
     ):
         assert torch.equal(tensor.codes.float(), expected)
         assert not torch.equal(expected, began)
     # What was stored at the start is the update less the movement, exactly.
-    ended = trained.update.dequantize()
-    for key, began in zip(trained.update.quantized, _sorted(name, start), strict=True):
+    ended = trained.upload("stored").dequantize()
+    for key, began in zip(trained.upload("stored").quantized, _sorted(name, start), strict=True):
         assert torch.equal((ended[key] - trained.moved[key]) * 2 ** (bits - 1), began)
 
 
@@ -124,7 +127,7 @@ def _sorted(name, tensors):
 
 @pytest.mark.parametrize("bits", [6, 8, 12, 16])
 def test_an_update_holds_stored_weights_of_one_scale(bits):
-    update = train(network(), some_images(20), local(bits), seed=1).update
+    update = train(network(), some_images(20), local(bits), seed=1).upload("stored")
     edge = 2 ** (bits - 2)
     for tensor in update.quantized.values():
         assert tensor.scale.tolist() == [2.0 ** (1 - bits)] * len(tensor.scale)
@@ -136,7 +139,7 @@ def test_an_update_holds_stored_weights_of_one_scale(bits):
 
 def test_one_seed_is_one_update():
     def codes(seed):
-        update = train(network(), some_images(20), local(8), seed=seed).update
+        update = train(network(), some_images(20), local(8), seed=seed).upload("stored")
         return torch.cat([tensor.codes.flatten() for tensor in update.quantized.values()])
 
     assert torch.equal(codes(1), codes(1))
@@ -145,8 +148,8 @@ def test_one_seed_is_one_update():
 
 def test_scales_of_another_grid_do_not_change_the_weights_own():
     odd = {name: torch.full((len(w),), 0.3) for name, w in network().named_parameters()}
-    one = train(network(), some_images(20), local(8), 1, scales=odd).update
-    other = train(network(), some_images(20), local(8), 1).update
+    one = train(network(), some_images(20), local(8), 1, scales=odd).upload("stored")
+    other = train(network(), some_images(20), local(8), 1).upload("stored")
     for name, tensor in one.quantized.items():
         assert torch.equal(tensor.codes, other.quantized[name].codes)
         assert torch.equal(tensor.scale, other.quantized[name].scale)
@@ -224,7 +227,7 @@ def test_a_float32_client_does_sgd_on_its_weights_over_alpha():
         optimizer.step()
     trained = train(model, images, local(32, batch_size=10, learning_rate=0.01), seed=3)
     for (key, _), weight, alpha in zip(model.named_parameters(), used, alphas, strict=True):
-        assert torch.equal(trained.update.floats[key], weight.detach() * alpha)
+        assert torch.equal(trained.upload("stored").floats[key], weight.detach() * alpha)
         assert trained.moved[key].abs().max() > 0
 
 
@@ -253,10 +256,10 @@ def test_loss_falls_on_digits(name, bits, rate, eta):
     config = local(bits, learning_rate=rate, integer_learning_rate=eta, batch_size=20, epochs=2)
     first = train(model, images, config, seed=0)
     second = network(name)
-    load_state(second, first.update.dequantize())
+    load_state(second, first.upload("stored").dequantize())
     last = train(second, images, config, seed=1)
     model = network(name)
-    load_state(model, last.update.dequantize())
+    load_state(model, last.upload("stored").dequantize())
     score = evaluate(ready_to_evaluate(model, SETTINGS, bits, {}, images.pixels[:256]), data.test)
     assert last.score.loss < 0.85 * first.score.loss
     # Guessing has 10 %.

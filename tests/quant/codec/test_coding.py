@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import xxhash
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,11 +15,14 @@ from quant import (
     UpdateError,
     decode,
     encode,
+    fit_scales,
     largest_code,
     packed_size,
     payload_size,
+    quantize_state,
 )
 from quant.codec.coding import compress_codes, decompress, read_codes
+from quant.codec.layout import HEADER
 
 WIDTHS = range(2, 17)
 
@@ -353,9 +357,41 @@ def test_codes_that_do_not_get_shorter_are_packed():
 def test_a_payload_that_refers_to_codes_that_were_not_sent_is_rejected():
     start, update = to_bits(model(), 4), to_bits(model(1, moved=0.05), 4)
     data = encode(update, coded=True, start=start)
-    for other in (None, to_bits(model(), 8), to_bits(model(), 32)):
-        with pytest.raises(UpdateError, match="refers to codes that were not sent"):
-            decode(data, SPEC, 4, start=other)
+    with pytest.raises(UpdateError, match="refers to codes that were not sent"):
+        decode(data, SPEC, 4)
+
+
+@pytest.mark.parametrize("dither", [0, 5])
+@pytest.mark.parametrize("sent_bits", [2, 4, 8, 32])
+def test_a_start_of_any_width_is_rounded_as_the_update_was(sent_bits, dither):
+    """A client that was sent float32, or other codes, refers to what they are on its own grid."""
+    sent = to_bits(model(), sent_bits)
+    received = sent.dequantize()
+    moved = {name: tensor + 0.01 for name, tensor in received.items()}
+    scales = fit_scales(moved, ["w"], 4)
+    update = quantize_state(moved, 4, scales, dither=dither)
+    plain, alone = encode(update), encode(update, coded=True)
+    data = encode(update, coded=True, start=sent, dither=dither)
+    assert len(data) < len(alone) < len(plain)
+    back = decode(data, SPEC, 4, start=sent, dither=dither)
+    assert torch.equal(back.quantized["w"].codes, update.quantized["w"].codes)
+    began = quantize_state(received, 4, scales, dither=dither).quantized["w"].codes
+    assert (began != update.quantized["w"].codes).float().mean() < 0.5
+
+
+def test_a_scale_too_small_to_divide_a_start_by_is_rejected():
+    start = to_bits(model(), 32)
+    update = to_bits(model(1, moved=0.05), 4)
+    data = encode(update, coded=True, start=start)
+    tiny = np.float32(1e-42).tobytes()
+    at = data.index(update.quantized["w"].scale[:1].numpy().tobytes())
+    altered = bytearray(data[:at] + tiny + data[at + 4 :])
+    head, rest = bytes(altered[: HEADER.size - 8]), bytes(altered[HEADER.size :])
+    checksum = xxhash.xxh3_64(head, seed=0)
+    checksum.update(rest)
+    sealed = head + checksum.intdigest().to_bytes(8, "little") + rest
+    with pytest.raises(UpdateError, match="its codes cannot be read: "):
+        decode(sealed, SPEC, 4, start=start)
 
 
 def test_a_coded_payload_is_shorter_than_a_packed_one_or_it_is_rejected():

@@ -19,7 +19,7 @@ from quant import (
 from strategies import STRATEGIES, FedAvg, ProWD, ProWDOptions
 
 # No masks, no fine-tuning: what is left is the alignment.
-ALONE = {"finetune_every": 0, "mask_at_least": 1.0, "align": True, "own_normalization": False}
+ALONE = {"finetune_every": 0, "mask_at_least": 1.0, "align": "on", "own_normalization": False}
 
 
 def start_model(seed=0, shape=(12, 40)):
@@ -95,11 +95,11 @@ def test_a_drift_of_the_levels_is_taken_out(bits, dequantize):
         options = ProWDOptions(**{**ALONE, "align": align}, dequantize=dequantize)
         return run_round(ProWD(options, with_w()), federation(clients, start), start)["w"]
 
-    undisturbed = result(drift=False, align=False)
+    undisturbed = result(drift=False, align="off")
     torch.testing.assert_close(undisturbed, start["w"] + target)
-    torch.testing.assert_close(result(drift=True, align=True), undisturbed)
-    assert (result(drift=True, align=False) - undisturbed).abs().max() > 0.3 * scale.min()
-    torch.testing.assert_close(result(drift=False, align=True), undisturbed)
+    torch.testing.assert_close(result(drift=True, align="on"), undisturbed)
+    assert (result(drift=True, align="off") - undisturbed).abs().max() > 0.3 * scale.min()
+    torch.testing.assert_close(result(drift=False, align="on"), undisturbed)
 
 
 def test_what_weights_of_one_level_do_unlike_each_other_is_kept():
@@ -250,7 +250,7 @@ def test_with_float32_clients_alone_it_is_fedavg(own_normalization, broadcast):
         grid = federation(clients, start)
         return run_round(strategy, grid, run_round(strategy, grid, start, 1), 2)
 
-    options = ProWDOptions(align=True, own_normalization=own_normalization)
+    options = ProWDOptions(align="on", own_normalization=own_normalization)
     prowd, average = (
         run(ProWD(options, with_w(broadcast=broadcast))),
         run(FedAvg(context=with_w())),

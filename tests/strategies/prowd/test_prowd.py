@@ -16,7 +16,7 @@ UNTRAINED = {
     "finetune_every": 0,
     "mask_at_least": 1.0,
     "low_bit_weight": 1.0,
-    "align": False,
+    "align": "off",
     "own_normalization": False,
 }
 

@@ -1,0 +1,119 @@
+"""The clients of one bit-width in a round: what they sent and what they started from, on average.
+
+Low-bit clients start from the float32 model, or from codes that the server sent, and send rounded
+weights. How much of what is seen is rounding and how much is movement, only a look at the same
+rounding of the start tells: on the scales of the update, and with its dither.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from exchange.replies import ClientUpdate
+from exchange.states import State
+from quant import QuantizedTensor, Update, WeightedMean, start_of
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How the clients of a width see the model that a round begins with.
+
+    Attributes
+    ----------
+    bits : int
+        Width of what they send.
+    codes : mapping of str to QuantizedTensor
+        The model on their grid, rounded as they round it if no dither is asked of them.
+    code_bits : int
+        Width of these.
+    received : dict of str to Tensor
+        What is quantized of the model as it reaches them, float32.
+    stored_bits : int
+        As of `quant.start_of`.
+    """
+
+    bits: int
+    codes: Mapping[str, QuantizedTensor]
+    code_bits: int
+    received: State
+    stored_bits: int = 0
+
+    def start_of(self, item: ClientUpdate) -> State | None:
+        """Return what a client started from, rounded as it rounds; None: `codes`."""
+        update = item.update
+        if not update.quantized:
+            return self.received
+        if not item.dither and self._on_same_grid(update):
+            return None
+        held = Update(update.bits, update.content, update.quantized, {})
+        return start_of(held, self.received, item.dither, self.stored_bits).dequantize()
+
+    def _on_same_grid(self, update: Update) -> bool:
+        return update.bits == self.code_bits and all(
+            torch.equal(known.scale, update.quantized[name].scale)
+            for name, known in self.codes.items()
+        )
+
+
+@dataclass
+class Group:
+    """What came from the clients of one width.
+
+    Attributes
+    ----------
+    rung : Rung or None
+        None for Float32 clients.
+    from_start : bool
+        Whether their starts are averaged too.
+    sent : WeightedMean
+        Of their updates.
+    """
+
+    rung: Rung | None
+    from_start: bool
+    sent: WeightedMean = field(default_factory=WeightedMean)
+    _starts: WeightedMean = field(default_factory=WeightedMean)
+    # Weight of those whose start is the rung's own codes.
+    _on_codes: float = 0.0
+
+    @property
+    def weight(self) -> float:
+        """Sum of the weights of its clients."""
+        return self.sent.weight
+
+    @property
+    def count(self) -> int:
+        """Number of its clients."""
+        return self.sent.count
+
+    def add(self, item: ClientUpdate, weight: float) -> None:
+        """Add a client's update."""
+        self.sent.add_update(item.update, weight)
+        if self.rung is None or not self.from_start:
+            return
+        start = self.rung.start_of(item)
+        if start is None:
+            self._on_codes += weight
+        else:
+            self._starts.add(start, weight)
+
+    def start_of(self, item: ClientUpdate) -> State | None:
+        """Return what one of them started from; None where that is the rung's own codes."""
+        return None if self.rung is None else self.rung.start_of(item)
+
+    def start(self) -> State:
+        """Return the mean of what its clients started from."""
+        assert self.rung is not None, "it is asked of low-bit groups only"
+        if not self._starts.count:
+            return dequantized(self.rung.codes)
+        if self._on_codes:
+            self._starts.add(dequantized(self.rung.codes), self._on_codes)
+            self._on_codes = 0.0
+        return self._starts.mean()
+
+
+def dequantized(codes: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+    """Return the values of quantized tensors."""
+    return {name: tensor.dequantize() for name, tensor in codes.items()}
