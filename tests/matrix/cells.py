@@ -20,6 +20,7 @@ OWN_SETTINGS: dict[str, dict[str, object]] = {
         "prowd-finetune-steps": 1,
         "prowd-server-momentum": 0.5,
     },
+    "prowd-paper": {"prowd-paper-finetune-every": 1, "prowd-paper-finetune-steps": 1},
     "fedavg": {},
     "fedprox": {"fedprox-mu": 0.1},
     "fedpaq": {},
@@ -33,6 +34,10 @@ OWN_SETTINGS: dict[str, dict[str, object]] = {
     "flwr:FedAvgM": {"flwr-arguments": "server_momentum = 0.5, server_learning_rate = 0.9"},
 }
 assert {name.partition(":")[0] for name in OWN_SETTINGS} == set(STRATEGIES)
+# Those that take the difference of what they hold, unless told otherwise.
+DIFFERENCES = ("fedpaq", "fedcom", "fedcomgate")
+# Those that do something of their own with what is uploaded, and one of each other kind.
+OF_UPLOADS = ("prowd", "fedavg", "fedcom", "fedcomgate", "grouped-avg")
 # Images of each client: of different numbers, so that a mean without weights is another one, and
 # so that some take three steps and others two.
 EXAMPLES = (9, 14, 8, 12, 10)
@@ -50,15 +55,19 @@ class Cell:
         As the settings ``strategy``, ``broadcast`` and ``low-bit-training``.
     widths : tuple of int
         Bit-width of each client.
+    upload : str
+        As the setting.
     """
 
     strategy: str
     broadcast: str = "float32"
     training: str = "qat"
     widths: tuple[int, ...] = MIXED
+    upload: str = "auto"
 
     def __str__(self) -> str:
         name = f"{self.strategy.replace(':', '.')}-{self.broadcast}-{self.training}"
+        name += "" if self.upload == "auto" else f"-{self.upload}"
         return name if self.widths == MIXED else f"{name}-{WIDTH_NAMES[self.widths]}"
 
     @property
@@ -94,6 +103,16 @@ class Cell:
         """Width of the payload in which a client gets the model."""
         return 32 if self.broadcast == "float32" else self.widths[partition]
 
+    def uplink_bits(self, partition: int) -> int:
+        """Width of what a client sends."""
+        own = self.widths[partition]
+        differs = self.strategy in DIFFERENCES
+        if own == 32 or differs or self.training == "strict":
+            return own
+        if self.upload == "stored":
+            return own if self.in_integers else 32
+        return 2 if self.in_integers else own
+
     def settings(self) -> dict[str, object]:
         """Return the run configuration but for paths."""
         shares = {b: n / len(self.widths) for b, n in Counter(self.widths).items()}
@@ -101,6 +120,7 @@ class Cell:
             "strategy": self.strategy,
             "broadcast": self.broadcast,
             "low-bit-training": self.training,
+            "upload": self.upload,
             "bit-mix": ",".join(f"{bits}:{share:.9f}" for bits, share in shares.items()),
             "model": "matrix.tiny:" + ("integer_network" if self.in_integers else "network"),
             "partitioner": "file",
@@ -123,6 +143,10 @@ def all_cells() -> list[Cell]:
     spared = product(OWN_SETTINGS, ("float32", "calibrated"))
     cells += [Cell(strategy, broadcast, "strict", LOW) for strategy, broadcast in spared]
     cells += [Cell(strategy, widths=FLOAT32) for strategy in OWN_SETTINGS]
+    for strategy, training in product(OF_UPLOADS, ("qat", "integer")):
+        other = "forward" if strategy in DIFFERENCES else "stored"
+        cells += [Cell(strategy, training=training, upload=u) for u in ("dithered", other)]
+    cells.append(Cell("prowd", "calibrated", "qat", LOW, "dithered"))
     return cells
 
 

@@ -79,13 +79,28 @@ def sends_the_widths_asked_for(trace: Trace) -> None:
         assert all(len(payloads) == 1 for payloads in by_width.values())
 
 
+def dithers_each_client_by_itself(trace: Trace) -> None:
+    """Every low-bit client gets a dither of its own in every round, where one is asked for."""
+    dithers = [
+        e.instruction.dither
+        for server_round in trace.rounds
+        for e in trace.trained(server_round)
+        if trace.cell.widths[e.partition] != 32
+    ]
+    if trace.cell.upload == "dithered" and trace.cell.training != "strict":
+        assert len(set(dithers)) == len(dithers)
+        assert min(dithers) > 0
+    else:
+        assert not any(dithers)
+
+
 def rounds_the_model_that_it_has(trace: Trace) -> None:
     """What is sent in float32 is the round's model; what is rounded to nearest lies nearest to it.
 
     Under strategies that have one model for all widths. Calibrated rounding trades the errors of
     some weights for those of others: it stays on its grid, and not all codes are the nearest.
     """
-    if trace.cell.strategy in ("prowd", *GROUPED):
+    if trace.cell.strategy in ("prowd", "prowd-paper", *GROUPED):
         return
     farthest = 0.0
     for exchange in trace.exchanges:
@@ -114,7 +129,7 @@ def rounds_the_model_that_it_has(trace: Trace) -> None:
 
 def aggregates_by_its_rule(trace: Trace) -> None:
     """Each round's model is what the rule makes of the updates that came."""
-    if trace.cell.strategy != "prowd":
+    if trace.cell.strategy not in ("prowd", "prowd-paper"):
         _assert_models(trace, trace.cell.strategy)
 
 
@@ -187,6 +202,7 @@ OF_EVERY_RUN = (
     is_finite,
     records_its_bytes,
     sends_the_widths_asked_for,
+    dithers_each_client_by_itself,
     rounds_the_model_that_it_has,
     aggregates_by_its_rule,
     corrections_sum_to_zero,

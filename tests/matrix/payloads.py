@@ -21,15 +21,17 @@ def sent_to(trace: Trace, exchange: Exchange) -> Update | None:
 
 
 def returned_by(trace: Trace, exchange: Exchange) -> Update | None:
-    """Open the update that a client sent, at its own width."""
+    """Open the update that a client sent, at the width that it was asked for."""
     if exchange.returned is None:
         return None
-    bits, server_round = trace.cell.widths[exchange.partition], exchange.instruction.server_round
-    sent = sent_to(trace, exchange)
-    start = sent if sent is not None and sent.bits == bits else None
+    bits, server_round = (
+        trace.cell.uplink_bits(exchange.partition),
+        exchange.instruction.server_round,
+    )
+    asked = exchange.instruction
     spec = UpdateSpec.of(trace.starts[server_round], trace.cell.on_grid)
-    content = exchange.instruction.uplink
-    return decode(exchange.returned, spec, bits, content, start, server_round)
+    start = sent_to(trace, exchange)
+    return decode(exchange.returned, spec, bits, asked.uplink, start, server_round, asked.dither)
 
 
 def float64(state: Mapping[str, Tensor]) -> Values:
