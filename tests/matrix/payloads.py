@@ -24,11 +24,8 @@ def returned_by(trace: Trace, exchange: Exchange) -> Update | None:
     """Open the update that a client sent, at the width that it was asked for."""
     if exchange.returned is None:
         return None
-    bits, server_round = (
-        trace.cell.uplink_bits(exchange.partition),
-        exchange.instruction.server_round,
-    )
-    asked = exchange.instruction
+    bits, asked = trace.cell.uplink_bits(exchange.partition), exchange.instruction
+    server_round = asked.server_round
     spec = UpdateSpec.of(trace.starts[server_round], trace.cell.on_grid)
     start = sent_to(trace, exchange)
     return decode(exchange.returned, spec, bits, asked.uplink, start, server_round, asked.dither)
