@@ -126,9 +126,13 @@ class Weights(_Part):
 
 
 class Config(_Part):
-    """config.json: every setting, when the run began and on what; and the same before a resume."""
+    """config.json: every setting, what "auto" stood for, when the run began and on what.
+
+    And the same before each resume.
+    """
 
     settings: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    chosen: dict[str, str] = Field(default_factory=dict)
     date: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, str | int | None] = Field(default_factory=dict)

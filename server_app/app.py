@@ -39,6 +39,7 @@ def _begin(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
     _warn_of_idle(grid, config)
     record.write_config({**settings.to_settings(), **options})
     run = prepare(record.folder, settings, options, grid)
+    record.write_config(run.all_settings, run.strategy.chosen())
     finish(grid, run, record)
 
 
@@ -52,7 +53,7 @@ def _resume(grid: Grid, config: Mapping[str, object], ending: Ending) -> None:
     # Not before all has been found in order: a refused run leaves the record as it was.
     record = RunRecord(folder, saved.server_round, saved.seconds)
     ending.watch(record)
-    record.write_config(run.all_settings)
+    record.write_config(run.all_settings, run.strategy.chosen())
     finish(grid, run, record, saved)
 
 

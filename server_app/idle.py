@@ -20,11 +20,13 @@ _NEEDS = {
     "dirichlet-alpha": ("partitioner", ("iid", "file")),
     "data-dir": ("dataset", ("digits",)),
     "integer-learning-rate": ("low-bit-training", ("qat", "strict")),
+    "upload": ("low-bit-training", ("strict",)),
 }
 # What has none where all clients are Float32.
 _OF_LOW_BITS = frozenset(
     {
         *("low-bit-training", "weight-step", "activation-bits", "gradient-bits", "broadcast"),
+        "upload",
         *("lossless-coding", "integer-learning-rate"),
     }
 )

@@ -168,11 +168,17 @@ class RunRecord:
         passed = datetime.now().astimezone() - self._started
         return self._seconds_before + passed.total_seconds()
 
-    def write_config(self, settings: Mapping[str, object]) -> None:
-        """Write every setting as validated, what it runs on, and both before each resume."""
+    def write_config(
+        self, settings: Mapping[str, object], chosen: Mapping[str, str] | None = None
+    ) -> None:
+        """Write every setting as validated, what the strategy chose, and what it runs on.
+
+        All of it before each resume stays.
+        """
         date = self._started.isoformat(timespec="seconds")
         config: dict[str, Any] = {
             "settings": dict(settings),
+            "chosen": dict(chosen or {}),
             "date": date,
             "versions": {"python": platform.python_version(), **versions()},
             "machine": {"processor": platform.machine(), "cores": os.cpu_count()},

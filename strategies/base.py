@@ -431,6 +431,10 @@ class MixedPrecisionStrategy(Strategy):
             self.round_log.unchanged = f"{type(self).__name__}.combine returned no model"
         return None if reason else state
 
+    def chosen(self) -> dict[str, str]:
+        """Return what it does where a setting is left to it as "auto", for the record."""
+        return {"broadcast": self.context.broadcast, "upload": self.upload}
+
     @property
     def largest_payload(self) -> int:
         """Bytes of the largest update that a client was asked for in the last messages."""

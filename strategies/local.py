@@ -29,6 +29,7 @@ class Local(MixedPrecisionStrategy):
     # No update is sent; the server evaluates no model, and calibrates none if it sends no codes.
     idle: Mapping[str, tuple[str, ...]] = {
         "norm-bound": (),
+        "upload": (),
         "server-device": ("auto", "float32", "nearest"),
         "lossless-coding": ("auto", "float32"),
     }

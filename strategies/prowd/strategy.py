@@ -89,6 +89,10 @@ class ProWD(MixedPrecisionStrategy):
         """Let strict clients start on the server's grid; qat ones start between its levels."""
         return "calibrated" if low_bit_training == "strict" and has_buffer else "float32"
 
+    def chosen(self) -> dict[str, str]:
+        """Return broadcast and upload, and whether low-bit movements are aligned."""
+        return {**super().chosen(), "prowd-align": "on" if self._aligns else "off"}
+
     def state_for(self, bits: int, state: State) -> State:
         """Return the global weights with the normalization and biases of a width."""
         return {**state, **self._own.get(bits, {})}
@@ -345,11 +349,11 @@ class ProWD(MixedPrecisionStrategy):
     def _reference(self, weights: State, groups: Mapping[int, Group]) -> Reference:
         kind = StartReference if self.options.reference == "client-start" else GlobalReference
         known = {g.rung.bits: g.rung.codes for g in groups.values() if g.rung is not None}
-        return kind(Rungs.of(weights, self._ladder(), known))
+        return kind(Rungs.of(weights, self._ladder(groups), known))
 
-    def _ladder(self) -> tuple[int, ...]:
+    def _ladder(self, widths: Iterable[int]) -> tuple[int, ...]:
         # It only grows: a width that is away for a round keeps its rung.
-        self._widths |= self.nodes.widths().keys()
+        self._widths |= {*widths, *self.nodes.widths()}
         training = self.context.low_bit_training
         rungs = {upload_bits(bits, training, self.upload) for bits in self._widths}
         if self.options.ladder == "auto":
