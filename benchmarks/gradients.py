@@ -35,7 +35,8 @@ from quant.qat.activations import fake_quantize_gradient
 from task.calibration import calibrate_activations
 from task.data.dataset import Images, load_dataset
 from task.data.partition import client_images
-from task.models import build_model, to_input
+from task.data.to_input import to_input
+from task.models import build_model
 
 Rounding = Callable[[Tensor], Tensor]
 Gradients = dict[str, Tensor]
@@ -172,7 +173,7 @@ def model_of(run: Path, bits: int) -> tuple[nn.Module, Images, Settings]:
     prepare(model, QuantConfig(bits, settings.activation_bits_of(bits)))
     set_scales(model, rounded.scales)
     images = client_images(settings, 0, 10)
-    calibrate_activations(model, images.pixels)
+    calibrate_activations(model, images)
     return model.train(), images, settings
 
 

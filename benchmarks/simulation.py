@@ -27,7 +27,7 @@ from quant import FLOAT_BITS, federated_state, quantizable_weights
 from server_app.build import read_settings
 from server_app.run import Run, prepare
 from strategies import FedAvg, MixedPrecisionStrategy, StrategyContext
-from task.data.dataset import Images
+from task.data.dataset import Images, Pixels
 from task.data.partition import client_images, server_pixels
 from task.training import LocalTraining, ready_to_evaluate, train
 
@@ -159,7 +159,7 @@ def _server_seconds(make: Callable[[], MixedPrecisionStrategy]) -> float:
 
 def _calibration_seconds(settings: Settings) -> float:
     """By how much longer it takes to make both widths ready to evaluate with calibration."""
-    buffer = server_pixels(settings)
+    buffer = Pixels(server_pixels(settings))
 
     def ready(calibrated: bool) -> None:
         chosen = settings.model_copy(update={"calibrate_normalization": calibrated})

@@ -16,7 +16,7 @@ from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from torch import Tensor, nn
 
-from client_app.node import declare
+from client_app.node import declare, node_of
 from client_app.state_store import has_model, keep_model, own_model, recall, state_folder, store
 from client_app.tracking import TrackedRound, next_correction
 from core.devices import pick_device
@@ -34,6 +34,7 @@ from exchange.protocol import (
     answer,
     answer_query,
     config_in,
+    facts_in,
     instruction_in,
     model_in,
     plain,
@@ -47,9 +48,9 @@ from quant import (
     tensors_of,
     weight_scales,
 )
-from task.data.dataset import Images, load_dataset
-from task.data.partition import client_images, evaluation_images
-from task.models import build_model
+from task.examples import Examples
+from task.interface import Node, Task
+from task.tasks import make_task
 from task.training import (
     LocalTraining,
     Score,
@@ -102,7 +103,8 @@ def _ends_the_process(error: BaseException) -> bool:
 @_failing_in_one_line
 def on_query(message: Message, context: Context) -> Message:
     """Declare the node: its partition, bit-width and examples, or why it cannot take part."""
-    declaration = declare(context.node_config, context.run_config, in_simulation())
+    facts = facts_in(message)
+    declaration = declare(context.node_config, context.run_config, in_simulation(), facts)
     if declaration.refused:
         log(ERROR, "prowd: this node cannot take part: %s", declaration.refused)
     return answer_query(message, declaration)
@@ -120,7 +122,7 @@ def on_train(message: Message, context: Context) -> Message:
         delta = next_correction(context.state, received, job.instruction, job.settings.momentum)
     trained = train(
         job.model,
-        job.images,
+        job.examples,
         job.training,
         job.seed,
         scales=job.scales,
@@ -169,13 +171,12 @@ def on_evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received model, or the client's own, at the client's width."""
     started = time.perf_counter()
     job = _read_job(message, context)
-    # With the client's own images: it has no access to the server's.
-    pixels = job.images.pixels
+    # With the client's own examples: it has no access to the server's.
     model = ready_to_evaluate(
-        job.model, job.settings, job.client.bits, job.scales, pixels, pick_device("auto")
+        job.model, job.settings, job.client.bits, job.scales, job.examples, pick_device("auto")
     )
     seed = derive_seed(job.seed, Stream.EVALUATION)
-    score = evaluate(model, evaluation_images(job.settings), seed)
+    score = evaluate(model, job.task.local_test_examples(job.node), seed)
     return answer(message, _report(job, score, started))
 
 
@@ -184,6 +185,8 @@ class _Job:
     """One message's work: the client, its instruction, the model and how it was sent."""
 
     settings: Settings
+    task: Task
+    node: Node
     client: Declaration
     instruction: Instruction
     model: nn.Module
@@ -196,12 +199,12 @@ class _Job:
         return tensors_of(self.model, self.spec.shapes)
 
     @property
-    def images(self) -> Images:
-        return client_images(self.settings, self.client.partition_id, self.client.num_partitions)
+    def examples(self) -> Examples:
+        return self.task.examples(self.node)
 
     @property
     def seed(self) -> int:
-        path = (self.instruction.server_round, self.client.partition_id)
+        path = (self.instruction.server_round, self.instruction.number)
         return derive_seed(self.settings.seed, Stream.CLIENT, *path)
 
     @property
@@ -214,7 +217,8 @@ def _read_job(message: Message, context: Context) -> _Job:
     settings = Settings.of_run(context.run_config)
     # A fixed number of threads: sums, and with them the last bits, depend on it.
     torch.set_num_threads(settings.client_threads)
-    client = declare(context.node_config, context.run_config, in_simulation())
+    facts = facts_in(message)
+    client = declare(context.node_config, context.run_config, in_simulation(), facts)
     if client.refused:
         raise SettingsError(client.refused)
     if config := config_in(message):
@@ -228,8 +232,8 @@ def _read_job(message: Message, context: Context) -> _Job:
     trained = message.metadata.message_type == MessageType.EVALUATE
     with _naming_folder(context, folder, "read"):
         recall(context.state, folder, instruction.server_round + trained)
-    data = load_dataset(settings)
-    model = build_model(settings.model, data.channels, data.size, data.num_classes, settings.seed)
+    task = make_task(settings, facts)
+    model = task.model(settings.seed)
     spec = spec_of(model)
     sent = model_in(message, spec)
     # A client that sends nothing continues from its own model while it has one.
@@ -244,7 +248,8 @@ def _read_job(message: Message, context: Context) -> _Job:
     else:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
     load_state(model, state)
-    return _Job(settings, client, instruction, model, scales, sent, spec)
+    node = node_of(context.node_config)
+    return _Job(settings, task, node, client, instruction, model, scales, sent, spec)
 
 
 def _update(job: _Job, trained: Trained, received: dict[str, Tensor]) -> Update:

@@ -86,7 +86,7 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
     if own is None and not Path(keep_in).is_absolute():
         return None
     folder = Path(own) / name if own else Path(keep_in)
-    return folder / str(node_config["partition-id"])
+    return folder / str(node_config.get("partition-id", "device"))
 
 
 def _refuse_impossible(folder: str) -> None:

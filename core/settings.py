@@ -97,7 +97,32 @@ class Settings(Options):
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of local SGD.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="L2 penalty of local SGD.")
 
-    dataset: Dataset = Field("digits", description="What is learned.")
+    task: str = Field(
+        "images", description="What is learned: images, or package.module:Class of a task of yours."
+    )
+    task_options: str = Field(
+        "", description="Settings of a task of your own, as in window = 50, path = 'x'."
+    )
+    local_test_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.2,
+        description="Share of a device's own examples that it evaluates on and never trains on, "
+        "where its data has no test part.",
+    )
+    max_examples: Count = Field(
+        0,
+        description="Most examples that count as a device's weight in the mean, whatever it "
+        "declares; 0: no bound.",
+    )
+    weighting: Literal["examples", "uniform"] = Field(
+        "examples", description="Whether devices count by their examples, or all alike."
+    )
+    classes: str = Field(
+        "", description="Names of the classes, as in cat,dog, where the server has no images."
+    )
+    image_channels: Literal[1, 3] = Field(
+        3, description="Channels of the devices' images, where the server has none."
+    )
+    dataset: Dataset = Field("digits", description="Which images are learned.")
     data_dir: AbsolutePath = Field(
         "", description="Folder of the data; empty: ~/.cache/prowd/data, downloaded if need be."
     )
@@ -260,6 +285,12 @@ class Settings(Options):
             )
         return self
 
+    @field_validator("task_options")
+    @classmethod
+    def _task_options_parse(cls, value: str) -> str:
+        parse_assignments(value)
+        return value
+
     @model_validator(mode="after")
     def _file_deals(self) -> "Settings":
         if (self.partitioner == "file") != bool(self.partition_file):
@@ -305,6 +336,11 @@ class Settings(Options):
         """Read the common settings from a run's configuration; strategies' own are left alone."""
         known = cls.keys()
         return cls.read({key: value for key, value in run_config.items() if key in known})
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called in errors and files."""
+        return self.model if self.task == "images" else f"{self.task}.model"
 
     @property
     def mix(self) -> dict[int, float]:

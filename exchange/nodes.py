@@ -2,8 +2,10 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from logging import INFO, WARNING
+from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Message
@@ -19,6 +21,8 @@ from exchange.undocumented import is_simulated
 from quant import ALLOWED_WIDTHS, is_width
 
 _POLL = 0.1
+# A node that has data of its own declares no more: its number travels, and is added up.
+MOST_EXAMPLES = 10**9
 
 
 class Nodes:
@@ -47,14 +51,17 @@ class Nodes:
         ``f(partition_id, num_partitions)``: how many a partition has, where the server knows; a
         node that declares more is refused. A `SettingsError` says that there is no such
         partition. It may be slow: it is called only for nodes that are about to take part.
+    facts : mapping, optional
+        Of the task, which nodes are told when they are asked.
     """
 
     def __init__(
         self,
         min_nodes: int = 1,
         wait: float = 60.0,
-        most_examples: int = 10**9,
-        examples_of: Callable[[int, int], int] | None = None,
+        most_examples: int = MOST_EXAMPLES,
+        examples_of: Callable[[int, int], int | None] | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self._min_nodes = min_nodes
         self._wait = wait
@@ -67,7 +74,9 @@ class Nodes:
         self._declared: dict[int, Declaration] = {}
         self._refused: dict[int, str] = {}
         self._refused_parts: dict[int, int] = {}
-        self._queries = Queries(patience=wait)
+        self._queries = Queries(wait, facts or {})
+        # Of nodes that have data of their own.
+        self._numbers: dict[int, int] = {}
         self._before = 0
         self._parts = 0
         self._gathered = False
@@ -121,7 +130,8 @@ class Nodes:
                 f"{self._why_few()}"
             )
         if not self._gathered and not complete:
-            log(WARNING, "Continuing with %d of %d nodes", len(present), self.num_partitions)
+            expected = self.num_partitions or self._min_nodes
+            log(WARNING, "Continuing with %d of %d nodes", len(present), expected)
         self._welcome(present)
         self._gathered = True
         self._present = present
@@ -147,7 +157,7 @@ class Nodes:
 
     @property
     def num_partitions(self) -> int:
-        """Partitions of the data; 0 while no number has the most declarations."""
+        """Partitions of the data; 0 while no number has the most declarations, and without any."""
         if self._parts:
             return self._parts
         votes = self._votes()
@@ -168,12 +178,17 @@ class Nodes:
 
     def _votes(self) -> Counter[int]:
         """Nodes by the number of partitions that they declare."""
-        declared = Counter(d.num_partitions for d in self._declared.values())
+        declared = Counter(
+            d.num_partitions for d in self._declared.values() if not _has_own_data(d)
+        )
         # Refused nodes count only where there are no others.
         return declared or Counter(self._refused_parts.values())
 
     def _is_complete(self, present: dict[int, Declaration]) -> bool:
         """Return whether the first gathering need not wait any longer."""
+        if any(not declaration.num_partitions for declaration in present.values()):
+            # They have data of their own: how many there will be, only `min_nodes` says.
+            return not self._queries and len(present) >= self._min_nodes
         expected = self.num_partitions
         if self._before and expected != self._before:
             # Those of the resumed run may still come.
@@ -226,20 +241,30 @@ class Nodes:
     def _objection(self, new: Declaration) -> str:
         if not is_width(new.bits):
             return f"it declares {new.bits} bits; allowed: {ALLOWED_WIDTHS}"
-        if not 0 <= new.partition_id < new.num_partitions:
+        if not _has_own_data(new) and not 0 <= new.partition_id < new.num_partitions:
             return f"it declares partition {new.partition_id} of {new.num_partitions}"
-        if not 1 <= new.num_examples <= self._most_examples:
-            return f"it declares {new.num_examples} examples; allowed: 1 to {self._most_examples}"
+        most = MOST_EXAMPLES if _has_own_data(new) else self._most_examples
+        if not 1 <= new.num_examples <= most:
+            return f"it declares {new.num_examples} examples; allowed: 1 to {most}"
         return ""
 
     def _seated(self) -> dict[int, Declaration]:
-        """Give each partition to the first of the connected nodes that declared it."""
+        """Give each partition to the first of the connected nodes that declared it.
+
+        Nodes that have data of their own get a number instead, and are alone.
+        """
         expected = self.num_partitions
+        if own := sorted(n for n, d in self._declared.items() if _has_own_data(d)):
+            return {n: replace(self._declared[n], partition_id=self._number_of(n)) for n in own}
         holders: dict[int, int] = {}
         for node_id, declaration in self._declared.items():
             if declaration.num_partitions == expected:
                 holders.setdefault(declaration.partition_id, node_id)
         return {node_id: self._declared[node_id] for node_id in sorted(holders.values())}
+
+    def _number_of(self, node_id: int) -> int:
+        """Return the number of a node that has data of its own, for as long as the run lasts."""
+        return self._numbers.setdefault(node_id, len(self._numbers))
 
     def _taking_part(self, late: bool) -> dict[int, Declaration]:
         """Return the seated nodes, checked against the partition before they take part.
@@ -261,17 +286,19 @@ class Nodes:
         if self._examples_of is None:
             return ""
         partition, parts = declared.partition_id, declared.num_partitions
+        if not parts:
+            return ""
         try:
             most = self._examples_of(partition, parts)
         except SettingsError as error:
             return str(error)
         claim = f"it declares {declared.num_examples} examples"
-        too_many = declared.num_examples > most
+        too_many = most is not None and declared.num_examples > most
         return f"{claim}; partition {partition} of {parts} has {most}" if too_many else ""
 
     def _refuse_tie(self) -> None:
         """End the run where as many nodes declare one number of partitions as another."""
-        if self._declared and not self.num_partitions:
+        if self._votes() and self._declared and not self.num_partitions:
             votes = self._votes()
             leading = _leading(votes)
             raise FederationError(
@@ -283,25 +310,33 @@ class Nodes:
         """Say once why a node whose declaration is good is not among those present."""
         expected = self.num_partitions
         holders = {d.partition_id: node_id for node_id, d in present.items()}
+        own = any(_has_own_data(self._declared[node_id]) for node_id in present)
         for node_id, declaration in self._declared.items():
             parts, partition = declaration.num_partitions, declaration.partition_id
             if node_id in present:
                 self._refused.pop(node_id, None)
-            elif node_id not in self._refused and parts != expected:
+            elif node_id in self._refused:
+                continue
+            elif own:
+                others = "the others have data of their own (data-path)"
+                self._refuse(node_id, f"it declares partition {partition} of {parts}; {others}")
+            elif parts != expected:
                 self._refuse(node_id, f"it declares {parts} partitions, the others {expected}")
-            elif node_id not in self._refused:
+            else:
                 holder = holders[partition]
                 self._refuse(node_id, f"partition {partition} is held by node {holder}")
 
     def _welcome(self, present: dict[int, Declaration]) -> None:
         for node_id, declaration in present.items():
             if self._present.get(node_id) != declaration:
+                where = f"partition {declaration.partition_id} of {declaration.num_partitions}"
+                if not declaration.num_partitions:
+                    where = f"number {declaration.partition_id}, data of its own"
                 log(
                     INFO,
-                    "Node %d: partition %d of %d, %d bits, %d examples",
+                    "Node %d: %s, %d bits, %d examples",
                     node_id,
-                    declaration.partition_id,
-                    declaration.num_partitions,
+                    where,
                     declaration.bits,
                     declaration.num_examples,
                 )
@@ -309,6 +344,10 @@ class Nodes:
     def _refuse(self, node_id: int, reason: str) -> None:
         reason = self._refused[node_id] = plain(reason)
         log(WARNING, "Node %d is refused: %s", node_id, reason)
+
+
+def _has_own_data(declaration: Declaration) -> bool:
+    return (declaration.partition_id, declaration.num_partitions) == (-1, 0)
 
 
 def _leading(votes: Counter[int]) -> list[int]:

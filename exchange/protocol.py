@@ -21,6 +21,8 @@ UPDATE = "update"
 INSTRUCTION = "instruction"
 DECLARATION = "declaration"
 REPORT = "report"
+# What the server says of the task.
+FACTS = "task"
 # What Flower's `start` is given for the clients, under the name that Flower's strategies use.
 CONFIG = "config"
 
@@ -90,7 +92,8 @@ class Declaration(_Record):
     Attributes
     ----------
     partition_id, num_partitions : int
-        Which part of the data the node holds, of how many.
+        Which part of the data the node holds, of how many; -1 of 0 where it has data of its own:
+        the server then gives it a number.
     bits : int
         Width that it computes and stores with; 0 if it is refused.
     num_examples : int
@@ -149,6 +152,8 @@ class Instruction(_Record):
         (`quant.upload`).
     dither : int
         Seed of the dither, from 1; 0 where nothing is rounded with one.
+    number : int
+        Of the client among all: its partition, or what the server gave it instead.
 
     Examples
     --------
@@ -168,6 +173,7 @@ class Instruction(_Record):
     keep_in: str = ""
     upload: Upload = "forward"
     dither: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -236,6 +242,15 @@ def instruction_in(message: Message) -> Instruction:
     1
     """
     return Instruction.from_record(cast(ConfigRecord, message.content[INSTRUCTION]))
+
+
+def facts_in(message: Message) -> dict[str, Any] | None:
+    """Return what the server says of the task; None if it says nothing.
+
+    >>> facts_in(message)
+    {'classes': ['cat', 'dog']}
+    """
+    return dict(cast(ConfigRecord, message.content[FACTS])) if FACTS in message.content else None
 
 
 def config_in(message: Message) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from exchange.inbox import SuperLinkFailed, patiently, pull
+from exchange.protocol import FACTS
 from exchange.undocumented import is_simulated
 
 # A query can fail for a passing reason; a node that fails this often is given up.
@@ -31,10 +33,13 @@ class Queries:
     ----------
     patience : float
         Seconds that all gatherings after the first together wait for nodes that do not answer.
+    facts : mapping
+        Of the task, which the question holds.
     """
 
-    def __init__(self, patience: float) -> None:
+    def __init__(self, patience: float, facts: Mapping[str, Any]) -> None:
         self._patience = patience
+        self._facts = facts
         self._open: dict[int, Message] = {}
         # Nodes that are to be asked later.
         self._later: dict[int, None] = {}
@@ -58,9 +63,12 @@ class Queries:
             del self._later[node_id]
         if not new:
             return
-        messages = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in new]
+        messages = [Message(self._question(), node_id, MessageType.QUERY) for node_id in new]
         patiently(lambda: grid.push_messages(messages))
         self._open |= {message.metadata.dst_node_id: message for message in messages}
+
+    def _question(self) -> RecordDict:
+        return RecordDict({FACTS: ConfigRecord(dict(self._facts))} if self._facts else {})
 
     def hear(self, grid: Grid) -> Iterator[tuple[int, Message]]:
         """Yield the answers that have come, by node; an error is one that will not pass."""

@@ -202,6 +202,8 @@ def _context(settings: Settings, kind: type[MixedPrecisionStrategy]) -> Strategy
         coded=settings.lossless_coding,
         local_epochs=settings.local_epochs,
         batch_size=settings.batch_size,
+        max_examples=settings.max_examples,
+        weighting=settings.weighting,
     )
 
 

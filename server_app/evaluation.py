@@ -1,4 +1,4 @@
-"""The global model at each bit-width, on held-out images; and its logits for distillation."""
+"""The global model at each bit-width, on held-out examples; and its logits for distillation."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -14,8 +14,7 @@ from core.seeds import Stream, derive_seed, drawn_under
 from core.settings import Settings
 from quant import Update, load_state, quantize_state, weight_scales
 from task.calibration import calibrate_activations, round_weights
-from task.data.dataset import Images
-from task.models import to_input
+from task.examples import Examples, Inputs
 from task.training import (
     Score,
     at_width,
@@ -23,8 +22,8 @@ from task.training import (
     ready_to_evaluate,
 )
 
-# Images of the buffer that the distillation term looks at.
-_DISTILLATION_IMAGES = 64
+# Examples of the buffer that the distillation term looks at.
+_DISTILLATION_EXAMPLES = 64
 
 
 class Evaluator:
@@ -36,18 +35,18 @@ class Evaluator:
         Activation width, whether BatchNorm statistics are recalibrated, and the server's device.
     model : nn.Module
         Architecture.
-    images : Images
-        What models are evaluated on.
-    buffer : ndarray
-        The server's unlabelled images, uint8.
+    examples : Examples or None
+        What models are evaluated on; None where the server has no test set.
+    buffer : Inputs
+        The server's unlabelled examples.
     """
 
     def __init__(
-        self, settings: Settings, model: nn.Module, images: Images, buffer: np.ndarray
+        self, settings: Settings, model: nn.Module, examples: Examples | None, buffer: Inputs
     ) -> None:
         self._settings = settings
         self._model = copy.deepcopy(model)
-        self._images = images
+        self._examples = examples
         self._buffer = buffer
         self._device = pick_device(settings.server_device)
 
@@ -58,10 +57,16 @@ class Evaluator:
             self._model, self._settings, model.bits, model.scales, self._buffer, self._device
         )
 
+    @property
+    def has_examples(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self._examples is not None
+
     def score(self, model: Update, server_round: int = 0) -> Score:
-        """Evaluate a model at its width on all those images; a round draws its own numbers."""
+        """Evaluate a model at its width on all those examples; a round draws its own numbers."""
+        assert self._examples is not None, "asked only where has_examples"
         seed = derive_seed(self._settings.seed, Stream.EVALUATION, server_round)
-        return evaluate(self.network(model), self._images, seed)
+        return evaluate(self.network(model), self._examples, seed)
 
 
 class CalibratedRounding:
@@ -75,7 +80,7 @@ class CalibratedRounding:
         As of `Evaluator`.
     """
 
-    def __init__(self, settings: Settings, model: nn.Module, buffer: np.ndarray) -> None:
+    def __init__(self, settings: Settings, model: nn.Module, buffer: Inputs) -> None:
         self._settings = settings
         self._model = copy.deepcopy(model)
         self._buffer = buffer
@@ -102,31 +107,31 @@ class CalibratedRounding:
         network.to(self._device)
         calibrate_activations(network, self._buffer)
         rounded = round_weights(network, self._buffer)
-        # A layer that the images do not reach is rounded to nearest.
+        # A layer that the examples do not reach is rounded to nearest.
         nearest = quantize_state(state, bits, scales)
         return replace(nearest, quantized={**nearest.quantized, **rounded})
 
 
 def make_predict(
-    model: nn.Module, buffer: np.ndarray, device: torch.device | None = None
+    model: nn.Module, buffer: Inputs, device: torch.device | None = None
 ) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
     """Return ``f(u; w)``: differentiable logits on some of the buffer; None without a buffer.
 
-    BatchNorm uses the statistics of the images at hand, as no others fit weights in the making.
+    BatchNorm uses the statistics of the inputs at hand, as no others fit weights in the making.
     Dropout draws from torch's own generator, which the caller seeds.
     """
     if not len(buffer):
         return None
     network = copy.deepcopy(model).to(device)
     network.train()
-    images = to_input(buffer[:_DISTILLATION_IMAGES], device)
+    inputs = buffer.inputs(np.arange(min(len(buffer), _DISTILLATION_EXAMPLES)), device)
     buffers = {name: b.clone() for name, b in network.named_buffers()}
 
     def predict(weights: Mapping[str, Tensor]) -> Tensor:
         parameters = {n: weights[n].to(device) for n, _ in network.named_parameters()}
         # Fresh buffers each time: training mode writes its running statistics into them.
         fresh = {name: b.clone() for name, b in buffers.items()}
-        logits: Tensor = functional_call(network, {**parameters, **fresh}, (images,))
+        logits: Tensor = functional_call(network, {**parameters, **fresh}, (inputs,))
         return logits.cpu()
 
     return predict

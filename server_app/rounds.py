@@ -159,7 +159,7 @@ def _evaluate(
     evaluator: Evaluator,
 ) -> _Scores:
     by_clients = _evaluate_on_clients(grid, strategy, settings, server_round, arrays)
-    if not strategy.evaluates_on_server:
+    if not (strategy.evaluates_on_server and evaluator.has_examples):
         return _Scores(_part(by_clients, "accuracy-"), _part(by_clients, "loss-"))
     state = to_state(arrays)
     return _Scores(*_evaluate_on_server(strategy, server_round, state, evaluator), by_clients)

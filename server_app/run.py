@@ -39,11 +39,11 @@ from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from server_app.idle import idle_with_model
 from server_app.record import RunRecord, read_json
 from server_app.rounds import is_evaluated, run_rounds
-from strategies import MixedPrecisionStrategy
-from task.data.dataset import describe, fingerprint, load_dataset
-from task.data.partition import evaluation_images, partition, server_pixels
-from task.data.partition_file import fingerprint_of_file
-from task.models import build_model, check_repeatable
+from strategies import MixedPrecisionStrategy, StrategyContext
+from task.examples import Examples, Inputs
+from task.interface import Task
+from task.models import check_model, check_repeatable
+from task.tasks import make_task
 from task.training import check_at_width, check_quantizable, check_trained_in_integers
 
 
@@ -57,6 +57,8 @@ class Run:
         Its record.
     settings, options : Settings, mapping
         The common settings, and the strategy's own by their full keys.
+    task : Task
+        What is learned.
     strategy : MixedPrecisionStrategy
         Aggregation.
     model : nn.Module
@@ -70,6 +72,7 @@ class Run:
     folder: Path
     settings: Settings
     options: Mapping[str, object]
+    task: Task
     strategy: MixedPrecisionStrategy
     model: nn.Module
     evaluator: Evaluator
@@ -83,9 +86,7 @@ class Run:
     def identity(self, num_partitions: int) -> Identity:
         """What the run is in a federation of so many partitions."""
         shapes = {name: list(tensor.shape) for name, tensor in federated_state(self.model).items()}
-        data = fingerprint(load_dataset(self.settings))
-        if self.settings.partition_file:
-            data += f", {fingerprint_of_file(self.settings.partition_file)}"
+        data = self.task.fingerprint()
         return Identity.new(self.all_settings, data, shapes, num_partitions, self.client_key)
 
 
@@ -118,31 +119,32 @@ def prepare(
     device = pick_device(settings.server_device)
     # Before the data, which may have to be downloaded.
     choice = choose_strategy(settings, options)
-    data = load_dataset(settings)
-    evaluation = evaluation_images(settings)
-    for level, line in describe(data, evaluation):
+    task = make_task(settings)
+    facts, test = task.facts(), task.test_data()
+    evaluation = None if test is None else task.as_examples(test)
+    for level, line in task.describe():
         log(level, "prowd: %s", line)
-    shape = data.channels, data.size, data.num_classes
-    model = build_model(settings.model, *shape, settings.seed)
-    if is_reference(settings.model):
-        again = build_model(settings.model, *shape, settings.seed)
-        check_repeatable(model, again, settings.model)
+    model = _model_of(task)
     for line in idle_with_model(settings, model):
         log(WARNING, "prowd: %s", line)
-    buffer = server_pixels(settings)
+    buffer = task.unlabelled()
     if settings.low_bit_training == "integer":
-        check_trained_in_integers(model, settings.model)
+        check_trained_in_integers(model, settings.model_name)
     if min(settings.mix) < FLOAT_BITS:
-        check_quantizable(model, settings.model)
+        check_quantizable(model, settings.model_name)
         _log_what_stays_float32(model)
-    check_at_width(model, settings, min(settings.mix), buffer)
+    for trial in (buffer, evaluation):
+        if trial is not None and len(trial) > 1:
+            check_at_width(model, settings, min(settings.mix), trial)
+            break
     client_key = client_key or uuid.uuid4().hex
     shared = grid is None or is_simulated(grid)
     context = replace(
-        choice.context,
-        most_examples=len(data.train),
+        _without_server_data(choice.context, settings, buffer, evaluation),
+        facts=facts,
+        most_examples=task.most_examples() or choice.context.most_examples,
         # Simulated clients run this code as well; making the partition for them would cost seconds.
-        examples_of=None if shared else partial(_examples_of, settings),
+        examples_of=None if shared else task.partition_size,
         quantized=quantizable_weights(model),
         predict=make_predict(model, buffer, device),
         round_calibrated=CalibratedRounding(settings, model, buffer),
@@ -152,7 +154,38 @@ def prepare(
     )
     strategy = choice.make(context)
     evaluator = Evaluator(settings, model, evaluation, buffer)
-    return Run(folder, settings, options, strategy, model, evaluator, client_key)
+    return Run(folder, settings, options, task, strategy, model, evaluator, client_key)
+
+
+def _model_of(task: Task) -> nn.Module:
+    """Make the task's model; of the user's own code twice, which must give the same."""
+    settings = task.settings
+    model = task.model(settings.seed)
+    if is_reference(settings.task):
+        check_model(model, settings.model_name)
+    if is_reference(settings.task) or is_reference(settings.model):
+        check_repeatable(model, task.model(settings.seed), settings.model_name)
+    return model
+
+
+def _without_server_data(
+    context: StrategyContext, settings: Settings, buffer: Inputs, evaluation: Examples | None
+) -> StrategyContext:
+    """Do without what a server without inputs, or without a test set, cannot do; say what it is."""
+    if len(buffer) < 2 and context.broadcast == "calibrated":
+        if settings.broadcast == "calibrated":
+            raise SettingsError(
+                f"broadcast: calibrated, and the server has {len(buffer)} unlabelled inputs "
+                "(Task.server_inputs); allowed: auto, float32 and nearest"
+            )
+        context = replace(context, broadcast="float32")
+    if evaluation is None and not context.fraction_evaluate:
+        context = replace(context, fraction_evaluate=1.0)
+    if len(buffer) < 2 and settings.calibrate_normalization:
+        log(INFO, "prowd: the server has no unlabelled inputs: statistics are not recalibrated")
+    if evaluation is None:
+        log(INFO, "prowd: the server has no test set; devices evaluate, each on its own examples")
+    return context
 
 
 def _log_what_stays_float32(model: nn.Module) -> None:
@@ -168,11 +201,6 @@ def _log_what_stays_float32(model: nn.Module) -> None:
             named,
             100 * share,
         )
-
-
-def _examples_of(settings: Settings, partition_id: int, num_partitions: int) -> int:
-    """Return how many images a client has: the server makes the same partition as all others."""
-    return len(partition(settings, num_partitions).clients[partition_id])
 
 
 def restore(

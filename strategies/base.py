@@ -35,6 +35,7 @@ from core.settings import Upload
 from exchange.inbox import Batch, match_replies, warn_of_left_out
 from exchange.nodes import Nodes, sample_nodes
 from exchange.protocol import (
+    FACTS,
     INSTRUCTION,
     MODEL,
     Declaration,
@@ -155,6 +156,7 @@ class MixedPrecisionStrategy(Strategy):
             self.context.node_wait,
             self.context.most_examples,
             self.context.examples_of,
+            self.context.facts,
         )
         self.round_log = RoundLog()
         self.evaluate_log = RoundLog()
@@ -399,6 +401,8 @@ class MixedPrecisionStrategy(Strategy):
                 continue
             instruction = plan.instructions[client.partition_id]
             content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
+            if self.context.facts:
+                content[FACTS] = ConfigRecord(dict(self.context.facts))
             if downlink_bits := instruction.downlink_bits:
                 # They share one record: Flower then stores the model once.
                 if downlink_bits not in models:
@@ -446,6 +450,7 @@ class MixedPrecisionStrategy(Strategy):
         instruction = completed(self.instruct(server_round, client), by_broadcast, owner)
         return replace(
             self._with_upload(instruction, client),
+            number=client.partition_id,
             coded=int(self.context.coded),
             keep_in=self.context.clients_keep_in,
         )
@@ -505,6 +510,13 @@ class MixedPrecisionStrategy(Strategy):
             self.round_log.rejected[client.partition_id] = str(error)
             return None
 
+    def _weighted(self, report: Report) -> Report:
+        """Return a report whose examples are what they count for."""
+        if self.context.weighting == "uniform":
+            return replace(report, num_examples=1)
+        most = self.context.max_examples or report.num_examples
+        return replace(report, num_examples=min(report.num_examples, most))
+
     def _most_steps(self, client: Declaration) -> int | None:
         if self.context.local_epochs is None:
             return None
@@ -514,6 +526,6 @@ class MixedPrecisionStrategy(Strategy):
         for item in decode_in_order(self._plan, replies, self.round_log.rejected):
             self.round_log.aggregated.append(item.client.partition_id)
             reports.append(item.report)
-            yield item
+            yield replace(item, report=self._weighted(item.report))
             # Let go of it before the next one is decoded.
             del item

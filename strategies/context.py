@@ -1,7 +1,8 @@
 """What a strategy is handed from outside: all of it at once, when it is made, and never later."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ RoundCalibrated = Callable[[Mapping[str, Tensor], int], Update]
 _FUNCTIONS = ("examples_of", "predict", "round_calibrated", "detailed")
 # Those that may be left open.
 _OR_NONE = ("local_epochs", "upload")
-_NO_SETTING = {*_FUNCTIONS, "most_examples", "quantized", "clients_keep_in"}
+_NO_SETTING = {*_FUNCTIONS, "most_examples", "quantized", "clients_keep_in", "facts"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,12 @@ class StrategyContext:
         steps than that takes is rejected; None where it is not known.
     batch_size : int
         Images in each of these steps.
+    max_examples : int
+        Most examples that count as a client's weight in the mean; 0: no bound.
+    weighting : {"examples", "uniform"}
+        Whether clients count by their examples, or all alike.
+    facts : mapping
+        What clients are told of the task, and must agree on (`task.interface.Task.facts`).
     quantized : collection of str, optional
         Names of the weights that low-bit clients hold on a grid (`quant.quantizable_weights` of
         the model); needed as soon as such a client takes part.
@@ -101,7 +108,7 @@ class StrategyContext:
     min_nodes: int = 1
     node_wait: float = 60.0
     most_examples: int = 10**9
-    examples_of: Callable[[int, int], int] | None = None
+    examples_of: Callable[[int, int], int | None] | None = None
     broadcast: Broadcast = "float32"
     low_bit_training: LowBitTraining = "qat"
     upload: Upload | None = None
@@ -110,6 +117,9 @@ class StrategyContext:
     coded: bool = True
     local_epochs: int | None = None
     batch_size: int = 1
+    max_examples: int = 0
+    weighting: Literal["examples", "uniform"] = "examples"
+    facts: Mapping[str, str | int | float | list[str]] = field(default_factory=dict)
     quantized: Collection[str] | None = None
     predict: Predict | None = None
     round_calibrated: RoundCalibrated | None = None
@@ -117,7 +127,7 @@ class StrategyContext:
     detailed: Callable[[int], bool] | None = None
 
     def __post_init__(self) -> None:
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
         numbers = {name: value for name, value in given.items() if name not in _NO_SETTING}
         numbers = {k: v for k, v in numbers.items() if k not in _OR_NONE or v is not None}
         held: dict[str, object] = checked(numbers)

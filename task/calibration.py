@@ -1,4 +1,4 @@
-"""Calibration of a model at a bit-width with a few unlabelled images."""
+"""Calibration of a model at a bit-width with a few unlabelled examples."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,61 +11,63 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import quant
 from core.devices import device_of
 from quant import QuantizedTensor, calibrated_rounding
-from task.models import to_input
+from task.examples import Inputs, values_of
 
 _BATCH = 128
-# Images that the grids of the activations are fitted to.
-_ACTIVATION_IMAGES = 64
-# Values of all images that pass at once when a model is rounded; bounds the memory.
+# Examples that the grids of the activations are fitted to.
+_ACTIVATION_EXAMPLES = 64
+# Values of all examples that pass at once when a model is rounded; bounds the memory.
 _MOST_VALUES = 2**22
 
 
-def calibrate_activations(model: nn.Module, pixels: np.ndarray) -> None:
-    """Fit the grids of a prepared model's activations to some of the given images, in place.
+def calibrate_activations(model: nn.Module, examples: Inputs) -> None:
+    """Fit the grids of a prepared model's activations to some of the given examples, in place.
 
-    BatchNorm uses the statistics of the images meanwhile, and keeps its own.
+    BatchNorm uses the statistics of these meanwhile, and keeps its own.
     """
-    if not len(pixels):
+    if not len(examples):
         return
-    # From all over, as they may be sorted by class.
-    chosen = np.linspace(0, len(pixels) - 1, min(len(pixels), _ACTIVATION_IMAGES)).astype(int)
-    images = to_input(pixels[chosen], device_of(model))
+    inputs = examples.inputs(examples.spread(_ACTIVATION_EXAMPLES), device_of(model))
     with _normalized_by_batch(model, momentum=0.0):
-        quant.calibrate_activations(model, lambda network: network(images))
+        quant.calibrate_activations(model, lambda network: network(inputs))
 
 
 @torch.no_grad()
-def calibrate_normalization(model: nn.Module, pixels: np.ndarray) -> None:
-    """Replace the statistics of every BatchNorm layer by those of the given images, in place.
+def calibrate_normalization(model: nn.Module, examples: Inputs, most: int | None = None) -> None:
+    """Replace the statistics of every BatchNorm layer by those of the given examples, in place.
 
     Quantized weights shift the distributions inside a network, so that statistics averaged over
-    clients of several widths fit none of them. No labels are needed.
+    clients of several widths fit none of them. No labels are needed. Of the examples the first
+    `most` are used.
     """
+    index = np.arange(len(examples))[:most]
     with _collected_statistics(model) as found:
-        for part in np.array_split(pixels, -(-len(pixels) // _BATCH)) if found else ():
-            model(to_input(part, device_of(model)))
+        for part in np.array_split(index, -(-len(index) // _BATCH)) if found else ():
+            model(examples.inputs(part, device_of(model)))
 
 
-def round_weights(model: nn.Module, pixels: np.ndarray) -> dict[str, QuantizedTensor]:
-    """Round the weights of a prepared model to their grids by GPTQ on unlabelled images.
+def round_weights(model: nn.Module, examples: Inputs) -> dict[str, QuantizedTensor]:
+    """Round the weights of a prepared model to their grids by GPTQ on unlabelled examples.
 
-    The normalization behind a rounded layer uses the statistics of these images: no others fit.
+    The normalization behind a rounded layer uses the statistics of these: no others fit.
 
     Parameters
     ----------
     model : nn.Module
         Quantization-aware model (`at_width`); changed in place.
-    pixels : ndarray
-        uint8 ``[n, channels, size, size]``; of very large images only the first few are used.
+    examples : Inputs
+        Of very large ones only the first few are used.
 
     Returns
     -------
     dict of str to QuantizedTensor
         By weight name, on the CPU.
     """
-    images = to_input(pixels[: max(2, _MOST_VALUES // pixels[0].size)], device_of(model))
+    values = values_of(examples.inputs(np.arange(1)))
+    count = max(2, _MOST_VALUES // max(values, 1))
+    inputs = examples.inputs(np.arange(len(examples))[:count], device_of(model))
     with _collected_statistics(model):
-        rounded = calibrated_rounding(model, lambda network: network(images))
+        rounded = calibrated_rounding(model, lambda network: network(inputs))
     return {n: QuantizedTensor(t.codes.cpu(), t.scale.cpu()) for n, t in rounded.items()}
 
 

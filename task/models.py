@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,23 +14,10 @@ from core.seeds import seed_torch
 from quant import LARGEST_VALUE, federated_state, is_finite
 from task.vgg7 import vgg7_named
 
-# A pixel x of 0..255 enters the network as PIXEL_SCALE * x + PIXEL_OFFSET, in -2..2.
-PIXEL_SCALE, PIXEL_OFFSET = 4 / 255, -2.0
 # What a checkpoint holds and an update brings back, rounded to float32.
 _BUFFER_TYPES = (torch.float16, torch.float32, torch.float64)
 # As a payload states the length of a name in two bytes.
 _LONGEST_NAME = 2**16 - 1
-
-
-def to_input(pixels: np.ndarray, device: torch.device | None = None) -> Tensor:
-    """Turn uint8 pixels into the network's input: float32, 0..255 to -2..2, channels last."""
-    return normalize(torch.from_numpy(pixels).to(device))
-
-
-def normalize(pixels: Tensor) -> Tensor:
-    """Do what `to_input` does with a tensor of uint8 pixels."""
-    x = pixels.to(torch.float32, memory_format=torch.channels_last)
-    return x.mul_(PIXEL_SCALE).add_(PIXEL_OFFSET)
 
 
 class BasicBlock(nn.Module):
@@ -157,6 +143,22 @@ def check_repeatable(model: nn.Module, again: nn.Module, name: str) -> None:
             f"model: {name!r} gives other weights under the same seed; they must depend on torch's "
             "random numbers alone"
         )
+
+
+def check_model(model: object, name: str) -> None:
+    """Refuse what is no model, or cannot be trained, sent and averaged.
+
+    Raises
+    ------
+    SettingsError
+        One line that names the tensor.
+    """
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"task: {name!r} gives a {type(model).__name__}; allowed: an nn.Module")
+    _check_weights(model, name)
+    _check_sent(model, name)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise SettingsError(f"model: {name!r} has no weight that is trained; allowed: one or more")
 
 
 def _memory(state: dict[str, Tensor]) -> set[int]:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from sys import float_info
 from typing import Any, cast
@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
 from core.arguments import check_number
@@ -51,12 +50,13 @@ from quant import (
 from quant.lowbit.integer import sigma
 from quant.qat.layers import QuantLayer
 from task.calibration import calibrate_activations, calibrate_normalization
-from task.data.dataset import Images
-from task.models import to_input
+from task.examples import Examples, Inputs, MetricSums, values_of
 
 # Small enough for the cache: twice as fast as 500 on a CPU.
 _EVALUATION_BATCH = 100
-# A GPU is busy with more only; of larger images, with fewer.
+# What a model is tried with.
+_FIRST_TWO = np.arange(2)
+# A GPU is busy with more only; of larger examples, with fewer.
 _EVALUATION_BATCH_ON_GPU, _MOST_VALUES_ON_GPU = 1000, 2**22
 
 
@@ -155,11 +155,30 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss and accuracy (0 to 1) over `num_examples` images."""
+    """Means over `num_examples` examples.
+
+    Attributes
+    ----------
+    loss : float
+        Mean loss.
+    accuracy : float
+        The first of the task's metrics: by default the share of right answers, 0 to 1.
+    num_examples : int
+        Examples.
+    metrics : mapping of str to float
+        All of its metrics.
+    """
 
     loss: float
     accuracy: float
     num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def of(cls, loss: float, sums: MetricSums, num_examples: int) -> "Score":
+        """Make it of a loss and of metrics that were added up."""
+        means = sums.means()
+        return cls(loss, next(iter(means.values())), num_examples, means)
 
 
 @dataclass(frozen=True)
@@ -209,7 +228,7 @@ class Trained:
 
 def train(
     model: nn.Module,
-    images: Images,
+    examples: Examples,
     config: LocalTraining,
     seed: int,
     *,
@@ -217,13 +236,13 @@ def train(
     correction: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
 ) -> Trained:
-    """Train a model on a client's images at the client's width.
+    """Train a model on a client's examples at the client's width.
 
     Parameters
     ----------
     model : nn.Module
         Ordinary model with the received weights; becomes quantization-aware below 32 bits.
-    images : Images
+    examples : Examples
         The client's data.
     config : LocalTraining
         Width and hyperparameters.
@@ -250,7 +269,7 @@ def train(
         check_trained_in_integers(model, type(model).__name__)
     model.to(device)
     if config.bits != FLOAT_BITS:
-        calibrate_activations(model, images.pixels)
+        calibrate_activations(model, examples)
     anchored = []
     if config.proximal_mu:
         anchored = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
@@ -264,14 +283,14 @@ def train(
     # What is added to a gradient is in the units of SGD's, also where steps have others.
     unit = config.learning_rate / config.step_size
     model.train()
-    loss_sum, correct, seen, steps = 0.0, 0, 0, 0
+    loss_sum, sums, seen, steps = 0.0, MetricSums(), 0, 0
     for epoch in range(config.epochs):
         if epoch and config.low_bit_training == "qat":
             refit_scales(model)
-        for index in _batches(len(images), config.batch_size, rng):
-            labels = torch.from_numpy(images.labels[index]).to(device)
-            logits = model(to_input(images.pixels[index], device))
-            loss = F.cross_entropy(logits, labels)
+        for index in _batches(len(examples), config.batch_size, rng):
+            inputs, targets = examples.batch(index, device)
+            outputs = model(inputs)
+            loss = examples.loss(outputs, targets)
             value = float(loss.detach())
             if not isfinite(value):
                 raise DivergedError(f"training diverged: the loss of step {steps + 1} is {value}")
@@ -290,7 +309,8 @@ def train(
             optimizer.step()
             steps += 1
             loss_sum += value * len(index)
-            correct += int((logits.detach().argmax(1) == labels).sum())
+            with torch.no_grad():
+                sums.add(examples.metrics(outputs, targets))
             seen += len(index)
     model.cpu()
     trained = tensors_of(model, names)
@@ -305,7 +325,7 @@ def train(
     moved = {name: tensor - began[name] for name, tensor in trained.items()}
     if config.low_bit_training == "qat":
         refit_scales(model)
-    score = Score(loss_sum / seen, correct / seen, len(images))
+    score = Score.of(loss_sum / seen, sums, len(examples))
     return Trained(config, trained, weight_scales(model), moved, steps, score)
 
 
@@ -323,30 +343,30 @@ def _check_gradients(model: nn.Module, step: int) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images, seed: int = 0) -> Score:
-    """Return loss and accuracy of a model on images, where the model is.
+def evaluate(model: nn.Module, examples: Examples, seed: int = 0) -> Score:
+    """Return loss and metrics of a model on examples, where the model is.
 
     The seed is of what a model draws that draws random numbers in evaluation too.
     """
     with drawn_under(seed):
-        return _evaluate(model, images)
+        return _evaluate(model, examples)
 
 
-def _evaluate(model: nn.Module, images: Images) -> Score:
+def _evaluate(model: nn.Module, examples: Examples) -> Score:
     model.eval()
     device = device_of(model)
-    size = _EVALUATION_BATCH
+    size, count = _EVALUATION_BATCH, len(examples)
     if device.type != "cpu":
-        fitting = _MOST_VALUES_ON_GPU // images.pixels[0].size
+        fitting = _MOST_VALUES_ON_GPU // max(values_of(examples.inputs(np.arange(1))), 1)
         size = max(size, min(fitting, _EVALUATION_BATCH_ON_GPU))
-    loss = correct = 0.0
-    for start in range(0, len(images), size):
-        labels = torch.from_numpy(images.labels[start : start + size]).to(device)
-        logits = model(to_input(images.pixels[start : start + size], device))
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        # The largest of logits with a NaN is the NaN, which is no answer.
-        correct += float(((logits.argmax(1) == labels) & ~logits.isnan().any(1)).sum())
-    return Score(loss / len(images), correct / len(images), len(images))
+    loss, sums = 0.0, MetricSums()
+    for start in range(0, count, size):
+        index = np.arange(start, min(start + size, count))
+        inputs, targets = examples.batch(index, device)
+        outputs = model(inputs)
+        loss += float(examples.loss(outputs, targets)) * len(index)
+        sums.add(examples.metrics(outputs, targets))
+    return Score.of(loss / count, sums, count)
 
 
 def at_width(
@@ -371,10 +391,10 @@ def ready_to_evaluate(
     settings: Settings,
     bits: int,
     scales: Mapping[str, Tensor],
-    pixels: np.ndarray,
+    examples: Inputs,
     device: torch.device | None = None,
 ) -> nn.Module:
-    """Return a copy of a model at a bit-width with all that it takes from unlabelled images.
+    """Return a copy of a model at a bit-width with all that it takes from unlabelled examples.
 
     Parameters
     ----------
@@ -386,17 +406,17 @@ def ready_to_evaluate(
         Width, 2 to 16, or 32.
     scales : mapping of str to Tensor
         Of weights that came on their grid.
-    pixels : ndarray
-        uint8 images: the server's buffer, or a client's own.
+    examples : Inputs
+        The server's buffer, or a client's own.
     device : torch.device, optional
         Where the copy computes; the CPU by default.
     """
     network = at_width(model, settings, bits, scales)
     network.to(device)
     with drawn_under(settings.seed, Stream.CALIBRATION):
-        calibrate_activations(network, pixels)
-        if settings.calibrate_normalization:
-            calibrate_normalization(network, pixels[: settings.server_buffer])
+        calibrate_activations(network, examples)
+        if settings.calibrate_normalization and len(examples) > 1:
+            calibrate_normalization(network, examples, settings.server_buffer)
     return network
 
 
@@ -434,75 +454,78 @@ def check_trained_in_integers(model: nn.Module, name: str) -> None:
         ) from None
 
 
-def check_at_width(model: nn.Module, settings: Settings, bits: int, pixels: np.ndarray) -> None:
+def check_at_width(model: nn.Module, settings: Settings, bits: int, examples: Inputs) -> None:
     """Try what is done with a model at a bit-width: load, calibrate, and take a step.
+
+    Parameters
+    ----------
+    examples : Inputs
+        Two of them or more. As they have no labels, the step is that of the largest output.
 
     Raises
     ------
     SettingsError
         If the model does not allow it; the message says at what.
     """
-    images = pixels[:2] if len(pixels) > 1 else np.zeros((2, *pixels.shape[1:]), np.uint8)
     what = "be loaded"
     try:
         network = at_width(model, settings, bits)
         load_state(network, federated_state(model))
         what = "be calibrated"
-        calibrate_activations(network, images)
+        calibrate_activations(network, examples)
         what = "be trained"
-        _try_step(network, images, settings.model)
-        around = _computed_around(network, images)
+        _try_step(network, examples, settings.model_name)
+        around = _computed_around(network, examples)
     except SettingsError:
         raise
     except Exception as error:  # Whatever the user's code raises.
         raise SettingsError(
-            f"model: {settings.model!r} cannot {what} at {bits} bits: {in_one_line(error)}"
+            f"model: {settings.model_name!r} cannot {what} at {bits} bits: {in_one_line(error)}"
         ) from None
     if around:
         raise SettingsError(
-            f"model: {settings.model!r} computes with {around} outside of its layer's forward "
+            f"model: {settings.model_name!r} computes with {around} outside of its layer's forward "
             "pass, where the weight is not quantized"
         )
 
 
-def _try_step(network: nn.Module, images: np.ndarray, name: str) -> None:
+def _try_step(network: nn.Module, examples: Inputs, name: str) -> None:
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         network.train()  # A user's own may return nothing.
-        logits = network(to_input(images, device_of(network)))
-        if not isinstance(logits, Tensor):
+        outputs = network(examples.inputs(_FIRST_TWO, device_of(network)))
+        if not isinstance(outputs, Tensor):
             raise SettingsError(
-                f"model: {name!r} gives a {type(logits).__name__} in training, not logits"
+                f"model: {name!r} gives a {type(outputs).__name__} in training, not logits"
             )
-        labels = torch.zeros(len(images), dtype=torch.long, device=logits.device)
-        F.cross_entropy(logits, labels).backward()
+        outputs.float().amax().backward()
 
 
 @torch.no_grad()
-def _computed_around(network: nn.Module, images: np.ndarray) -> str:
+def _computed_around(network: nn.Module, examples: Inputs) -> str:
     """Return a weight that is computed with as it is, not on its grid; empty if there is none.
 
     Then what a network gives changes with where in its cell of the grid a weight lies.
     """
     layers = dict(layers_by_weight(network))
     for training in (True, False):
-        before = _logits(network, images, training)
+        before = _logits(network, examples, training)
         with _on_grid(layers.values()):
-            if torch.equal(_logits(network, images, training), before):
+            if torch.equal(_logits(network, examples, training), before):
                 continue
-        if not torch.equal(_logits(network, images, training), before):
+        if not torch.equal(_logits(network, examples, training), before):
             continue  # It gives other logits each time, whatever the weights are.
         for name, layer in layers.items():
             with _on_grid([layer]):
-                if not torch.equal(_logits(network, images, training), before):
+                if not torch.equal(_logits(network, examples, training), before):
                     return name
     return ""
 
 
-def _logits(network: nn.Module, images: np.ndarray, training: bool) -> Tensor:
+def _logits(network: nn.Module, examples: Inputs, training: bool) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         seed_torch(0)
         network.train(training)
-        return cast(Tensor, network(to_input(images, device_of(network))))
+        return cast(Tensor, network(examples.inputs(_FIRST_TWO, device_of(network))))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from quant import FLOAT_BITS, PackedModel, load_model
 from server_app.run import Run, reopen
 from task.data.dataset import Images, load_dataset
 from task.data.partition import evaluation_images
-from task.models import PIXEL_OFFSET, PIXEL_SCALE
+from task.data.to_input import PIXEL_OFFSET, PIXEL_SCALE
 from task.training import evaluate
 
 _BATCH = 100

@@ -16,7 +16,7 @@ from core.errors import SettingsError
 from quant import FLOAT_BITS, QuantConv2d, QuantLinear, quantize_nearest, quantized_layers
 from quant.grid import per_channel
 from quant.qat.layers import QuantLayer
-from task.models import normalize
+from task.data.to_input import normalize
 
 # The first that has INT4 and INT16 for both nodes.
 _OPSET = 21

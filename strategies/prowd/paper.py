@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from core.constructors import Broadcast
 from core.options import Idle
 from strategies.context import StrategyContext
 from strategies.prowd.options import FineTuningOptions, ProWDOptions, Share
@@ -73,3 +74,8 @@ class ProWDPaper(ProWD):
     ) -> None:
         super().__init__(options, context)
         self.options = (options or ProWDPaperOptions()).as_prowd()
+
+    @classmethod
+    def preferred_broadcast(cls, low_bit_training: str, has_buffer: bool) -> Broadcast:
+        """Send float32, as the paper does."""
+        return "float32"

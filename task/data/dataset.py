@@ -10,6 +10,8 @@ from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
+import torch
+from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from core.errors import SettingsError
@@ -27,6 +29,8 @@ from task.data.image_folder import (
     same_folders,
 )
 from task.data.images import check_memory, load_images, warn_once
+from task.data.to_input import to_input
+from task.examples import Examples, Indices, Inputs
 
 CACHE = Path("~/.cache/prowd")
 # A brightest pixel below this is reported: a quarter of the levels is used.
@@ -34,7 +38,26 @@ _DARK = 64
 
 
 @dataclass(frozen=True)
-class Images:
+class Pixels(Inputs):
+    """Images without labels.
+
+    Attributes
+    ----------
+    pixels : ndarray
+        uint8 ``[n, channels, size, size]``.
+    """
+
+    pixels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def inputs(self, index: Indices, device: torch.device | None = None) -> Tensor:
+        return to_input(self.pixels[index], device)
+
+
+@dataclass(frozen=True)
+class Images(Examples):
     """Labelled images.
 
     Attributes
@@ -51,8 +74,17 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: np.ndarray) -> "Images":
+    def __getitem__(self, index: Indices) -> "Images":
         return Images(self.pixels[index], self.labels[index])
+
+    def part(self, index: np.ndarray) -> "Images":
+        return self[index]
+
+    def inputs(self, index: Indices, device: torch.device | None = None) -> Tensor:
+        return to_input(self.pixels[index], device)
+
+    def batch(self, index: Indices, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        return self.inputs(index, device), torch.from_numpy(self.labels[index]).to(device)
 
 
 @dataclass(frozen=True)
@@ -158,17 +190,27 @@ def data_folder(data_dir: str) -> Path:
     SettingsError
         If it is not there, is a file, or cannot be read.
     """
-    folder = user_path("data-dir", data_dir)
+    return readable_folder(user_path("data-dir", data_dir), "data-dir")
+
+
+def readable_folder(folder: Path, setting: str) -> Path:
+    """Return a folder that a setting names, if it can be read.
+
+    Raises
+    ------
+    SettingsError
+        If not; the message begins with the setting.
+    """
     try:
         with os.scandir(folder):
             return folder
     except FileNotFoundError:
-        raise SettingsError(f"data-dir: there is no folder {printable(folder)}") from None
+        raise SettingsError(f"{setting}: there is no folder {printable(folder)}") from None
     except NotADirectoryError:
-        raise SettingsError(f"data-dir: {printable(folder)} is no folder") from None
+        raise SettingsError(f"{setting}: {printable(folder)} is no folder") from None
     except OSError as error:
         raise SettingsError(
-            f"data-dir: {printable(folder)} cannot be read: {reason(error)}"
+            f"{setting}: {printable(folder)} cannot be read: {reason(error)}"
         ) from None
 
 
@@ -211,7 +253,7 @@ def _from_image_folder(folder: Path, image_size: int) -> Dataset:
         raise SettingsError(
             f"data-dir: train and test in {printable(folder)} differ in classes: {odd}"
         )
-    train, test = (_images(part, image_size) for part in (listing, test_listing))
+    train, test = (images_of(part, image_size) for part in (listing, test_listing))
     if test.pixels.shape[1:] != train.pixels.shape[1:]:
         shapes = f"{train.pixels.shape[1:]} and {test.pixels.shape[1:]}"
         raise SettingsError(
@@ -221,7 +263,8 @@ def _from_image_folder(folder: Path, image_size: int) -> Dataset:
     return Dataset(train, test, len(listing.classes), listing.classes, notes)
 
 
-def _images(listing: Listing, image_size: int) -> Images:
+def images_of(listing: Listing, image_size: int) -> Images:
+    """Decode the images of a listing, or take those that an earlier call has cached."""
     labels = np.array([file.label for file in listing.files], np.int64)
     return Images(load_images(listing.files, image_size, _cache_folder()), labels)
 
@@ -236,7 +279,7 @@ def _held_out_of(folder: Path, listing: Listing, image_size: int) -> Dataset:
             f"{counts.max()} at most; it takes 5 or more, and 2 of one class, or folders train "
             "and test"
         )
-    images = _images(listing, image_size)
+    images = images_of(listing, image_size)
     train, test = held_out(labels)
     notes = _notes(Parts(folder), listing)
     return Dataset(images[train], images[test], len(listing.classes), listing.classes, notes)

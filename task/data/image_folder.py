@@ -124,8 +124,10 @@ def find_parts(folder: Path) -> Parts:
     )
 
 
-def list_images(folder: Path) -> Listing:
+def list_images(folder: Path, *, may_lack: bool = False) -> Listing:
     """List ``folder/<class>/**`` without what is hidden; links are followed.
+
+    With `may_lack` a class folder may be empty, if not all are.
 
     Raises
     ------
@@ -154,7 +156,7 @@ def list_images(folder: Path) -> Listing:
                 passed_over.append(path)
         if len(files) == before:
             empty.append(name)
-    if empty:
+    if empty and not (may_lack and files):
         raise SettingsError(
             f"data-dir: {printable(folder)} has class folders without an image: {in_short(empty)}; "
             f"allowed: files {' '.join(SUFFIXES)}"

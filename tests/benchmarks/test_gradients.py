@@ -8,7 +8,7 @@ from torch import nn
 from benchmarks.gradients import Backward, Squares, measure, table, to_nearest
 from quant import QuantConfig, prepare
 from task.data.dataset import Images
-from task.models import to_input
+from task.data.to_input import to_input
 
 
 @pytest.fixture

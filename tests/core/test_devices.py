@@ -101,8 +101,8 @@ def test_evaluation_on_the_gpu_is_that_on_the_cpu(bits):
     scores = []
     for name in ("cuda", "cpu"):
         settings = Settings.read({"server-device": name})
-        evaluator = Evaluator(settings, network(), images, images.pixels)
-        rounding = CalibratedRounding(settings, network(), images.pixels)
+        evaluator = Evaluator(settings, network(), images, images)
+        rounding = CalibratedRounding(settings, network(), images)
         model = rounding(state, bits) if bits < 32 else to_bits(state, 32)
         assert all(t.codes.device.type == "cpu" for t in model.quantized.values())
         scores.append(evaluator.score(model))
@@ -112,7 +112,7 @@ def test_evaluation_on_the_gpu_is_that_on_the_cpu(bits):
 @pytest.mark.gpu
 def test_distillation_on_the_gpu_gives_gradients_on_the_cpu():
     weights = {name: t.clone().requires_grad_() for name, t in federated_state(network()).items()}
-    predict = make_predict(network(), some_images().pixels, pick_device("auto"))
+    predict = make_predict(network(), some_images(), pick_device("auto"))
     logits = predict(weights)
     logits.square().sum().backward()
     assert logits.device.type == "cpu"

@@ -47,6 +47,7 @@ def test_instruction_defaults_ask_for_weights_at_the_clients_width_and_leave_the
         "downlink_bits": -1,  # as `broadcast` says
         "upload": "forward",
         "dither": 0,
+        "number": 0,
         "proximal_mu": 0.0,
         "tracking_epoch": 0,
         "tracking_steps": 0,

@@ -30,7 +30,8 @@ from quant import (
 )
 from server_app.app import main
 from task.data.partition import client_images
-from task.models import build_model, to_input
+from task.data.to_input import to_input
+from task.models import build_model
 from task.training import at_width
 
 FLOAT = "32:1.0"

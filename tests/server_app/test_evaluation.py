@@ -33,7 +33,8 @@ from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from strategies import STRATEGIES, ProWD, StrategyContext
 from task.calibration import calibrate_activations, calibrate_normalization, round_weights
 from task.data.dataset import Images
-from task.models import build_model, to_input
+from task.data.to_input import to_input
+from task.models import build_model
 from task.training import at_width, evaluate
 
 FLOAT_STATISTICS = Settings(calibrate_normalization=False)
@@ -77,7 +78,7 @@ def shifted(update, seed=0):
 @pytest.mark.parametrize("bits", [2, 3, 8, 16])
 def test_a_network_computes_with_the_codes_and_scales_it_is_given(bits):
     update = shifted(to_bits(state_of(small()), bits))
-    evaluator = Evaluator(FLOAT_STATISTICS, small(1), images(), images().pixels)
+    evaluator = Evaluator(FLOAT_STATISTICS, small(1), images(), images())
     network = evaluator.network(update)
     layers = dict(quantized_layers(network))
     assert set(layers) == {"0", "4"}
@@ -93,14 +94,14 @@ def test_a_network_computes_with_the_codes_and_scales_it_is_given(bits):
 
 def test_a_float32_model_is_not_quantized():
     update = to_bits(state_of(small()), 32)
-    network = Evaluator(FLOAT_STATISTICS, small(1), images(), images().pixels).network(update)
+    network = Evaluator(FLOAT_STATISTICS, small(1), images(), images()).network(update)
     assert not list(quantized_layers(network))
     assert all(torch.equal(t, network.state_dict()[n]) for n, t in update.floats.items())
 
 
 def test_activations_are_at_the_width_of_the_settings():
     settings = Settings(calibrate_normalization=False, activation_bits=6)
-    network = Evaluator(settings, small(), images(), images().pixels).network(
+    network = Evaluator(settings, small(), images(), images()).network(
         to_bits(state_of(small()), 3)
     )
     assert {layer.config.activation_bits for _, layer in quantized_layers(network)} == {6}
@@ -108,7 +109,7 @@ def test_activations_are_at_the_width_of_the_settings():
 
 @pytest.mark.parametrize("bits", [3, 32])
 def test_statistics_are_those_of_the_buffer_if_asked_for(bits):
-    model, buffer = small(), images(30, seed=5).pixels
+    model, buffer = small(), images(30, seed=5)
     model[1].running_mean.fill_(9)
     update = to_bits(state_of(model), bits)
     kept = Evaluator(FLOAT_STATISTICS, model, images(), buffer).network(update)
@@ -122,7 +123,7 @@ def test_statistics_are_those_of_the_buffer_if_asked_for(bits):
 
 
 def test_grids_of_activations_are_fitted_to_the_buffer():
-    buffer, update = images(30, seed=5).pixels, to_bits(state_of(small()), 3)
+    buffer, update = images(30, seed=5), to_bits(state_of(small()), 3)
     network = Evaluator(Settings(), small(), images(), buffer).network(update)
     fitted = [layer.input_grid for _, layer in quantized_layers(network)]
     calibrate_activations(network, buffer)
@@ -135,7 +136,7 @@ def test_grids_of_activations_are_fitted_to_the_buffer():
 def test_a_score_is_that_of_the_network_and_leaves_no_trace():
     model, held_out = small(), images(60, seed=1)
     before = state_of(model)
-    evaluator = Evaluator(Settings(), model, held_out, images().pixels)
+    evaluator = Evaluator(Settings(), model, held_out, images())
     update = to_bits(state_of(small(2)), 4)
     first = evaluator.score(update)
     assert first == evaluate(evaluator.network(update), held_out)
@@ -151,7 +152,7 @@ def test_a_score_is_that_of_the_network_and_leaves_no_trace():
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_are_those_of_rounding_the_network_for_the_buffer(bits):
-    model, buffer = small(), images(50).pixels
+    model, buffer = small(), images(50)
     state = state_of(small(3))
     update = CalibratedRounding(Settings(), model, buffer)(state, bits)
     plain = small(3)
@@ -184,7 +185,7 @@ def test_a_layer_that_no_image_reaches_is_rounded_to_nearest(step):
     torch.manual_seed(0)
     model = Net()
     settings = Settings(low_bit_training="strict", weight_step=step)
-    update = CalibratedRounding(settings, model, images().pixels)(state_of(model), 4)
+    update = CalibratedRounding(settings, model, images())(state_of(model), 4)
     scales = {"used.weight": torch.full((10,), step), "spare.weight": torch.full((4,), step)}
     nearest = to_bits(state_of(model), 4, scales if step else None).quantized
     # In fixed point all layers have the one step.
@@ -202,7 +203,7 @@ def test_the_last_model_of_each_width_is_kept_and_no_other(monkeypatch):
         return round_weights(model, pixels)
 
     monkeypatch.setattr("server_app.evaluation.round_weights", counted)
-    rounding = CalibratedRounding(Settings(), small(), images().pixels)
+    rounding = CalibratedRounding(Settings(), small(), images())
     state = state_of(small(3))
     first = rounding(state, 4)
     again = rounding({n: t.clone() for n, t in state.items()}, 4)
@@ -218,9 +219,7 @@ def test_the_last_model_of_each_width_is_kept_and_no_other(monkeypatch):
         other = {n: t.clone() for n, t in state.items()}
         other[name].flatten()[0] += 0.5
         update = rounding(other, 4)
-        assert_same_update(
-            update, CalibratedRounding(Settings(), small(), images().pixels)(other, 4)
-        )
+        assert_same_update(update, CalibratedRounding(Settings(), small(), images())(other, 4))
         if name != "4.weight":
             assert update.floats[name][0] == other[name][0]
     assert len(calls) == 2 + 2 * 3
@@ -230,7 +229,7 @@ def test_the_last_model_of_each_width_is_kept_and_no_other(monkeypatch):
 
 
 def test_outputs_on_the_buffer_stay_nearer_than_with_nearest_rounding():
-    model, buffer = build_model("resnet8", 1, 8, 10, 0), images(64).pixels
+    model, buffer = build_model("resnet8", 1, 8, 10, 0), images(64)
     settings = Settings(activation_bits=32)
     evaluator = Evaluator(settings, model, images(), buffer)
     state = state_of(model)
@@ -238,7 +237,7 @@ def test_outputs_on_the_buffer_stay_nearer_than_with_nearest_rounding():
 
     def logits(update):
         with torch.no_grad():
-            return evaluator.network(update).eval()(to_input(buffer))
+            return evaluator.network(update).eval()(to_input(buffer.pixels))
 
     truth = logits(to_bits(state, 32))
     for bits in (2, 4):
@@ -409,7 +408,7 @@ class Noisy(nn.Module):
 
 
 def test_a_model_that_draws_in_evaluation_is_evaluated_under_seed_and_round():
-    held_out, buffer = images(200), images(20, seed=1).pixels
+    held_out, buffer = images(200), images(20, seed=1)
     torch.manual_seed(0)
     model = Noisy()
     update = to_bits(state_of(model), 8)
@@ -462,7 +461,7 @@ def test_clients_evaluate_a_model_that_draws_under_seed_and_round(tmp_path, monk
 def test_dropout_of_the_distillation_has_one_mask_in_a_round_and_another_in_the_next():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
-    predict = make_predict(model, images().pixels)
+    predict = make_predict(model, images())
     state = state_of(model)
 
     def logits(server_round, seed=5):

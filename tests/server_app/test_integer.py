@@ -18,7 +18,7 @@ from exchange.protocol import MODEL, UPDATE
 from prowd.export.command import export
 from quant import decode, federated_state, spec_of, stored_codes, stored_state, ternary
 from server_app.app import main
-from task.data.dataset import load_dataset
+from task.data.dataset import Pixels, load_dataset
 from task.data.partition import evaluation_images, server_pixels
 from task.models import build_model
 from task.training import at_width, evaluate, ready_to_evaluate
@@ -80,7 +80,7 @@ def test_the_network_without_batchnorm_runs_too(tmp_path, strategy):
 
 
 def test_clients_send_stored_weights_of_their_width(tmp_path):
-    settings = {"num-server-rounds": 1, "lossless-coding": False}
+    settings = {"num-server-rounds": 1, "lossless-coding": False, "upload": "stored"}
     _, grid = run(tmp_path, "fedavg", "6:0.2,8:0.2,16:0.2,32:0.4", **settings)
     sent = payloads(grid.received, UPDATE)
     assert sorted(bits for _, bits, _ in sent) == [6, 8, 16, 32, 32]
@@ -103,7 +103,7 @@ def test_codes_that_the_server_rounded_are_those_that_clients_round_to(tmp_path)
 
 
 def test_fedavg_is_the_mean_of_what_clients_store(tmp_path):
-    settings = {"num-server-rounds": 1, "lossless-coding": False}
+    settings = {"num-server-rounds": 1, "lossless-coding": False, "upload": "stored"}
     folder, grid = run(tmp_path, "fedavg", MIXED, **settings)
     states = [
         decode(data, SPEC, b, stamp=1).dequantize()
@@ -118,7 +118,7 @@ def test_fedavg_is_the_mean_of_what_clients_store(tmp_path):
 
 def test_prowd_measures_movement_from_the_start_that_clients_had(tmp_path):
     """One low-bit client, no alignment: the new model is the old one and the mean movement."""
-    settings = {"num-server-rounds": 1, "lossless-coding": False, "prowd-align": "off"}
+    settings = {"num-server-rounds": 1, "lossless-coding": False, "upload": "stored"}
     folder, grid = run(tmp_path, "prowd", "8:0.5,32:0.5", clients=2, **settings)
     start = federated_state(build_model(MODEL_NAME, 1, 8, 10, 0))
     # Of initial weights up to 0.75 many are clipped at the start.
@@ -140,7 +140,7 @@ def test_the_server_evaluates_the_ternary_form_at_low_widths(tmp_path):
     data, network = load_dataset(settings), build_model(MODEL_NAME, 1, 8, 10, 0)
     state = load_file(folder / "model.safetensors")
     network.load_state_dict(state, strict=False)
-    pixels, images = server_pixels(settings), evaluation_images(settings)
+    pixels, images = Pixels(server_pixels(settings)), evaluation_images(settings)
     assert len(images) == 200 < len(data.train)
     for bits in (8, 32):
         if bits == 8:  # By hand: the three levels, in a network with 8-bit activations.

@@ -15,7 +15,9 @@ from quant import QuantConfig, federated_state, fit_scale, prepare, quantized_la
 from quant.qat.activations import fit_activation_grid
 from quant.qat.rounding import round_to_moments
 from task.calibration import calibrate_activations, calibrate_normalization, round_weights
-from task.models import build_model, to_input
+from task.data.dataset import Pixels
+from task.data.to_input import to_input
+from task.models import build_model
 from task.training import at_width
 
 
@@ -44,7 +46,7 @@ def network(bits=3, seed=0):
 def test_every_layer_sees_images_normalized_by_themselves_behind_rounded_weights():
     model, pixels = network(), pixels_of(60)
     plain = copy.deepcopy(model)
-    rounded = round_weights(model, pixels)
+    rounded = round_weights(model, Pixels(pixels))
     assert list(rounded) == ["0.weight", "4.weight"]
 
     x = to_input(pixels)
@@ -75,7 +77,7 @@ def test_stale_statistics_do_not_matter():
     other[1].running_mean.zero_()
     other[1].running_var.fill_(1)
     other[1].num_batches_tracked.fill_(7)
-    one, two = round_weights(model, pixels), round_weights(other, pixels)
+    one, two = round_weights(model, Pixels(pixels)), round_weights(other, Pixels(pixels))
     assert all(torch.equal(one[n].codes, two[n].codes) for n in one)
     assert torch.equal(model[1].running_mean, other[1].running_mean)
     assert torch.equal(model[1].running_var, other[1].running_var)
@@ -86,7 +88,7 @@ def test_the_model_holds_the_rounded_weights_and_statistics_of_the_images():
     model[1].momentum = 0.25
     scales = {n: t.clone() for n, t in weight_scales(model).items()}
     kept = {n: model.state_dict()[n].clone() for n in ("0.bias", "1.weight", "1.bias", "4.bias")}
-    rounded = round_weights(model, pixels)
+    rounded = round_weights(model, Pixels(pixels))
     for name, layer in quantized_layers(model):
         assert torch.equal(layer.weight, rounded[f"{name}.weight"].dequantize())
         assert torch.equal(layer.weight_scale, scales[f"{name}.weight"])
@@ -95,7 +97,7 @@ def test_the_model_holds_the_rounded_weights_and_statistics_of_the_images():
     assert not any(m.training for m in model.modules())
     # Those that calibration finds for the rounded network, in one batch.
     again = copy.deepcopy(model)
-    calibrate_normalization(again, pixels)
+    calibrate_normalization(again, Pixels(pixels))
     torch.testing.assert_close(model[1].running_mean, again[1].running_mean)
     torch.testing.assert_close(model[1].running_var, again[1].running_var)
 
@@ -105,7 +107,7 @@ def test_dropout_is_off_and_a_model_without_normalization_works():
     plain = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(36, 8))
     without = nn.Sequential(nn.Flatten(), nn.Identity(), copy.deepcopy(plain[2]))
     pixels = pixels_of(40)
-    one, two = (round_weights(prepare(m, QuantConfig(4)), pixels) for m in (plain, without))
+    one, two = (round_weights(prepare(m, QuantConfig(4)), Pixels(pixels)) for m in (plain, without))
     assert torch.equal(one["2.weight"].codes, two["2.weight"].codes)
 
 
@@ -114,13 +116,13 @@ def test_dropout_is_off_and_a_model_without_normalization_works():
 )
 def test_of_large_images_only_the_first_few_are_used(monkeypatch, values, count):
     pixels = pixels_of(30)
-    expected = round_weights(network(), pixels[:count])
+    expected = round_weights(network(), Pixels(pixels[:count]))
     monkeypatch.setattr(task.calibration, "_MOST_VALUES", values)
-    limited = round_weights(network(), pixels)
+    limited = round_weights(network(), Pixels(pixels))
     assert all(torch.equal(t.codes, expected[n].codes) for n, t in limited.items())
     if count < 30:
         monkeypatch.undo()
-        others = round_weights(network(), pixels)
+        others = round_weights(network(), Pixels(pixels))
         assert any(not torch.equal(t.codes, others[n].codes) for n, t in limited.items())
 
 
@@ -130,10 +132,10 @@ def test_real_networks_keep_their_outputs_better_than_rounded_to_nearest(name, b
     model, pixels = build_model(name, 1, 8, 10, 0), pixels_of(128, 8)
     settings = Settings(activation_bits=32)
     calibrated, nearest = (at_width(model, settings, bits) for _ in range(2))
-    rounded = round_weights(calibrated, pixels)
+    rounded = round_weights(calibrated, Pixels(pixels))
     assert rounded.keys() == to_bits(federated_state(model), bits).quantized.keys()
     for network in (model, nearest):
-        calibrate_normalization(network, pixels)
+        calibrate_normalization(network, Pixels(pixels))
     with torch.no_grad():
         expected, x = model.eval()(to_input(pixels)), to_input(pixels)
         errors = [float((m.eval()(x) - expected).square().mean()) for m in (calibrated, nearest)]
@@ -145,12 +147,12 @@ def test_activations_are_fitted_to_normalized_images_and_the_statistics_stay():
     model[0].config = model[4].config = QuantConfig(4, 4)
     before = copy.deepcopy(federated_state(model))
     momentum = model[1].momentum
-    calibrate_activations(model, pixels)
+    calibrate_activations(model, Pixels(pixels))
     assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
     assert model[1].momentum == momentum
     assert not any(m.training for m in model.modules())
     again = copy.deepcopy(model)
-    calibrate_normalization(again, pixels)
+    calibrate_normalization(again, Pixels(pixels))
     seen = again[:4](to_input(pixels))
     # The same but for the last bits: the first layer's grid, and statistics of all in one batch.
     assert model[4].input_grid.scale == pytest.approx(fit_activation_grid(seen, 4).scale, rel=2e-3)
@@ -160,7 +162,7 @@ def test_images_that_are_sorted_are_looked_at_from_end_to_end():
     dark, bright = np.zeros((500, 1, 6, 6), np.uint8), np.full((500, 1, 6, 6), 160, np.uint8)
     model = prepare(nn.Conv2d(1, 1, 1), QuantConfig(8, 8))
     for pixels in (np.concatenate([dark, bright]), np.concatenate([bright, dark])):
-        calibrate_activations(model, pixels)
+        calibrate_activations(model, Pixels(pixels))
         x = to_input(np.concatenate([dark[:32], bright[:32]]))
         assert model.input_grid == fit_activation_grid(x, 8)
 
@@ -168,5 +170,5 @@ def test_images_that_are_sorted_are_looked_at_from_end_to_end():
 def test_without_images_every_input_has_the_grid_that_spans_it():
     model = network()
     model[0].config = model[4].config = QuantConfig(4, 4)
-    calibrate_activations(model, pixels_of(1)[:0])
+    calibrate_activations(model, Pixels(pixels_of(1)[:0]))
     assert model[0].input_grid is None

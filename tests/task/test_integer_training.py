@@ -12,7 +12,8 @@ from core.seeds import Stream, derive_seed
 from core.settings import Settings
 from quant import Scaled, load_state, stored_codes, ternary
 from task.data.dataset import Images, load_dataset
-from task.models import build_model, to_input
+from task.data.to_input import to_input
+from task.models import build_model
 from task.training import (
     DivergedError,
     LocalTraining,
@@ -260,7 +261,7 @@ def test_loss_falls_on_digits(name, bits, rate, eta):
     last = train(second, images, config, seed=1)
     model = network(name)
     load_state(model, last.upload("stored").dequantize())
-    score = evaluate(ready_to_evaluate(model, SETTINGS, bits, {}, images.pixels[:256]), data.test)
+    score = evaluate(ready_to_evaluate(model, SETTINGS, bits, {}, images[:256]), data.test)
     assert last.score.loss < 0.85 * first.score.loss
     # Guessing has 10 %.
     assert score.accuracy > (0.4 if "nobn" in name else 0.75)
@@ -279,7 +280,7 @@ def test_a_model_of_other_layers_is_refused(bits):
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_every_width_passes_what_is_tried_before_a_run(bits):
-    check_at_width(network(), SETTINGS, bits, some_images(4).pixels)
+    check_at_width(network(), SETTINGS, bits, some_images(4))
 
 
 def test_a_client_whose_loss_is_nan_fails():

@@ -9,6 +9,7 @@ from torch import nn
 from core.errors import SettingsError
 from core.settings import Settings
 from quant import federated_state, load_state
+from task.data.dataset import Pixels
 from task.models import MODELS, build_model, check_repeatable
 from task.training import check_at_width
 
@@ -352,14 +353,14 @@ class Evaluated(nn.Sequential):
 
 def test_a_model_is_tried_at_its_width():
     pixels = np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), np.uint8)
-    check_at_width(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), Settings(), 4, pixels)
+    check_at_width(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), Settings(), 4, Pixels(pixels))
     with pytest.raises(SettingsError, match=r"computes with around\.weight outside of its layer"):
-        check_at_width(Around(), Settings(), 4, pixels)
+        check_at_width(Around(), Settings(), 4, Pixels(pixels))
     for kind in (AroundToo, AroundInEvaluation):
         with pytest.raises(SettingsError, match=r"computes with around\.weight outside of its"):
-            check_at_width(kind(), Settings(), 4, pixels)
+            check_at_width(kind(), Settings(), 4, Pixels(pixels))
     for kind in (ByForward, AnyLogits):
-        check_at_width(kind(), Settings(), 4, pixels)
+        check_at_width(kind(), Settings(), 4, Pixels(pixels))
     said = "cannot be trained at 4 bits: RuntimeError: evaluation only"
     with pytest.raises(SettingsError, match=said):
-        check_at_width(Evaluated(), Settings(), 4, pixels[:1])
+        check_at_width(Evaluated(), Settings(), 4, Pixels(pixels))

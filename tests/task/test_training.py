@@ -25,8 +25,9 @@ from quant import (
     weight_scales,
 )
 from task.calibration import calibrate_activations, calibrate_normalization
-from task.data.dataset import Images
-from task.models import build_model, to_input
+from task.data.dataset import Images, Pixels
+from task.data.to_input import to_input
+from task.models import build_model
 from task.training import (
     DivergedError,
     LocalTraining,
@@ -40,7 +41,7 @@ from task.training import (
 def update_and_score(*args, **kwargs):
     """Update and score of `train`."""
     result = train(*args, **kwargs)
-    return result.update, result.score
+    return result.upload(), result.score
 
 
 def some_images(count, size=8, classes=10, seed=0):
@@ -142,7 +143,7 @@ def test_a_last_batch_of_one_image_joins_the_one_before():
             for parameter in expected.parameters():
                 parameter -= 0.125 * parameter.grad
     assert result.steps == 2
-    for name, tensor in result.update.dequantize().items():
+    for name, tensor in result.upload().dequantize().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
@@ -175,7 +176,7 @@ def test_what_moved_is_the_end_less_the_start_as_the_client_holds_them():
     config = LocalTraining(4, "strict", activation_bits=4, gradient_bits=8, batch_size=8)
     received = {n: t.clone() for n, t in federated_state(start).items()}
     result = train(start, some_images(24), config, 1)
-    for name, tensor in result.update.quantized.items():
+    for name, tensor in result.upload().quantized.items():
         began = fake_quantize(received[name], fit_scale(received[name], 4), 4)
         torch.testing.assert_close(result.moved[name], tensor.dequantize() - began)
 
@@ -285,7 +286,7 @@ def test_strict_step_has_the_widths_of_its_configuration(gradient_bits):
         generator=noise,
         lr=0.1,
     )
-    calibrate_activations(expected, images.pixels)
+    calibrate_activations(expected, images)
     expected.train()
     order = np.random.default_rng(seed).permutation(24)
     logits = expected(to_input(images.pixels[order]))
@@ -374,7 +375,7 @@ def test_calibration_by_hand_on_one_batch():
     model = nn.Sequential(nn.BatchNorm2d(2))
     model[0].running_mean.fill_(9)
     model[0].running_var.fill_(9)
-    calibrate_normalization(model, pixels)
+    calibrate_normalization(model, Pixels(pixels))
     assert model[0].running_mean.tolist() == pytest.approx([0, 2], abs=1e-6)
     assert model[0].running_var.tolist() == pytest.approx([16 / 3, 0], abs=1e-5)
     assert model[0].momentum == 0.1
@@ -389,7 +390,7 @@ def test_calibration_of_a_second_layer_sees_the_first_normalized_by_the_batch():
     x = to_input(pixels).double()
     x = (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
     y = F.conv2d(x, model[1].weight.double(), model[1].bias.double()).detach()
-    calibrate_normalization(model, pixels)
+    calibrate_normalization(model, Pixels(pixels))
     mean, variance = model[2].running_mean.double(), model[2].running_var.double()
     torch.testing.assert_close(mean, y.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(variance, y.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
@@ -400,8 +401,8 @@ def test_calibration_averages_over_batches_and_forgets_what_was():
     model, stale = nn.Sequential(nn.BatchNorm2d(1)), nn.Sequential(nn.BatchNorm2d(1, momentum=0.3))
     stale[0].running_mean.fill_(1e6)
     stale[0].num_batches_tracked.fill_(50)
-    calibrate_normalization(model, pixels)
-    calibrate_normalization(stale, pixels)
+    calibrate_normalization(model, Pixels(pixels))
+    calibrate_normalization(stale, Pixels(pixels))
     assert torch.equal(model[0].running_mean, stale[0].running_mean)
     assert stale[0].momentum == 0.3
     # 256 images make equal batches, whose means average to the mean of all.
@@ -415,14 +416,14 @@ def test_calibration_takes_any_number_of_images(count):
     # and it must not count for as much as a whole batch.
     pixels = some_images(count, size=1).pixels
     model = nn.Sequential(nn.BatchNorm2d(1))
-    calibrate_normalization(model, pixels)
+    calibrate_normalization(model, Pixels(pixels))
     assert float(model[0].running_mean) == pytest.approx(float(to_input(pixels).mean()), abs=0.05)
 
 
 def test_calibration_leaves_dropout_off_and_parameters_alone():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(1))
-    calibrate_normalization(model, some_images(64).pixels)
+    calibrate_normalization(model, some_images(64))
     expected = float(to_input(some_images(64).pixels).var())
     assert float(model[1].running_var) == pytest.approx(expected, rel=1e-3)
     assert (model[1].weight.item(), model[1].bias.item()) == (1, 0)
@@ -431,7 +432,7 @@ def test_calibration_leaves_dropout_off_and_parameters_alone():
 def test_calibration_of_a_model_without_normalization_does_nothing():
     model = build_model("cnn", 1, 8, 10, 0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    calibrate_normalization(model, some_images(8).pixels)
+    calibrate_normalization(model, some_images(8))
     assert_same(model.state_dict(), before)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from core.errors import SettingsError
 from prowd.export.onnx_model import to_onnx
 from quant import QuantConfig, calibrate_activations, prepare, quantized_layers
-from task.models import to_input
+from task.data.to_input import to_input
 
 PROJECT = Path(__file__).parents[3]
 # Weights as INT4 and INT16; grids of all levels of their type, and of fewer.
