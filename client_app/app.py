@@ -41,6 +41,7 @@ from exchange.protocol import (
 )
 from quant import (
     Update,
+    UpdateError,
     UpdateSpec,
     load_state,
     quantize_difference,
@@ -235,7 +236,12 @@ def _read_job(message: Message, context: Context) -> _Job:
     task = make_task(settings, facts)
     model = task.model(settings.seed)
     spec = spec_of(model)
-    sent = model_in(message, spec)
+    try:
+        sent = model_in(message, spec)
+    except UpdateError as error:
+        raise SettingsError(
+            f"model: {settings.model_name!r} on this device is not the server's: {error}"
+        ) from None
     # A client that sends nothing continues from its own model while it has one.
     if instruction.uplink == "nothing" and has_model(context.state):
         state, scales = own_model(context.state)

@@ -178,9 +178,9 @@ class Nodes:
 
     def _votes(self) -> Counter[int]:
         """Nodes by the number of partitions that they declare."""
-        declared = Counter(
-            d.num_partitions for d in self._declared.values() if not _has_own_data(d)
-        )
+        if any(map(_has_own_data, self._declared.values())):
+            return Counter()
+        declared = Counter(d.num_partitions for d in self._declared.values())
         # Refused nodes count only where there are no others.
         return declared or Counter(self._refused_parts.values())
 
@@ -298,7 +298,7 @@ class Nodes:
 
     def _refuse_tie(self) -> None:
         """End the run where as many nodes declare one number of partitions as another."""
-        if self._votes() and self._declared and not self.num_partitions:
+        if self._votes() and not self.num_partitions:
             votes = self._votes()
             leading = _leading(votes)
             raise FederationError(

@@ -189,7 +189,7 @@ class Report(_Record):
     loss : float
         Mean loss over them, 0 to `MOST_LOSS`, which also stands for more.
     accuracy : float
-        Share of them classified correctly, 0 to 1.
+        The first of the task's metrics: by default the share of right answers, 0 to 1.
     seconds : float
         Time that the client took for it.
     steps : int

@@ -74,8 +74,19 @@ class ClientUpdate:
     dither: int = 0
 
 
-def read_report(reply: Message, server_round: int) -> Report:
+def read_report(
+    reply: Message, server_round: int, metric_range: tuple[float, float] = (0.0, 1.0)
+) -> Report:
     """Read and check the report in a reply.
+
+    Parameters
+    ----------
+    reply : Message
+        A client's reply with content.
+    server_round : int
+        Round that it has to be of.
+    metric_range : tuple of float
+        Smallest and largest metric that there is.
 
     Raises
     ------
@@ -95,7 +106,8 @@ def read_report(reply: Message, server_round: int) -> Report:
         raise BadReply(f"it reports on round {report.server_round}; this is round {server_round}")
     if report.num_examples < 1:
         raise BadReply(f"it reports {report.num_examples} examples")
-    if not 0 <= report.accuracy <= 1:
+    least, most = metric_range
+    if not (isfinite(report.accuracy) and least <= report.accuracy <= most):
         raise BadReply(f"it reports an accuracy of {report.accuracy}")
     if report.steps < 0 or not 0 <= report.began_clean <= 1:
         raise BadReply(f"it reports {report.steps} steps, began_clean {report.began_clean}")
@@ -122,6 +134,7 @@ def read_reply(
     server_round: int,
     most_bytes: int,
     most_steps: int | None = None,
+    metric_range: tuple[float, float] = (0.0, 1.0),
 ) -> Reply:
     """Take the report and, if one was asked for, the packed update out of a training reply.
 
@@ -137,6 +150,8 @@ def read_reply(
         That its update takes; 0 if none was asked for.
     most_steps : int or None
         Optimizer steps that it can have taken; None if that is not known.
+    metric_range : tuple of float
+        As of `read_report`.
 
     Raises
     ------
@@ -144,7 +159,7 @@ def read_reply(
         If the reply does not hold exactly one update of no more than this size, or its report
         cannot be true.
     """
-    report = read_report(reply, server_round)
+    report = read_report(reply, server_round, metric_range)
     if report.num_examples > client.num_examples:
         raise BadReply(
             f"it reports {report.num_examples} examples and declared {client.num_examples}"

@@ -352,7 +352,8 @@ class MixedPrecisionStrategy(Strategy):
         plan, round_log = self._plan, self.evaluate_log
         for client, reply in match_replies(plan.messages, plan.clients, replies, round_log):
             try:
-                reports.setdefault(client.bits, []).append(read_report(reply, server_round))
+                report = read_report(reply, server_round, self.context.metric_range)
+                reports.setdefault(client.bits, []).append(report)
             except BadReply as error:
                 round_log.rejected[client.partition_id] = str(error)
         warn_of_left_out(server_round, plan.clients, round_log)
@@ -505,7 +506,14 @@ class MixedPrecisionStrategy(Strategy):
         most_bytes = self._plan.expected[client.partition_id].most_bytes
         server_round = self._plan.instructions[client.partition_id].server_round
         try:
-            return read_reply(reply, client, server_round, most_bytes, self._most_steps(client))
+            return read_reply(
+                reply,
+                client,
+                server_round,
+                most_bytes,
+                self._most_steps(client),
+                self.context.metric_range,
+            )
         except BadReply as error:
             self.round_log.rejected[client.partition_id] = str(error)
             return None

@@ -20,7 +20,8 @@ RoundCalibrated = Callable[[Mapping[str, Tensor], int], Update]
 _FUNCTIONS = ("examples_of", "predict", "round_calibrated", "detailed")
 # Those that may be left open.
 _OR_NONE = ("local_epochs", "upload")
-_NO_SETTING = {*_FUNCTIONS, "most_examples", "quantized", "clients_keep_in", "facts"}
+_NO_SETTING = {*_FUNCTIONS, "most_examples", "quantized", "clients_keep_in"}
+_NO_SETTING |= {"facts", "metric_range"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,8 @@ class StrategyContext:
         Whether clients count by their examples, or all alike.
     facts : mapping
         What clients are told of the task, and must agree on (`task.interface.Task.facts`).
+    metric_range : tuple of float
+        Smallest and largest value that a client's metric can have.
     quantized : collection of str, optional
         Names of the weights that low-bit clients hold on a grid (`quant.quantizable_weights` of
         the model); needed as soon as such a client takes part.
@@ -120,6 +123,7 @@ class StrategyContext:
     max_examples: int = 0
     weighting: Literal["examples", "uniform"] = "examples"
     facts: Mapping[str, str | int | float | list[str]] = field(default_factory=dict)
+    metric_range: tuple[float, float] = (0.0, 1.0)
     quantized: Collection[str] | None = None
     predict: Predict | None = None
     round_calibrated: RoundCalibrated | None = None

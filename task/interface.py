@@ -85,8 +85,9 @@ class Task(Measures, ABC):
 
     # Class of the task's own settings.
     Options: type[OwnOptions] = OwnOptions
-    # Of the first of the metrics.
+    # Of the first of the metrics: which way is better, and the smallest and largest that there is.
     higher_is_better = True
+    metric_range: tuple[float, float] = (0.0, 1.0)
 
     def __init__(
         self, settings: Settings, options: OwnOptions | None = None, facts: Facts | None = None

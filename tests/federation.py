@@ -252,7 +252,7 @@ class ClientAppNode:
         """Begin with an empty context, as a restarted SuperNode does."""
         self.context = Context(
             run_id=1,
-            node_id=self.config["partition-id"],
+            node_id=self.config.get("partition-id", 0),
             node_config=self.config,
             state=RecordDict(),
             run_config=self.run_config,
