@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from statistics import stdev
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
@@ -335,12 +336,31 @@ def training_metrics(reports: Sequence[Report]) -> MetricRecord:
     )
 
 
-def evaluation_metrics(reports: Mapping[int, Sequence[Report]]) -> MetricRecord:
-    """Average accuracy and loss over the clients of each width, and over all, each client alike."""
+def evaluation_metrics(
+    reports: Mapping[int, Sequence[Report]], higher_is_better: bool = True
+) -> MetricRecord:
+    """Average metric and loss over the clients of each width, and over all, each client alike.
+
+    Parameters
+    ----------
+    reports : mapping of int to sequence of Report
+        By width.
+    higher_is_better : bool
+        Which client is the worst.
+
+    Returns
+    -------
+    MetricRecord
+        ``accuracy-8``, ``loss-8``, ``spread-8`` (standard deviation over its clients, 0 of one) and
+        ``worst-8`` for each width, and the same with ``average`` over all clients.
+    """
     groups = {str(bits): group for bits, group in sorted(reports.items())}
     groups["average"] = [report for group in reports.values() for report in group]
     record = MetricRecord()
     for name, group in groups.items():
-        record[f"accuracy-{name}"] = sum(r.accuracy for r in group) / len(group)
+        metrics = [report.accuracy for report in group]
+        record[f"accuracy-{name}"] = sum(metrics) / len(group)
         record[f"loss-{name}"] = sum(r.loss for r in group) / len(group)
+        record[f"spread-{name}"] = stdev(metrics) if len(group) > 1 else 0.0
+        record[f"worst-{name}"] = min(metrics) if higher_is_better else max(metrics)
     return record

@@ -143,7 +143,7 @@ def _run_round(
 
 @dataclass(frozen=True)
 class _Scores:
-    """Accuracy and loss by width and averaged; and what clients found, if the server looked too."""
+    """Accuracy and loss by width and averaged; and what clients found, if they evaluated."""
 
     accuracy: Mapping[str, float] = field(default_factory=dict)
     loss: Mapping[str, float] = field(default_factory=dict)
@@ -160,7 +160,7 @@ def _evaluate(
 ) -> _Scores:
     by_clients = _evaluate_on_clients(grid, strategy, settings, server_round, arrays)
     if not (strategy.evaluates_on_server and evaluator.has_examples):
-        return _Scores(_part(by_clients, "accuracy-"), _part(by_clients, "loss-"))
+        return _Scores(_part(by_clients, "accuracy-"), _part(by_clients, "loss-"), by_clients)
     state = to_state(arrays)
     return _Scores(*_evaluate_on_server(strategy, server_round, state, evaluator), by_clients)
 
@@ -216,6 +216,7 @@ def format_round(entry: Mapping[str, Any], num_rounds: int, left: float) -> str:
     accuracy = " ".join(
         f"{width_name(width)} {value:.2%}" for width, value in entry["accuracy"].items()
     )
+    accuracy += _of_devices(entry.get("evaluated_by_clients", {}))
     clients, seconds = entry["clients"], entry["seconds"]
     up, down = also["uplink_bytes/all"], also["downlink_bytes/all"]
     missing = _missing(clients, also["clients/not_in_the_evaluation"])
@@ -226,6 +227,18 @@ def format_round(entry: Mapping[str, Any], num_rounds: int, left: float) -> str:
         f"clients {clients['aggregated']} of {clients['sampled']}{missing}{not_used} | "
         f"{seconds['round']:.1f} s, {clock(also['seconds/left'])} left"
     )
+
+
+def _of_devices(found: Mapping[str, float]) -> str:
+    """Return what devices found, each on its own examples: mean, spread and worst, by width."""
+    widths = _part(found, "worst-")
+    parts = [
+        f"{width_name(w)} {found[f'accuracy-{w}']:.2%} ± {found[f'spread-{w}']:.2%}, "
+        f"worst {worst:.2%}"
+        for w, worst in widths.items()
+        if w != "average"
+    ]
+    return f" | devices: {'; '.join(parts)}" if parts else ""
 
 
 def _missing(clients: Mapping[str, int], not_evaluated: float) -> str:

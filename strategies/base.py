@@ -357,7 +357,8 @@ class MixedPrecisionStrategy(Strategy):
             except BadReply as error:
                 round_log.rejected[client.partition_id] = str(error)
         warn_of_left_out(server_round, plan.clients, round_log)
-        return evaluation_metrics(reports) if reports else None
+        better = self.context.higher_is_better
+        return evaluation_metrics(reports, better) if reports else None
 
     def summary(self) -> None:
         """Log what the strategy is."""

@@ -21,7 +21,7 @@ _FUNCTIONS = ("examples_of", "predict", "round_calibrated", "detailed")
 # Those that may be left open.
 _OR_NONE = ("local_epochs", "upload")
 _NO_SETTING = {*_FUNCTIONS, "most_examples", "quantized", "clients_keep_in"}
-_NO_SETTING |= {"facts", "metric_range"}
+_NO_SETTING |= {"facts", "metric_range", "higher_is_better"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,8 @@ class StrategyContext:
         Whether clients count by their examples, or all alike.
     facts : mapping
         What clients are told of the task, and must agree on (`task.interface.Task.facts`).
+    higher_is_better : bool
+        Whether a larger metric is the better one.
     metric_range : tuple of float
         Smallest and largest value that a client's metric can have.
     quantized : collection of str, optional
@@ -123,6 +125,7 @@ class StrategyContext:
     max_examples: int = 0
     weighting: Literal["examples", "uniform"] = "examples"
     facts: Mapping[str, str | int | float | list[str]] = field(default_factory=dict)
+    higher_is_better: bool = True
     metric_range: tuple[float, float] = (0.0, 1.0)
     quantized: Collection[str] | None = None
     predict: Predict | None = None

@@ -102,11 +102,11 @@ def test_a_run_completes_with_accuracy_per_width(tmp_path, strategy, training):
 def test_the_papers_literal_form_in_the_docs_runs(tmp_path):
     """The settings of the page's own line; the literal 1/N with masks is known to learn badly."""
     page = (Path(__file__).parents[2] / "docs/strategies.md").read_text()
-    line = next(text for text in page.splitlines() if 'prowd-reference="global"' in text)
+    line = next(text for text in page.splitlines() if 'strategy="prowd-paper"' in text)
     literal = tomllib.loads("\n".join(re.search("'(.*)'", line).group(1).split()))
     folder = run(tmp_path, **literal)
     first, second = rounds_of(folder)
-    assert first["prowd"]["mask-density-8"] <= 0.5
+    assert first["prowd-paper"]["mask-density-8"] <= 0.5
     assert second["clients"]["aggregated"] == 2
 
 
@@ -151,7 +151,9 @@ def test_clients_evaluate_when_asked(tmp_path):
     folder = run(tmp_path, fraction_evaluate=1.0, num_server_rounds=1)
     by_clients = rounds_of(folder)[0]["evaluated_by_clients"]
     assert set(by_clients) == {
-        f"{k}-{w}" for k in ("accuracy", "loss") for w in ("8", "32", "average")
+        f"{kind}-{width}"
+        for kind in ("accuracy", "loss", "spread", "worst")
+        for width in ("8", "32", "average")
     }
 
 
@@ -297,10 +299,17 @@ def line_of(board, server_round, num_rounds):
         for scalar in board.Scalars(tag)
         if scalar.step == server_round
     }
+    own = "evaluated_by_clients"
     accuracy = " ".join(
         f"{width}{'' if width == 'average' else '-bit'} {shown[f'accuracy/{width}']:.2%}"
         for width in ("8", "32", "average")
         if f"accuracy/{width}" in shown
+    )
+    on_devices = "; ".join(
+        f"{width}-bit {found[0]:.2%} ± {found[1]:.2%}, worst {found[2]:.2%}"
+        for width in ("8", "32")
+        if (found := [shown.get(f"{own}/{k}-{width}") for k in ("accuracy", "spread", "worst")])[0]
+        is not None
     )
     up, down = (format_bytes(shown[f"{way}_bytes/all"]) for way in ("uplink", "downlink"))
     missing = {
@@ -310,7 +319,8 @@ def line_of(board, server_round, num_rounds):
     }
     named = ", ".join(f"{n:.0f} {what}" for what, n in missing.items() if n)
     return (
-        f"round {server_round}/{num_rounds} | {accuracy or 'not evaluated'} | "
+        f"round {server_round}/{num_rounds} | {accuracy or 'not evaluated'}"
+        f"{f' | devices: {on_devices}' if on_devices else ''} | "
         f"up {up}, down {down} | "
         f"clients {shown['clients/aggregated']:.0f} of {shown['clients/sampled']:.0f}"
         f"{f' ({named})' if named else ''} | "
@@ -403,11 +413,11 @@ def test_networked_nodes_are_held_to_the_partition_and_simulated_ones_need_not_b
     """Known from the grid: the server begins before Flower's simulation has started Ray."""
     held = []
 
-    def examples_of(settings, partition_id, num_partitions):
+    def partition_size(task, partition_id, num_partitions):
         held.append(partition_id)
         return 64
 
-    monkeypatch.setattr("server_app.run._examples_of", examples_of)
+    monkeypatch.setattr("task.images.ImageTask.partition_size", partition_size)
     config = {**SMALL, "num-server-rounds": 1, "output-dir": str(tmp_path), "run-name": "run"}
     nodes = {50 + i: ClientAppNode(i, 2, config) for i in range(2)}
     main(grid(nodes), Context(1, 0, {}, RecordDict(), config))
