@@ -98,10 +98,13 @@ class Settings(Options):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="L2 penalty of local SGD.")
 
     task: str = Field(
-        "images", description="What is learned: images, or package.module:Class of a task of yours."
+        "images",
+        description="What is learned: images, text, table, or package.module:Class of yours.",
     )
     task_options: str = Field(
-        "", description="Settings of a task of your own, as in window = 50, path = 'x'."
+        "",
+        description="Settings of the task, as in context = 64 of text, label = 'diagnosis' of "
+        "table, or those of a task of yours.",
     )
     local_test_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.2,
@@ -185,7 +188,8 @@ class Settings(Options):
         "compute with, rounded to nearest (forward) or stochastically under a seed that the server "
         "knows (dithered), or those that they hold (stored): in qat training float32, in integer "
         "training of the client's width, in strict training the same; a difference is taken of "
-        "these. auto: stored for fedpaq, fedcom and fedcomgate, forward for all others.",
+        "these. auto: stored for fedpaq, fedcom and fedcomgate, dithered for prowd in "
+        "integer training, forward for all others.",
     )
     broadcast: Literal["auto", "float32", "nearest", "calibrated"] = Field(
         "auto",

@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("output_dir", type=Path, help="where prowd compare wrote")
     publish.add_argument("--docs", type=Path, default=Path("docs"))
     publish.set_defaults(command=_publish)
+    new = commands.add_parser("new", help="write a task of your own to begin with")
+    new.add_argument("name", metavar="NAME", help="of its module, as my_task")
+    new.set_defaults(command=_new)
     settings = commands.add_parser("settings", help="print every setting, its default and use")
     settings.set_defaults(command=_settings)
     export = commands.add_parser("export", help="write a run's model, packed and as ONNX")
@@ -114,6 +117,14 @@ class _Version(argparse.Action):
                 found.append(f"{package} not installed")
         print(", ".join(found))
         parser.exit()
+
+
+def _new(given: argparse.Namespace) -> int:
+    from prowd.new import new_task
+
+    for line in new_task(given.name, Path.cwd()):
+        print(line)
+    return 0
 
 
 def _compare(given: argparse.Namespace) -> int:

@@ -85,6 +85,8 @@ class Task(Measures, ABC):
 
     # Class of the task's own settings.
     Options: type[OwnOptions] = OwnOptions
+    # Of that class, which a subclass may narrow for its type checker.
+    options: Any
     # Of the first of the metrics: which way is better, and the smallest and largest that there is.
     higher_is_better = True
     metric_range: tuple[float, float] = (0.0, 1.0)

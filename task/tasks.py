@@ -6,8 +6,10 @@ from core.reference import in_one_line, is_reference, load_reference
 from core.settings import Settings
 from task.images import ImageTask
 from task.interface import Facts, Task
+from task.table import TableTask
+from task.text import TextTask
 
-TASKS: dict[str, type[Task]] = {"images": ImageTask}
+TASKS: dict[str, type[Task]] = {"images": ImageTask, "text": TextTask, "table": TableTask}
 
 
 def make_task(settings: Settings, facts: Facts | None = None) -> Task:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from core.constructors import Broadcast
 from core.options import Idle
+from core.settings import Upload
 from strategies.context import StrategyContext
 from strategies.prowd.options import FineTuningOptions, ProWDOptions, Share
 from strategies.prowd.strategy import ProWD
@@ -74,6 +75,11 @@ class ProWDPaper(ProWD):
     ) -> None:
         super().__init__(options, context)
         self.options = (options or ProWDPaperOptions()).as_prowd()
+
+    @classmethod
+    def preferred_upload(cls, low_bit_training: str) -> Upload:
+        """Let clients send the rounded weights that they compute with, as in the paper."""
+        return "forward"
 
     @classmethod
     def preferred_broadcast(cls, low_bit_training: str, has_buffer: bool) -> Broadcast:

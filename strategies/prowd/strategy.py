@@ -24,6 +24,7 @@ from torch import Tensor
 
 from core.constructors import Broadcast
 from core.seeds import Stream, derive_seed, drawn_under
+from core.settings import Upload
 from exchange.replies import ClientUpdate
 from exchange.states import State, join_states, split_states
 from quant import (
@@ -83,6 +84,11 @@ class ProWD(MixedPrecisionStrategy):
         self._drift: dict[int, State] = {}
         self._own: dict[int, State] = {}
         self._velocity: State = {}
+
+    @classmethod
+    def preferred_upload(cls, low_bit_training: str) -> Upload:
+        """Round with a dither where that was seen to gain (`experiments/paper.toml`)."""
+        return "dithered" if low_bit_training == "integer" else "forward"
 
     @classmethod
     def preferred_broadcast(cls, low_bit_training: str, has_buffer: bool) -> Broadcast:

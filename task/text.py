@@ -1,0 +1,177 @@
+"""The task `text`: the next byte of any text, by a small GPT."""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.errors import SettingsError
+from core.files import printable, reason, user_path
+from core.options import Options
+from core.seeds import seed_torch
+from task.interface import Data, Node, Task
+
+# One of so many windows is held out for the server's test set.
+_TEST_EVERY = 10
+_BYTES = 256
+# Windows that the server calibrates with, without their targets.
+_SERVER_WINDOWS = 64
+
+
+class TextOptions(Options):
+    """Settings of `TextTask` (``task-options``).
+
+    >>> TextOptions(width=32).width
+    32
+    """
+
+    context: int = Field(64, ge=2, le=4096, description="Bytes that the network sees.")
+    width: int = Field(64, ge=8, le=4096, description="Features of a byte.")
+    depth: int = Field(2, ge=1, le=64, description="Blocks of attention and two linear layers.")
+    heads: int = Field(4, ge=1, le=64, description="Heads of attention; they divide the width.")
+
+
+class TextTask(Task):
+    """Bytes of text files, cut into windows; the targets are the next bytes.
+
+    Common text is that of the files in ``data-dir``, or without it the language reference that
+    comes with Python; a device may have files of its own (``data-path``). As the alphabet is that
+    of bytes, text of every language and encoding is read.
+
+    Examples
+    --------
+    >>> task = TextTask(Settings(task="text"))
+    >>> inputs, targets = task.train_data(Node(0, 10))
+    >>> inputs.shape[1], torch.equal(inputs[:, 1:], targets[:, :-1])
+    (64, True)
+    """
+
+    Options = TextOptions
+    options: TextOptions
+
+    def model(self, seed: int) -> nn.Module:
+        o = self.options
+        if o.width % o.heads:
+            raise SettingsError(
+                f"task-options: width {o.width} is no multiple of heads {o.heads}; allowed: one"
+            )
+        with torch.random.fork_rng(devices=[]):
+            seed_torch(seed)
+            return GPT(o.context, o.width, o.depth, o.heads)
+
+    def train_data(self, node: Node) -> Data:
+        if node.data_path:
+            return _pairs(_windows(_text_of("data-path", node.data_path), self.options.context))
+        own = self._common(test=False)
+        order = np.random.default_rng([self.settings.seed, 1]).permutation(len(own))
+        part = np.array_split(order, node.num_partitions)[node.partition_id]
+        chosen = part[: self.settings.samples_per_client or None]
+        if len(chosen) < max(self.settings.samples_per_client, 1):
+            raise SettingsError(
+                f"samples-per-client: {self.settings.samples_per_client}, but client "
+                f"{node.partition_id} has {len(part)} windows of text"
+            )
+        return _pairs(own[torch.from_numpy(np.sort(chosen))])
+
+    def test_data(self) -> Data:
+        return _pairs(self._common(test=True))
+
+    def local_test_data(self, node: Node) -> Data | None:
+        # Of common text every device has the test set.
+        return None if node.data_path else self.test_data()
+
+    def server_inputs(self) -> Tensor:
+        return self._common(test=False)[:_SERVER_WINDOWS, :-1]
+
+    def _common(self, test: bool) -> Tensor:
+        windows = _windows(_text_of("data-dir", self.settings.data_dir), self.options.context)
+        held = torch.arange(len(windows)) % _TEST_EVERY == _TEST_EVERY - 1
+        return windows[held == test]
+
+
+@lru_cache(maxsize=4)
+def _text_of(setting: str, path: str) -> bytes:
+    """Return a file's bytes, or those of all files ``*.txt`` below a folder, in their order."""
+    if not path:
+        from pydoc_data import topics  # Half a megabyte that only this needs.
+
+        return "\n".join(topics.topics.values()).encode()
+    place = user_path(setting, path)
+    try:
+        files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
+        text = b"\n".join(file.read_bytes() for file in files)
+    except OSError as error:
+        raise SettingsError(
+            f"{setting}: {printable(Path(error.filename or place))} cannot be read: {reason(error)}"
+        ) from None
+    if not files:
+        raise SettingsError(f"{setting}: {printable(place)} holds no file *.txt")
+    return text
+
+
+def _windows(text: bytes, context: int) -> Tensor:
+    """Cut text into windows of one byte more than the network sees, int64."""
+    count = len(text) // (context + 1)
+    if count < 2 * _TEST_EVERY:
+        raise SettingsError(
+            f"task-options: context {context} cuts {len(text)} bytes of text into {count} windows; "
+            f"allowed: {2 * _TEST_EVERY} or more"
+        )
+    values = np.frombuffer(text, np.uint8, count * (context + 1)).astype(np.int64)
+    return torch.from_numpy(values).view(count, context + 1)
+
+
+def _pairs(windows: Tensor) -> tuple[Tensor, Tensor]:
+    return windows[:, :-1], windows[:, 1:]
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer over bytes; the head's weight is the embedding's.
+
+    Parameters
+    ----------
+    context, width, depth, heads : int
+        As of `TextOptions`.
+    """
+
+    def __init__(self, context: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(_BYTES, width)
+        self.position = nn.Parameter(torch.randn(context, width) * 0.02)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, _BYTES, bias=False)
+        nn.init.normal_(self.embed.weight, std=1 / math.sqrt(width))
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        x = self.embed(tokens) + self.position[:length]
+        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        for block in self.blocks:
+            x = block(x, future)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class Block(nn.Module):
+    """Attention to what came before, then two linear layers, each beside a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, future: Tensor) -> Tensor:
+        y = self.norm1(x)
+        y, _ = self.attention(y, y, y, attn_mask=future, need_weights=False)
+        x = x + y
+        wide: Tensor = self.wide(self.norm2(x))
+        return x + cast(Tensor, self.narrow(F.gelu(wide)))
