@@ -88,4 +88,4 @@ def _trained(bits: int) -> tuple[Update, Update]:
         load_state(model, start.dequantize())
         config = LocalTraining.of(settings, bits, server_round, 0.0)
         trained = train(model, images, config, server_round, scales=start.scales)
-    return trained.upload(), start
+    return trained.update, start

@@ -129,6 +129,8 @@ def on_train(message: Message, context: Context) -> Message:
         scales=job.scales,
         correction=delta,
         device=pick_device("auto"),
+        upload=job.instruction.upload,
+        dither=job.instruction.dither,
     )
     report = _report(job, trained.score, started, trained.steps, began_clean=not delta)
     if job.instruction.uplink == "nothing":
@@ -263,17 +265,16 @@ def _update(job: _Job, trained: Trained, received: dict[str, Tensor]) -> Update:
     asked = job.instruction
     bits = asked.uplink_bits or job.client.bits
     if asked.uplink == "weights":
-        update = trained.upload(asked.upload, asked.dither)
-        if update.bits != bits:
+        if trained.update.bits != bits:
             raise SettingsError(
                 f"uplink-bits: {bits} asked of a client of {job.client.bits} bits; allowed with "
-                f"upload {asked.upload}: {update.bits}"
+                f"upload {asked.upload}: {trained.update.bits}"
             )
-        return update
+        return trained.update
     moved = trained.moved
     if asked.upload != "stored":
-        held = trained.upload(asked.upload, asked.dither).dequantize()
-        moved = {name: tensor - received[name] for name, tensor in held.items()}
+        sent = trained.update.dequantize()
+        moved = {name: tensor - received[name] for name, tensor in sent.items()}
     generator = torch.Generator().manual_seed(derive_seed(job.seed, Stream.DIFFERENCE))
     return quantize_difference(moved, bits, generator, job.spec.on_grid)
 

@@ -461,7 +461,8 @@ class MixedPrecisionStrategy(Strategy):
         """Say in which form a low-bit client is to send its weights."""
         training = self.context.low_bit_training
         if client.bits == FLOAT_BITS or training == "strict" or instruction.uplink == "nothing":
-            return instruction
+            # What it holds is what it computes with.
+            return replace(instruction, upload="stored")
         bits, dither = instruction.uplink_bits, 0
         if instruction.uplink == "weights" and not bits:
             bits = upload_bits(client.bits, training, self.upload)

@@ -52,6 +52,11 @@ class ImageTask(Task):
             return {"classes": list(names), "channels": data.channels, "size": data.size}
         settings = self.settings
         names = tuple(name.strip() for name in settings.classes.split(",") if name.strip())
+        if not settings.classes:
+            raise SettingsError(
+                "data-dir: image-folder needs the folder that holds the images, or classes and "
+                "image-size, if only devices have some"
+            )
         if len(set(names)) < 2 or len(set(names)) < len(names) or not settings.image_size:
             raise SettingsError(
                 f"classes: {settings.classes!r} with image-size {settings.image_size}, and the "

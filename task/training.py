@@ -187,43 +187,22 @@ class Trained:
 
     Attributes
     ----------
-    config : LocalTraining
-        How it was trained.
-    weights : dict of str to Tensor
-        Float32 tensors as the client holds them: in strict and integer training its weights lie on
-        the grid, in qat they are the latent ones.
-    scales : dict of str to Tensor
-        Of the grid of each weight at the client's width; empty at 32 bits.
+    update : Update
+        What it was asked to send of its weights.
     moved : dict of str to Tensor
-        Float32 difference between what it holds and what it held when training began.
+        Float32 difference between the weights that training ended and began with, as the client
+        holds them: in strict and integer training they lie on the grid, in qat they are the latent
+        ones.
     steps : int
         Optimizer steps taken.
     score : Score
         Mean training loss and accuracy.
     """
 
-    config: LocalTraining
-    weights: dict[str, Tensor]
-    scales: dict[str, Tensor]
+    update: Update
     moved: dict[str, Tensor]
     steps: int
     score: Score
-
-    def upload(self, form: Upload = "forward", dither: int = 0) -> Update:
-        """Return what the client sends of its weights (`quant.upload`).
-
-        Parameters
-        ----------
-        form : {"forward", "dithered", "stored"}
-            Of what it computes with, rounded to nearest or with a dither, or of what it holds.
-        dither : int
-            Seed of the dither, from 1; of a dithered form only.
-        """
-        bits = upload_bits(self.config.bits, self.config.low_bit_training, form)
-        scales = None if bits == FLOAT_BITS else self.scales
-        if self.config.in_integers and form != "stored":
-            scales = ternary_scales(self.weights, self.scales)
-        return quantize_state(self.weights, bits, scales, dither=dither)
 
 
 def train(
@@ -235,6 +214,8 @@ def train(
     scales: Mapping[str, Tensor] | None = None,
     correction: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
+    upload: Upload = "forward",
+    dither: int = 0,
 ) -> Trained:
     """Train a model on a client's examples at the client's width.
 
@@ -254,6 +235,10 @@ def train(
         Subtracted from the gradient of the parameters it names (gradient tracking).
     device : torch.device, optional
         Where the model trains, and is brought back to the CPU from; the CPU by default.
+    upload : {"forward", "dithered", "stored"}
+        What is sent of a low-bit client's weights (`quant.upload`).
+    dither : int
+        Seed of the dither, from 1, if they are dithered.
 
     Returns
     -------
@@ -326,7 +311,22 @@ def train(
     if config.low_bit_training == "qat":
         refit_scales(model)
     score = Score.of(loss_sum / seen, sums, len(examples))
-    return Trained(config, trained, weight_scales(model), moved, steps, score)
+    update = _upload(trained, weight_scales(model), config, upload, dither)
+    return Trained(update, moved, steps, score)
+
+
+def _upload(
+    weights: dict[str, Tensor],
+    scales: dict[str, Tensor],
+    config: LocalTraining,
+    form: Upload,
+    dither: int,
+) -> Update:
+    """Return what a client sends of the weights that it holds, on the scales of its grid."""
+    bits = upload_bits(config.bits, config.low_bit_training, form)
+    if config.in_integers and form != "stored":
+        scales = ternary_scales(weights, scales)
+    return quantize_state(weights, bits, None if bits == FLOAT_BITS else scales, dither=dither)
 
 
 def _check_gradients(model: nn.Module, step: int) -> None:

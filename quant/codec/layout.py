@@ -72,6 +72,12 @@ class Layout:
         return [(math.prod(shape[1:]), shape[0]) for shape in self.quantized.values()]
 
     @cached_property
+    def codes_per_scale(self) -> Tensor:
+        """How many codes each scale is of, int64."""
+        lengths = [length for length, count in self.channels for _ in range(count)]
+        return torch.tensor(lengths, dtype=torch.int64)
+
+    @cached_property
     def code_places(self) -> dict[str, tuple[slice, slice]]:
         """Where each quantized tensor's codes and scales are among all codes and all scales."""
         places, code, scale = {}, 0, 0
@@ -161,10 +167,6 @@ class FlatCodes(Mapping[str, QuantizedTensor]):
         codes, scales = self.layout.code_places[name]
         shape = self.layout.quantized[name]
         return QuantizedTensor(self.codes[codes].view(shape), self.scales[scales])
-
-    def scale_of(self, name: str) -> Tensor:
-        """Return the scales of a tensor."""
-        return self.scales[self.layout.code_places[name][1]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.quantized)

@@ -36,7 +36,7 @@ def network():
 
 
 def on_cpu(trained):
-    update = trained.upload()
+    update = trained.update
     tensors = [*trained.moved.values(), *update.floats.values(), *update.scales.values()]
     tensors += [tensor.codes for tensor in update.quantized.values()]
     return all(tensor.device.type == "cpu" for tensor in tensors)

@@ -35,7 +35,7 @@ def sites(tmp_path_factory):
     assert run.count("num-server-rounds=6") == 1
     # Long enough for a site to come back: Flower gives up a silent one after a minute.
     run = run.replace(
-        "num-server-rounds=6", f"num-server-rounds=14 node-wait={PATIENCE} run-name='run'"
+        "num-server-rounds=6", f'num-server-rounds=14 node-wait={PATIENCE} run-name="run"'
     )
     [again] = re.findall(r"^flower-supernode.*?9095.*?&$", devices, re.S | re.M)
     with Host(folder) as host:
@@ -47,11 +47,16 @@ def sites(tmp_path_factory):
         wait_until(lambda: activated(host, "superlink.log") == 3, "all sites are connected")
         running = host.start(run, "shell.log")
         record = folder / "prowd-runs" / "run" / "rounds.jsonl"
-        wait_until(lambda: record.exists() and record.read_text().count("\n") >= 2, "two rounds")
+        wait_until(lambda: rounds_in(record) >= 2 or running.poll() is not None, "two rounds")
+        assert running.poll() is None, host.read("shell.log")
         kill(host, "9095")
         host.start(f"sleep 55\n{again}\nwait", "again.log")
         running.wait(timeout=PATIENCE)
         yield host, [json.loads(line) for line in record.read_text().splitlines()]
+
+
+def rounds_in(record):
+    return record.read_text().count("\n") if record.exists() else 0
 
 
 def kill(host, port):

@@ -54,7 +54,10 @@ def test_another_strategy_takes_the_common_settings():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strategy": "fedsgd"}, "strategy: there is no 'fedsgd'; allowed: prowd, fedavg"),
+        (
+            {"strategy": "fedsgd"},
+            "strategy: there is no 'fedsgd'; allowed: prowd, prowd-paper, fedavg",
+        ),
         ({"prowd-low-bit-weight": 2.0}, "prowd-low-bit-weight: 2.0 is not allowed"),
         ({"strategy": "fedavg", "prowd-ladder": "x"}, "prowd-ladder: 'x' is not allowed"),
         ({"strategy": "fedavg:FedAvg"}, "strategy: there is no 'fedavg:FedAvg'; allowed: prowd"),

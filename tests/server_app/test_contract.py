@@ -129,7 +129,7 @@ def test_what_is_written_is_the_schema_of_the_record(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("system", "coding"), [("prowd, rounded by the server", 2), ("fedavg", 1), ("fedcom", 1)]
+    ("system", "coding"), [("prowd, rounded by the server", 2), ("fedavg", 2), ("fedcom", 1)]
 )
 def test_coded_payloads_are_shorter_and_change_nothing(tmp_path, system, coding):
     settings, _, _ = TABLE[system]
@@ -142,7 +142,7 @@ def test_coded_payloads_are_shorter_and_change_nothing(tmp_path, system, coding)
             assert all(after[key][bits] <= size for bits, size in before[key].items())
         assert after["uplink_bytes"]["2"] < before["uplink_bytes"]["2"]
         assert after["accuracy"] == before["accuracy"]
-    # Byte 7 of the header: from the start where that was sent as codes; packed if not shorter.
+    # Byte 7 of the header: from the start where weights are sent; packed if not shorter.
     used = {data[7] for _, _, data in payloads(grid.received, UPDATE)}
     assert coding in used <= {0, coding}
 

@@ -147,7 +147,10 @@ PATHS = [
     (f"/{NO_UTF8}", "the path must be in UTF-8"),
 ]
 TEXTS = [
-    ({"strategy": "fedsgd"}, "strategy: there is no 'fedsgd'; allowed: prowd, fedavg, "),
+    (
+        {"strategy": "fedsgd"},
+        "strategy: there is no 'fedsgd'; allowed: prowd, prowd-paper, fedavg, ",
+    ),
     (
         {"strategy": "flwr:FedXgbBagging"},
         "strategy: 'flwr:FedXgbBagging' is not one of flwr:Bulyan, ",

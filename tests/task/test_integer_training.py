@@ -100,11 +100,11 @@ def test_a_client_agrees_with_plain_pytorch_bit_for_bit(name, bits, wide):
     images = some_images(40)
     config = local(bits, batch_size=10, integer_learning_rate=4.0)
     assert (config.activation_bits, config.gradient_bits) == (wide, wide)
-    trained = train(network(name), images, config, seed=5)
+    trained = train(network(name), images, config, seed=5, upload="stored")
     codes, start = replay(name, images, bits, wide, 4.0, 10, seed=5)
     assert trained.steps == 4
     for tensor, expected, began in zip(
-        trained.upload("stored").quantized.values(),
+        trained.update.quantized.values(),
         _sorted(name, codes),
         _sorted(name, start),
         strict=True,
@@ -112,8 +112,8 @@ def test_a_client_agrees_with_plain_pytorch_bit_for_bit(name, bits, wide):
         assert torch.equal(tensor.codes.float(), expected)
         assert not torch.equal(expected, began)
     # What was stored at the start is the update less the movement, exactly.
-    ended = trained.upload("stored").dequantize()
-    for key, began in zip(trained.upload("stored").quantized, _sorted(name, start), strict=True):
+    ended = trained.update.dequantize()
+    for key, began in zip(trained.update.quantized, _sorted(name, start), strict=True):
         assert torch.equal((ended[key] - trained.moved[key]) * 2 ** (bits - 1), began)
 
 
@@ -128,7 +128,7 @@ def _sorted(name, tensors):
 
 @pytest.mark.parametrize("bits", [6, 8, 12, 16])
 def test_an_update_holds_stored_weights_of_one_scale(bits):
-    update = train(network(), some_images(20), local(bits), seed=1).upload("stored")
+    update = train(network(), some_images(20), local(bits), seed=1, upload="stored").update
     edge = 2 ** (bits - 2)
     for tensor in update.quantized.values():
         assert tensor.scale.tolist() == [2.0 ** (1 - bits)] * len(tensor.scale)
@@ -140,7 +140,7 @@ def test_an_update_holds_stored_weights_of_one_scale(bits):
 
 def test_one_seed_is_one_update():
     def codes(seed):
-        update = train(network(), some_images(20), local(8), seed=seed).upload("stored")
+        update = train(network(), some_images(20), local(8), seed=seed, upload="stored").update
         return torch.cat([tensor.codes.flatten() for tensor in update.quantized.values()])
 
     assert torch.equal(codes(1), codes(1))
@@ -149,8 +149,8 @@ def test_one_seed_is_one_update():
 
 def test_scales_of_another_grid_do_not_change_the_weights_own():
     odd = {name: torch.full((len(w),), 0.3) for name, w in network().named_parameters()}
-    one = train(network(), some_images(20), local(8), 1, scales=odd).upload("stored")
-    other = train(network(), some_images(20), local(8), 1).upload("stored")
+    one = train(network(), some_images(20), local(8), 1, scales=odd, upload="stored").update
+    other = train(network(), some_images(20), local(8), 1, upload="stored").update
     for name, tensor in one.quantized.items():
         assert torch.equal(tensor.codes, other.quantized[name].codes)
         assert torch.equal(tensor.scale, other.quantized[name].scale)
@@ -226,9 +226,11 @@ def test_a_float32_client_does_sgd_on_its_weights_over_alpha():
         optimizer.zero_grad()
         F.cross_entropy(logits, torch.from_numpy(images.labels[index])).backward()
         optimizer.step()
-    trained = train(model, images, local(32, batch_size=10, learning_rate=0.01), seed=3)
+    trained = train(
+        model, images, local(32, batch_size=10, learning_rate=0.01), seed=3, upload="stored"
+    )
     for (key, _), weight, alpha in zip(model.named_parameters(), used, alphas, strict=True):
-        assert torch.equal(trained.upload("stored").floats[key], weight.detach() * alpha)
+        assert torch.equal(trained.update.floats[key], weight.detach() * alpha)
         assert trained.moved[key].abs().max() > 0
 
 
@@ -255,12 +257,12 @@ def test_loss_falls_on_digits(name, bits, rate, eta):
     images = data.train[np.arange(800)]
     model = network(name)
     config = local(bits, learning_rate=rate, integer_learning_rate=eta, batch_size=20, epochs=2)
-    first = train(model, images, config, seed=0)
+    first = train(model, images, config, seed=0, upload="stored")
     second = network(name)
-    load_state(second, first.upload("stored").dequantize())
-    last = train(second, images, config, seed=1)
+    load_state(second, first.update.dequantize())
+    last = train(second, images, config, seed=1, upload="stored")
     model = network(name)
-    load_state(model, last.upload("stored").dequantize())
+    load_state(model, last.update.dequantize())
     score = evaluate(ready_to_evaluate(model, SETTINGS, bits, {}, images[:256]), data.test)
     assert last.score.loss < 0.85 * first.score.loss
     # Guessing has 10 %.

@@ -41,7 +41,7 @@ from task.training import (
 def update_and_score(*args, **kwargs):
     """Update and score of `train`."""
     result = train(*args, **kwargs)
-    return result.upload(), result.score
+    return result.update, result.score
 
 
 def some_images(count, size=8, classes=10, seed=0):
@@ -143,7 +143,7 @@ def test_a_last_batch_of_one_image_joins_the_one_before():
             for parameter in expected.parameters():
                 parameter -= 0.125 * parameter.grad
     assert result.steps == 2
-    for name, tensor in result.upload().dequantize().items():
+    for name, tensor in result.update.dequantize().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
@@ -176,7 +176,7 @@ def test_what_moved_is_the_end_less_the_start_as_the_client_holds_them():
     config = LocalTraining(4, "strict", activation_bits=4, gradient_bits=8, batch_size=8)
     received = {n: t.clone() for n, t in federated_state(start).items()}
     result = train(start, some_images(24), config, 1)
-    for name, tensor in result.upload().quantized.items():
+    for name, tensor in result.update.quantized.items():
         began = fake_quantize(received[name], fit_scale(received[name], 4), 4)
         torch.testing.assert_close(result.moved[name], tensor.dequantize() - began)
 

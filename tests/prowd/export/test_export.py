@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
 
     def spy(evaluator, model, server_round):
         networks[model.bits] = network = evaluator.network(model)
-        return server_app.evaluation.evaluate(network, evaluator._images)
+        return server_app.evaluation.evaluate(network, evaluator._examples)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_app.evaluation.Evaluator, "score", spy)

@@ -390,7 +390,7 @@ def test_a_scale_too_small_to_divide_a_start_by_is_rejected():
     checksum = xxhash.xxh3_64(head, seed=0)
     checksum.update(rest)
     sealed = head + checksum.intdigest().to_bytes(8, "little") + rest
-    with pytest.raises(UpdateError, match="its codes cannot be read: "):
+    with pytest.raises(UpdateError, match="its codes cannot be read: a scale is too small"):
         decode(sealed, SPEC, 4, start=start)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from containers import PATIENCE
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = Path(__file__).parents[1]
 
 
 class Host:
