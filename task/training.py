@@ -21,12 +21,15 @@ from core.errors import SettingsError
 from core.mix import check_client_bits
 from core.reference import in_one_line
 from core.seeds import Stream, derive_seed, drawn_under, seed_torch
-from core.settings import LowBitTraining, Settings, Upload
+from core.settings import LocalOptimizer, LowBitTraining, Settings, Upload
 from quant import (
     FLOAT_BITS,
     SGD,
+    AdamW,
     IntegerSGD,
+    LayerWeight,
     QuantConfig,
+    StrictAdamW,
     StrictSGD,
     Update,
     check_integer,
@@ -45,15 +48,17 @@ from quant import (
     set_scales,
     tensors_of,
     ternary_scales,
+    unsupported_layers,
     upload_bits,
     weight_scales,
 )
 from quant.lowbit.integer import sigma
-from quant.qat.layers import QuantLayer
 from task.calibration import calibrate_activations, calibrate_normalization
 from task.data.dataset import Images
 from task.models import to_input
 
+# AdamW's own default.
+_BETA2 = 0.999
 # Small enough for the cache: twice as fast as 500 on a CPU.
 _EVALUATION_BATCH = 100
 # A GPU is busy with more only; of larger images, with fewer.
@@ -75,8 +80,10 @@ class LocalTraining:
         Widths of activations and of gradients below 32 bits.
     epochs, batch_size : int
         Passes over the data, and images a step.
+    optimizer : {"sgd", "adamw"}
+        What takes the steps; of weights on a grid, its strict form (`quant.lowbit.strict`).
     learning_rate, momentum, weight_decay : float
-        Of SGD.
+        Of the optimizer; AdamW's first beta is the momentum, and its second 0.999.
     proximal_mu : float
         Factor of ``mu / 2 |w - w_received|^2`` in the loss (Li et al., arXiv:1812.06127).
     weight_step : float
@@ -91,6 +98,7 @@ class LocalTraining:
     gradient_bits: int = FLOAT_BITS
     epochs: int = 1
     batch_size: int = 32
+    optimizer: LocalOptimizer = "sgd"
     learning_rate: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -108,6 +116,7 @@ class LocalTraining:
             low_bit_training=self.low_bit_training,
             local_epochs=self.epochs,
             batch_size=self.batch_size,
+            optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
@@ -125,6 +134,7 @@ class LocalTraining:
             gradient_bits=settings.gradient_bits_of(bits),
             epochs=settings.local_epochs,
             batch_size=settings.batch_size,
+            optimizer=settings.optimizer,
             learning_rate=_decayed(settings.learning_rate, settings, server_round),
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
@@ -410,10 +420,11 @@ def check_quantizable(model: nn.Module, name: str) -> None:
     """
     if quantizable_weights(model):
         return
-    kinds = {type(m).__name__ for m in model.modules() if not list(m.children())}
+    left = unsupported_layers(model)
+    more = f"; and {len(left) - 1} more" if len(left) > 1 else ""
     raise SettingsError(
-        f"model: {name!r} has no layer to quantize, only {', '.join(sorted(kinds)) or 'none'}; "
-        "nn.Conv2d and nn.Linear layers are, but no subclass of them and no tied weight"
+        f"model: {name!r} has no layer to quantize: "
+        f"{left[0] + more if left else 'none has weights of two or more dimensions'}"
     )
 
 
@@ -483,16 +494,16 @@ def _computed_around(network: nn.Module, images: np.ndarray) -> str:
 
     Then what a network gives changes with where in its cell of the grid a weight lies.
     """
-    layers = dict(layers_by_weight(network))
+    weights = dict(layers_by_weight(network))
     for training in (True, False):
         before = _logits(network, images, training)
-        with _on_grid(layers.values()):
+        with _on_grid(weights.values()):
             if torch.equal(_logits(network, images, training), before):
                 continue
         if not torch.equal(_logits(network, images, training), before):
             continue  # It gives other logits each time, whatever the weights are.
-        for name, layer in layers.items():
-            with _on_grid([layer]):
+        for name, weight in weights.items():
+            with _on_grid([weight]):
                 if not torch.equal(_logits(network, images, training), before):
                     return name
     return ""
@@ -506,16 +517,16 @@ def _logits(network: nn.Module, images: np.ndarray, training: bool) -> Tensor:
 
 
 @contextmanager
-def _on_grid(layers: Collection[QuantLayer]) -> Iterator[None]:
-    """Put the weights of some layers on their grids, on which their layers see them anyway."""
-    before = [layer.weight.clone() for layer in layers]
-    for layer in layers:
-        layer.weight.copy_(layer.quantized_weight())
+def _on_grid(weights: Collection[LayerWeight]) -> Iterator[None]:
+    """Put some weights on their grids, on which their layers see them anyway."""
+    before = [weight.parameter.clone() for weight in weights]
+    for weight in weights:
+        weight.parameter.copy_(weight.quantized())
     try:
         yield
     finally:
-        for layer, weight in zip(layers, before, strict=True):
-            layer.weight.copy_(weight)
+        for weight, values in zip(weights, before, strict=True):
+            weight.parameter.copy_(values)
 
 
 def _prepare(
@@ -541,24 +552,25 @@ def _prepare(
 def _optimizer(
     model: nn.Module, config: LocalTraining, noise: torch.Generator
 ) -> torch.optim.Optimizer:
-    sgd: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "momentum": config.momentum,
-        "weight_decay": config.weight_decay,
-    }
+    rate, decay = config.learning_rate, config.weight_decay
+    own: dict[str, Any] = {"lr": rate, "weight_decay": decay}
+    if config.optimizer == "adamw":
+        own["betas"] = (config.momentum, _BETA2)
+    else:
+        own["momentum"] = config.momentum
     if config.in_integers:
         rate = config.integer_learning_rate
         parameters = dict(model.named_parameters())
         return IntegerSGD(parameters, config.bits, lr=rate, generator=noise)
     if config.bits == FLOAT_BITS or config.low_bit_training == "qat":
-        return SGD(model.parameters(), **sgd)
-    return StrictSGD(
+        return (AdamW if config.optimizer == "adamw" else SGD)(model.parameters(), **own)
+    return (StrictAdamW if config.optimizer == "adamw" else StrictSGD)(
         model.named_parameters(),
         weight_scales(model),
         config.bits,
         gradient_bits=config.gradient_bits,
         generator=noise,
-        **sgd,
+        **own,
     )
 
 

@@ -205,7 +205,6 @@ def test_the_message_names_the_file_and_what_is_wrong(tmp_path):
         ({"activation_bits": 17}, "bits is 17"),
         ({"activation_bits": 3}, "the grid of 0 is not one of 3 bits"),
         ({"activation_bits": 32}, "the grid of 0 is not one of 32 bits"),
-        ({"grids": {"9": [0.5, 0, 15]}}, "there is no layer '9'"),
         ({"grids": {"0": [0.0, 0, 15]}}, "the scale of the grid of 0 is 0.0"),
         ({"grids": {"0": [float("inf"), 0, 15]}}, "the scale of the grid of 0 is inf"),
         ({"grids": {"0": [0.5, -8, 7]}}, "the grid of 0 is not one of 4 bits"),
@@ -224,6 +223,13 @@ def test_a_head_that_makes_no_sense_is_refused(change, message, tmp_path):
     head, arrays = parts(packed_of(4), tmp_path)
     with pytest.raises(ModelFileError, match=message.replace("(", r"\(")):
         load_altered({**head, **change}, arrays, tmp_path)
+
+
+def test_a_grid_of_no_layer_is_refused(tmp_path):
+    head, arrays = parts(packed_of(4), tmp_path)
+    odd = load_altered({**head, "grids": {**head["grids"], "9": [0.5, 0, 15]}}, arrays, tmp_path)
+    with pytest.raises(ModelFileError, match="there is no layer '9' that a grid could be of"):
+        odd.network(small())
 
 
 @pytest.mark.parametrize(
