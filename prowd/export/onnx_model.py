@@ -1,6 +1,7 @@
 """A network at a bit-width as an ONNX model with QuantizeLinear and DequantizeLinear nodes.
 
-Weights are integers: INT4 up to 4 bits, INT8 up to 8, INT16 above, with one scale a channel.
+Weights of convolutions, linear layers and embeddings are integers: INT4 up to 4 bits, INT8 up to 8,
+INT16 above, with one scale a channel; those of attention, recurrent layers and others are float32.
 Activations pass through QuantizeLinear and DequantizeLinear where the network has grids, behind a
 Clip where the grid has fewer levels than its integer type. The rest stays as it was.
 """
@@ -15,7 +16,17 @@ from torch.onnx.ops import symbolic
 from core.errors import SettingsError
 from quant import FLOAT_BITS, QuantLayer, quantize_nearest, quantized_layers
 from quant.grid import per_channel
-from quant.qat.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
+from quant.qat.layers import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantEmbedding,
+    QuantEmbeddingBag,
+    QuantLinear,
+)
 from task.models import normalize
 
 # The first that has INT4 and INT16 for both nodes.
@@ -106,12 +117,17 @@ class _Nodes(QuantLayer):
 
     def quantized_weight(self, name: str = "weight") -> Tensor:
         layer, attribute = self.owner(name)
-        return _dequantized(layer.get_buffer(_codes_name(attribute)), self.scale(name), None)
+        codes, scale = layer.get_buffer(_codes_name(attribute)), self.scale(name)
+        if isinstance(self, _WITH_INTEGERS):
+            return _dequantized(codes, scale, None)
+        return codes.float() * per_channel(scale, codes.ndim)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         grid = self.input_grid
         if grid is None:
             return x
+        if not isinstance(self, _WITH_INTEGERS):
+            return x.div(grid.scale).round().clamp(grid.low, grid.high) * grid.scale
         limits = torch.iinfo(self.input_zero.dtype)
         if (grid.low, grid.high) != (limits.min, limits.max):
             x = x.clamp(grid.low * grid.scale, grid.high * grid.scale)
@@ -149,6 +165,16 @@ class _WithBias(_Nodes):
 
 
 _BIASED = (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)
+# All others may transpose in their forward pass; onnxruntime then moves a DequantizeLinear behind
+# that and writes a node of another type. They round with ordinary nodes and have float32 weights.
+_WITH_INTEGERS = (
+    *_BIASED,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantEmbedding,
+    QuantEmbeddingBag,
+)
 
 
 def _codes_name(weight: str) -> str:

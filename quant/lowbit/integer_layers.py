@@ -273,7 +273,8 @@ def check_integer(model: nn.Module) -> None:
     for name, _ in model.named_parameters():
         if name not in scaled:
             raise ValueError(f"{name} is not the weight of a quant.Scaled layer")
-        if not isinstance(layer := scaled[name].layer, nn.Conv2d | nn.Linear):
+        layer: nn.Module = scaled[name].layer
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
             kind = type(layer).__name__
             raise ValueError(f"{name} is of a {kind}; allowed in quant.Scaled: Conv2d and Linear")
     for kind in (IntegerInput, IntegerOutput):

@@ -23,7 +23,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     ['in_proj_weight', 'out_proj.weight']
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         on_grid = {id(query): self.quantized_input(query)}

@@ -258,7 +258,8 @@ def input_name(layer: nn.Module) -> str:
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.POSITIONAL_ONLY)
     for kind in type(layer).__mro__:
         if "forward" in vars(kind):
-            found = [p.name for p in signature(kind.forward).parameters.values() if p.kind in named]
+            parameters = signature(vars(kind)["forward"]).parameters.values()
+            found = [p.name for p in parameters if p.kind in named]
             if len(found) > 1:  # The layer itself is one; our own passes on whatever it is given.
                 return found[1]
     return ""

@@ -59,14 +59,9 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     layers = _to_change(model, weights)
     for layer in layers.values():
         _make_quantized(layer)
+    # In the order of the model: each scale's layer before the others that hold the weight.
     for layer in layers.values():
-        assert isinstance(layer, QuantLayer)
-        # In the order of the model: each scale's layer before the others that hold the weight.
-        own = [(p.attribute, held[0]) for held in weights.values() for p in held if p.layer is layer]
-        owners = {a: first for a, first in own if (first.layer, first.attribute) != (layer, a)}
-        layer.attach(
-            config, [a for a, _ in own], {a: _owner(first) for a, first in owners.items()}
-        )
+        _attach(layer, config, weights)
     for module in model.modules():
         # Torch's fused kernel would compute with the weights as they are, not on their grid.
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -98,14 +93,25 @@ def _to_change(model: nn.Module, weights: Mapping[str, list[Place]]) -> dict[str
 
 def _make_quantized(layer: nn.Module) -> None:
     rule = rule_of(layer)
-    assert rule is not None and rule.layer is not None  # Or it would not have been found.
+    assert rule is not None  # Or it would not have been found.
+    assert rule.layer is not None
     if not isinstance(layer, QuantLayer):
         layer.__class__ = rule.layer
 
 
-def _owner(place: Place) -> tuple[QuantLayer, str]:
-    assert isinstance(place.layer, QuantLayer)
-    return place.layer, place.attribute
+def _attach(layer: nn.Module, config: QuantConfig, weights: Mapping[str, list[Place]]) -> None:
+    own, owners = [], {}
+    for first, *others in weights.values():
+        own += [place.attribute for place in (first, *others) if place.layer is layer]
+        for place in others:
+            if place.layer is layer:
+                owners[place.attribute] = _quantized(first.layer), first.attribute
+    _quantized(layer).attach(config, own, owners)
+
+
+def _quantized(layer: nn.Module) -> QuantLayer:
+    assert isinstance(layer, QuantLayer)
+    return layer
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
@@ -226,7 +232,7 @@ def weight_scales(model: nn.Module) -> dict[str, Tensor]:
     """
     layers, found = dict(layers_by_weight(model)), survey(model).on_grid
     for name, held in layers.items():
-        if not all(_has_scale_of(place, held) for place in found.get(name, [None])):
+        if name not in found or not all(_has_scale_of(place, held) for place in found[name]):
             raise ValueError(
                 f"{name}: its layer was prepared, and its weight tied, parametrized or given "
                 "another forward pass since; prepare the model last"
@@ -234,8 +240,8 @@ def weight_scales(model: nn.Module) -> dict[str, Tensor]:
     return {name: held.scale for name, held in layers.items()}
 
 
-def _has_scale_of(place: Place | None, held: LayerWeight) -> bool:
-    if place is None or not isinstance(place.layer, QuantLayer):
+def _has_scale_of(place: Place, held: LayerWeight) -> bool:
+    if not isinstance(place.layer, QuantLayer):
         return False
     known = place.attribute in place.layer.weight_names
     return known and place.layer.owner(place.attribute) == (held.layer, held.attribute)

@@ -122,7 +122,9 @@ def register_layer(kind: type[nn.Module], rule: LayerRule) -> None:
     if not isinstance(rule, LayerRule):
         raise ValueError(f"rule: {rule!r} is not allowed: it should be a LayerRule")
     if issubclass(kind, QuantLayer):
-        raise ValueError(f"kind: {kind.__name__} is quantization-aware; give the type it is made of")
+        raise ValueError(
+            f"kind: {kind.__name__} is quantization-aware; give the type it is made of"
+        )
     layer = rule.layer
     if layer is None:
         layer = type(f"Quant{kind.__name__}", (QuantLayer, kind), {"__module__": kind.__module__})

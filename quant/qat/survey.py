@@ -47,7 +47,8 @@ class Survey:
 def survey(model: nn.Module) -> Survey:
     """Look through a model, prepared or not."""
     check_kind("model", model, nn.Module)
-    modules, unfit = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    unfit: dict[str, str] = {}
     places: dict[int, list[Place]] = {}
     for name, module in modules.items():
         unfit[name] = _why_unfit(name, modules, unfit)
@@ -161,4 +162,3 @@ def _is_weight(place: Place) -> bool:
     if isinstance(place.layer, _NORMALIZATION) or place.attribute.startswith("bias"):
         return False
     return isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.ndim > 1
-

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import quant.lowbit.strict_sgd
+import quant.lowbit.strict
 from core.errors import SettingsError
 from core.seeds import Stream, derive_seed
 from core.settings import Settings
@@ -574,7 +574,7 @@ def test_rounding_draws_other_numbers_than_dropout():
     """One seed gives torch's generator, which dropout draws from, and another one its own."""
     model, images = small_model(), some_images(8)
     seen = []
-    kept = quant.lowbit.strict_sgd.quantize_stochastic
+    kept = quant.lowbit.strict.quantize_stochastic
 
     def noting(weight, scale, bits, generator):
         seen.append(torch.rand(5, generator=torch.Generator().set_state(generator.get_state())))
@@ -582,6 +582,6 @@ def test_rounding_draws_other_numbers_than_dropout():
 
     config = LocalTraining(4, low_bit_training="strict", batch_size=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quant.lowbit.strict_sgd, "quantize_stochastic", noting)
+        patch.setattr(quant.lowbit.strict, "quantize_stochastic", noting)
         train(model, images, config, seed=3)
     assert not torch.equal(seen[0], torch.rand(5, generator=torch.Generator().manual_seed(3)))
