@@ -420,11 +420,11 @@ def check_quantizable(model: nn.Module, name: str) -> None:
     """
     if quantizable_weights(model):
         return
+    kinds = {type(m).__name__ for m in model.modules() if not list(m.children())}
     left = unsupported_layers(model)
-    more = f"; and {len(left) - 1} more" if len(left) > 1 else ""
     raise SettingsError(
-        f"model: {name!r} has no layer to quantize: "
-        f"{left[0] + more if left else 'none has weights of two or more dimensions'}"
+        f"model: {name!r} has no layer to quantize, only {', '.join(sorted(kinds)) or 'none'}; "
+        f"{left[0] if left else 'none of them has weights of two or more dimensions'}"
     )
 
 

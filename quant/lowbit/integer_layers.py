@@ -275,8 +275,8 @@ def check_integer(model: nn.Module) -> None:
             raise ValueError(f"{name} is not the weight of a quant.Scaled layer")
         layer: nn.Module = scaled[name].layer
         if not isinstance(layer, nn.Conv2d | nn.Linear):
-            kind = type(layer).__name__
-            raise ValueError(f"{name} is of a {kind}; allowed in quant.Scaled: Conv2d and Linear")
+            what = f"{name} is of a {type(layer).__name__}"
+            raise ValueError(f"{what}; allowed in quant.Scaled: Conv2d and Linear")
     for kind in (IntegerInput, IntegerOutput):
         if not any(isinstance(module, kind) for module in model.modules()):
             raise ValueError(f"there is no quant.{kind.__name__}")

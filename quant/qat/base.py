@@ -111,7 +111,8 @@ class QuantLayer(nn.Module):
     def refit_scale(self, name: str | None = None) -> None:
         """Fit the scale to a weight as it is now, or the scales to all weights."""
         for one in self.weight_names if name is None else (name,):
-            self.set_scale(self.fitted_scale(self.get_parameter(one)), one)
+            layer, attribute = self.owner(one)
+            layer.set_scale(layer.fitted_scale(layer.get_parameter(attribute)), attribute)
 
     def fitted_scale(self, weight: Tensor) -> Tensor:
         """Return the scale that fits a weight."""
@@ -199,7 +200,8 @@ class QuantLayer(nn.Module):
         the parts of the layer, as between the steps of a recurrent one, is not.
         """
         weights = {f"layer.{name}": w for name, w in self.quantized_weights().items()}
-        y = functional_call(_TorchForward(self), weights, args, kwargs)
+        # Each attribute has its own, and so has a submodule that shares a weight.
+        y = functional_call(_TorchForward(self), weights, args, kwargs, tie_weights=False)
         return _each(y, self.quantized_output_gradient)
 
 

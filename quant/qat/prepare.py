@@ -231,17 +231,21 @@ def weight_scales(model: nn.Module) -> dict[str, Tensor]:
     torch.Size([2])
     """
     layers, found = dict(layers_by_weight(model)), survey(model).on_grid
-    for name, held in layers.items():
-        if name not in found or not all(_has_scale_of(place, held) for place in found[name]):
-            raise ValueError(
-                f"{name}: its layer was prepared, and its weight tied, parametrized or given "
-                "another forward pass since; prepare the model last"
-            )
+    loose = [name for name in layers if name not in found]
+    if loose := [*loose, *(name for name, held in found.items() if not _is_whole(held))]:
+        raise ValueError(
+            f"{loose[0]}: its layer was prepared, and its weight tied, parametrized or given "
+            "another forward pass since; prepare the model last"
+        )
     return {name: held.scale for name, held in layers.items()}
 
 
-def _has_scale_of(place: Place, held: LayerWeight) -> bool:
-    if not isinstance(place.layer, QuantLayer):
-        return False
-    known = place.attribute in place.layer.weight_names
-    return known and place.layer.owner(place.attribute) == (held.layer, held.attribute)
+def _is_whole(held: list[Place]) -> bool:
+    """Return whether all layers of a weight take its scale from the first of them, or none has."""
+    owners = [
+        place.layer.owner(place.attribute)
+        if isinstance(place.layer, QuantLayer) and place.attribute in place.layer.weight_names
+        else None
+        for place in held
+    ]
+    return set(owners) in ({None}, {(held[0].layer, held[0].attribute)})
