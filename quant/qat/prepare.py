@@ -231,8 +231,8 @@ def weight_scales(model: nn.Module) -> dict[str, Tensor]:
     torch.Size([2])
     """
     layers, found = dict(layers_by_weight(model)), survey(model).on_grid
-    loose = [name for name in layers if name not in found]
-    if loose := [*loose, *(name for name, held in found.items() if not _is_whole(held))]:
+    loose = [name for name, held in found.items() if not _is_whole(held)]
+    if loose := [*loose, *(name for name in layers if name not in found)]:
         raise ValueError(
             f"{loose[0]}: its layer was prepared, and its weight tied, parametrized or given "
             "another forward pass since; prepare the model last"
