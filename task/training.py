@@ -80,8 +80,6 @@ class LocalTraining:
         Widths of activations and of gradients below 32 bits.
     epochs, batch_size : int
         Passes over the data, and images a step.
-    optimizer : {"sgd", "adamw"}
-        What takes the steps; of weights on a grid, its strict form (`quant.lowbit.strict`).
     learning_rate, momentum, weight_decay : float
         Of the optimizer; AdamW's first beta is the momentum, and its second 0.999.
     proximal_mu : float
@@ -90,6 +88,8 @@ class LocalTraining:
         One step for all weights (fixed point); 0 fits each channel's.
     integer_learning_rate : float
         Of `quant.IntegerSGD`.
+    optimizer : {"sgd", "adamw"}
+        What takes the steps; of weights on a grid, its strict form (`quant.lowbit.strict`).
     """
 
     bits: int
@@ -98,13 +98,13 @@ class LocalTraining:
     gradient_bits: int = FLOAT_BITS
     epochs: int = 1
     batch_size: int = 32
-    optimizer: LocalOptimizer = "sgd"
     learning_rate: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 0.0
     proximal_mu: float = 0.0
     weight_step: float = 0.0
     integer_learning_rate: float = 8.0
+    optimizer: LocalOptimizer = "sgd"
 
     def __post_init__(self) -> None:
         check_client_bits(self.bits, "bits")

@@ -198,7 +198,7 @@ class IntegerLayer(QuantLayer):
 
     def quantized_weight(self, name: str = "weight") -> Tensor:
         """Return T(S), with a straight-through gradient."""
-        weight: Tensor = _Ternary.apply(self.get_parameter(name), self.config.weight_bits)
+        weight: Tensor = _Ternary.apply(getattr(self, name), self.config.weight_bits)
         return weight
 
 

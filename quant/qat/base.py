@@ -100,7 +100,8 @@ class QuantLayer(nn.Module):
     def scale(self, name: str = "weight") -> Tensor:
         """Return the scales ``[channels]`` of a weight."""
         layer, attribute = self.owner(name)
-        return layer.get_buffer(_scale_name(attribute))
+        scale: Tensor = getattr(layer, _scale_name(attribute))
+        return scale
 
     def set_scale(self, scale: Tensor, name: str = "weight") -> None:
         """Give a weight another scale, in all layers that hold it."""
@@ -112,7 +113,7 @@ class QuantLayer(nn.Module):
         """Fit the scale to a weight as it is now, or the scales to all weights."""
         for one in self.weight_names if name is None else (name,):
             layer, attribute = self.owner(one)
-            layer.set_scale(layer.fitted_scale(layer.get_parameter(attribute)), attribute)
+            layer.set_scale(layer.fitted_scale(getattr(layer, attribute)), attribute)
 
     def fitted_scale(self, weight: Tensor) -> Tensor:
         """Return the scale that fits a weight."""
@@ -121,7 +122,7 @@ class QuantLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # What `half`, `to` and the like call: the grid is one of float32, and would become another.
         for name in self.weight_names:
-            dtype = fn(self.get_parameter(name).detach()[:0]).dtype
+            dtype = fn(getattr(self, name).detach()[:0]).dtype
             if dtype != torch.float32:
                 raise TypeError(wrong_dtype(dtype))
         return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
@@ -160,8 +161,8 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self, name: str = "weight") -> Tensor:
         """Return a weight on its grid, with a straight-through gradient."""
-        weight = self.get_parameter(name)
-        return fake_quantize(weight, self.scale(name), self.config.weight_bits)
+        # It may be no parameter for the while of `torch.func.functional_call`.
+        return fake_quantize(getattr(self, name), self.scale(name), self.config.weight_bits)
 
     def quantized_weights(self) -> dict[str, Tensor]:
         """Return what the forward pass computes with in place of parameters, by their names."""
@@ -196,8 +197,9 @@ class QuantLayer(nn.Module):
     def computed(self, *args: Any, **kwargs: Any) -> Any:
         """Return what torch's layer computes with the weights on their grids.
 
-        The gradient of each tensor in it is quantized on its way back; what is passed back between
-        the parts of the layer, as between the steps of a recurrent one, is not.
+        The gradient of each tensor in it, also within a tuple, list or dict, is quantized on its
+        way back; what is passed back between the parts of the layer, as between the steps of a
+        recurrent one, is not.
         """
         weights = {f"layer.{name}": w for name, w in self.quantized_weights().items()}
         # Each attribute has its own, and so has a submodule that shares a weight.

@@ -482,8 +482,11 @@ def test_local_training_takes_everything_from_the_settings():
         momentum=0.4,
         weight_decay=0.01,
         weight_step=0.125,
+        optimizer="adamw",
     )
-    expected = LocalTraining(4, "strict", 6, 7, 3, 11, 0.2, 0.4, 0.01, 0.3, 0.125)
+    expected = LocalTraining(
+        4, "strict", 6, 7, 3, 11, 0.2, 0.4, 0.01, 0.3, 0.125, optimizer="adamw"
+    )
     assert LocalTraining.of(settings, 4, 1, 0.3) == expected
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from layer_cases import CASES, loss_of, made, tensors_in
 from torch import nn
+from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.rnn import PackedSequence
 
@@ -246,6 +247,20 @@ def test_a_second_prepare_and_a_copy_take_effect(name):
         set_scales(copied, {weight: held.scale * 1.5})
     assert equal(layer(*inputs), again(*inputs))
     assert not equal(copied(*inputs), y)
+
+
+@EACH
+def test_a_prepared_model_computes_with_weights_of_a_functional_call(name):
+    """What a prepared model is called with in place of its parameters has its grids too."""
+    layer, inputs = made(name)
+    prepare(layer, QuantConfig(8))
+    start = layer(*inputs)
+    other = {n: (p * 0.5).detach().requires_grad_() for n, p in layer.named_parameters()}
+    halved = functional_call(layer, other, inputs)
+    load_state(layer, other)
+    set_scales(layer, {n: scale * 2 for n, scale in weight_scales(layer).items()})
+    assert equal(halved, layer(*inputs))
+    assert not equal(halved, start)
 
 
 @EACH
