@@ -1,9 +1,5 @@
 """Quantization-aware recurrent layers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 from torch import nn
 
 from quant.qat.base import QuantLayer
@@ -18,21 +14,6 @@ class QuantRecurrent(QuantLayer, nn.RNNBase):
     gradients of the output and of the last hidden state are quantized on their way in, those from
     step to step are not.
     """
-
-    def computed(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what torch's layer computes with the weights on their grids."""
-        with self._keeping_flat_weights():
-            return super().computed(*args, **kwargs)
-
-    @contextmanager
-    def _keeping_flat_weights(self) -> Iterator[None]:
-        # Torch notes which tensors it last computed with: those of one pass, whose graph would
-        # live on in the layer and forbid to copy it.
-        kept = self._flat_weights, self._flat_weight_refs
-        try:
-            yield
-        finally:
-            self._flat_weights, self._flat_weight_refs = kept
 
 
 class QuantRNN(QuantRecurrent, nn.RNN):

@@ -38,14 +38,12 @@ def federated_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in floats.items() if name not in constant}
 
 
-def _other_names(model: nn.Module) -> dict[str, str]:
-    """Return the further names of parameters and buffers that have several, and the first ones."""
-    first: dict[int, str] = {}
-    others = {}
+def _other_names(model: nn.Module) -> set[str]:
+    """Return the further names of parameters and buffers that have several."""
+    others = set()
     for named in (model.named_parameters, model.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            if (known := first.setdefault(id(tensor), name)) != name:
-                others[name] = known
+        once = {name for name, _ in named()}
+        others |= {name for name, _ in named(remove_duplicate=False)} - once
     return others
 
 
@@ -101,6 +99,8 @@ def quantize_model(model: nn.Module, bits: int) -> Update:
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load the tensors of a state; all else of the model, as step counters, stays as it is.
 
+    What has several names in the model needs one.
+
     >>> model = nn.Linear(3, 2)
     >>> load_state(model, {"bias": torch.ones(2)})
     >>> model.bias.tolist()
@@ -111,8 +111,4 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     # Changed in place: a state dict also holds the versions of its modules, which some read.
     whole = model.state_dict()
     whole.update(state)
-    for name, first in _other_names(model).items():
-        # It may have been sent by its first name alone, and each layer fits a grid to its own.
-        if first in state and name not in state:
-            whole[name] = state[first]
     model.load_state_dict(whole)

@@ -153,16 +153,19 @@ def test_one_layer_may_hold_a_weight_twice():
     assert torch.equal(attention(*x)[0], expected(*x)[0])
 
 
-def test_calibrated_rounding_rounds_for_inputs_what_it_can_and_all_else_to_nearest():
-    model = prepare(tied(), QuantConfig(3))
+@pytest.mark.parametrize("kind", [Tied, HeadFirst])
+def test_calibrated_rounding_rounds_for_inputs_what_it_can_and_all_else_to_nearest(kind):
+    torch.manual_seed(0)
+    model = prepare(kind(), QuantConfig(3))
+    shared = "embed.weight" if kind is Tied else "head.weight"
     before = {n: held.parameter.detach().clone() for n, held in layers_by_weight(model)}
     scales, tokens = weight_scales(model), torch.arange(9)
     rounded = calibrated_rounding(model, lambda m: m(tokens))
     assert rounded.keys() == scales.keys()
     # It has no inputs in the embedding, and those of the head would not be right for both.
-    nearest = quantize_nearest(before["embed.weight"], scales["embed.weight"], 3)
-    assert torch.equal(rounded["embed.weight"].codes, nearest)
-    x = dequantize(nearest, scales["embed.weight"])
+    nearest = quantize_nearest(before[shared], scales[shared], 3)
+    assert torch.equal(rounded[shared].codes, nearest)
+    x = dequantize(nearest, scales[shared])
     codes = round_to_moments(before["mix.weight"], scales["mix.weight"], 3, (x.mT @ x)[None])
     assert torch.equal(rounded["mix.weight"].codes, codes)
     for name, tensor in rounded.items():
@@ -176,6 +179,20 @@ def test_calibrated_rounding_takes_all_of_attention():
     assert torch.equal(
         model.self_attn.out_proj.weight, rounded["self_attn.out_proj.weight"].dequantize()
     )
+
+
+def test_attention_of_which_the_last_projection_alone_is_quantized():
+    class Own(nn.Linear):
+        pass
+
+    model = nn.ModuleList([nn.MultiheadAttention(4, 2), Own(4, 12)])
+    model[1].weight = model[0].in_proj_weight
+    assert quantizable_weights(model) == ["0.out_proj.weight"]
+    x, expected = [numbers(3, 2, 4)] * 3, copy.deepcopy(model)
+    load_state(expected, quantize_model(expected, 2).dequantize())
+    prepare(model, QuantConfig(2))
+    assert torch.equal(model[0](*x)[0], expected[0](*x)[0])
+    assert not torch.equal(model[0].out_proj.weight, expected[0].out_proj.weight)
 
 
 # Embeddings ---------------------------------------------------------------------------------------

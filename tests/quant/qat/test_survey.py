@@ -129,6 +129,12 @@ def own_forward():
     return layer
 
 
+def attention_with_own_forward():
+    model = nn.ModuleList([nn.MultiheadAttention(4, 1)])
+    model[0].forward = lambda *inputs: inputs
+    return model
+
+
 def shared_with_own():
     model = nn.ModuleList([nn.Linear(2, 2), OwnLinear(2, 2)])
     model[0].weight = model[1].weight
@@ -187,6 +193,15 @@ MEMORY = "weight stays float32: another parameter lies in its memory"
                 "the model (OwnAttention): in_proj_weight stays float32: OwnAttention is a "
                 f"subclass of MultiheadAttention, whose forward pass may be another {REGISTER}",
                 "out_proj (NonDynamicallyQuantizableLinear): weight stays float32: it is part of "
+                "no MultiheadAttention that has a rule",
+            ],
+        ),
+        (
+            attention_with_own_forward,
+            [
+                "0 (MultiheadAttention): in_proj_weight stays float32: the layer was given a "
+                "forward pass of its own",
+                "0.out_proj (NonDynamicallyQuantizableLinear): weight stays float32: it is part of "
                 "no MultiheadAttention that has a rule",
             ],
         ),
