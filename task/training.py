@@ -494,16 +494,16 @@ def _computed_around(network: nn.Module, images: np.ndarray) -> str:
 
     Then what a network gives changes with where in its cell of the grid a weight lies.
     """
-    weights = dict(layers_by_weight(network))
+    layers = dict(layers_by_weight(network))
     for training in (True, False):
         before = _logits(network, images, training)
-        with _on_grid(weights.values()):
+        with _on_grid(layers.values()):
             if torch.equal(_logits(network, images, training), before):
                 continue
         if not torch.equal(_logits(network, images, training), before):
             continue  # It gives other logits each time, whatever the weights are.
-        for name, weight in weights.items():
-            with _on_grid([weight]):
+        for name, layer in layers.items():
+            with _on_grid([layer]):
                 if not torch.equal(_logits(network, images, training), before):
                     return name
     return ""
