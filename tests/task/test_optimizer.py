@@ -13,7 +13,6 @@ from core.settings import Settings
 from quant import federated_state, fit_scale, largest_code
 from strategies import FedAvg, FedCOMGATE, StrategyContext
 from task.data.dataset import Images
-from task.models import to_input
 from task.training import LocalTraining, train
 
 ADAMW = {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1, "momentum": 0.8}
@@ -42,7 +41,8 @@ def test_float32_clients_take_torchs_steps():
     order = np.random.default_rng(1).permutation(24)
     for index in np.split(order, 3):
         optimizer.zero_grad()
-        logits = plain(to_input(images.pixels[index], None))
+        x = images.pixels[index].astype(np.float32) * np.float32(4 / 255) - np.float32(2)
+        logits = plain(torch.from_numpy(x).to(memory_format=torch.channels_last))
         F.cross_entropy(logits, torch.from_numpy(images.labels[index])).backward()
         optimizer.step()
     trained(model)
