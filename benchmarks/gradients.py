@@ -82,7 +82,7 @@ class Backward:
     """One batch through a prepared model, and back as often as asked, each time rounded again."""
 
     def __init__(self, model: nn.Module, images: Images, index: np.ndarray) -> None:
-        self._layers = dict(layers_by_weight(model))
+        self._weights = dict(layers_by_weight(model))
         self._rounding: Rounding = lambda gradient: gradient
         self.outputs: Gradients = {}
         with self._hooked():
@@ -101,7 +101,7 @@ class Backward:
 
             return forward
 
-        handles = [m.register_forward_hook(hook(n)) for n, m in self._layers.items()]
+        handles = [w.layer.register_forward_hook(hook(n)) for n, w in self._weights.items()]
         try:
             yield
         finally:
@@ -111,9 +111,9 @@ class Backward:
     def weight_gradients(self, rounding: Rounding = lambda gradient: gradient) -> Gradients:
         """Return the rounded weight gradients, after output gradients that were rounded too."""
         self._rounding = rounding
-        weights = [layer.weight for layer in self._layers.values()]
+        weights = [weight.parameter for weight in self._weights.values()]
         gradients = torch.autograd.grad(self._loss, weights, retain_graph=True)
-        return {n: rounding(g) for n, g in zip(self._layers, gradients, strict=True)}
+        return {n: rounding(g) for n, g in zip(self._weights, gradients, strict=True)}
 
 
 def measure(backward: Backward, bits: int, draws: int, sums: dict[str, Squares]) -> None:

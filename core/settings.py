@@ -33,6 +33,7 @@ _MIX = f"bits:share,...; bits {ALLOWED_WIDTHS}, each once; shares above 0, 1 in 
 AbsolutePath = Annotated[str, Allowed("path, absolute or from ~")]
 
 LowBitTraining = Literal["qat", "strict", "integer"]
+LocalOptimizer = Literal["sgd", "adamw"]
 # What they send of their weights (`quant.upload`).
 Upload = Literal["forward", "dithered", "stored"]
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
@@ -90,12 +91,25 @@ class Settings(Options):
 
     local_epochs: AtLeastOne = Field(1, description="Passes over a client's data in a round.")
     batch_size: AtLeastOne = Field(32, description="Images in a step of local training.")
-    learning_rate: Positive = Field(0.05, description="Step size of local SGD in the first round.")
+    optimizer: LocalOptimizer = Field(
+        "sgd",
+        description="What takes the steps of local training: sgd, or adamw, which has momentum as "
+        "its beta1, 0.999 as its beta2, and usually a learning-rate of about 0.001.",
+    )
+    learning_rate: Positive = Field(
+        0.05, description="Step size of the local optimizer in the first round."
+    )
     learning_rate_decay: Positive = Field(
         0.97, le=1, description="Factor on the step size from round to round."
     )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of local SGD.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="L2 penalty of local SGD.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="Momentum of the local optimizer; beta1 of adamw."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="L2 penalty of local training; with adamw the share of each weight, times the "
+        "step size, that a step takes from it.",
+    )
 
     task: str = Field(
         "images",
@@ -322,6 +336,11 @@ class Settings(Options):
             raise SettingsError(
                 "broadcast: calibrated with low-bit-training integer; allowed: auto, float32 and "
                 "nearest, as it rounds for layers that compute with their stored weights"
+            )
+        if self.optimizer != "sgd":
+            raise SettingsError(
+                f"optimizer: {self.optimizer} with low-bit-training integer; allowed: sgd, to "
+                "whose steps its gradients are scaled"
             )
         if self.weight_decay:
             raise SettingsError(

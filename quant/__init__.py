@@ -39,7 +39,7 @@ from quant.grid import (
     quantize_nearest,
     quantize_stochastic,
 )
-from quant.lowbit.eager import SGD
+from quant.lowbit.eager import SGD, AdamW
 from quant.lowbit.integer import IntegerSGD, stored_codes, stored_state, ternary
 from quant.lowbit.integer_layers import (
     INITIAL_RANGE,
@@ -52,28 +52,30 @@ from quant.lowbit.integer_layers import (
     scale_gradients,
     shared_scale,
 )
-from quant.lowbit.strict_sgd import StrictSGD
-from quant.qat.layers import (
-    QuantConfig,
-    QuantConv2d,
-    QuantLinear,
-    calibrate_activations,
-    federated_state,
+from quant.lowbit.strict import StrictAdamW, StrictSGD
+from quant.qat.base import LayerWeight, QuantLayer
+from quant.qat.config import QuantConfig
+from quant.qat.inputs import calibrate_activations, watched_inputs
+from quant.qat.layers import QuantConv2d, QuantLinear
+from quant.qat.prepare import (
     layers_by_weight,
-    load_state,
     prepare,
-    quantizable_weights,
-    quantize_model,
     quantized_layers,
     refit_scales,
     set_generator,
     set_scales,
-    spec_of,
-    tensors_of,
-    watched_inputs,
     weight_scales,
 )
 from quant.qat.rounding import calibrated_rounding
+from quant.qat.rules import LayerRule, register_layer
+from quant.qat.states import (
+    federated_state,
+    load_state,
+    quantize_model,
+    spec_of,
+    tensors_of,
+)
+from quant.qat.survey import quantizable_weights, unsupported_layers
 from quant.relevancy import cosine, relevancy_mask
 from quant.update import (
     QuantizedTensor,
@@ -98,6 +100,7 @@ __all__ = [
     "MIN_BITS",
     "SGD",
     "STYPE",
+    "AdamW",
     "Expected",
     "FineTuning",
     "FlatUpdate",
@@ -106,6 +109,8 @@ __all__ = [
     "IntegerInput",
     "IntegerOutput",
     "IntegerSGD",
+    "LayerRule",
+    "LayerWeight",
     "Losses",
     "ModelFileError",
     "NonFiniteError",
@@ -114,6 +119,7 @@ __all__ = [
     "ProgressiveDequantizer",
     "QuantConfig",
     "QuantConv2d",
+    "QuantLayer",
     "QuantLinear",
     "QuantizedTensor",
     "Reference",
@@ -121,6 +127,7 @@ __all__ = [
     "ScaleError",
     "Scaled",
     "StartReference",
+    "StrictAdamW",
     "StrictSGD",
     "Update",
     "UpdateError",
@@ -168,6 +175,7 @@ __all__ = [
     "quantize_stochastic",
     "quantized_layers",
     "refit_scales",
+    "register_layer",
     "relevancy_mask",
     "scale_gradients",
     "set_generator",
@@ -182,6 +190,7 @@ __all__ = [
     "ternary",
     "ternary_scales",
     "unpack",
+    "unsupported_layers",
     "upload_bits",
     "watched_inputs",
     "weight_scales",

@@ -1,7 +1,8 @@
 """The symmetric, zero-point-free grid of a bit-width: scales, rounding and their inverse.
 
 A tensor of bit-width ``k`` is stored as codes in ``[-(2**(k-1) - 1), 2**(k-1) - 1]`` and one
-float32 scale per output channel (dimension 0). Only this file defines it.
+float32 scale per channel, an index of dimension 0: an output channel, of a transposed convolution
+an input channel, of an embedding a row. Only this file defines it.
 """
 
 from collections.abc import Iterator

@@ -196,6 +196,7 @@ def _context(settings: Settings, kind: type[MixedPrecisionStrategy]) -> Strategy
         node_wait=settings.node_wait,
         broadcast=_broadcast(settings, kind),
         low_bit_training=settings.low_bit_training,
+        optimizer=settings.optimizer,
         upload=None if settings.upload == "auto" else settings.upload,
         weight_step=settings.weight_step,
         norm_bound=settings.norm_bound,

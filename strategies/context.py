@@ -10,7 +10,7 @@ from core.arguments import check_number
 from core.constructors import Broadcast, checked, names_in
 from core.errors import SettingsError
 from core.options import shown
-from core.settings import LowBitTraining, Upload
+from core.settings import LocalOptimizer, LowBitTraining, Upload
 from quant import Update
 
 Predict = Callable[[Mapping[str, Tensor]], Tensor]
@@ -52,6 +52,8 @@ class StrategyContext:
         or as codes of their own width that the server rounded.
     low_bit_training : {"qat", "strict", "integer"}
         How low-bit clients train.
+    optimizer : {"sgd", "adamw"}
+        What takes the steps of local training.
     upload : {"forward", "dithered", "stored"}, optional
         What they send of their weights (`quant.upload`); by default what the strategy prefers.
     weight_step : float
@@ -116,6 +118,7 @@ class StrategyContext:
     examples_of: Callable[[int, int], int | None] | None = None
     broadcast: Broadcast = "float32"
     low_bit_training: LowBitTraining = "qat"
+    optimizer: LocalOptimizer = "sgd"
     upload: Upload | None = None
     weight_step: float = 0.0
     norm_bound: float = 10.0

@@ -109,7 +109,7 @@ class FedCOMGATE(FedCOM):
     Raises
     ------
     SettingsError
-        If `fraction_train` is below 1, or `broadcast` sends codes.
+        If `fraction_train` is below 1, `broadcast` sends codes, or `optimizer` is not SGD.
 
     Examples
     --------
@@ -132,6 +132,11 @@ class FedCOMGATE(FedCOM):
             raise SettingsError(
                 f"fraction-train: {context.fraction_train:g}, but fedcomgate's corrections need "
                 "every client in every round; allowed: 1"
+            )
+        if context.optimizer != "sgd":
+            raise SettingsError(
+                f"optimizer: {context.optimizer} with fedcomgate, whose corrections are of the "
+                "gradients that SGD moves by; allowed: sgd"
             )
         if context.broadcast != "float32":
             raise SettingsError(

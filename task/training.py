@@ -20,12 +20,15 @@ from core.errors import SettingsError
 from core.mix import check_client_bits
 from core.reference import in_one_line
 from core.seeds import Stream, derive_seed, drawn_under, seed_torch
-from core.settings import LowBitTraining, Settings, Upload
+from core.settings import LocalOptimizer, LowBitTraining, Settings, Upload
 from quant import (
     FLOAT_BITS,
     SGD,
+    AdamW,
     IntegerSGD,
+    LayerWeight,
     QuantConfig,
+    StrictAdamW,
     StrictSGD,
     Update,
     check_integer,
@@ -44,14 +47,16 @@ from quant import (
     set_scales,
     tensors_of,
     ternary_scales,
+    unsupported_layers,
     upload_bits,
     weight_scales,
 )
 from quant.lowbit.integer import sigma
-from quant.qat.layers import QuantLayer
 from task.calibration import calibrate_activations, calibrate_normalization
 from task.examples import Examples, Inputs, MetricSums, values_of
 
+# AdamW's own default.
+_BETA2 = 0.999
 # Small enough for the cache: twice as fast as 500 on a CPU.
 _EVALUATION_BATCH = 100
 # What a model is tried with.
@@ -76,13 +81,15 @@ class LocalTraining:
     epochs, batch_size : int
         Passes over the data, and images a step.
     learning_rate, momentum, weight_decay : float
-        Of SGD.
+        Of the optimizer; AdamW's first beta is the momentum, and its second 0.999.
     proximal_mu : float
         Factor of ``mu / 2 |w - w_received|^2`` in the loss (Li et al., arXiv:1812.06127).
     weight_step : float
         One step for all weights (fixed point); 0 fits each channel's.
     integer_learning_rate : float
         Of `quant.IntegerSGD`.
+    optimizer : {"sgd", "adamw"}
+        What takes the steps; of weights on a grid, its strict form (`quant.lowbit.strict`).
     """
 
     bits: int
@@ -97,6 +104,7 @@ class LocalTraining:
     proximal_mu: float = 0.0
     weight_step: float = 0.0
     integer_learning_rate: float = 8.0
+    optimizer: LocalOptimizer = "sgd"
 
     def __post_init__(self) -> None:
         check_client_bits(self.bits, "bits")
@@ -108,6 +116,7 @@ class LocalTraining:
             low_bit_training=self.low_bit_training,
             local_epochs=self.epochs,
             batch_size=self.batch_size,
+            optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
@@ -125,6 +134,7 @@ class LocalTraining:
             gradient_bits=settings.gradient_bits_of(bits),
             epochs=settings.local_epochs,
             batch_size=settings.batch_size,
+            optimizer=settings.optimizer,
             learning_rate=_decayed(settings.learning_rate, settings, server_round),
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
@@ -431,9 +441,10 @@ def check_quantizable(model: nn.Module, name: str) -> None:
     if quantizable_weights(model):
         return
     kinds = {type(m).__name__ for m in model.modules() if not list(m.children())}
+    left = unsupported_layers(model)
     raise SettingsError(
         f"model: {name!r} has no layer to quantize, only {', '.join(sorted(kinds)) or 'none'}; "
-        "nn.Conv2d and nn.Linear layers are, but no subclass of them and no tied weight"
+        f"{left[0] if left else 'none of them has weights of two or more dimensions'}"
     )
 
 
@@ -529,16 +540,16 @@ def _logits(network: nn.Module, examples: Inputs, training: bool) -> Tensor:
 
 
 @contextmanager
-def _on_grid(layers: Collection[QuantLayer]) -> Iterator[None]:
-    """Put the weights of some layers on their grids, on which their layers see them anyway."""
-    before = [layer.weight.clone() for layer in layers]
-    for layer in layers:
-        layer.weight.copy_(layer.quantized_weight())
+def _on_grid(weights: Collection[LayerWeight]) -> Iterator[None]:
+    """Put some weights on their grids, on which their layers see them anyway."""
+    before = [weight.parameter.clone() for weight in weights]
+    for weight in weights:
+        weight.parameter.copy_(weight.quantized())
     try:
         yield
     finally:
-        for layer, weight in zip(layers, before, strict=True):
-            layer.weight.copy_(weight)
+        for weight, values in zip(weights, before, strict=True):
+            weight.parameter.copy_(values)
 
 
 def _prepare(
@@ -564,24 +575,25 @@ def _prepare(
 def _optimizer(
     model: nn.Module, config: LocalTraining, noise: torch.Generator
 ) -> torch.optim.Optimizer:
-    sgd: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "momentum": config.momentum,
-        "weight_decay": config.weight_decay,
-    }
+    rate, decay = config.learning_rate, config.weight_decay
+    own: dict[str, Any] = {"lr": rate, "weight_decay": decay}
+    if config.optimizer == "adamw":
+        own["betas"] = (config.momentum, _BETA2)
+    else:
+        own["momentum"] = config.momentum
     if config.in_integers:
         rate = config.integer_learning_rate
         parameters = dict(model.named_parameters())
         return IntegerSGD(parameters, config.bits, lr=rate, generator=noise)
     if config.bits == FLOAT_BITS or config.low_bit_training == "qat":
-        return SGD(model.parameters(), **sgd)
-    return StrictSGD(
+        return (AdamW if config.optimizer == "adamw" else SGD)(model.parameters(), **own)
+    return (StrictAdamW if config.optimizer == "adamw" else StrictSGD)(
         model.named_parameters(),
         weight_scales(model),
         config.bits,
         gradient_bits=config.gradient_bits,
         generator=noise,
-        **sgd,
+        **own,
     )
 
 

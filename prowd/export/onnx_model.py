@@ -1,6 +1,7 @@
 """A network at a bit-width as an ONNX model with QuantizeLinear and DequantizeLinear nodes.
 
-Weights are integers: INT4 up to 4 bits, INT8 up to 8, INT16 above, with one scale a channel.
+Weights of convolutions, linear layers and embeddings are integers: INT4 up to 4 bits, INT8 up to 8,
+INT16 above, with one scale a channel; those of attention, recurrent layers and others are float32.
 Activations pass through QuantizeLinear and DequantizeLinear where the network has grids, behind a
 Clip where the grid has fewer levels than its integer type. The rest stays as it was.
 """
@@ -13,9 +14,19 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
 from core.errors import SettingsError
-from quant import FLOAT_BITS, QuantConv2d, QuantLinear, quantize_nearest, quantized_layers
+from quant import FLOAT_BITS, QuantLayer, quantize_nearest, quantized_layers
 from quant.grid import per_channel
-from quant.qat.layers import QuantLayer
+from quant.qat.layers import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantEmbedding,
+    QuantEmbeddingBag,
+    QuantLinear,
+)
 from task.data.to_input import normalize
 
 # The first that has INT4 and INT16 for both nodes.
@@ -86,21 +97,17 @@ class _FromPixels(nn.Module):
 
 
 class _Nodes(QuantLayer):
-    """Weight and input of a quantization-aware layer as nodes of ONNX."""
+    """Weights and input of a quantization-aware layer as nodes of ONNX."""
 
-    bias: Any
-    added_bias: Tensor | None
-    codes: Tensor
     input_scale: Tensor
     input_zero: Tensor
 
     def attach_nodes(self) -> None:
         bits = self.config.weight_bits
-        self.register_buffer("codes", quantize_nearest(self.weight, self.weight_scale, bits))
-        # By itself: onnxruntime rounds the bias inside of a quantized layer to whole steps of input
-        # times weight, and computes such a layer with sums that overflow on some processors.
-        self.register_parameter("added_bias", self.bias)
-        self.bias = None
+        for name in self.weight_names:
+            if self.owner(name) == (self, name):
+                codes = quantize_nearest(self.get_parameter(name), self.scale(name), bits)
+                self.register_buffer(_codes_name(name), codes)
         if self.input_grid is None:
             return
         low, wide = self.input_grid.low, self.config.activation_bits > 8
@@ -108,19 +115,19 @@ class _Nodes(QuantLayer):
         self.register_buffer("input_scale", torch.tensor(self.input_grid.scale))
         self.register_buffer("input_zero", torch.tensor(0, dtype=signed if low else unsigned))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)
-        if self.added_bias is None:
-            return y
-        return y + per_channel(self.added_bias, self.weight.ndim - 1)
-
-    def quantized_weight(self) -> Tensor:
-        return _dequantized(self.codes, self.weight_scale, None)
+    def quantized_weight(self, name: str = "weight") -> Tensor:
+        layer, attribute = self.owner(name)
+        codes, scale = layer.get_buffer(_codes_name(attribute)), self.scale(name)
+        if isinstance(self, _WITH_INTEGERS):
+            return _dequantized(codes, scale, None)
+        return codes.float() * per_channel(scale, codes.ndim)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         grid = self.input_grid
         if grid is None:
             return x
+        if not isinstance(self, _WITH_INTEGERS):
+            return x.div(grid.scale).round().clamp(grid.low, grid.high) * grid.scale
         limits = torch.iinfo(self.input_zero.dtype)
         if (grid.low, grid.high) != (limits.min, limits.max):
             x = x.clamp(grid.low * grid.scale, grid.high * grid.scale)
@@ -134,12 +141,44 @@ class _Nodes(QuantLayer):
         return _dequantized(codes, self.input_scale, self.input_zero)
 
 
-class _Conv2d(_Nodes, QuantConv2d):
-    pass
+class _WithBias(_Nodes):
+    """A layer whose bias is a node of its own.
+
+    Inside of a quantized layer onnxruntime rounds it to whole steps of input times weight, and
+    computes such a layer with sums that overflow on some processors.
+    """
+
+    bias: Any
+    weight: Tensor
+    added_bias: Tensor | None
+
+    def attach_nodes(self) -> None:
+        super().attach_nodes()
+        self.register_parameter("added_bias", self.bias)
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        if self.added_bias is None:
+            return y
+        return y + per_channel(self.added_bias, self.weight.ndim - 1)
 
 
-class _Linear(_Nodes, QuantLinear):
-    pass
+_BIASED = (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)
+# All others may transpose in their forward pass; onnxruntime then moves a DequantizeLinear behind
+# that and writes a node of another type. They round with ordinary nodes and have float32 weights.
+_WITH_INTEGERS = (
+    *_BIASED,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantEmbedding,
+    QuantEmbeddingBag,
+)
+
+
+def _codes_name(weight: str) -> str:
+    return f"{weight}_codes".removeprefix("weight_")
 
 
 def _dequantized(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -167,7 +206,9 @@ def _with_nodes(network: nn.Module) -> nn.Module:
             "is no ONNX model"
         )
     for layer in layers:
-        layer.__class__ = _Conv2d if isinstance(layer, QuantConv2d) else _Linear
+        kind = type(layer)
+        nodes = _WithBias if isinstance(layer, _BIASED) else _Nodes
+        layer.__class__ = type(f"_{kind.__name__}", (nodes, kind), {})
         assert isinstance(layer, _Nodes)
         layer.attach_nodes()
     return network
@@ -188,8 +229,9 @@ def _narrow(graph: Any, network: nn.Module) -> None:
 
     int4 = helper.tensor_dtype_to_np_dtype(TensorProto.INT4)
     narrow = {
-        f"network.{name}.codes"
+        ".".join(["network", *([name] if name else []), _codes_name(weight)])
         for name, layer in quantized_layers(network)
+        for weight in layer.weight_names
         if layer.config.weight_bits <= _INT4_BITS
     }
     for tensor in graph.initializer:

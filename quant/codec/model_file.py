@@ -25,16 +25,9 @@ from quant.codec.layout import FlatUpdate
 from quant.codec.packing import pack, packed_size, unpack
 from quant.grid import largest_code
 from quant.qat.activations import ActivationGrid
-from quant.qat.layers import (
-    QuantConfig,
-    federated_state,
-    load_state,
-    prepare,
-    quantized_layers,
-    set_scales,
-    spec_of,
-    weight_scales,
-)
+from quant.qat.config import QuantConfig
+from quant.qat.prepare import prepare, quantized_layers, set_scales, weight_scales
+from quant.qat.states import federated_state, load_state, spec_of
 from quant.update import QuantizedTensor, Update, quantize_state
 
 _VERSION = 3
@@ -111,8 +104,6 @@ class PackedModel:
             self._check_grid(layer, grid)
 
     def _check_grid(self, layer: str, grid: ActivationGrid) -> None:
-        if f"{layer}.weight".removeprefix(".") not in self.update.quantized:
-            raise ValueError(f"there is no layer {layer!r} that a grid could be of")
         bits = self.activation_bits
         ends = []
         if bits != FLOAT_BITS:
@@ -173,7 +164,10 @@ class PackedModel:
         if self.bits != FLOAT_BITS:
             prepare(network, QuantConfig(self.bits, self.activation_bits))
             set_scales(network, self.update.scales)
-            for name, layer in quantized_layers(network):
+            layers = dict(quantized_layers(network))
+            if odd := sorted(self.grids.keys() - layers.keys()):
+                raise ModelFileError(f"there is no layer {odd[0]!r} that a grid could be of")
+            for name, layer in layers.items():
                 layer.input_grid = self.grids.get(name)
         return network.eval()
 

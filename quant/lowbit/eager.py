@@ -34,3 +34,16 @@ class Adam(Eager, torch.optim.Adam):
     """`torch.optim.Adam`, neither to be compiled nor to be differentiated through."""
 
     step = torch.no_grad()(unwrap(torch.optim.Adam.step))
+
+
+class AdamW(Eager, torch.optim.AdamW):
+    """`torch.optim.AdamW`, neither to be compiled nor to be differentiated through.
+
+    >>> weight = nn.Parameter(torch.ones(1))
+    >>> weight.grad = torch.tensor([2.0])
+    >>> AdamW([weight], lr=0.25, weight_decay=0.0).step()
+    >>> weight.detach()
+    tensor([0.7500])
+    """
+
+    step = torch.no_grad()(unwrap(torch.optim.Adam.step))

@@ -27,7 +27,10 @@ from quant.lowbit.integer import (
     stored,
     ternary,
 )
-from quant.qat.layers import QuantConfig, QuantConv2d, QuantLayer, QuantLinear, prepare
+from quant.qat.base import QuantLayer
+from quant.qat.config import QuantConfig
+from quant.qat.layers import QuantConv2d, QuantLinear
+from quant.qat.prepare import prepare
 
 # Of the uniform initial weights: half a ternary step more than the outer level.
 INITIAL_RANGE = 0.75
@@ -188,16 +191,14 @@ class _Ternary(torch.autograd.Function):
 class IntegerLayer(QuantLayer):
     """A layer that computes with T(S), the ternary form of its stored weights."""
 
-    @torch.no_grad()
-    def refit_scale(self) -> None:
-        """Take the one step of the width; it does not depend on the weights."""
-        check_finite(self.weight, "the weight")
-        step = sigma(self.config.weight_bits)
-        self.weight_scale = self.weight.new_full(self.weight.shape[:1], step)
+    def fitted_scale(self, weight: Tensor) -> Tensor:
+        """Return the one step of the width; it does not depend on the weights."""
+        check_finite(weight, "the weight")
+        return weight.new_full(weight.shape[:1], sigma(self.config.weight_bits))
 
-    def quantized_weight(self) -> Tensor:
+    def quantized_weight(self, name: str = "weight") -> Tensor:
         """Return T(S), with a straight-through gradient."""
-        weight: Tensor = _Ternary.apply(self.weight, self.config.weight_bits)
+        weight: Tensor = _Ternary.apply(getattr(self, name), self.config.weight_bits)
         return weight
 
 
@@ -268,10 +269,14 @@ def check_integer(model: nn.Module) -> None:
     ValueError: weight is not the weight of a quant.Scaled layer
     """
     check_kind("model", model, nn.Module)
-    scaled = {name for name, _ in scaled_weights(model)}
+    scaled = dict(scaled_weights(model))
     for name, _ in model.named_parameters():
         if name not in scaled:
             raise ValueError(f"{name} is not the weight of a quant.Scaled layer")
+        layer: nn.Module = scaled[name].layer
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            what = f"{name} is of a {type(layer).__name__}"
+            raise ValueError(f"{what}; allowed in quant.Scaled: Conv2d and Linear")
     for kind in (IntegerInput, IntegerOutput):
         if not any(isinstance(module, kind) for module in model.modules()):
             raise ValueError(f"there is no quant.{kind.__name__}")

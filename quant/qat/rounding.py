@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant.grid import check_finite, check_scale, largest_code, naming
-from quant.qat.layers import QuantConv2d, QuantLinear, layers_by_weight, watched_inputs
+from quant.grid import check_finite, check_scale, largest_code, naming, quantize_nearest
+from quant.qat.inputs import watched_inputs
+from quant.qat.layers import QuantConv2d, QuantLinear
+from quant.qat.prepare import layers_by_weight
+from quant.qat.survey import survey
 from quant.update import QuantizedTensor
 
 # Rows of a layer's input that its second moments are taken from.
@@ -42,7 +45,9 @@ def calibrated_rounding(
     Returns
     -------
     dict of str to QuantizedTensor
-        By weight name. Layers that the pass does not reach are left out.
+        By weight name. Weights of `nn.Conv2d` and `nn.Linear` layers are rounded for their inputs,
+        and left out where the pass does not reach them. All others, and those that several layers
+        hold, are rounded to nearest.
 
     Raises
     ------
@@ -56,14 +61,25 @@ def calibrated_rounding(
     ['0.weight']
     """
     rounded: dict[str, QuantizedTensor] = {}
-    layers = dict(layers_by_weight(model))
+    places, layers = survey(model).on_grid, {}
+    for name, held in layers_by_weight(model):
+        # Of a subclass' too, as of one whose weights are ternary.
+        if isinstance(held.layer, (QuantConv2d, QuantLinear)) and len(places.get(name, ())) == 1:
+            layers[name] = held.layer
+            continue
+        with naming(name):
+            bits = held.layer.config.weight_bits
+            rounded[name] = QuantizedTensor(
+                quantize_nearest(held.parameter, held.scale, bits), held.scale
+            )
+        held.parameter.copy_(rounded[name].dequantize())
 
     def round_layer(name: str, x: Tensor) -> None:
         # A layer that is used twice is rounded for its first input.
         if name in rounded:
             return
         layer = layers[name]
-        bits, scale = layer.config.weight_bits, layer.weight_scale
+        bits, scale = layer.config.weight_bits, layer.scale()
         with naming(name):
             check_finite(x, "the input of its layer")
             moments = second_moments(layer, layer.quantized_input(x))

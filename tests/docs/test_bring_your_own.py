@@ -1,5 +1,6 @@
 """docs/bring-your-own.md: each example run as it stands, by the real ServerApp and ClientApps."""
 
+import importlib
 import json
 import re
 import runpy
@@ -8,11 +9,14 @@ import subprocess
 import tomllib
 
 import pytest
+import torch
 from documents import PROJECT, importable, section
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
+from torch import nn
 
+from quant import QuantConfig, prepare, quantizable_weights, quantize_model
 from server_app.app import main
 
 DEFAULTS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
@@ -54,6 +58,17 @@ def test_any_folder_of_images(home):
     assert hits == pytest.approx(round(hits), abs=1e-6)
     identity = (folder / "checkpoint" / "last.safetensors").read_bytes()
     assert b"1438 + 359 images" in identity
+
+
+def test_a_layer_of_ones_own_is_quantized(home):
+    section("bring-your-own.md", "A layer").write(home)
+    layers = importlib.import_module("my_package.layers")
+    model = nn.Sequential(layers.LowRank(6, 2), nn.Linear(6, 3))
+    assert quantizable_weights(model) == ["0.down", "0.up", "1.weight"]
+    x = torch.randn(5, 6)
+    rounded = quantize_model(model, 3).dequantize()
+    expected = x @ rounded["0.down"].T @ rounded["0.up"].T
+    assert torch.equal(prepare(model, QuantConfig(3))[0](x), expected)
 
 
 def test_a_partition_file(home):

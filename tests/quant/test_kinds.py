@@ -59,6 +59,7 @@ NO_MODEL = "model: a NoneType is not allowed: it should be a Module"
                 lambda: prepare(None, QuantConfig(4)),
                 lambda: quant.quantize_model(None, 4),
                 lambda: quant.quantizable_weights(None),
+                lambda: quant.unsupported_layers(None),
                 lambda: quant.federated_state(None),
                 lambda: quant.spec_of(None),
                 lambda: quant.load_state(None, {}),

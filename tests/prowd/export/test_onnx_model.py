@@ -187,3 +187,36 @@ def test_a_model_that_torch_cannot_write_is_refused_in_one_line():
     with pytest.raises(SettingsError, match=r"^ONNX: torch cannot write this model: .+") as raised:
         to_onnx(Branching(), 1, 2)
     assert "\n" not in str(raised.value)
+
+
+class Sequence(nn.Module):
+    """Rows as tokens: an embedding that is the head too, attention, Conv1d, and a GRU."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 6)
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.conv = nn.Conv1d(6, 6, 3, padding=1, groups=3)
+        self.gru = nn.GRU(6, 6, batch_first=True)
+        self.head = nn.Linear(6, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        y = self.embed((x[:, 0, 0] * 2 + 4).round().long())
+        y = self.conv(self.attend(y, y, y, need_weights=False)[0].mT).mT
+        return self.head(self.gru(y)[0][:, -1])
+
+
+def test_layers_of_every_kind_are_written():
+    torch.manual_seed(0)
+    network, pixels = prepared(Sequence(), 4, 1, 9), images(50, 1, 9)
+    data = to_onnx(network, 1, 9)
+    want, got = in_torch(network, pixels), in_onnxruntime(data, pixels)
+    assert np.isclose(got, want, rtol=0, atol=1e-5 * np.ptp(want)).mean() > 0.95
+    assert np.abs(got - want).max() < 0.1 * np.ptp(want)
+    tensors = stored(data)
+    for name in ("embed", "conv"):
+        assert tensors[f"network.{name}.codes"].data_type == TensorProto.INT4
+    # The head's weight is that of the embedding.
+    assert "network.head.codes" not in tensors
+    assert not any(name.endswith("weight") for name in tensors)

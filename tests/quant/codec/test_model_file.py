@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from federation import assert_same_update
+from layer_cases import made, tensors_in
 from measuring import peak_memory
 from safetensors.torch import load_file
 from torch import nn
@@ -205,7 +206,6 @@ def test_the_message_names_the_file_and_what_is_wrong(tmp_path):
         ({"activation_bits": 17}, "bits is 17"),
         ({"activation_bits": 3}, "the grid of 0 is not one of 3 bits"),
         ({"activation_bits": 32}, "the grid of 0 is not one of 32 bits"),
-        ({"grids": {"9": [0.5, 0, 15]}}, "there is no layer '9'"),
         ({"grids": {"0": [0.0, 0, 15]}}, "the scale of the grid of 0 is 0.0"),
         ({"grids": {"0": [float("inf"), 0, 15]}}, "the scale of the grid of 0 is inf"),
         ({"grids": {"0": [0.5, -8, 7]}}, "the grid of 0 is not one of 4 bits"),
@@ -224,6 +224,30 @@ def test_a_head_that_makes_no_sense_is_refused(change, message, tmp_path):
     head, arrays = parts(packed_of(4), tmp_path)
     with pytest.raises(ModelFileError, match=message.replace("(", r"\(")):
         load_altered({**head, **change}, arrays, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tied", "attending", "gru"])
+def test_layers_of_every_kind_come_back(name, tmp_path):
+    """Of a shared weight too, whose second layer has a grid and no tensor of its own."""
+    model, inputs = made(name)
+    network = prepare(made(name)[0], QuantConfig(4, 6)).eval()
+    calibrate_activations(network, lambda network: network(*inputs))
+    about = {**ABOUT, "num_classes": 2}
+    loaded = load_model(saved(PackedModel.of(network, **about), tmp_path / "file"))
+    nn.init.zeros_(next(model.parameters()))
+    again = loaded.network(model)
+    for one, other in zip(tensors_in(again(*inputs)), tensors_in(network(*inputs)), strict=True):
+        assert torch.equal(one, other)
+    grids = {n: layer.input_grid for n, layer in quantized_layers(again)}
+    assert grids == {n: layer.input_grid for n, layer in quantized_layers(network)}
+    assert any(grids.values())
+
+
+def test_a_grid_of_no_layer_is_refused(tmp_path):
+    head, arrays = parts(packed_of(4), tmp_path)
+    odd = load_altered({**head, "grids": {**head["grids"], "9": [0.5, 0, 15]}}, arrays, tmp_path)
+    with pytest.raises(ModelFileError, match="there is no layer '9' that a grid could be of"):
+        odd.network(small())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from quant.lowbit.eager import SGD, Adam
+from quant.lowbit.eager import SGD, Adam, AdamW
 
 
 def trained(kind, model, **options):
@@ -31,6 +31,7 @@ def trained(kind, model, **options):
         (SGD, torch.optim.SGD, {"lr": 0.1}),
         (SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
         (Adam, torch.optim.Adam, {"lr": 0.01}),
+        (AdamW, torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.99), "weight_decay": 0.1}),
     ],
 )
 def test_steps_are_torchs_own(ours, torchs, options):

@@ -381,6 +381,10 @@ def test_a_prepared_network_takes_other_widths():
         (nn.Sequential(linear([[1.0]]), nn.BatchNorm1d(1)), r"1\.weight is not the weight"),
         (nn.Sequential(linear([[1.0]]), IntegerOutput()), r"there is no quant\.IntegerInput"),
         (nn.Sequential(IntegerInput(), linear([[1.0]])), r"there is no quant\.IntegerOutput"),
+        (
+            nn.Sequential(IntegerInput(), Scaled(nn.Conv1d(1, 1, 1, bias=False)), IntegerOutput()),
+            r"1\.layer\.weight is of a Conv1d; allowed in quant\.Scaled: Conv2d and Linear",
+        ),
     ],
 )
 def test_what_has_no_integer_form_is_refused(model, said):

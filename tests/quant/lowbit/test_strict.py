@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from quant import StrictSGD, absmax_scale, largest_code
+from quant import StrictAdamW, StrictSGD, absmax_scale, largest_code
 from quant.qat.activations import fake_quantize_gradient
 
 
@@ -206,3 +206,43 @@ def test_the_gradient_grid_is_that_of_the_errors():
     weight.grad = gradient.clone()
     optimizer.step()
     assert torch.equal(weight, -fake_quantize_gradient(gradient, 4, generator(3)).round())
+
+
+def test_adamw_by_hand():
+    # The first step is lr in the gradient's direction whatever its size, the decay lr * 0.5 * w:
+    # 4 - 0.5 * 0.5 * 4 - 0.5 = 2.5 and -2 + 0.5 * 0.5 * 2 + 0.5 = -1, levels of 0.5.
+    weight, bias = parameter([[4.0, -2.0]]), parameter([0.3])
+    named = [("w", weight), ("b", bias)]
+    scales, options = {"w": torch.tensor([0.5])}, {"lr": 0.5, "eps": 1e-12}
+    optimizer = StrictAdamW(named, scales, 8, generator=generator(), weight_decay=0.5, **options)
+    weight.grad, bias.grad = torch.tensor([[1e-3, -20.0]]), torch.tensor([4.0])
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([[2.5, -1.0]]), rtol=0, atol=1e-6)
+    assert bias.item() == pytest.approx(0.3 - 0.25 * 0.3 - 0.5)
+
+
+def test_small_steps_of_adamw_move_weights_by_their_size_on_average():
+    # 100 steps of 0.05 levels each, as the gradient is always the same: 5 levels.
+    weight = nn.Parameter(torch.zeros(1, 20_000))
+    scales = {"w": torch.tensor([1.0])}
+    optimizer = StrictAdamW([("w", weight)], scales, 8, generator=generator(), lr=0.05)
+    for _ in range(100):
+        weight.grad = torch.full_like(weight, -3.0)
+        optimizer.step()
+    assert abs(weight.mean().item() - 5) < 5 * (4.75 / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"betas": (1.0, 0.9)}, r"betas\[0\]: 1.0 is not allowed: it should be a number >= 0, < 1"),
+        ({"betas": (0.9, -1.0)}, r"betas\[1\]: -1.0 is not allowed"),
+        ({"eps": 0.0}, "eps: 0.0 is not allowed: it should be a number > 0"),
+        ({"lr": 0.0}, "lr: 0.0 is not allowed"),
+        ({"weight_decay": -1.0}, "weight_decay: -1.0 is not allowed"),
+    ],
+)
+def test_strict_adamw_refuses_in_one_line(options, words):
+    named = [("w", parameter([[1.0]]))]
+    with pytest.raises(ValueError, match=words):
+        StrictAdamW(named, {}, 4, **{"lr": 0.1, "generator": generator(), **options})
