@@ -361,6 +361,11 @@ class Settings(Options):
         return cls.read({key: value for key, value in run_config.items() if key in known})
 
     @property
+    def data_name(self) -> str:
+        """What the data is called in the names of runs."""
+        return self.dataset if self.task == "images" else self.task
+
+    @property
     def model_name(self) -> str:
         """What the model is called in errors and files."""
         return self.model if self.task == "images" else f"{self.task}.model"

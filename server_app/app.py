@@ -66,13 +66,14 @@ def _open_record(run_config: Mapping[str, object]) -> RunRecord:
     """Make the record before all settings are known to be good: a failed run leaves one too."""
     defaults = Settings()
     strategy = str(run_config.get("strategy") or defaults.strategy)
-    dataset = str(run_config.get("dataset") or defaults.dataset)
+    task = str(run_config.get("task") or defaults.task)
+    data = str(run_config.get("dataset") or defaults.dataset) if task == "images" else task
     output_dir = _one(run_config, "output-dir").output_dir
     try:
         run_name = _one(run_config, "run-name").run_name
     except SettingsError:
         run_name = ""  # It is refused with all the others, and the record holds the reason.
-    return open_record(output_dir, run_name, _slug(strategy), _slug(dataset))
+    return open_record(output_dir, run_name, _slug(strategy), _slug(data))
 
 
 def _one(run_config: Mapping[str, object], key: str) -> Settings:

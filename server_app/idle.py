@@ -13,6 +13,7 @@ from core.settings import Settings
 from quant import FLOAT_BITS
 from strategies import STRATEGIES
 from task.calibration import has_statistics
+from task.tasks import TASKS
 
 # What has an effect only where another setting is not as named here; the strategies' own options
 # declare it themselves (`IdleWith`, `Idle`).
@@ -22,12 +23,20 @@ _NEEDS = {
     "integer-learning-rate": ("low-bit-training", ("qat", "strict")),
     "upload": ("low-bit-training", ("strict",)),
 }
+# What the other built-in tasks do not look at; one of the user's own may.
+_OF_IMAGES = frozenset(
+    {
+        *("dataset", "image-size", "image-channels", "classes", "model", "partitioner"),
+        *("partition-file", "dirichlet-alpha", "validation-samples"),
+    }
+)
+# What describes the devices' images where the server has none.
+_OF_DEVICES = ("classes", "image-channels")
 # What has none where all clients are Float32.
 _OF_LOW_BITS = frozenset(
     {
         *("low-bit-training", "weight-step", "activation-bits", "gradient-bits", "broadcast"),
-        "upload",
-        *("lossless-coding", "integer-learning-rate"),
+        *("lossless-coding", "integer-learning-rate", "upload"),
     }
 )
 
@@ -88,11 +97,20 @@ def _why_idle(key: str, one: _Option, given: Mapping[str, object], simulated: bo
     needed: str
     idle_at: tuple[object, ...]
     needed, idle_at = _NEEDS.get(key, ("", ()))
+    if needed == "dataset" and given["task"] != "images":
+        needed = ""
     for mark in one.marks:
         if isinstance(mark, IdleWith):
             needed, idle_at = f"{one.owner}-{mark.key}", (mark.value,)
     if needed and given[needed] in idle_at:
         return f"{needed}={given[needed]}"
+    if key in _OF_IMAGES and given["task"] != "images" and given["task"] in TASKS:
+        return f"task={given['task']}"
+    if key in _OF_DEVICES and given["task"] == "images":
+        if given["dataset"] != "image-folder":
+            return f"dataset={given['dataset']}"
+        if given["data-dir"]:
+            return f"data-dir={given['data-dir']}"
     strategy = str(given["strategy"])
     # Of a class of the user's own nothing is known.
     known = STRATEGIES.get(strategy.partition(":")[0])

@@ -257,7 +257,7 @@ def finish(grid: Grid, run: Run, record: RunRecord, saved: Checkpoint | None = N
     """Run the rounds that are left, and leave the last model whatever ends them."""
     strategy, name = run.strategy, run.settings.strategy
     where = printable(run.folder)
-    log(INFO, "prowd: %s on %s, record in %s", name, run.settings.dataset, where)
+    log(INFO, "prowd: %s on %s, record in %s", name, run.settings.data_name, where)
     if saved is None:
         strategy.nodes.gather(grid)
         done, model = 0, federated_state(run.model)

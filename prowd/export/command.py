@@ -59,6 +59,12 @@ def export(
             f"--bits: {bits} of a run with low-bit-training integer; allowed: {FLOAT_BITS}, as no "
             "file says that weights compute as ternary ones"
         )
+    if run.settings.task != "images" or not run.evaluator.has_examples:
+        raise SettingsError(
+            f"{run_dir} is of task {run.settings.task!r}, with "
+            f"{'a' if run.evaluator.has_examples else 'no'} test set on the server; allowed: "
+            "images, and a test set, as the files say how pixels enter the network"
+        )
     yield _recorded(entries[-1], bits)
     network = run.evaluator.network(run.strategy.model_for(bits, state)).cpu()
     images, data = evaluation_images(run.settings), load_dataset(run.settings)

@@ -80,6 +80,27 @@ def test_an_upload_that_has_no_effect_is_reported(settings, why):
     assert f"upload: 'dithered' has no effect with {why}" in lines
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"task": "text", "model": "cnn"}, "model: 'cnn' has no effect with task=text"),
+        ({"task": "table", "image-size": 8}, "image-size: 8 has no effect with task=table"),
+        ({"classes": "a,b"}, "classes: 'a,b' has no effect with dataset=digits"),
+        (
+            {"dataset": "image-folder", "data-dir": "/x", "image-channels": 1},
+            "image-channels: 1 has no effect with data-dir=/x",
+        ),
+    ],
+)
+def test_what_a_task_does_not_look_at_is_reported(settings, line):
+    assert line in idle_settings({**Settings().to_settings(), **settings})
+
+
+def test_what_a_task_of_ones_own_looks_at_is_not_known():
+    given = {**Settings().to_settings(), "task": "my_tasks:Signals", "model": "cnn"}
+    assert not [line for line in idle_settings(given) if line.startswith("model")]
+
+
 @pytest.mark.parametrize(("training", "aligns"), [("qat", "off"), ("strict", "on")])
 def test_alignment_is_on_by_itself_where_it_was_seen_to_gain(training, aligns):
     context = StrategyContext(low_bit_training=training)

@@ -189,10 +189,19 @@ def test_what_cannot_be_exported_is_refused_in_one_line(folder, tmp_path, capsys
         f"prowd: --output: {file} is a file"
     )
     with monkeypatch.context() as patch:
-        patch.setattr("server_app.run.fingerprint", lambda data: "other")
+        patch.setattr("task.images.fingerprint", lambda data: "other")
         assert "the checkpoint is of another run: data is 'other'" in refused(capsys, folder)
     (folder / "rounds.jsonl").unlink()
     assert refused(capsys, folder).startswith(f"prowd: {folder}: rounds.jsonl lacks rounds 1 to ")
+
+
+def test_a_task_of_other_inputs_is_not_exported(tmp_path, capsys):
+    options = "context = 8, width = 8, depth = 1, heads = 1"
+    texts = {"task": "text", "task_options": options, "samples_per_client": 32}
+    folder = run(tmp_path, num_server_rounds=1, **texts)
+    assert refused(capsys, folder).startswith(
+        f"prowd: {folder} is of task 'text', with a test set on the server; allowed: images, and a"
+    )
 
 
 def test_there_is_no_model_of_local_training_nor_before_the_first_round(tmp_path, capsys):
