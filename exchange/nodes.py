@@ -77,6 +77,7 @@ class Nodes:
         self._queries = Queries(wait, facts or {})
         # Of nodes that have data of their own.
         self._numbers: dict[int, int] = {}
+        self._own_data = False
         self._before = 0
         self._parts = 0
         self._gathered = False
@@ -133,6 +134,7 @@ class Nodes:
             expected = self.num_partitions or self._min_nodes
             log(WARNING, "Continuing with %d of %d nodes", len(present), expected)
         self._welcome(present)
+        self._own_data = self._is_of_own_data()
         self._gathered = True
         self._present = present
         return present
@@ -178,15 +180,16 @@ class Nodes:
 
     def _votes(self) -> Counter[int]:
         """Nodes by the number of partitions that they declare."""
-        if any(map(_has_own_data, self._declared.values())):
+        if self._is_of_own_data():
             return Counter()
-        declared = Counter(d.num_partitions for d in self._declared.values())
+        all_declared = self._declared.values()
+        declared = Counter(d.num_partitions for d in all_declared if not _has_own_data(d))
         # Refused nodes count only where there are no others.
-        return declared or Counter(self._refused_parts.values())
+        return declared or Counter(parts for parts in self._refused_parts.values() if parts)
 
     def _is_complete(self, present: dict[int, Declaration]) -> bool:
         """Return whether the first gathering need not wait any longer."""
-        if any(not declaration.num_partitions for declaration in present.values()):
+        if present and self._is_of_own_data():
             # They have data of their own: how many there will be, only `min_nodes` says.
             return not self._queries and len(present) >= self._min_nodes
         expected = self.num_partitions
@@ -254,13 +257,21 @@ class Nodes:
         Nodes that have data of their own get a number instead, and are alone.
         """
         expected = self.num_partitions
-        if own := sorted(n for n, d in self._declared.items() if _has_own_data(d)):
+        if self._is_of_own_data():
+            own = sorted(n for n, d in self._declared.items() if _has_own_data(d))
             return {n: replace(self._declared[n], partition_id=self._number_of(n)) for n in own}
         holders: dict[int, int] = {}
         for node_id, declaration in self._declared.items():
-            if declaration.num_partitions == expected:
+            if declaration.num_partitions == expected and not _has_own_data(declaration):
                 holders.setdefault(declaration.partition_id, node_id)
         return {node_id: self._declared[node_id] for node_id in sorted(holders.values())}
+
+    def _is_of_own_data(self) -> bool:
+        """Whether nodes have data of their own: as most of the first gathering, and then always."""
+        if self._gathered:
+            return self._own_data
+        own = sum(map(_has_own_data, self._declared.values()))
+        return own > len(self._declared) - own
 
     def _number_of(self, node_id: int) -> int:
         """Return the number of a node that has data of its own, for as long as the run lasts."""
@@ -310,13 +321,16 @@ class Nodes:
         """Say once why a node whose declaration is good is not among those present."""
         expected = self.num_partitions
         holders = {d.partition_id: node_id for node_id, d in present.items()}
-        own = any(_has_own_data(self._declared[node_id]) for node_id in present)
+        own = self._is_of_own_data()
         for node_id, declaration in self._declared.items():
             parts, partition = declaration.num_partitions, declaration.partition_id
             if node_id in present:
                 self._refused.pop(node_id, None)
             elif node_id in self._refused:
                 continue
+            elif _has_own_data(declaration):
+                others = "the others hold partitions"
+                self._refuse(node_id, f"it has data of its own (data-path); {others}")
             elif own:
                 others = "the others have data of their own (data-path)"
                 self._refuse(node_id, f"it declares partition {partition} of {parts}; {others}")

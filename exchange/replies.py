@@ -1,7 +1,7 @@
 """Replies one by one, validated on receipt: report, payload, and how large its values are."""
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from statistics import stdev
 
@@ -19,6 +19,7 @@ from exchange.protocol import (
 )
 from exchange.round_plan import RoundPlan
 from quant import (
+    LARGEST_VALUE,
     STYPE,
     Update,
     UpdateError,
@@ -108,8 +109,12 @@ def read_report(
     if report.num_examples < 1:
         raise BadReply(f"it reports {report.num_examples} examples")
     least, most = metric_range
-    if not (isfinite(report.accuracy) and least <= report.accuracy <= most):
-        raise BadReply(f"it reports an accuracy of {report.accuracy}")
+    # Of a range without an end too, so that sums and squares stay finite.
+    least, most = max(least, -LARGEST_VALUE), min(most, LARGEST_VALUE)
+    if not least <= report.accuracy <= most:
+        raise BadReply(
+            f"it reports an accuracy of {report.accuracy}; allowed: {least:g} to {most:g}"
+        )
     if report.steps < 0 or not 0 <= report.began_clean <= 1:
         raise BadReply(f"it reports {report.steps} steps, began_clean {report.began_clean}")
     if not isfinite(report.seconds):
@@ -161,7 +166,11 @@ def read_reply(
         cannot be true.
     """
     report = read_report(reply, server_round, metric_range)
-    if report.num_examples > client.num_examples:
+    if not client.num_partitions:
+        # Data of its own may grow while it is connected; its weight does not.
+        most_steps = None
+        report = replace(report, num_examples=min(report.num_examples, client.num_examples))
+    elif report.num_examples > client.num_examples:
         raise BadReply(
             f"it reports {report.num_examples} examples and declared {client.num_examples}"
         )

@@ -2,6 +2,7 @@
 
 import keyword
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from core.errors import SettingsError
@@ -77,15 +78,17 @@ def new_task(name: str, folder: Path) -> Iterator[str]:
     """
     if not name.isidentifier() or keyword.iskeyword(name) or not name.islower():
         raise SettingsError(f"NAME: {name!r} is no module's name; allowed: as in my_task")
-    if name in PACKAGES:
-        raise SettingsError(f"NAME: {name!r} is a package of prowd's own; allowed: another name")
     project, file = folder / "pyproject.toml", folder / f"{name}.py"
-    settings = project.read_text() if project.is_file() else ""
-    if "\nfab-include = [\n" not in settings:
-        raise SettingsError(f"{printable(folder)} is no checkout of prowd; allowed: run it in one")
     if file.exists():
         raise SettingsError(f"NAME: {printable(file)} exists already; allowed: another name")
     kind = "".join(word.capitalize() for word in name.split("_")) or name
+    if keyword.iskeyword(kind) or (name not in PACKAGES and find_spec(name) is not None):
+        raise SettingsError(f"NAME: {name!r} is taken in Python; allowed: another name")
+    if name in PACKAGES:
+        raise SettingsError(f"NAME: {name!r} is a package of prowd's own; allowed: another name")
+    settings = project.read_text() if project.is_file() else ""
+    if "\nfab-include = [\n" not in settings:
+        raise SettingsError(f"{printable(folder)} is no checkout of prowd; allowed: run it in one")
     file.write_text(_TEMPLATE.format(name=name, kind=kind))
     yield str(file)
     line = f'    "{name}.py",\n'

@@ -145,6 +145,6 @@ def idle_with_model(settings: Settings, model: nn.Module) -> list[str]:
     if settings.calibrate_normalization or has_statistics(model):
         return []
     return [
-        f"calibrate-normalization: False has no effect with model={settings.model}, which has no "
-        "BatchNorm"
+        f"calibrate-normalization: False has no effect with model={settings.model_name}, which "
+        "has no BatchNorm"
     ]

@@ -5,12 +5,13 @@ import json
 import os
 import platform
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from logging import WARNING
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,8 @@ class RunRecord:
         self.folder = folder
         if resumed_after is None:
             _make(folder)
-        self._best: dict[str, float] = {}
+        self._metrics: dict[str, list[float]] = {}
+        self._best_of: Callable[[list[float]], float] = max
         self._last: dict[str, Any] = {}
         self._uplink = self._downlink = 0
         self.short_rounds = self.dropped_rounds = 0
@@ -175,6 +177,8 @@ class RunRecord:
 
         All of it before each resume stays.
         """
+        if (chosen or {}).get("better") == "lower":
+            self._best_of = min
         date = self._started.isoformat(timespec="seconds")
         config: dict[str, Any] = {
             "settings": dict(settings),
@@ -247,11 +251,12 @@ class RunRecord:
             raise RunEnded
 
     def _summary(self, status: str, reason: str) -> dict[str, Any]:
+        best = {width: self._best_of(values) for width, values in self._metrics.items()}
         return {
             "status": status,
             "reason": reason,
             "rounds": self._last.get("round", 0),
-            "accuracy": {"final": self._last.get("accuracy") or {}, "best": self._best},
+            "accuracy": {"final": self._last.get("accuracy") or {}, "best": best},
             "loss": {"final": self._last.get("loss") or {}},
             "uplink_bytes": self._uplink,
             "downlink_bytes": self._downlink,
@@ -292,7 +297,8 @@ class RunRecord:
         self.unused.add(entry)
         self._last = dict(entry)
         for width, value in (entry.get("accuracy") or {}).items():
-            self._best[width] = max(value, self._best.get(width, 0.0))
+            if value is not None and isfinite(value):
+                self._metrics.setdefault(width, []).append(value)
 
     def _append(self, name: str, entry: object) -> None:
         path = self.folder / name

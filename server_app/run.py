@@ -7,15 +7,17 @@ from functools import partial
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
+import numpy as np
 import torch
+from flwr.app import ConfigRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from torch import nn
+from torch import Tensor, nn
 
 from core.devices import pick_device
 from core.errors import SettingsError
 from core.files import printable
-from core.reference import is_reference
+from core.reference import in_one_line, is_reference
 from core.run_record import SUMMARY
 from core.settings import Settings
 from exchange.states import State, what_is_kept
@@ -41,7 +43,7 @@ from server_app.record import RunRecord, read_json
 from server_app.rounds import is_evaluated, run_rounds
 from strategies import MixedPrecisionStrategy, StrategyContext
 from task.examples import Examples, Inputs
-from task.interface import Task
+from task.interface import Facts, Task
 from task.models import check_model, check_repeatable
 from task.tasks import make_task
 from task.training import check_at_width, check_quantizable, check_trained_in_integers
@@ -122,9 +124,11 @@ def prepare(
     task = make_task(settings)
     facts, test = task.facts(), task.test_data()
     evaluation = None if test is None else task.as_examples(test)
+    _check_task(task, facts, evaluation)
     for level, line in task.describe():
         log(level, "prowd: %s", line)
     model = _model_of(task)
+    _check_measures(task, model, evaluation)
     for line in idle_with_model(settings, model):
         log(WARNING, "prowd: %s", line)
     buffer = task.unlabelled()
@@ -157,6 +161,52 @@ def prepare(
     strategy = choice.make(context)
     evaluator = Evaluator(settings, model, evaluation, buffer)
     return Run(folder, settings, options, task, strategy, model, evaluator, client_key)
+
+
+def _check_task(task: Task, facts: Facts, evaluation: Examples | None) -> None:
+    """Refuse what could not be sent, or evaluated, in any round."""
+    name = task.settings.task
+    try:
+        ConfigRecord(dict(facts))
+    except (TypeError, ValueError) as error:
+        raise SettingsError(
+            f"task: facts of {name!r} cannot be sent ({in_one_line(error)}); allowed: numbers, "
+            "texts, and lists of one of these, under texts"
+        ) from None
+    least, most = task.metric_range
+    if not least < most:
+        raise SettingsError(f"task: metric_range of {name!r} is {least}, {most}; allowed: rising")
+    if evaluation is not None and not len(evaluation):
+        raise SettingsError(f"task: test_data of {name!r} has no examples; allowed: some, or None")
+    on_devices = type(task).local_test_data is Task.local_test_data
+    if evaluation is None and on_devices and not task.settings.local_test_share:
+        raise SettingsError(
+            f"local-test-share: 0, and the server has no test set of {name!r}; allowed: above 0"
+        )
+
+
+def _check_measures(task: Task, model: nn.Module, evaluation: Examples | None) -> None:
+    """Ask for loss and metrics of two examples, before they are asked for in every round."""
+    if evaluation is None or len(evaluation) < 2 or not is_reference(task.settings.task):
+        return
+    name = task.settings.task
+    try:
+        with torch.no_grad():
+            inputs, targets = evaluation.batch(np.arange(2))
+            outputs = model.eval()(inputs)
+            loss, metrics = evaluation.loss(outputs, targets), evaluation.metrics(outputs, targets)
+            pairs = [(float(value), int(count)) for value, count in metrics.values()]
+    except SettingsError:
+        raise
+    except Exception as error:  # Whatever the user's code raises.
+        raise SettingsError(
+            f"task: loss and metrics of {name!r} fail on two examples: {in_one_line(error)}"
+        ) from None
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        kind = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise SettingsError(f"task: loss of {name!r} gives {kind}; allowed: a tensor of one number")
+    if not pairs:
+        raise SettingsError(f"task: metrics of {name!r} gives none; allowed: one or more")
 
 
 def _model_of(task: Task) -> nn.Module:

@@ -438,8 +438,9 @@ class MixedPrecisionStrategy(Strategy):
         return None if reason else state
 
     def chosen(self) -> dict[str, str]:
-        """Return what it does where a setting is left to it as "auto", for the record."""
-        return {"broadcast": self.context.broadcast, "upload": self.upload}
+        """Return what "auto" stands for, and which metric is the better one, for the record."""
+        better = "higher" if self.context.higher_is_better else "lower"
+        return {"broadcast": self.context.broadcast, "upload": self.upload, "better": better}
 
     @property
     def largest_payload(self) -> int:

@@ -12,6 +12,7 @@ on it and nothing else; one of the user's own is named by ``task="package.module
             return tensors_of(node.data_path)  # Inputs and targets.
 """
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from core.errors import SettingsError
 from core.options import Options as OwnOptions
 from core.settings import Settings
 from task.examples import (
@@ -142,7 +144,13 @@ class Task(Measures, ABC):
     def fingerprint(self) -> str:
         """Return a short text that differs where the data on the server does."""
         data = self.test_data()
-        return f"{0 if data is None else len(self.as_examples(data))} examples"
+        if data is None:
+            return "no data on the server"
+        examples, crc = self.as_examples(data), 0
+        if isinstance(examples, TensorExamples):
+            for tensor in examples.data:
+                crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), crc)
+        return f"{len(examples)} examples, CRC {crc:08x}"
 
     def most_examples(self) -> int | None:
         """Return how many examples a part of common data can have at most; None: any number."""
@@ -162,23 +170,41 @@ class Task(Measures, ABC):
         """Return data as examples with this task's loss and metrics."""
         if isinstance(data, Examples):
             return data
-        if isinstance(data, tuple):
-            return TensorExamples(data, self)
-        return DatasetExamples(data, np.arange(len(cast(Sized, data))), self)
+        kind = type(self).__name__
+        if isinstance(data, (tuple, list)) and all(isinstance(part, Tensor) for part in data):
+            if len(data) != 2 or len(data[0]) != len(data[1]):
+                lengths = " and ".join(str(len(part)) for part in data)
+                raise SettingsError(
+                    f"task: {kind} gives tensors of {lengths} examples; allowed: inputs and as "
+                    "many targets"
+                )
+            return TensorExamples((data[0], data[1]), self)
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise SettingsError(
+                f"task: {kind} gives a {type(data).__name__} as data; allowed: two tensors, or a "
+                "torch Dataset with a length"
+            )
+        count = len(cast(Sized, data))
+        return DatasetExamples(cast("Dataset[Any]", data), np.arange(count), self)
 
     def unlabelled(self) -> Inputs:
         """Return the server's inputs; none where it has none."""
         inputs = self.server_inputs()
         if inputs is None:
             return NO_INPUTS
+        if not isinstance(inputs, (Inputs, Tensor)):
+            raise SettingsError(
+                f"task: {type(self).__name__}.server_inputs gives a {type(inputs).__name__}; "
+                "allowed: a tensor, Inputs, or None"
+            )
         return inputs if isinstance(inputs, Inputs) else TensorInputs(inputs, self)
 
     def examples(self, node: Node) -> Examples:
-        """Return what a device trains on."""
+        """Return what a device trains on; its own data in a random order, as files are sorted."""
         data = self.as_examples(self.train_data(node))
         if self.local_test_data(node) is not None:
-            return data
-        return data.part(self._held_out(len(data))[0])
+            return self._shuffled(data) if node.data_path else data
+        return self._shuffled(data.part(np.flatnonzero(~self._held_out(len(data)))))
 
     def local_test_examples(self, node: Node) -> Examples:
         """Return what a device evaluates on."""
@@ -186,10 +212,19 @@ class Task(Measures, ABC):
         if own is not None:
             return self.as_examples(own)
         data = self.as_examples(self.train_data(node))
-        return data.part(self._held_out(len(data))[1])
+        return data.part(np.flatnonzero(self._held_out(len(data))))
 
-    def _held_out(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the places of training and held-out examples, the same in every round."""
-        order = np.random.default_rng([self.settings.seed, count]).permutation(count)
-        held = round(self.settings.local_test_share * count)
-        return np.sort(order[held:]), np.sort(order[:held])
+    def _held_out(self, count: int) -> np.ndarray:
+        """Return which examples are held out: the same in every round, also where more came."""
+        share = self.settings.local_test_share
+        draws = np.random.default_rng([self.settings.seed, 2]).random(count)
+        held = draws < share
+        if share and count > 1 and not held.any():
+            held[draws.argmin()] = True
+        if count > 1 and held.all():
+            held[draws.argmax()] = False
+        return held
+
+    def _shuffled(self, data: Examples) -> Examples:
+        order = np.random.default_rng([self.settings.seed, 3]).permutation(len(data))
+        return data.part(order)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from core.errors import SettingsError
 from core.files import printable, reason, user_path
-from core.options import Options
+from core.options import Options, shown
 from core.reference import in_one_line
 from core.seeds import seed_torch
 from core.settings import Settings
@@ -44,11 +45,36 @@ class TableOptions(Options):
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers by row and column, float32, and the class of each row by its name."""
+    """Columns as they were read, and the class of each row by its name."""
 
     columns: tuple[str, ...]
-    values: np.ndarray
+    values: tuple[np.ndarray, ...]
     labels: tuple[str, ...]
+
+    def numbers(self, names: Sequence[str]) -> np.ndarray:
+        """Return some columns, float32 ``[rows, columns]``.
+
+        Raises
+        ------
+        SettingsError
+            If a value is no finite number; the line names its row and column.
+        """
+        found = np.empty((len(self.labels), len(names)), np.float32)
+        for place, name in enumerate(names):
+            column = self.values[self.columns.index(name)]
+            if column.dtype.kind in "biuf":
+                found[:, place] = column
+            else:  # With a text among its numbers.
+                found[:, place] = [_number(value) for value in column.tolist()]
+            odd = np.flatnonzero(~np.isfinite(found[:, place]))
+            if len(odd):
+                value = shown(column.tolist()[odd[0]])
+                raise SettingsError(
+                    f"task: row {odd[0] + 1} of the table has {value} in column "
+                    f"{name!r} ({len(odd)} rows like it); allowed: finite numbers, or columns of "
+                    "task-options without it"
+                )
+        return found
 
 
 class TableTask(Task):
@@ -91,7 +117,12 @@ class TableTask(Task):
         inputs, targets = self._common(test=False)
         order = np.random.default_rng([self.settings.seed, 1]).permutation(len(targets))
         part = np.array_split(order, node.num_partitions)[node.partition_id]
-        chosen = torch.from_numpy(part[: self.settings.samples_per_client or None])
+        asked = self.settings.samples_per_client
+        if len(part) < max(asked, 1):
+            raise SettingsError(
+                f"samples-per-client: {asked}, but client {node.partition_id} has {len(part)} rows"
+            )
+        chosen = torch.from_numpy(part[: asked or None])
         return inputs[chosen], targets[chosen]
 
     def test_data(self) -> Data | None:
@@ -102,7 +133,11 @@ class TableTask(Task):
         return None if node.data_path else self.test_data()
 
     def server_inputs(self) -> Tensor | None:
-        return self._common(test=False)[0][:_SERVER_ROWS] if self._on_server else None
+        if not self._on_server:
+            return None
+        inputs, _ = self._common(test=False)
+        order = np.random.default_rng([self.settings.seed, 4]).permutation(len(inputs))
+        return inputs[torch.from_numpy(order[:_SERVER_ROWS])]
 
     def facts(self) -> Facts:
         options = self.options
@@ -110,11 +145,17 @@ class TableTask(Task):
             return {"columns": list(options.columns), "classes": list(options.classes)}
         table = self._table()
         columns = options.columns or [c for c in table.columns if c != options.label]
-        return {"columns": list(columns), "classes": sorted(set(table.labels))}
+        classes = options.classes or sorted(set(table.labels))
+        return {"columns": list(columns), "classes": list(classes)}
+
+    def partition_size(self, partition_id: int, num_partitions: int) -> int | None:
+        if not self._on_server:
+            return None
+        return len(self.examples(Node(partition_id, num_partitions)))
 
     @property
     def _on_server(self) -> bool:
-        return not self.options.classes
+        return bool(self.settings.data_dir) or not self.options.classes
 
     def _shape(self) -> tuple[list[str], list[str]]:
         """Return the columns and the classes: the server's."""
@@ -148,15 +189,16 @@ class TableTask(Task):
             raise SettingsError(
                 _odd("has classes that the server does not have:", unknown, classes)
             )
-        chosen = table.values[:, [table.columns.index(name) for name in columns]]
-        if len(rows := np.flatnonzero(~np.isfinite(chosen).all(1))):
-            column = columns[int(np.flatnonzero(~np.isfinite(chosen[rows[0]]))[0])]
-            raise SettingsError(
-                f"task: row {rows[0] + 1} of the table has no finite number in column {column!r} "
-                f"({len(rows)} rows like it); allowed: numbers"
-            )
+        chosen = table.numbers(columns)
         places = torch.tensor([classes.index(label) for label in table.labels])
         return torch.from_numpy(chosen), places
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value) if isinstance(value, (int, float, str)) else nan
+    except ValueError:
+        return nan
 
 
 def _odd(what: str, names: Sequence[str], allowed: Sequence[str]) -> str:
@@ -166,8 +208,8 @@ def _odd(what: str, names: Sequence[str], allowed: Sequence[str]) -> str:
 @lru_cache(maxsize=4)
 def _digits(label: str) -> Table:
     images = load_dataset(Settings(dataset="digits")).train
-    values = images.pixels.reshape(len(images), -1).astype(np.float32)
-    columns = tuple(f"pixel{i}" for i in range(values.shape[1]))
+    values = tuple(images.pixels.reshape(len(images), -1).T)
+    columns = tuple(f"pixel{i}" for i in range(len(values)))
     return Table(columns, values, tuple(map(str, images.labels.tolist())))
 
 
@@ -204,7 +246,6 @@ def _table_of(setting: str, place: Path, frame: Any, label: str) -> Table:
     if frame[label].isna().any():
         row = int(np.flatnonzero(frame[label].isna())[0]) + 1
         raise SettingsError(f"{setting}: {printable(place)} has no {label!r} in row {row}")
-    numbers = frame.drop(columns=label).select_dtypes(["number", "bool"])
-    values = numbers.to_numpy(np.float32)
-    labels = tuple(map(str, frame[label].tolist()))
-    return Table(tuple(map(str, numbers.columns)), values, labels)
+    columns = frame.drop(columns=label)
+    values = tuple(columns[name].to_numpy() for name in columns)
+    return Table(tuple(map(str, columns)), values, tuple(map(str, frame[label].tolist())))

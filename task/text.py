@@ -87,7 +87,12 @@ class TextTask(Task):
         return None if node.data_path else self.test_data()
 
     def server_inputs(self) -> Tensor:
-        return self._common(test=False)[:_SERVER_WINDOWS, :-1]
+        windows = self._common(test=False)
+        order = np.random.default_rng([self.settings.seed, 4]).permutation(len(windows))
+        return windows[torch.from_numpy(order[:_SERVER_WINDOWS]), :-1]
+
+    def partition_size(self, partition_id: int, num_partitions: int) -> int | None:
+        return len(self.examples(Node(partition_id, num_partitions)))
 
     def _common(self, test: bool) -> Tensor:
         windows = _windows(_text_of("data-dir", self.settings.data_dir), self.options.context)

@@ -366,6 +366,11 @@ def _evaluate(model: nn.Module, examples: Examples) -> Score:
     model.eval()
     device = device_of(model)
     size, count = _EVALUATION_BATCH, len(examples)
+    if not count:
+        raise SettingsError(
+            "local-test-share: there are no examples to evaluate on; allowed: a larger share, more "
+            "examples, or test data of the task's own"
+        )
     if device.type != "cpu":
         fitting = _MOST_VALUES_ON_GPU // max(values_of(examples.inputs(np.arange(1))), 1)
         size = max(size, min(fitting, _EVALUATION_BATCH_ON_GPU))

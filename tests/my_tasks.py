@@ -148,3 +148,58 @@ class OtherShape(Signals):
 
     def facts(self):
         return {"window": WINDOW}
+
+
+class NoMetrics(Signals):
+    """Nothing is measured."""
+
+    def metrics(self, outputs, targets):
+        return {}
+
+
+class Unreduced(Signals):
+    """A loss an example."""
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+
+class FloatLoss(Signals):
+    """A loss without a gradient."""
+
+    def loss(self, outputs, targets):
+        return float(F.cross_entropy(outputs, targets))
+
+
+class NestedFacts(Signals):
+    """What Flower has no record of."""
+
+    def facts(self):
+        return {"shape": {"window": WINDOW}}
+
+
+class NoTest(Signals):
+    """A test set without examples."""
+
+    def test_data(self):
+        return signals(0, 1)
+
+
+class OddRange(Signals):
+    """The largest first."""
+
+    metric_range = (1.0, 0.0)
+
+
+class ListInputs(Signals):
+    """Inputs in a list."""
+
+    def server_inputs(self):
+        return [signals(32, 1)[0]]
+
+
+class Undefined(Signals):
+    """A metric that is not defined on some data."""
+
+    def metrics(self, outputs, targets):
+        return {"auc": (float("nan"), 1)} if len(targets) > 8 else {"auc": (1.0, 1)}

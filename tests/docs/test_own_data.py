@@ -76,6 +76,8 @@ def test_a_new_task_runs_at_once(checkout):
         ("task", "NAME: 'task' is a package of prowd's own"),
         ("2fast", "NAME: '2fast' is no module's name; allowed: as in my_task"),
         ("class", "NAME: 'class' is no module's name"),
+        ("none", "NAME: 'none' is taken in Python"),
+        ("json", "NAME: 'json' is taken in Python"),
         ("taken", "taken.py exists already; allowed: another name"),
     ],
 )

@@ -87,7 +87,9 @@ def dithers_each_client_by_itself(trace: Trace) -> None:
         for e in trace.trained(server_round)
         if trace.cell.widths[e.partition] != 32
     ]
-    if trace.cell.upload == "dithered" and trace.cell.training != "strict":
+    by_itself = (trace.cell.strategy, trace.cell.upload) == ("prowd", "auto")
+    dithered = trace.cell.upload == "dithered" or (by_itself and trace.cell.in_integers)
+    if dithered and trace.cell.training != "strict":
         assert len(set(dithers)) == len(dithers)
         assert min(dithers) > 0
     else:

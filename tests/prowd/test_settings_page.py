@@ -36,7 +36,7 @@ def test_every_setting_is_there_with_its_default():
 def test_rows_by_hand():
     page = settings_page()
     assert "| `num-server-rounds` | `8` | whole number ≥ 1 | Rounds of training. |" in page
-    assert "| `momentum` | `0.9` | number ≥ 0, < 1 | Momentum of local SGD. |" in page
+    assert "| `momentum` | `0.9` | number ≥ 0, < 1 | Momentum of the local optimizer; " in page
     assert '| `low-bit-training` | `"qat"` | `"qat"`, `"strict"`, `"integer"` | ' in page
     assert "| `lossless-coding` | `true` | `true`, `false` | " in page
     assert "| `fedprox-mu` | `0.01` | number ≥ 0 | " in page

@@ -7,7 +7,7 @@ import pytest
 import torch
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, RecordDict
-from my_tasks import CLASSES, Regression, Signals, signals
+from my_tasks import CLASSES, OnDevices, Regression, Signals, signals
 from torch import nn
 
 from core.errors import SettingsError
@@ -111,7 +111,7 @@ def test_metrics_add_up_over_batches():
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("sound", "task: there is no 'sound'; allowed: images, package.module:Class"),
+        ("sound", "task: there is no 'sound'; allowed: images, text, table, package"),
         ("my_tasks:Absent", "task: my_tasks (.*) has no 'Absent'"),
         ("my_tasks:signals", "task: 'my_tasks:signals' is no subclass of task.Task"),
         ("my_tasks:Unfinished", "task: 'my_tasks:Unfinished' does not define model and train_data"),
@@ -145,6 +145,41 @@ def test_a_device_with_another_model_is_left_out_with_a_line(run):
         Exception, match=r"first round: model: .* on this device is not the server's"
     ):
         run(task="my_tasks:OtherShape")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("NoMetrics", "task: metrics of 'my_tasks:NoMetrics' gives none; allowed: one or more"),
+        ("Unreduced", r"task: loss of 'my_tasks:Unreduced' gives \[2\]; allowed: a tensor of one"),
+        ("FloatLoss", "task: loss of 'my_tasks:FloatLoss' gives float; allowed: a tensor of one"),
+        ("NestedFacts", "task: facts of 'my_tasks:NestedFacts' cannot be sent"),
+        ("NoTest", "task: test_data of 'my_tasks:NoTest' has no examples; allowed: some, or None"),
+        ("OddRange", "task: metric_range of 'my_tasks:OddRange' is 1.0, 0.0; allowed: rising"),
+        ("ListInputs", "task: ListInputs.server_inputs gives a list; allowed: a tensor, Inputs"),
+    ],
+)
+def test_what_a_task_returns_wrongly_is_named_before_the_first_round(run, name, line):
+    with pytest.raises(SettingsError, match=line):
+        run(task=f"my_tasks:{name}")
+
+
+def test_devices_need_a_share_to_evaluate_on(run):
+    with pytest.raises(SettingsError, match="local-test-share: 0, and the server has no test set"):
+        run(task="my_tasks:OnDevices", local_test_share=0.0)
+
+
+def test_a_metric_that_is_not_a_number_ends_nothing(run, tmp_path):
+    run(task="my_tasks:Undefined")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert summary["accuracy"]["best"] == {}
+
+
+def test_the_best_of_an_error_is_the_smallest(run, tmp_path):
+    rounds = run(task="my_tasks:Regression", num_server_rounds=4, learning_rate=0.02)
+    best = json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"]["best"]
+    assert best["32"] == min(entry["accuracy"]["32"] for entry in rounds)
 
 
 # --- data of the device's own --------------------------------------------------------------------
@@ -191,17 +226,45 @@ def test_a_node_with_a_partition_does_not_join_those_with_data_of_their_own(run,
     assert "partition 0 of 1; the others have data of their own" in caplog.text
 
 
+def test_one_node_with_data_of_its_own_does_not_turn_the_others_out(run, tmp_path, caplog):
+    configs = [own(tmp_path, 0, 4)]
+    configs += [{"partition-id": i, "num-partitions": 2, "bits": 32} for i in range(2)]
+    rounds = run(configs, task="my_tasks:Signals", min_nodes=2)
+    assert rounds[-1]["clients"]["sampled"] == 2
+    assert "it has data of its own (data-path); the others hold partitions" in caplog.text
+
+
+def test_where_all_are_refused_the_reason_is_theirs(run):
+    with pytest.raises(Exception, match="data-path is 'here'; it must be an absolute path"):
+        run([{"data-path": "here", "bits": 8}] * 3, task="my_tasks:Signals")
+
+
+def test_a_device_whose_data_grow_stays_and_weighs_what_it_declared(run, tmp_path, monkeypatch):
+    configs = [own(tmp_path, i, bits) for i, bits in enumerate(WIDTHS)]
+    from client_app import app as client
+
+    real = client.train
+
+    def train(*args, **kwargs):
+        torch.save(signals(60, 10), tmp_path / "site0" / "signals.pt")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(client, "train", train)
+    rounds = run(configs, task="my_tasks:Signals", min_nodes=3, num_server_rounds=3)
+    assert [entry["clients"]["aggregated"] for entry in rounds] == [3, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("settings", "weights"),
     [
-        ({}, (10, 40, 40)),
-        ({"max_examples": 20}, (10, 20, 20)),
-        ({"weighting": "uniform"}, (1, 1, 1)),
+        ({}, lambda count: count),
+        ({"max_examples": 20}, lambda count: min(count, 20)),
+        ({"weighting": "uniform"}, lambda count: 1),
     ],
 )
 def test_what_a_device_counts_for(run, tmp_path, monkeypatch, settings, weights):
     """The new bias of the head, which is float32 at every width, is the weighted mean."""
-    counts = (12, 50, 50)  # A fifth is held out.
+    counts = (12, 50, 50)
     configs = [own(tmp_path, i, b, n) for i, (b, n) in enumerate(zip(WIDTHS, counts, strict=True))]
     seen = []
     import strategies.fedavg
@@ -215,7 +278,11 @@ def test_what_a_device_counts_for(run, tmp_path, monkeypatch, settings, weights)
 
     monkeypatch.setattr(strategies.fedavg.FedAvg, "combine", combine)
     run(configs, task="my_tasks:OnDevices", strategy="fedavg", min_nodes=3, **settings)
-    assert tuple(count for count, _ in seen[0]) == weights
+    task = OnDevices(Settings())
+    trained = [len(task.examples(Node(data_path=config["data-path"]))) for config in configs]
+    assert min(trained) < 12
+    assert max(trained) > 20
+    assert [count for count, _ in seen[0]] == [weights(count) for count in trained]
 
 
 def test_the_order_of_nodes_that_have_their_own_data_does_not_matter(run, tmp_path):
@@ -238,14 +305,65 @@ class Counting(Task):
         return torch.arange(10.0)[:, None], torch.arange(10) % CLASSES
 
 
-@pytest.mark.parametrize(("share", "held"), [(0.0, 0), (0.2, 2), (0.5, 5)])
-def test_what_is_held_out_is_never_trained_on(share, held):
-    task = Counting(Settings(local_test_share=share))
-    parts = task.examples(Node(0, 1)), task.local_test_examples(Node(0, 1))
-    values = [p.inputs(np.arange(len(p))).flatten().tolist() for p in parts]
-    assert len(values[1]) == held
-    assert sorted(values[0] + values[1]) == list(range(10))
-    assert [len(task.examples(Node(0, 1))) for _ in range(2)] == [10 - held] * 2
+def values_of(examples):
+    return set(examples.inputs(np.arange(len(examples))).flatten().tolist())
+
+
+class Growing(Counting):
+    """More from day to day."""
+
+    count = 100
+
+    def train_data(self, node):
+        return torch.arange(float(self.count))[:, None], torch.arange(self.count) % CLASSES
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
+def test_what_is_held_out_is_never_trained_on_also_when_data_grows(share):
+    task = Growing(Settings(local_test_share=share))
+    held, trained = values_of(task.local_test_examples(Node())), values_of(task.examples(Node()))
+    assert held | trained == set(range(100))
+    assert not held & trained
+    assert abs(len(held) - 100 * share) < 15
+    task.count = 140
+    assert held <= values_of(task.local_test_examples(Node()))
+    assert trained <= values_of(task.examples(Node()))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_of_a_few_examples_one_is_held_out_and_one_trained_on(count):
+    task = Growing(Settings(local_test_share=0.2))
+    task.count = count
+    assert len(task.local_test_examples(Node())) == 1
+    assert len(task.examples(Node())) == count - 1
+
+
+def test_sorted_data_are_calibrated_on_all_of_their_kinds():
+    """Files of a folder come class by class; the first hundred would be of one."""
+    task = Growing(Settings())
+    task.count = 1000
+    first = task.examples(Node(data_path="/x")).inputs(np.arange(50))
+    assert first.min() < 200
+    assert first.max() > 800
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ((torch.zeros(6, 1), torch.zeros(2)), "gives tensors of 6 and 2 examples; allowed: inputs"),
+        ((torch.zeros(6, 1),), "gives tensors of 6 examples; allowed: inputs and as many targets"),
+        (None, "gives a NoneType as data; allowed: two tensors, or a torch Dataset with a length"),
+        (iter([]), "gives a list_iterator as data"),
+    ],
+)
+def test_data_of_a_wrong_kind_are_named(data, line):
+    with pytest.raises(SettingsError, match=f"task: Counting {line}"):
+        Counting(Settings()).as_examples(data)
+
+
+def test_a_list_of_two_tensors_is_a_pair():
+    examples = Counting(Settings()).as_examples([torch.zeros(6, 1), torch.zeros(6)])
+    assert isinstance(examples, TensorExamples)
 
 
 def test_tensors_and_datasets_are_both_examples():

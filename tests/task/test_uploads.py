@@ -51,8 +51,8 @@ def test_qat_weights_are_rounded_on_the_grid_that_is_fitted_to_them(form, dither
 @pytest.mark.parametrize("form", ["forward", "dithered", "stored"])
 def test_strict_weights_are_the_same_in_every_form(form):
     model, result = trained(form, dither=7 if form == "dithered" else 0, training="strict")
-    for name, layer in layers_by_weight(model):
-        assert torch.equal(result.update.quantized[name].dequantize(), layer.quantized_weight())
+    for name, weight in layers_by_weight(model):
+        assert torch.equal(result.update.quantized[name].dequantize(), weight.quantized())
 
 
 @pytest.mark.parametrize("form", ["forward", "dithered", "stored"])
