@@ -63,6 +63,10 @@ class Round(_Part):
         Of the "round" and its parts "train", "aggregate", "evaluate".
     left_out, left_out_of_evaluation : dict of str to str
         By partition, why a client was rejected or failed.
+    evaluated_by_clients : dict of str to float
+        What clients found, if they evaluated, as ``accuracy-8``, ``spread-8`` and ``worst-8``.
+    metrics : dict of str to dict
+        By width and name, where a task has several.
     own : dict
         What the strategy reports; it stands under the strategy's name.
     """
@@ -81,6 +85,7 @@ class Round(_Part):
     unchanged: str = ""
     asked: list[Count] = Field(default_factory=list)
     evaluated_by_clients: dict[str, Number] = Field(default_factory=dict)
+    metrics: dict[Width, dict[str, Number]] = Field(default_factory=dict)
     own: dict[str, object] = Field(default_factory=dict)
 
     def figure(self, name: str) -> float | None:

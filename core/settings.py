@@ -63,8 +63,8 @@ class Settings(Options):
     )
     fraction_evaluate: Share = Field(
         0.0,
-        description="Share of the clients that evaluates the model itself, on the test set; in "
-        "local training all do.",
+        description="Share of the clients that evaluates the model itself, on the test set, or on "
+        "held-out examples of its own; in local training, and without a test set, all do.",
     )
     round_timeout: Positive = Field(
         3600.0, description="Seconds after which a round continues without the missing clients."

@@ -8,7 +8,9 @@ qat training, weights on the grid of k bits behind the ternary ones in integer t
     than half a level is not seen, and the mean of many clients keeps that bias.
 ``dithered``
     the same grid, rounded stochastically with noise from a seed that the receiver knows: right on
-    average for every single weight, and the receiver can round the start with the same noise.
+    average for every weight within the grid, and the receiver can round the start with the same
+    noise. What lies beyond the outermost level is clipped, as to nearest: of a normal layer on its
+    fitted grid 22 % at 2 bits, 5 % at 3 and 1 % at 4.
 ``stored``
     the weights that it holds: float32 in qat training, k bits in integer training.
 

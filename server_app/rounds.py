@@ -18,6 +18,7 @@ from exchange.states import State, to_arrays, to_state
 from server_app.evaluation import Evaluator
 from server_app.record import RunRecord
 from strategies import FederationError, MixedPrecisionStrategy, RoundLog, receive
+from task.training import Score
 
 
 def run_rounds(
@@ -138,16 +139,22 @@ def _run_round(
         entry["unchanged"] = trained.unchanged
     if scores.by_clients:
         entry["evaluated_by_clients"] = scores.by_clients
+    if scores.metrics:
+        entry["metrics"] = scores.metrics
     return entry, arrays
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Accuracy and loss by width and averaged; and what clients found, if they evaluated."""
+    """Accuracy and loss by width and averaged; what clients found, if they evaluated.
+
+    And where the task has several metrics, all of them by width.
+    """
 
     accuracy: Mapping[str, float] = field(default_factory=dict)
     loss: Mapping[str, float] = field(default_factory=dict)
     by_clients: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def _evaluate(
@@ -162,7 +169,10 @@ def _evaluate(
     if not (strategy.evaluates_on_server and evaluator.has_examples):
         return _Scores(_part(by_clients, "accuracy-"), _part(by_clients, "loss-"), by_clients)
     state = to_state(arrays)
-    return _Scores(*_evaluate_on_server(strategy, server_round, state, evaluator), by_clients)
+    scores = _evaluate_on_server(strategy, server_round, state, evaluator)
+    accuracy, loss = _averaged(strategy, scores)
+    several = {str(b): dict(s.metrics) for b, s in scores.items() if len(s.metrics) > 1}
+    return _Scores(accuracy, loss, by_clients, several)
 
 
 def _evaluate_on_clients(
@@ -181,12 +191,20 @@ def _evaluate_on_clients(
 
 def _evaluate_on_server(
     strategy: MixedPrecisionStrategy, server_round: int, state: State, evaluator: Evaluator
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> dict[int, Score]:
     widths = strategy.nodes.widths()
     scores = {b: evaluator.score(strategy.model_for(b, state), server_round) for b in widths}
     for bits, score in scores.items():
         if not isfinite(score.loss):
             log(WARNING, "prowd: the loss of the model at %d bits is %s", bits, score.loss)
+    return scores
+
+
+def _averaged(
+    strategy: MixedPrecisionStrategy, scores: Mapping[int, Score]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return accuracy and loss by width, and over all clients, each counted alike."""
+    widths = strategy.nodes.widths()
     accuracy = {str(b): score.accuracy for b, score in scores.items()}
     loss = {str(b): score.loss for b, score in scores.items()}
     clients = sum(widths.values())

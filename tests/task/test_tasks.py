@@ -90,6 +90,11 @@ def test_a_loss_and_metrics_of_ones_own(run):
     rounds = run(task="my_tasks:Regression", num_server_rounds=6, learning_rate=0.02)
     assert rounds[-1]["accuracy"]["32"] < rounds[0]["accuracy"]["32"]
     assert rounds[-1]["loss"]["32"] < 0.8 * rounds[0]["loss"]["32"]
+    for width in ("4", "8", "32"):
+        found = rounds[-1]["metrics"][width]
+        assert found["error"] == rounds[-1]["accuracy"][width]
+        # The largest of each batch, on average.
+        assert found["worst"] > found["error"]
 
 
 def test_metrics_add_up_over_batches():
