@@ -7,6 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
 from containers import PATIENCE, wait_until
 from federation import ClientAppNode, InProcessGrid
 from flwr.app import Context, RecordDict
@@ -52,6 +53,7 @@ def unbroken(output_dir: Path, rounds: int) -> Path:
     return output_dir / "whole"
 
 
+@pytest.mark.deployment
 def test_a_killed_run_resumes_and_ends_with_the_unbroken_runs_model(flower, tmp_path):
     """Whatever the number of workers: two until it is killed, one after that."""
     folder = flower.output_dir / "killed"
