@@ -16,7 +16,7 @@ from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from torch import Tensor, nn
 
-from client_app.node import declare, node_of
+from client_app.node import declare, node_of, width_of
 from client_app.state_store import has_model, keep_model, own_model, recall, state_folder, store
 from client_app.tracking import TrackedRound, next_correction
 from core.devices import pick_device
@@ -28,7 +28,6 @@ from core.settings import Settings
 from core.simulation import in_simulation
 from exchange.protocol import (
     MOST_LOSS,
-    Declaration,
     Instruction,
     Report,
     answer,
@@ -176,7 +175,7 @@ def on_evaluate(message: Message, context: Context) -> Message:
     job = _read_job(message, context)
     # With the client's own examples: it has no access to the server's.
     model = ready_to_evaluate(
-        job.model, job.settings, job.client.bits, job.scales, job.examples, pick_device("auto")
+        job.model, job.settings, job.bits, job.scales, job.examples, pick_device("auto")
     )
     seed = derive_seed(job.seed, Stream.EVALUATION)
     score = evaluate(model, job.task.local_test_examples(job.node), seed)
@@ -185,12 +184,12 @@ def on_evaluate(message: Message, context: Context) -> Message:
 
 @dataclass(frozen=True)
 class _Job:
-    """One message's work: the client, its instruction, the model and how it was sent."""
+    """One message's work: the node and its width, the instruction, the model and how it came."""
 
     settings: Settings
     task: Task
     node: Node
-    client: Declaration
+    bits: int
     instruction: Instruction
     model: nn.Module
     scales: dict[str, Tensor]
@@ -213,17 +212,15 @@ class _Job:
     @property
     def training(self) -> LocalTraining:
         server_round, proximal_mu = self.instruction.server_round, self.instruction.proximal_mu
-        return LocalTraining.of(self.settings, self.client.bits, server_round, proximal_mu)
+        return LocalTraining.of(self.settings, self.bits, server_round, proximal_mu)
 
 
 def _read_job(message: Message, context: Context) -> _Job:
     settings = Settings.of_run(context.run_config)
     # A fixed number of threads: sums, and with them the last bits, depend on it.
     torch.set_num_threads(settings.client_threads)
-    facts = facts_in(message)
-    client = declare(context.node_config, context.run_config, in_simulation(), facts)
-    if client.refused:
-        raise SettingsError(client.refused)
+    node = node_of(context.node_config)
+    bits = width_of(context.node_config, node, settings, in_simulation())
     if config := config_in(message):
         # Only the settings and the instruction have an effect here.
         raise SettingsError(
@@ -235,7 +232,7 @@ def _read_job(message: Message, context: Context) -> _Job:
     trained = message.metadata.message_type == MessageType.EVALUATE
     with _naming_folder(context, folder, "read"):
         recall(context.state, folder, instruction.server_round + trained)
-    task = make_task(settings, facts)
+    task = make_task(settings, facts_in(message))
     model = task.model(settings.seed)
     spec = spec_of(model)
     try:
@@ -252,22 +249,21 @@ def _read_job(message: Message, context: Context) -> _Job:
             scales = {}
     elif sent is not None:
         state = sent.dequantize()
-        scales = sent.scales if sent.bits == client.bits else {}
+        scales = sent.scales if sent.bits == bits else {}
     else:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
     load_state(model, state)
-    node = node_of(context.node_config)
-    return _Job(settings, task, node, client, instruction, model, scales, sent, spec)
+    return _Job(settings, task, node, bits, instruction, model, scales, sent, spec)
 
 
 def _update(job: _Job, trained: Trained, received: dict[str, Tensor]) -> Update:
     """What the client was asked to send."""
     asked = job.instruction
-    bits = asked.uplink_bits or job.client.bits
+    bits = asked.uplink_bits or job.bits
     if asked.uplink == "weights":
         if trained.update.bits != bits:
             raise SettingsError(
-                f"uplink-bits: {bits} asked of a client of {job.client.bits} bits; allowed with "
+                f"uplink-bits: {bits} asked of a client of {job.bits} bits; allowed with "
                 f"upload {asked.upload}: {trained.update.bits}"
             )
         return trained.update

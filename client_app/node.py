@@ -42,14 +42,26 @@ def declare(
         node = node_of(node_config)
         state_folder(node_config, "")
         settings = Settings.of_run(run_config)
-        if "bits" in node_config or not simulated:
-            bits = check_client_bits(node_config.get("bits"), "node-config bits")
-        else:
-            bits = widths_of_partitions(settings.mix, node.num_partitions)[node.partition_id]
+        bits = width_of(node_config, node, settings, simulated)
         num_examples = len(make_task(settings, facts).examples(node))
     except SettingsError as error:
         return Declaration(node.partition_id, node.num_partitions, 0, 0, str(error))
     return Declaration(node.partition_id, node.num_partitions, bits, num_examples, "")
+
+
+def width_of(
+    node_config: Mapping[str, object], node: Node, settings: Settings, simulated: bool
+) -> int:
+    """Return a node's bit-width: its own, or in simulation that of the mix.
+
+    Raises
+    ------
+    SettingsError
+        If it declares none, or no bit-width.
+    """
+    if "bits" in node_config or not simulated:
+        return check_client_bits(node_config.get("bits"), "node-config bits")
+    return widths_of_partitions(settings.mix, node.num_partitions)[node.partition_id]
 
 
 def node_of(node_config: Mapping[str, object]) -> Node:

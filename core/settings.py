@@ -261,7 +261,7 @@ class Settings(Options):
             raise ValueError(f"allowed are {_BOUND}")
         return value
 
-    @field_validator("strategy_options")
+    @field_validator("strategy_options", "task_options")
     @classmethod
     def _options_parse(cls, value: str) -> str:
         parse_assignments(value)
@@ -302,12 +302,6 @@ class Settings(Options):
                 "calibrate-normalization; allowed: 2 or more, or calibrate-normalization=false"
             )
         return self
-
-    @field_validator("task_options")
-    @classmethod
-    def _task_options_parse(cls, value: str) -> str:
-        parse_assignments(value)
-        return value
 
     @model_validator(mode="after")
     def _file_deals(self) -> "Settings":

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -124,7 +123,7 @@ def make_predict(
         return None
     network = copy.deepcopy(model).to(device)
     network.train()
-    inputs = buffer.inputs(np.arange(min(len(buffer), _DISTILLATION_EXAMPLES)), device)
+    inputs = buffer.inputs(slice(_DISTILLATION_EXAMPLES), device)
     buffers = {name: b.clone() for name, b in network.named_buffers()}
 
     def predict(weights: Mapping[str, Tensor]) -> Tensor:

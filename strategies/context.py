@@ -20,8 +20,11 @@ RoundCalibrated = Callable[[Mapping[str, Tensor], int], Update]
 _FUNCTIONS = ("examples_of", "predict", "round_calibrated", "detailed")
 # Those that may be left open.
 _OR_NONE = ("local_epochs", "upload")
-_NO_SETTING = {*_FUNCTIONS, "most_examples", "quantized", "clients_keep_in"}
-_NO_SETTING |= {"facts", "metric_range", "higher_is_better"}
+_NO_SETTING = {
+    *_FUNCTIONS,
+    *("most_examples", "quantized", "clients_keep_in"),
+    *("facts", "metric_range", "higher_is_better"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

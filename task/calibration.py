@@ -63,9 +63,9 @@ def round_weights(model: nn.Module, examples: Inputs) -> dict[str, QuantizedTens
     dict of str to QuantizedTensor
         By weight name, on the CPU.
     """
-    values = values_of(examples.inputs(np.arange(1)))
+    values = values_of(examples.inputs(slice(1)))
     count = max(2, _MOST_VALUES // max(values, 1))
-    inputs = examples.inputs(np.arange(len(examples))[:count], device_of(model))
+    inputs = examples.inputs(slice(count), device_of(model))
     with _collected_statistics(model):
         rounded = calibrated_rounding(model, lambda network: network(inputs))
     return {n: QuantizedTensor(t.codes.cpu(), t.scale.cpu()) for n, t in rounded.items()}

@@ -19,6 +19,7 @@ from core.reference import in_one_line
 from core.seeds import seed_torch
 from core.settings import Settings
 from task.data.dataset import load_dataset
+from task.data.partition import random_part, random_sample
 from task.interface import Data, Facts, Node, Task
 
 # One of so many rows is held out for the server's test set.
@@ -115,14 +116,8 @@ class TableTask(Task):
         if node.data_path:
             return self._tensors(_read("data-path", node.data_path, self.options.label))
         inputs, targets = self._common(test=False)
-        order = np.random.default_rng([self.settings.seed, 1]).permutation(len(targets))
-        part = np.array_split(order, node.num_partitions)[node.partition_id]
-        asked = self.settings.samples_per_client
-        if len(part) < max(asked, 1):
-            raise SettingsError(
-                f"samples-per-client: {asked}, but client {node.partition_id} has {len(part)} rows"
-            )
-        chosen = torch.from_numpy(part[: asked or None])
+        place, of = node.partition_id, node.num_partitions
+        chosen = torch.from_numpy(random_part(self.settings, len(targets), place, of, "rows"))
         return inputs[chosen], targets[chosen]
 
     def test_data(self) -> Data | None:
@@ -136,8 +131,7 @@ class TableTask(Task):
         if not self._on_server:
             return None
         inputs, _ = self._common(test=False)
-        order = np.random.default_rng([self.settings.seed, 4]).permutation(len(inputs))
-        return inputs[torch.from_numpy(order[:_SERVER_ROWS])]
+        return inputs[torch.from_numpy(random_sample(self.settings, len(inputs), _SERVER_ROWS))]
 
     def facts(self) -> Facts:
         options = self.options

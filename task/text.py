@@ -15,6 +15,7 @@ from core.errors import SettingsError
 from core.files import printable, reason, user_path
 from core.options import Options
 from core.seeds import seed_torch
+from task.data.partition import random_part, random_sample
 from task.interface import Data, Node, Task
 
 # One of so many windows is held out for the server's test set.
@@ -69,14 +70,8 @@ class TextTask(Task):
         if node.data_path:
             return _pairs(_windows(_text_of("data-path", node.data_path), self.options.context))
         own = self._common(test=False)
-        order = np.random.default_rng([self.settings.seed, 1]).permutation(len(own))
-        part = np.array_split(order, node.num_partitions)[node.partition_id]
-        chosen = part[: self.settings.samples_per_client or None]
-        if len(chosen) < max(self.settings.samples_per_client, 1):
-            raise SettingsError(
-                f"samples-per-client: {self.settings.samples_per_client}, but client "
-                f"{node.partition_id} has {len(part)} windows of text"
-            )
+        place, of = node.partition_id, node.num_partitions
+        chosen = random_part(self.settings, len(own), place, of, "windows of text")
         return _pairs(own[torch.from_numpy(np.sort(chosen))])
 
     def test_data(self) -> Data:
@@ -88,8 +83,8 @@ class TextTask(Task):
 
     def server_inputs(self) -> Tensor:
         windows = self._common(test=False)
-        order = np.random.default_rng([self.settings.seed, 4]).permutation(len(windows))
-        return windows[torch.from_numpy(order[:_SERVER_WINDOWS]), :-1]
+        chosen = random_sample(self.settings, len(windows), _SERVER_WINDOWS)
+        return windows[torch.from_numpy(chosen), :-1]
 
     def partition_size(self, partition_id: int, num_partitions: int) -> int | None:
         return len(self.examples(Node(partition_id, num_partitions)))

@@ -47,8 +47,7 @@ class Rung:
             return self.received
         if not item.dither and self._on_same_grid(update):
             return None
-        held = Update(update.bits, update.content, update.quantized, {})
-        return start_of(held, self.received, item.dither, self.stored_bits).dequantize()
+        return start_of(update, self.received, item.dither, self.stored_bits).dequantize()
 
     def _on_same_grid(self, update: Update) -> bool:
         return update.bits == self.code_bits and all(

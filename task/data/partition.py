@@ -77,6 +77,30 @@ def evaluation_images(settings: Settings) -> Images:
     return data.train[_in_order(settings, len(data.train))[settings.server_buffer : held]]
 
 
+def random_part(
+    settings: Settings, count: int, partition_id: int, num_partitions: int, kind: str
+) -> np.ndarray:
+    """Return the places of one client's examples among `count` common ones, which are no images.
+
+    Raises
+    ------
+    SettingsError
+        If there are not as many as ``samples-per-client``, or none; `kind` is what they are called.
+    """
+    part = np.array_split(_shuffled(count, settings.seed), num_partitions)[partition_id]
+    asked = settings.samples_per_client
+    if len(part) < max(asked, 1):
+        raise SettingsError(
+            f"samples-per-client: {asked}, but client {partition_id} has {len(part)} {kind}"
+        )
+    return part[: asked or None]
+
+
+def random_sample(settings: Settings, count: int, most: int) -> np.ndarray:
+    """Return the places of some examples from all over, for the server to calibrate with."""
+    return np.random.default_rng([settings.seed, 4]).permutation(count)[:most]
+
+
 def _drawn_clients(
     settings: Settings, labels: np.ndarray, num_partitions: int
 ) -> Sequence[np.ndarray]:

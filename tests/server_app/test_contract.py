@@ -269,7 +269,7 @@ def test_local_strict_clients_are_evaluated_on_the_grid_they_trained_on(tmp_path
         asked = [m for m in grid.sent if m.metadata.message_type == "evaluate"][-1]
         with in_an_actor():
             job = client_app._read_job(asked, node.context)
-        assert job.client.bits == bits
+        assert job.bits == bits
         evaluated = at_width(job.model, job.settings, bits)
         set_scales(evaluated, job.scales)
         for name, layer in quantized_layers(evaluated):
