@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -20,7 +21,7 @@ from torch import nn
 
 from benchmarks.federation import CLIENTS, FEDERATION, ROUNDS, SETTINGS
 from core.settings import Settings
-from prowd.compare.runs import PROJECT, flwr_program
+from prowd.compare.runs import PROJECT
 from quant import FLOAT_BITS
 from task.data.partition import client_images
 from task.models import build_model
@@ -88,7 +89,8 @@ def seconds_of_rounds() -> list[float]:
     """Run it by `flwr run`, as prowd's rounds are, and return how long each took but the first."""
     with tempfile.TemporaryDirectory() as folder:
         _write_app(Path(folder))
-        command = [flwr_program(), "run", folder, "--stream", "--federation-config", FEDERATION]
+        command = [sys.executable, "-m", "flwr.cli.app", "run", folder, "--stream"]
+        command += ["--federation-config", FEDERATION]
         done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(rf"{_MARK}(.*)", done.stdout)
     if not found:

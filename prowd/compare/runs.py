@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -26,7 +25,7 @@ INTERRUPTED = "interrupted"
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_STREAMS = 1.0
 _SECONDS_TO_STOP = 60
-_SECONDS_TO_START = 180
+_FLWR = (sys.executable, "-m", "prowd.compare.patient_flwr")
 # Flower's words for a run that has not ended.
 _GOING_ON = ("pending", "starting", "running")
 
@@ -109,7 +108,7 @@ def execute(
                 return f"another process is writing {run.folder}"
             _move_aside(run.folder)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
-        started = _start(command)
+        started = ask_flower(*command)
     if not started.get("success"):
         return f"flwr run: {_complaint(started)}"
     run_id = str(started["run-id"])
@@ -131,24 +130,12 @@ def execute(
             stop.wait(_SECONDS_BETWEEN_STREAMS)
 
 
-def _start(command: Sequence[str]) -> dict[str, Any]:
-    """Let Flower start a run; return its answer.
-
-    It gives a local SuperLink 15 seconds to come up, which a loaded machine may miss often.
-    """
-    deadline = time.monotonic() + _SECONDS_TO_START
-    while True:
-        answer = ask_flower(*command)
-        superlink_is_up = answer.get("success") or "local SuperLink" not in _complaint(answer)
-        if superlink_is_up or time.monotonic() > deadline:
-            return answer
-
-
 def _follow(run_id: str, log: TextIO, folder: Path, stop: threading.Event) -> str:
     """Write what a run logs, to its end; return how it was stopped, empty if it was not."""
     # In a session of its own, so that Ctrl-C does not end it before its run is stopped.
     with subprocess.Popen(
-        [flwr_program(), "log", run_id, "--stream"],
+        [*_FLWR, "log", run_id, "--stream"],
+        env=_environment(),
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -174,9 +161,9 @@ def ask_flower(*arguments: str, timeout: float | None = None) -> dict[str, Any]:
         If it takes too long.
     """
     done = subprocess.run(
-        [flwr_program(), *arguments, "--format", "json"],
+        [*_FLWR, *arguments, "--format", "json"],
         # Colours would be in the JSON.
-        env={**os.environ, "NO_COLOR": "1", "FORCE_COLOR": ""},
+        env={**_environment(), "NO_COLOR": "1", "FORCE_COLOR": ""},
         capture_output=True,
         text=True,
         check=False,
@@ -205,9 +192,10 @@ def _as_flower_sees_it(run_id: str) -> tuple[str, str]:
     return status, str(found[0].get("status-details", _complaint(answer)))
 
 
-def flwr_program() -> str:
-    """Return the `flwr` beside this Python, or else the one on the PATH."""
-    return shutil.which("flwr", path=str(Path(sys.executable).parent)) or "flwr"
+def _environment() -> dict[str, str]:
+    """Return the environment in which Flower finds its other programs, beside this Python."""
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    return {**os.environ, "PATH": os.pathsep.join(folders)}
 
 
 def unique(runs: Sequence[PlannedRun]) -> list[PlannedRun]:

@@ -89,7 +89,7 @@ def test_compare_runs_what_is_missing_and_makes_one_table(flower, tmp_path):
         assert first.returncode == 1
         assert "failed: half-B-seed3: data-dir: " in first.stderr
         assert "\x1b" not in first.stdout
-        assert re.search(r"\[\d/2\] half-A-seed3: done after ", first.stdout)
+        assert re.search(r"\[\d/2\] half-A-seed3: done after ", first.stdout), first.stdout
         assert re.search(r"\[\d/2\] half-B-seed3: failed: data-dir: ", first.stdout)
         assert "| A | " in (out / "table.md").read_text()
         page = (out / "report.html").read_text()
