@@ -162,8 +162,8 @@ class Settings(Options):
     )
     model: str = Field(
         "resnet8",
-        description="resnet8, resnet20, cnn, vgg7 or vgg7-nobn (with a factor on its channels as "
-        "in vgg7-x0.5), a torchvision classifier, or package.module:factory.",
+        description="resnet8, resnet20, cnn, vit, crnn, vgg7 or vgg7-nobn (with a factor on its "
+        "channels as in vgg7-x0.5), a torchvision classifier, or package.module:factory.",
     )
 
     bit_mix: Annotated[str, Allowed(_MIX)] = Field(
@@ -223,7 +223,7 @@ class Settings(Options):
 
     validation_samples: Count = Field(
         0,
-        description="Training images held out to evaluate on instead of the test set, to choose "
+        description="Training examples held out to evaluate on instead of the test set, to choose "
         "settings by; 0: the test set.",
     )
 

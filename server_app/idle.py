@@ -27,7 +27,7 @@ _NEEDS = {
 _OF_IMAGES = frozenset(
     {
         *("dataset", "image-size", "image-channels", "classes", "model", "partitioner"),
-        *("partition-file", "dirichlet-alpha", "validation-samples"),
+        *("partition-file", "dirichlet-alpha"),
     }
 )
 # What describes the devices' images where the server has none.

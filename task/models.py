@@ -1,4 +1,4 @@
-"""Models by name: CIFAR-style residual networks, a small CNN, torchvision's, and the user's own."""
+"""Models of images by name: small ones of here, torchvision's, and the user's own."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -12,6 +12,7 @@ from core.files import is_utf8, printable
 from core.reference import in_one_line, is_reference, load_reference
 from core.seeds import seed_torch
 from quant import LARGEST_VALUE, federated_state, is_finite
+from task.transformer import VisionTransformer
 from task.vgg7 import vgg7_named
 
 # What a checkpoint holds and an update brings back, rounded to float32.
@@ -77,10 +78,30 @@ class SmallCNN(nn.Module):
         return cast(Tensor, self.head(F.relu(self.hidden(x.flatten(1)))))
 
 
-MODELS: dict[str, Callable[[int, int], nn.Module]] = {
-    "resnet8": lambda channels, classes: CifarResNet(1, channels, classes),
-    "resnet20": lambda channels, classes: CifarResNet(3, channels, classes),
-    "cnn": SmallCNN,
+class RowCRNN(nn.Module):
+    """An image's rows as the steps of a signal: two Conv1d, a GRU, and a head on its last state."""
+
+    def __init__(self, channels: int, size: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(channels * size, 64, 3, 1, 1)
+        self.conv2 = nn.Conv1d(64, 64, 3, 2, 1)
+        self.gru = nn.GRU(64, 64, batch_first=True)
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(2, 3).flatten(1, 2)  # A row's pixels are its features.
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        steps, _ = self.gru(x.transpose(1, 2))
+        return cast(Tensor, self.head(steps[:, -1]))
+
+
+# Of channels, pixels a side and classes.
+MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "resnet8": lambda channels, _, classes: CifarResNet(1, channels, classes),
+    "resnet20": lambda channels, _, classes: CifarResNet(3, channels, classes),
+    "cnn": lambda channels, _, classes: SmallCNN(channels, classes),
+    "vit": VisionTransformer,
+    "crnn": RowCRNN,
 }
 
 
@@ -110,7 +131,7 @@ def build_model(name: str, channels: int, size: int, num_classes: int, seed: int
         factory = load_reference("model", name) if is_reference(name) else None
         seed_torch(seed)
         if name in MODELS:
-            model = MODELS[name](channels, num_classes)
+            model = MODELS[name](channels, size, num_classes)
         elif name.startswith("vgg7"):
             model = vgg7_named(name, channels, size, num_classes)
         elif is_reference(name):

@@ -19,7 +19,7 @@ from core.reference import in_one_line
 from core.seeds import seed_torch
 from core.settings import Settings
 from task.data.dataset import load_dataset
-from task.data.partition import random_part, random_sample
+from task.data.partition import random_part, random_sample, validation_part
 from task.interface import Data, Facts, Node, Task
 
 # One of so many rows is held out for the server's test set.
@@ -121,7 +121,13 @@ class TableTask(Task):
         return inputs[chosen], targets[chosen]
 
     def test_data(self) -> Data | None:
-        return self._common(test=True) if self._on_server else None
+        if not self._on_server:
+            return None
+        if not self.settings.validation_samples:
+            return self._common(test=True)
+        inputs, targets = self._common(test=False)
+        chosen = torch.from_numpy(validation_part(self.settings, len(targets)))
+        return inputs[chosen], targets[chosen]
 
     def local_test_data(self, node: Node) -> Data | None:
         # Of common rows every device has the test set.

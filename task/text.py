@@ -3,20 +3,19 @@
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from core.errors import SettingsError
 from core.files import printable, reason, user_path
 from core.options import Options
 from core.seeds import seed_torch
-from task.data.partition import random_part, random_sample
+from task.data.partition import random_part, random_sample, validation_part
 from task.interface import Data, Node, Task
+from task.transformer import Block
 
 # One of so many windows is held out for the server's test set.
 _TEST_EVERY = 10
@@ -75,7 +74,10 @@ class TextTask(Task):
         return _pairs(own[torch.from_numpy(np.sort(chosen))])
 
     def test_data(self) -> Data:
-        return _pairs(self._common(test=True))
+        if not self.settings.validation_samples:
+            return _pairs(self._common(test=True))
+        own = self._common(test=False)
+        return _pairs(own[torch.from_numpy(validation_part(self.settings, len(own)))])
 
     def local_test_data(self, node: Node) -> Data | None:
         # Of common text every device has the test set.
@@ -158,20 +160,3 @@ class GPT(nn.Module):
             x = block(x, future)
         logits: Tensor = self.head(self.norm(x))
         return logits
-
-
-class Block(nn.Module):
-    """Attention to what came before, then two linear layers, each beside a shortcut."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor, future: Tensor) -> Tensor:
-        y = self.norm1(x)
-        y, _ = self.attention(y, y, y, attn_mask=future, need_weights=False)
-        x = x + y
-        wide: Tensor = self.wide(self.norm2(x))
-        return x + cast(Tensor, self.narrow(F.gelu(wide)))

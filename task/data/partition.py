@@ -87,7 +87,8 @@ def random_part(
     SettingsError
         If there are not as many as ``samples-per-client``, or none; `kind` is what they are called.
     """
-    part = np.array_split(_shuffled(count, settings.seed), num_partitions)[partition_id]
+    left = _shuffled(count, settings.seed)[settings.validation_samples :]
+    part = np.array_split(left, num_partitions)[partition_id]
     asked = settings.samples_per_client
     if len(part) < max(asked, 1):
         raise SettingsError(
@@ -96,9 +97,26 @@ def random_part(
     return part[: asked or None]
 
 
+def validation_part(settings: Settings, count: int) -> np.ndarray:
+    """Return the places of the validation part among `count` common examples, no client's.
+
+    Raises
+    ------
+    SettingsError
+        If it leaves none.
+    """
+    if settings.validation_samples >= count:
+        raise SettingsError(
+            f"validation-samples: {settings.validation_samples}; there are {count} training "
+            "examples"
+        )
+    return _shuffled(count, settings.seed)[: settings.validation_samples]
+
+
 def random_sample(settings: Settings, count: int, most: int) -> np.ndarray:
-    """Return the places of some examples from all over, for the server to calibrate with."""
-    return np.random.default_rng([settings.seed, 4]).permutation(count)[:most]
+    """Return the places of some training examples, for the server to calibrate with."""
+    drawn = np.random.default_rng([settings.seed, 4]).permutation(count)
+    return drawn[~np.isin(drawn, validation_part(settings, count))][:most]
 
 
 def _drawn_clients(

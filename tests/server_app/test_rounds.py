@@ -253,7 +253,9 @@ class NanInEvaluation(nn.Sequential):
 def test_logits_that_are_nan_are_no_answers_and_are_told(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     monkeypatch.setitem(
-        MODELS, "nan", lambda _, classes: NanInEvaluation(nn.Flatten(), nn.Linear(64, classes))
+        MODELS,
+        "nan",
+        lambda _, size, classes: NanInEvaluation(nn.Flatten(), nn.Linear(size**2, classes)),
     )
     run(tmp_path, model="nan", num_server_rounds=1)
     assert {r.getMessage() for r in caplog.records if "the loss of" in r.getMessage()} == {

@@ -89,7 +89,7 @@ def message_of(*arguments):
 )
 def test_unknown_model_is_refused_with_what_is_allowed(name):
     message = message_of(name, 1, 8, 10, 0)
-    allowed = "resnet8, resnet20, cnn, vgg7, a torchvision"
+    allowed = "resnet8, resnet20, cnn, vit, crnn, vgg7, a torchvision"
     assert message.startswith(f"model: {name!r}; allowed: {allowed}")
 
 
@@ -293,7 +293,7 @@ def test_a_state_dict_keeps_the_versions_that_torchvision_reads():
 def test_weights_that_cannot_be_averaged_are_refused_by_name(change, said, monkeypatch):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))
     change(model)
-    monkeypatch.setitem(MODELS, "changed", lambda channels, classes: model)
+    monkeypatch.setitem(MODELS, "changed", lambda channels, size, classes: model)
     with pytest.raises(SettingsError, match=f"model: 'changed': {said}"):
         build_model("changed", 1, 8, 10, 0)
 

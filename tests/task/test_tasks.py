@@ -1,6 +1,7 @@
 """Tasks of one's own through whole runs: real ClientApps and the server's loop, at mixed widths."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -383,3 +384,20 @@ def test_tensors_and_datasets_are_both_examples():
 
 def test_the_built_in_task_is_made_by_name():
     assert type(make_task(Settings())).__name__ == "ImageTask"
+
+
+@pytest.mark.parametrize("task", ["text", "table"])
+def test_the_validation_part_is_no_clients_nor_of_the_test_set(task):
+    def rows(data):
+        return Counter(tuple(row.tolist()) for row in data)
+
+    settings = {"task": task, "validation_samples": 60, "seed": 3}
+    chosen = make_task(Settings(**settings))
+    held = rows(chosen.test_data()[0])
+    clients = rows(torch.cat([chosen.train_data(Node(i, 3))[0] for i in range(3)]))
+    without = make_task(Settings(task=task, seed=3))
+    assert held.total() == 60
+    assert held + clients == rows(without.train_data(Node(0, 1))[0])
+    assert rows(chosen.server_inputs()) <= clients
+    with pytest.raises(SettingsError, match=r"validation-samples: 9999; there are \d+ training"):
+        make_task(Settings(**{**settings, "validation_samples": 9999})).test_data()
