@@ -2,11 +2,13 @@
 
 import shutil
 
+import pytest
 from documents import PROJECT, section
 
 from core.reference import PACKAGES
 
 
+@pytest.mark.deployment
 def test_a_model_sent_with_the_app_and_a_strategy_on_the_pythonpath(flower, tmp_path):
     app = tmp_path / "prowd"
     for folder in PACKAGES:

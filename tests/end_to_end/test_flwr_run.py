@@ -63,6 +63,7 @@ def test_it_leaves_the_whole_run_record(default_run):
     }
 
 
+@pytest.mark.deployment
 def test_an_engine_that_cannot_start_ends_the_run_with_one_line(flower):
     """Flower's simulation wants more CPUs than there are, while the run waits for its nodes."""
     run = flower.run("engine", "num-supernodes=2 client-resources-num-cpus=100000", model="toy:net")

@@ -95,6 +95,11 @@ class Cell:
         return self.training == "integer"
 
     @property
+    def of_uploads(self) -> bool:
+        """Whether its strategy stands for what strategies do with an upload."""
+        return self.strategy in OF_UPLOADS
+
+    @property
     def on_grid(self) -> tuple[str, ...]:
         """Names of the weights that low-bit clients quantize."""
         return INTEGER_ON_GRID if self.in_integers else ON_GRID
@@ -138,10 +143,11 @@ def all_cells() -> list[Cell]:
     """Every strategy with every broadcast and training, on mixed widths and on low-bit ones."""
     crossed = product(OWN_SETTINGS, BROADCASTS, TRAININGS)
     cells = [Cell(*axes, MIXED) for axes in crossed]
+    # Integer training is one more kind of update for what the others do with a broadcast.
+    cells = [c for c in cells if not c.in_integers or c.broadcast != "nearest" or c.of_uploads]
     # Without a Float32 client no client trains otherwise, and no model travels otherwise: the
     # new case is that the widest of the models is one of codes.
-    spared = product(OWN_SETTINGS, ("float32", "calibrated"))
-    cells += [Cell(strategy, broadcast, "strict", LOW) for strategy, broadcast in spared]
+    cells += [Cell(strategy, "calibrated", "strict", LOW) for strategy in OWN_SETTINGS]
     cells += [Cell(strategy, widths=FLOAT32) for strategy in OWN_SETTINGS]
     for strategy, training in product(OF_UPLOADS, ("qat", "integer")):
         other = "forward" if strategy in DIFFERENCES else "stored"

@@ -26,6 +26,7 @@ SMALL = {
 }
 PROWD = {"strategy": "prowd", "prowd-finetune-every": 2, "prowd-finetune-steps": 2}
 MOMENTUM = {"strategy": "flwr:FedAvgM", "flwr-arguments": "server_momentum = 0.5"}
+pytestmark = pytest.mark.deployment
 # Kills of each run: one before a round, the others in different rounds.
 KILLS = 5
 # By name, the strategies that keep something, on the server or with clients.

@@ -248,7 +248,7 @@ def test_evaluation_computes_with_the_ternary_form(bits):
 @pytest.mark.parametrize(
     ("name", "bits", "rate", "eta"),
     [
-        *[("vgg7-x0.5", bits, 0.2, 8.0) for bits in (6, 8, 32)],
+        *[("vgg7-x0.5", bits, 0.2, 8.0) for bits in (8, 32)],
         ("vgg7-nobn", 8, 0.01, 4.0),
     ],
 )

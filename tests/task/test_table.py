@@ -113,7 +113,7 @@ def test_a_missing_file_is_named(tmp_path):
 def run(tmp_path, config, node_configs=None):
     config = {
         "task": "table",
-        "num-server-rounds": 5,
+        "num-server-rounds": 3,
         "learning-rate": 0.1,
         "batch-size": 8,
         "node-wait": 1.0,

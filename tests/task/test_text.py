@@ -83,15 +83,13 @@ def test_bytes_of_any_encoding_are_text(tmp_path):
     assert isinstance(text_task(), TextTask)
 
 
-@pytest.mark.parametrize("strategy", ["prowd", "fedavg"])
-def test_devices_with_text_of_their_own_learn_to_write(tmp_path, strategy):
+def test_devices_with_text_of_their_own_learn_to_write(tmp_path):
     """A song whose next byte is mostly known; a guess of the commonest byte has 16 %."""
     nodes, config = (
         {},
         {
             "task": "text",
             "task-options": "context = 32, width = 32, depth = 1",
-            "strategy": strategy,
             "data-dir": str(tmp_path / "server"),
             "num-server-rounds": 4,
             "learning-rate": 0.1,
