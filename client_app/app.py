@@ -48,17 +48,13 @@ from quant import (
     tensors_of,
     weight_scales,
 )
+from task.at_width import ready_to_evaluate
+from task.evaluation import Score, evaluate
 from task.examples import Examples
+from task.hyperparameters import LocalTraining
 from task.interface import Node, Task
 from task.tasks import make_task
-from task.training import (
-    LocalTraining,
-    Score,
-    Trained,
-    evaluate,
-    ready_to_evaluate,
-    train,
-)
+from task.training import Trained, train
 
 app = ClientApp()
 Handler = Callable[[Message, Context], Message]

@@ -2,6 +2,8 @@
 
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from core.errors import SettingsError, words_of
 
@@ -67,6 +69,41 @@ def _taken(module_name: str) -> str:
     if package not in PACKAGES:
         return ""
     return f"{package} is a package of prowd's own, so one of yours must have another name"
+
+
+@contextmanager
+def users_code(failing: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever the user's code raises into one line; a `SettingsError` of its own is one.
+
+    Parameters
+    ----------
+    failing : str
+        What then cannot be done, with the setting that names the code.
+    advice : str
+        Behind the error.
+
+    Raises
+    ------
+    SettingsError
+        In place of any `Exception`.
+
+    Examples
+    --------
+    >>> with users_code("model: 'my:net' cannot be made"):
+    ...     int("ten")
+    Traceback (most recent call last):
+        ...
+    core.errors.SettingsError: model: 'my:net' cannot be made: ValueError: invalid literal for \
+int() with base 10: 'ten'
+    """
+    try:
+        yield
+    except SettingsError:
+        raise
+    except Exception as error:
+        said = in_one_line(error)
+        line = f"{failing} ({said}){advice}" if advice else f"{failing}: {said}"
+        raise SettingsError(line) from None
 
 
 def in_one_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from core.errors import SettingsError
 from core.options import Options, parse_assignments
-from core.reference import in_one_line, is_reference, load_reference
+from core.reference import is_reference, load_reference, users_code
 from core.settings import Settings
 from task.images import ImageTask
 from task.interface import Facts, Task
@@ -33,15 +33,9 @@ def make_task(settings: Settings, facts: Facts | None = None) -> Task:
     'ImageTask'
     """
     kind = task_class(settings.task)
-    try:
+    with users_code(f"task: {settings.task!r} cannot be made"):
         options = kind.Options.read(parse_assignments(settings.task_options), "task-options: ")
         return kind(settings, options, facts)
-    except SettingsError:
-        raise
-    except Exception as error:  # Whatever the user's code raises.
-        raise SettingsError(
-            f"task: {settings.task!r} cannot be made ({in_one_line(error)})"
-        ) from None
 
 
 def task_class(name: str) -> type[Task]:
