@@ -27,8 +27,9 @@ from core.reference import in_one_line
 from core.tensor_files import DamagedError, read_tensors, to_bytes
 from exchange.states import State
 from quant import is_finite
+from server_app.folder import writing
 from server_app.plain import to_json
-from server_app.record import versions, writing
+from server_app.record import versions
 
 # Raised whenever a run resumed from an older checkpoint would differ from the run that it was.
 FORMAT = 6

@@ -42,8 +42,9 @@ from server_app.checks import (
     without_server_data,
 )
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
+from server_app.folder import read_json
 from server_app.idle import idle_with_model
-from server_app.record import RunRecord, read_json
+from server_app.record import RunRecord
 from server_app.rounds import is_evaluated, run_rounds
 from strategies import MixedPrecisionStrategy
 from task.interface import Task

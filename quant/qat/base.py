@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 from core.bits import FLOAT_BITS
-from quant.grid import fake_quantize, fit_scale, naming
+from quant.grid import fake_quantize, naming
 from quant.qat.activations import (
     ActivationGrid,
     fake_quantize_activation,
@@ -24,6 +24,7 @@ from quant.qat.activations import (
     quantize_output_gradient,
 )
 from quant.qat.config import QuantConfig
+from quant.scales import fit_scale
 
 
 class QuantLayer(nn.Module):
