@@ -12,7 +12,7 @@ from typing import Any
 from flwr.common.logger import log
 
 from core.errors import SettingsError
-from core.files import is_utf8, printable, read_regular, reason
+from core.files import failing_by_name, is_utf8, printable, read_regular, reason
 
 
 class RunExistsError(SettingsError):
@@ -56,12 +56,8 @@ def writing(path: Path) -> Iterator[None]:
     SettingsError
         In place of an OSError.
     """
-    try:
+    with failing_by_name("output-dir", path, "written"):
         yield
-    except OSError as error:
-        raise SettingsError(
-            f"output-dir: {printable(path)} cannot be written: {reason(error)}"
-        ) from None
 
 
 @contextmanager
@@ -73,12 +69,8 @@ def locked(folder: Path) -> Iterator[None]:
     SettingsError
         If another process has it, or there is no such folder.
     """
-    try:
+    with failing_by_name("resume", folder, "opened"):
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise SettingsError(
-            f"resume: {printable(folder)} cannot be opened: {reason(error)}"
-        ) from None
     try:
         _lock(descriptor, folder)
         yield
@@ -108,10 +100,8 @@ def read_json(path: Path) -> dict[str, Any]:
     SettingsError
         If it is missing or damaged; one line.
     """
-    try:
+    with failing_by_name("resume", path, "read", ValueError, RecursionError):
         content = json.loads(read_regular(path))
         if not isinstance(content, dict):
             raise ValueError("no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingsError(f"resume: {printable(path)} cannot be read: {reason(error)}") from None
-    return content
+        return content

@@ -1,8 +1,8 @@
 """Tasks by name. A new one is one file and one line here."""
 
 from core.errors import SettingsError
-from core.options import Options, parse_assignments
-from core.reference import is_reference, load_reference, users_code
+from core.options import parse_assignments
+from core.reference import is_reference, load_class, users_code
 from core.settings import Settings
 from task.images import ImageTask
 from task.interface import Facts, Task
@@ -51,11 +51,7 @@ def task_class(name: str) -> type[Task]:
             allowed = ", ".join([*TASKS, "package.module:Class"])
             raise SettingsError(f"task: there is no {name!r}; allowed: {allowed}")
         return TASKS[name]
-    found = load_reference("task", name)
-    if not (isinstance(found, type) and issubclass(found, Task)):
-        raise SettingsError(f"task: {name!r} is no subclass of task.Task")
-    if not (isinstance(found.Options, type) and issubclass(found.Options, Options)):
-        raise SettingsError(f"task: {name!r}.Options is no subclass of core.options.Options")
+    found = load_class("task", name, Task, "task.Task")  # type: ignore[type-abstract]
     if missing := sorted(found.__abstractmethods__):
         raise SettingsError(f"task: {name!r} does not define {' and '.join(missing)}")
     return found
