@@ -1,8 +1,8 @@
 """The base of every strategy: clients of different bit-widths under Flower's Strategy interface.
 
 A subclass decides what a client does (`instruct`) and how the updates make the next model
-(`combine`). The base does the rest: it samples the nodes under the seed, packs the model for their
-widths, reads the replies one by one, rejects bad ones, and passes on the good ones in the order of
+(`combine`). The base does the rest: it samples the nodes under the seed, encodes the model for
+their widths, reads the replies one by one, rejects bad ones, and passes on the good ones in the order of
 their partitions, so that sums do not depend on the order of arrival.
 """
 
@@ -215,7 +215,7 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
         start : dict of str to Tensor
             The float32 model that the clients were sent.
         updates : iterator of ClientUpdate
-            The good updates in the order of their partitions, unpacked one at a time. To be read
+            The good updates in the order of their partitions, decoded one at a time. To be read
             to its end.
 
         Returns

@@ -179,7 +179,7 @@ class QuantLayer(nn.Module):
         return put_on_grid(x, self.input_grid)
 
     def quantized_output_gradient(self, y: Tensor) -> Tensor:
-        """Return `y`; its gradient is quantized on the way back."""
+        """Return `y`; its gradient is quantized in the backward pass."""
         bits = self.config.gradient_bits
         return y if bits == FLOAT_BITS else quantize_output_gradient(y, bits, self.generator)
 
