@@ -2,8 +2,8 @@
 
 A subclass decides what a client does (`instruct`) and how the updates make the next model
 (`combine`). The base does the rest: it samples the nodes under the seed, encodes the model for
-their widths, reads the replies one by one, rejects bad ones, and passes on the good ones in the order of
-their partitions, so that sums do not depend on the order of arrival.
+their widths (`strategies.models`), reads the replies one by one, rejects bad ones, and passes on
+the good ones in the order of their partitions, so that sums do not depend on the order of arrival.
 """
 
 import time
@@ -196,7 +196,7 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
             One line that names the setting, its value and what is allowed.
         """
 
-    # --- overridden by subclasses ----------------------------------------------------------------
+    # --- overridden by subclasses; `state_for` too, of `ModelsByWidth` ---------------------------
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Return what this client is asked to do; the default: train and send its weights."""
