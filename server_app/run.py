@@ -31,6 +31,7 @@ from server_app.checkpoint import (
     Checkpoint,
     Checkpoints,
     Identity,
+    deciding_versions,
     folder_of_clients,
     read_checkpoint,
 )
@@ -91,7 +92,8 @@ class Run:
         """What the run is in a federation of so many partitions."""
         shapes = {name: list(tensor.shape) for name, tensor in federated_state(self.model).items()}
         data = self.task.fingerprint()
-        return Identity.new(self.all_settings, data, shapes, num_partitions, self.client_key)
+        about = self.all_settings, deciding_versions(), data, shapes
+        return Identity(*about, num_partitions, self.client_key)
 
 
 def prepare(
