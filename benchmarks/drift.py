@@ -31,8 +31,9 @@ from quant import (
 from quant.grid import per_channel
 from task.data.dataset import load_dataset
 from task.data.partition import client_images
+from task.hyperparameters import LocalTraining
 from task.models import build_model
-from task.training import LocalTraining, train
+from task.training import train
 
 Moves = list[dict[str, Tensor]]
 

@@ -24,8 +24,9 @@ from core.settings import Settings
 from prowd.compare.runs import PROJECT
 from quant import FLOAT_BITS
 from task.data.partition import client_images
+from task.hyperparameters import LocalTraining
 from task.models import build_model
-from task.training import LocalTraining, train
+from task.training import train
 
 client = ClientApp()
 server = ServerApp()

@@ -27,9 +27,11 @@ from quant import FLOAT_BITS, federated_state, quantizable_weights
 from server_app.build import read_settings
 from server_app.run import Run, prepare
 from strategies import FedAvg, MixedPrecisionStrategy, StrategyContext
+from task.at_width import ready_to_evaluate
 from task.data.dataset import Images, Pixels
 from task.data.partition import client_images, server_pixels
-from task.training import LocalTraining, ready_to_evaluate, train
+from task.hyperparameters import LocalTraining
+from task.training import train
 
 _OVERHEAD, _AHEAD, _SHARE = 1.25, 1.0, 0.10
 _FINETUNE_EVERY = 5

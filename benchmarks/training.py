@@ -7,8 +7,9 @@ import torch
 
 from benchmarks.measure import Figure, ratio, report, side_by_side
 from task.data.dataset import Images
+from task.hyperparameters import LocalTraining
 from task.models import build_model
-from task.training import LocalTraining, train
+from task.training import train
 
 _IMAGES, _REPEATS = 640, 9
 _FORMS = {

@@ -14,8 +14,9 @@ from quant import (
     spec_of,
 )
 from task.data.partition import client_images
+from task.hyperparameters import LocalTraining
 from task.models import build_model
-from task.training import LocalTraining, train
+from task.training import train
 
 _MODELS = (("resnet18", 3, 32), ("resnet20", 3, 32), ("resnet8", 1, 28), ("cnn", 1, 28))
 _WIDTHS = (2, 3, 4, 8, 16)

@@ -38,9 +38,12 @@ from quant import (
 )
 from quant.lowbit.integer import stored
 from quant.upload import ternary_scales
+from task.at_width import ready_to_evaluate
+from task.evaluation import evaluate
+from task.hyperparameters import LocalTraining
 from task.interface import Node
 from task.tasks import make_task
-from task.training import LocalTraining, evaluate, ready_to_evaluate, train
+from task.training import train
 
 State = dict[str, Tensor]
 

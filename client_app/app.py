@@ -1,8 +1,8 @@
 """What a client does with each message. Everything it learns with comes from `task` and `quant`."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
 from logging import DEBUG, ERROR
@@ -22,7 +22,7 @@ from client_app.tracking import TrackedRound, next_correction
 from core.devices import pick_device
 from core.errors import SettingsError
 from core.failures import explain
-from core.files import printable, reason
+from core.files import failing_by_name
 from core.seeds import Stream, derive_seed
 from core.settings import Settings
 from core.simulation import in_simulation
@@ -48,17 +48,13 @@ from quant import (
     tensors_of,
     weight_scales,
 )
+from task.at_width import ready_to_evaluate
+from task.evaluation import Score, evaluate
 from task.examples import Examples
+from task.hyperparameters import LocalTraining
 from task.interface import Node, Task
 from task.tasks import make_task
-from task.training import (
-    LocalTraining,
-    Score,
-    Trained,
-    evaluate,
-    ready_to_evaluate,
-    train,
-)
+from task.training import Trained, train
 
 app = ClientApp()
 Handler = Callable[[Message, Context], Message]
@@ -154,17 +150,12 @@ def _keep(kept: RecordDict, context: Context, instruction: Instruction) -> None:
     context.state.update(kept)
 
 
-@contextmanager
-def _naming_folder(context: Context, folder: Path | None, done: str) -> Iterator[None]:
+def _naming_folder(
+    context: Context, folder: Path | None, done: str
+) -> AbstractContextManager[None]:
     """Turn an OSError into one line that names the folder, and the setting that it is from."""
-    try:
-        yield
-    except OSError as error:
-        own = "state-dir" in context.node_config
-        setting = "node-config: state-dir" if own else "output-dir"
-        raise SettingsError(
-            f"{setting}: {printable(folder)} cannot be {done}: {reason(error)}"
-        ) from None
+    own = "state-dir" in context.node_config
+    return failing_by_name("node-config: state-dir" if own else "output-dir", folder, done)
 
 
 @app.evaluate()

@@ -7,6 +7,7 @@ well: one file a round, of which two stay, since the server may resume from befo
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from logging import WARNING
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from core.errors import SettingsError
-from core.files import printable, reason, write_atomic
+from core.files import failing_by_name, printable, reason, write_atomic
 from core.tensor_files import read_tensors, to_bytes
 
 _MODEL, _SCALES = "own-model", "own-scales"
@@ -91,14 +92,8 @@ def state_folder(node_config: Mapping[str, object], keep_in: str) -> Path | None
 
 def _refuse_impossible(folder: str) -> None:
     """Refuse a folder that can neither be there nor be made, as one of too long a name."""
-    try:
+    with failing_by_name("node-config: state-dir", folder, "used"), suppress(FileNotFoundError):
         os.lstat(folder)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise SettingsError(
-            f"node-config: state-dir: {printable(folder)} cannot be used: {reason(error)}"
-        ) from None
 
 
 def store(state: RecordDict, folder: Path | None, server_round: int) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from core.arguments import check_names
 from core.errors import SettingsError
 from core.options import Options, shown
 from core.settings import Settings, Upload
@@ -40,20 +39,6 @@ equal to 1
             raise SettingsError(f"{name}: {chosen!r} is not allowed: it should be {allowed}")
     held = Settings.read(values)
     return {name: getattr(held, setting) for name, setting in settings.items()}
-
-
-def names_in(argument: str, names: object) -> frozenset[str]:
-    """Return names that were given, as `core.arguments.check_names` does.
-
-    Raises
-    ------
-    SettingsError
-        If they are no collection of texts.
-    """
-    try:
-        return check_names(argument, names)
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
 
 
 def own_options(options: Own | None, kind: type[Own], owner: object) -> Own:

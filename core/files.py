@@ -7,7 +7,8 @@ import errno
 import fcntl
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from core.errors import SettingsError, words_of
@@ -54,6 +55,44 @@ def reason(error: BaseException) -> str:
     """Return why something failed, in one line and without the path."""
     words = str(getattr(error, "strerror", None) or words_of(error)).strip()
     return printable((words or type(error).__name__).splitlines()[0])
+
+
+@contextmanager
+def failing_by_name(
+    setting: str, path: object, done: str = "read", *also: type[Exception]
+) -> Iterator[None]:
+    """Turn an OSError, and errors of other kinds, into one line that names a setting's path.
+
+    Parameters
+    ----------
+    setting : str
+        Where the user names the path.
+    path : path-like or None
+        What is read or written.
+    done : str
+        What then cannot be done with it.
+    *also : type
+        Of other errors.
+
+    Raises
+    ------
+    SettingsError
+        In their place.
+
+    Examples
+    --------
+    >>> with failing_by_name("data-dir", "/nowhere"):
+    ...     open("/nowhere")
+    Traceback (most recent call last):
+        ...
+    core.errors.SettingsError: data-dir: /nowhere cannot be read: No such file or directory
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, *also)
+    try:
+        yield
+    except kinds as error:
+        line = f"{setting}: {printable(path)} cannot be {done}: {reason(error)}"
+        raise SettingsError(line) from None
 
 
 def read_regular(path: Path) -> bytes:

@@ -2,8 +2,12 @@
 
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 from core.errors import SettingsError, words_of
+from core.options import Options
 
 # Of the project's own, found before a package of the user's of the same name.
 PACKAGES = (
@@ -16,12 +20,41 @@ PACKAGES = (
     "client_app",
     "server_app",
 )
+Base = TypeVar("Base")
 _NOTATION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def is_reference(text: str) -> bool:
     """Return whether a setting names the user's own code."""
     return ":" in text
+
+
+def load_class(setting: str, text: str, base: type[Base], base_name: str) -> type[Base]:
+    """Import a class of the user's own.
+
+    Parameters
+    ----------
+    setting, text
+        As of `load_reference`.
+    base : type
+        What it must be a subclass of; its `Options` are `core.options.Options`.
+    base_name : str
+        Where the user finds that.
+
+    Raises
+    ------
+    SettingsError
+        If it cannot be imported, or it or its `Options` is no such class.
+    """
+    found = load_reference(setting, text)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise SettingsError(f"{setting}: {text!r} is no subclass of {base_name}")
+    options = getattr(found, "Options", None)
+    if not (isinstance(options, type) and issubclass(options, Options)):
+        raise SettingsError(
+            f"{setting}: {found.__name__}.Options is no subclass of core.options.Options"
+        )
+    return found
 
 
 def load_reference(setting: str, text: str) -> object:
@@ -67,6 +100,41 @@ def _taken(module_name: str) -> str:
     if package not in PACKAGES:
         return ""
     return f"{package} is a package of prowd's own, so one of yours must have another name"
+
+
+@contextmanager
+def users_code(failing: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever the user's code raises into one line; a `SettingsError` of its own is one.
+
+    Parameters
+    ----------
+    failing : str
+        What then cannot be done, with the setting that names the code.
+    advice : str
+        Behind the error.
+
+    Raises
+    ------
+    SettingsError
+        In place of any `Exception`.
+
+    Examples
+    --------
+    >>> with users_code("model: 'my:net' cannot be made"):
+    ...     int("ten")
+    Traceback (most recent call last):
+        ...
+    core.errors.SettingsError: model: 'my:net' cannot be made: ValueError: invalid literal for \
+int() with base 10: 'ten'
+    """
+    try:
+        yield
+    except SettingsError:
+        raise
+    except Exception as error:
+        said = in_one_line(error)
+        line = f"{failing} ({said}){advice}" if advice else f"{failing}: {said}"
+        raise SettingsError(line) from None
 
 
 def in_one_line(error: BaseException) -> str:

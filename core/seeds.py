@@ -28,6 +28,20 @@ class Stream(IntEnum):
     DITHER = 12
 
 
+class DataStream(IntEnum):
+    """What is drawn of a run's data, for `data_generator`."""
+
+    PARTITION = 1
+    LOCAL_TEST = 2
+    LOCAL_ORDER = 3
+    SERVER_SAMPLE = 4
+
+
+def data_generator(seed: int, stream: DataStream) -> np.random.Generator:
+    """Return what draws the order of data, or a part of it: the same for all rounds."""
+    return np.random.default_rng([seed, stream])
+
+
 def derive_seed(seed: int, *path: int) -> int:
     """Return a 63-bit seed for one purpose, given by a path of non-negative integers.
 

@@ -7,7 +7,7 @@ no key that is not there; a test holds the two together.
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -37,7 +37,6 @@ LocalOptimizer = Literal["sgd", "adamw"]
 # What they send of their weights (`quant.upload`).
 Upload = Literal["forward", "dithered", "stored"]
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
-DATASETS = get_args(Dataset)
 
 
 class Settings(Options):
@@ -304,7 +303,7 @@ class Settings(Options):
         return self
 
     @model_validator(mode="after")
-    def _file_deals(self) -> "Settings":
+    def _file_has_its_partitioner(self) -> "Settings":
         if (self.partitioner == "file") != bool(self.partition_file):
             raise SettingsError(
                 f"partition-file: {self.partition_file!r} with partitioner {self.partitioner}; "

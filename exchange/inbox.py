@@ -104,7 +104,7 @@ def _expire_with_round(messages: list[Message], timeout: float) -> None:
     lives = timeout + min(_MOST_GRACE, timeout / 5)
     now = time.time()
     for message in messages:
-        # Flower counts from when it was made, since when the other nodes' models were packed.
+        # Flower counts from when it was made, since when the other nodes' models were encoded.
         message.metadata.ttl = now - message.metadata.created_at + lives
 
 

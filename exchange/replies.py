@@ -142,7 +142,7 @@ def read_reply(
     most_steps: int | None = None,
     metric_range: tuple[float, float] = (0.0, 1.0),
 ) -> Reply:
-    """Take the report and, if one was asked for, the packed update out of a training reply.
+    """Take the report and, if one was asked for, the encoded update out of a training reply.
 
     Parameters
     ----------

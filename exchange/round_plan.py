@@ -8,6 +8,8 @@ from typing import Any, get_args
 from flwr.app import ConfigRecord, Message
 
 from core.errors import SettingsError
+from core.seeds import Stream, derive_seed
+from core.settings import LowBitTraining, Upload
 from exchange.protocol import (
     BY_BROADCAST,
     CONFIG,
@@ -17,7 +19,16 @@ from exchange.protocol import (
     Uplink,
 )
 from exchange.states import State
-from quant import FLOAT_BITS, MAX_BITS, MIN_BITS, Expected, Update, UpdateSpec, is_width
+from quant import (
+    FLOAT_BITS,
+    MAX_BITS,
+    MIN_BITS,
+    Expected,
+    Update,
+    UpdateSpec,
+    is_width,
+    upload_bits,
+)
 
 _ALLOWED = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"
 
@@ -164,6 +175,40 @@ def completed(instruction: Instruction, by_broadcast: int, owner: str) -> Instru
             f"model; allowed: {FLOAT_BITS}"
         )
     return replace(instruction, downlink_bits=downlink)
+
+
+def with_upload(
+    instruction: Instruction,
+    client: Declaration,
+    training: LowBitTraining,
+    upload: Upload,
+    seed: int,
+) -> Instruction:
+    """Say in which form a client is to send its weights.
+
+    Parameters
+    ----------
+    instruction : Instruction
+        That is `completed`.
+    client : Declaration
+        Whom it is for.
+    training : {"qat", "strict", "integer"}
+        How low-bit clients train.
+    upload : {"forward", "dithered", "stored"}
+        What they send (`quant.upload`).
+    seed : int
+        The run's, for the dither.
+    """
+    if client.bits == FLOAT_BITS or training == "strict" or instruction.uplink == "nothing":
+        # What it holds is what it computes with.
+        return replace(instruction, upload="stored")
+    bits, dither = instruction.uplink_bits, 0
+    if instruction.uplink == "weights" and not bits:
+        bits = upload_bits(client.bits, training, upload)
+    if upload == "dithered":
+        path = (instruction.server_round, client.partition_id)
+        dither = derive_seed(seed, Stream.DITHER, *path) or 1
+    return replace(instruction, upload=upload, uplink_bits=bits, dither=dither)
 
 
 def with_config(messages: Iterable[Message], config: Mapping[str, Any] | None) -> list[Message]:

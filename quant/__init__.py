@@ -29,13 +29,10 @@ from quant.dequantizer.ladder import (
 from quant.grid import (
     NonFiniteError,
     ScaleError,
-    absmax_scale,
     dequantize,
     fake_quantize,
-    fit_scale,
     is_finite,
     largest_code,
-    mse_scale,
     quantize_nearest,
     quantize_stochastic,
 )
@@ -77,6 +74,7 @@ from quant.qat.states import (
 )
 from quant.qat.survey import quantizable_weights, unsupported_layers
 from quant.relevancy import cosine, relevancy_mask
+from quant.scales import absmax_scale, fit_scale, mse_scale
 from quant.update import (
     QuantizedTensor,
     Update,

@@ -1,4 +1,4 @@
-"""The symmetric, zero-point-free grid of a bit-width: scales, rounding and their inverse.
+"""The symmetric, zero-point-free grid of a bit-width: rounding to it and its inverse.
 
 A tensor of bit-width ``k`` is stored as codes in ``[-(2**(k-1) - 1), 2**(k-1) - 1]`` and one
 float32 scale per channel, an index of dimension 0: an output channel, of a transposed convolution
@@ -7,28 +7,17 @@ an input channel, of an embedding a row. Only this file defines it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache
 from math import isfinite
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from core.arguments import check_kind
-from core.bits import MIN_BITS, check_bits
+from core.bits import check_bits
 
-# Up to this width the few levels are worth more near zero than at the extremes.
-_CLIPPED_BITS = 4
-# Clipping points that are tried, in largest magnitudes of a channel: 1.1, and on in steps of 2 %.
-_LARGEST_CLIP, _CLIP_RATIO, _CLIPS = 1.1, 0.98, 165
-# Bins that a channel's magnitudes are counted in.
-_BINS = 256
-# Keeps 1 / scale finite in float32 even for an all-zero channel.
-_SMALLEST_SCALE = 2.0**-100
 # Values at a time: what is computed from them stays in the cache.
-_BLOCK = 1 << 18
-# On a GPU, where calls cost more than memory does: only what bounds that.
-_BLOCK_ON_GPU = 1 << 25
+BLOCK = 1 << 18
 
 
 class NonFiniteError(ValueError):
@@ -99,133 +88,6 @@ def per_channel(scale: Tensor, ndim: int) -> Tensor:
     return scale.reshape(-1, *[1] * (ndim - 1))
 
 
-def absmax_scale(weight: Tensor, bits: int) -> Tensor:
-    """Scale that places every channel's largest magnitude on the largest code.
-
-    Parameters
-    ----------
-    weight : Tensor
-        Float tensor ``[channels, ...]``.
-    bits : int
-        Bit-width, 2 to 16.
-
-    Returns
-    -------
-    Tensor
-        Float32 scales ``[channels]``, positive.
-
-    Examples
-    --------
-    >>> absmax_scale(torch.tensor([[0.5, -3.5]]), 4)
-    tensor([0.5000])
-    """
-    _check_weight(weight)
-    rows = weight.detach().flatten(1)
-    # Twice over the weights, and eight times as fast as their magnitudes in memory of their own.
-    absmax = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).float()
-    return (absmax / largest_code(bits)).clamp_(min=_SMALLEST_SCALE)
-
-
-def mse_scale(weight: Tensor, bits: int) -> Tensor:
-    """Scale whose grid, clipping included, is nearest to the weights in mean squared error.
-
-    Each channel takes the best of many clipping points, by a histogram of its magnitudes: the
-    errors at all points are one product with what a weight in each bin costs at each. From there,
-    and from the largest magnitude, the scale is the closed form ``<w, q> / <q, q>`` for the codes
-    ``q`` at hand, by which the error only falls; the better of the two is taken.
-
-    Parameters
-    ----------
-    weight : Tensor
-        Float tensor ``[channels, ...]``.
-    bits : int
-        Bit-width, 2 to 4: the steps of finer grids are too short for the bins.
-
-    Returns
-    -------
-    Tensor
-        Float32 scales ``[channels]``, positive.
-
-    Raises
-    ------
-    ValueError
-        If `bits` is not 2 to 4.
-
-    Examples
-    --------
-    >>> mse_scale(torch.tensor([[1.0, 1.0, 4.0]]), 2)
-    tensor([4.])
-    """
-    if check_bits(bits) > _CLIPPED_BITS:
-        raise ValueError(f"bits is {bits}; clipping is fitted at {MIN_BITS} to {_CLIPPED_BITS}")
-    _check_weight(weight)
-    rows = weight.detach().flatten(1).float()
-    # All passes over some channels while they are in the cache: several times as fast.
-    block = _BLOCK if rows.device.type == "cpu" else _BLOCK_ON_GPU
-    height = max(1, block // max(_BINS, rows.shape[1]))
-    return torch.cat([_mse_scale(part, bits) for part in rows.split(height)])
-
-
-def _mse_scale(rows: Tensor, bits: int) -> Tensor:
-    clips, costs = (torch.from_numpy(table).to(rows.device) for table in _clips(bits))
-    absmax = absmax_scale(rows, bits)
-    best = (_histogram(rows, absmax * largest_code(bits)) @ costs).argmin(dim=1)
-    clipped, gain = _refined(rows, absmax * clips[best], bits)
-    plain, least = _refined(rows, absmax, bits)
-    return torch.where(gain >= least, clipped, plain).clamp_(min=_SMALLEST_SCALE)
-
-
-def _histogram(rows: Tensor, largest: Tensor) -> Tensor:
-    """Count each row's magnitudes in equal bins up to its largest, float32 ``[rows, bins]``."""
-    # In place: with more temporaries malloc gives memory back, and faults it in with every block.
-    positions = rows.abs().mul_((_BINS / largest)[:, None])
-    # Clamped: the largest itself, and what a diverged model holds.
-    bins = positions.long().clamp_(0, _BINS - 1)
-    counts = torch.zeros(len(rows), _BINS, device=rows.device)
-    return counts.scatter_add_(1, bins, counts.new_ones(()).expand_as(bins))
-
-
-@lru_cache
-def _clips(bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the clipping points, and what the middle of each bin costs at each of them."""
-    clips = _LARGEST_CLIP * _CLIP_RATIO ** np.arange(_CLIPS)
-    middles = ((np.arange(_BINS) + 0.5) / _BINS)[:, None]
-    limit = largest_code(bits)
-    steps = clips / limit
-    costs = (middles - np.rint(middles / steps).clip(max=limit) * steps) ** 2
-    return clips.astype(np.float32), costs.astype(np.float32)
-
-
-def _refined(rows: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the best scale for the codes at a scale, and what it takes from the squared error."""
-    codes = _nearest(rows, scale, bits)
-    # Rounded, as it is an integer.
-    norm = torch.linalg.vector_norm(codes, dim=1).square().round_()
-    product = codes.mul_(rows).sum(dim=1)
-    fitted = product / norm.clamp(min=1)
-    return torch.where(norm > 0, fitted, scale), fitted * product
-
-
-def fit_scale(weight: Tensor, bits: int) -> Tensor:
-    """Scale that clients and server use: MSE-optimal up to 4 bits, absmax above.
-
-    Raises
-    ------
-    NonFiniteError
-        If a weight is NaN or infinite.
-
-    Examples
-    --------
-    >>> fit_scale(torch.tensor([[0.5, -12.7]]), 8)
-    tensor([0.1000])
-    """
-    clipped = check_bits(bits) <= _CLIPPED_BITS
-    scale = mse_scale(weight, bits) if clipped else absmax_scale(weight, bits)
-    if not isfinite(scale.sum()):
-        check_finite(weight.detach(), "the weight")
-    return scale
-
-
 def quantize_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Round to the nearest code, ties to even.
 
@@ -256,10 +118,10 @@ def quantize_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     tensor([[ 2, -7]], dtype=torch.int8)
     """
     _check_operands(weight, scale)
-    if weight.numel() <= _BLOCK or weight.device.type != "cpu":
-        return _nearest(weight.detach(), scale, bits).to(code_type(bits))
+    if weight.numel() <= BLOCK or weight.device.type != "cpu":
+        return nearest(weight.detach(), scale, bits).to(code_type(bits))
     codes = torch.empty(weight.shape, dtype=code_type(bits))
-    limit, scratch = largest_code(bits), torch.empty(_BLOCK)
+    limit, scratch = largest_code(bits), torch.empty(BLOCK)
     matrices = (_matrix(weight.detach()), scale.reciprocal()[:, None], _matrix(codes))
     for values, inverse, out in _blocks(*matrices):
         part = scratch[: values.numel()].view(values.shape)
@@ -327,7 +189,7 @@ def dequantize(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> Tenso
     """
     check_kind("codes", codes, Tensor)
     check_kind("scale", scale, Tensor)
-    if codes.numel() <= _BLOCK or codes.device.type != "cpu":
+    if codes.numel() <= BLOCK or codes.device.type != "cpu":
         values = codes.to(torch.float32) if out is None else out.copy_(codes)
         return values.mul_(per_channel(scale, codes.ndim))
     values = torch.empty(codes.shape) if out is None else out
@@ -362,14 +224,15 @@ def nan_unless_finite(values: Tensor) -> Tensor:
     return values.detach().sum(dtype=torch.float32) * 0
 
 
-def _check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor) -> None:
+    """Refuse what has no channels."""
     check_kind("weight", weight, Tensor)
     if not weight.ndim:
         raise ValueError("weight: it is one number; allowed: a tensor [channels, ...]")
 
 
 def _check_operands(weight: Tensor, scale: Tensor) -> None:
-    _check_weight(weight)
+    check_weight(weight)
     check_kind("scale", scale, Tensor)
     check_finite(weight.detach(), "the weight")
     check_scale(scale)
@@ -399,17 +262,18 @@ def _matrix(tensor: Tensor) -> Tensor:
 def _blocks(values: Tensor, scale: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Cut matrices, and a scale a row, into blocks of whole rows, or of parts of a long one."""
     columns = values.shape[1]
-    height = max(1, _BLOCK // columns)
+    height = max(1, BLOCK // columns)
     rows = (values.split(height), scale.split(height), out.split(height))
     for part, step, target in zip(*rows, strict=True):
-        if columns <= _BLOCK:
+        if columns <= BLOCK:
             yield part, step, target
             continue
-        for left, into in zip(part.split(_BLOCK, 1), target.split(_BLOCK, 1), strict=True):
+        for left, into in zip(part.split(BLOCK, 1), target.split(BLOCK, 1), strict=True):
             yield left, step, into
 
 
-def _nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the nearest codes as floats; as of `quantize_nearest`, unchecked."""
     # Multiplies by the inverse, as torch's fake-quantize kernels do: the same codes to the bit.
     limit = largest_code(bits)
     return (weight * per_channel(scale.reciprocal(), weight.ndim)).round_().clamp_(-limit, limit)

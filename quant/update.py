@@ -10,14 +10,8 @@ from torch import Tensor
 
 from core.arguments import check_kind, check_names, check_number, check_tensors
 from core.bits import FLOAT_BITS
-from quant.grid import (
-    absmax_scale,
-    dequantize,
-    fit_scale,
-    naming,
-    quantize_nearest,
-    quantize_stochastic,
-)
+from quant.grid import dequantize, naming, quantize_nearest, quantize_stochastic
+from quant.scales import absmax_scale, fit_scale
 
 Content = Literal["weights", "difference"]
 

@@ -8,7 +8,7 @@ from core.constructors import Broadcast
 from core.devices import pick_device
 from core.errors import SettingsError
 from core.options import Options, format_assignments, parse_assignments
-from core.reference import in_one_line, load_reference
+from core.reference import in_one_line, load_class
 from core.settings import Settings
 from strategies import (
     OWN_CLASS,
@@ -90,16 +90,8 @@ def _registered(strategy: str) -> str:
 def _class_of(strategy: str) -> type[MixedPrecisionStrategy]:
     if name := _registered(strategy):
         return STRATEGIES[name].named(strategy.partition(":")[2])
-    found = load_reference("strategy", strategy)
-    if not (isinstance(found, type) and issubclass(found, MixedPrecisionStrategy)):
-        raise SettingsError(
-            f"strategy: {strategy!r} is no subclass of strategies.MixedPrecisionStrategy"
-        )
-    if not (isinstance(found.Options, type) and issubclass(found.Options, Options)):
-        raise SettingsError(
-            f"strategy: {found.__name__}.Options is no subclass of core.options.Options"
-        )
-    return found
+    base: type[MixedPrecisionStrategy] = MixedPrecisionStrategy  # type: ignore[type-abstract]
+    return load_class("strategy", strategy, base, "strategies.MixedPrecisionStrategy")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from torch import Tensor
@@ -27,8 +26,9 @@ from core.reference import in_one_line
 from core.tensor_files import DamagedError, read_tensors, to_bytes
 from exchange.states import State
 from quant import is_finite
+from server_app.folder import writing
 from server_app.plain import to_json
-from server_app.record import versions, writing
+from server_app.record import versions
 
 # Raised whenever a run resumed from an older checkpoint would differ from the run that it was.
 FORMAT = 6
@@ -83,18 +83,6 @@ class Identity:
     num_partitions: int
     client_key: str
 
-    @classmethod
-    def new(
-        cls,
-        settings: Mapping[str, object],
-        data: str,
-        shapes: Mapping[str, list[int]],
-        num_partitions: int,
-        client_key: str,
-    ) -> Self:
-        """Return the identity of a run with the packages that are installed now."""
-        return cls(settings, _deciding(), data, shapes, num_partitions, client_key)
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -129,7 +117,7 @@ class Checkpoint:
         SettingsError
             One line that names all that differs, with both values.
         """
-        _refuse_unlike("another version", self.identity.versions, _deciding())
+        _refuse_unlike("another version", self.identity.versions, deciding_versions())
 
     def refuse_other_settings(self, settings: Mapping[str, object]) -> None:
         """Compare the settings with what a run has now.
@@ -239,7 +227,8 @@ def _facts(identity: Identity) -> dict[str, object]:
     return {"data": identity.data, "num-partitions": identity.num_partitions, **shapes}
 
 
-def _deciding() -> dict[str, str]:
+def deciding_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that decide what a run computes."""
     installed = versions()
     return {package: installed[package] for package in _DECIDING}
 

@@ -28,7 +28,8 @@ from exchange.undocumented import (
     RunNotRunningException,
     add_exit_handler,
 )
-from server_app.record import RunEnded, RunRecord, locked, writing
+from server_app.folder import locked, writing
+from server_app.record import RunEnded, RunRecord
 from strategies import FederationError
 
 TRACEBACK = "traceback.txt"

@@ -12,14 +12,10 @@ from core.devices import pick_device
 from core.seeds import Stream, derive_seed, drawn_under
 from core.settings import Settings
 from quant import Update, load_state, quantize_state, weight_scales
+from task.at_width import at_width, ready_to_evaluate
 from task.calibration import calibrate_activations, round_weights
+from task.evaluation import Score, evaluate
 from task.examples import Examples, Inputs
-from task.training import (
-    Score,
-    at_width,
-    evaluate,
-    ready_to_evaluate,
-)
 
 # Examples of the buffer that the distillation term looks at.
 _DISTILLATION_EXAMPLES = 64

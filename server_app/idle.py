@@ -11,9 +11,11 @@ from core.mix import parse_mix
 from core.options import Idle, IdleWith
 from core.settings import Settings
 from quant import FLOAT_BITS
-from strategies import STRATEGIES
+from strategies import STRATEGIES, MixedPrecisionStrategy
 from task.calibration import has_statistics
 from task.tasks import TASKS
+
+Given = Mapping[str, object]
 
 # What has an effect only where another setting is not as named here; the strategies' own options
 # declare it themselves (`IdleWith`, `Idle`).
@@ -92,8 +94,20 @@ def _own_options() -> dict[str, _Option]:
     }
 
 
-def _why_idle(key: str, one: _Option, given: Mapping[str, object], simulated: bool) -> str:
+def _why_idle(key: str, one: _Option, given: Given, simulated: bool) -> str:
     """Return the setting with which another has no effect; empty if it has one."""
+    if key == "bit-mix" and not simulated:
+        return "networked nodes, which declare their own"
+    return (
+        _by_another(key, one, given)
+        or _by_task(key, given)
+        or _by_strategy(key, given)
+        or (_by_mix(key, one, given) if simulated else "")
+        or _by_resume(key, given)
+    )
+
+
+def _by_another(key: str, one: _Option, given: Given) -> str:
     needed: str
     idle_at: tuple[object, ...]
     needed, idle_at = _NEEDS.get(key, ("", ()))
@@ -102,8 +116,10 @@ def _why_idle(key: str, one: _Option, given: Mapping[str, object], simulated: bo
     for mark in one.marks:
         if isinstance(mark, IdleWith):
             needed, idle_at = f"{one.owner}-{mark.key}", (mark.value,)
-    if needed and given[needed] in idle_at:
-        return f"{needed}={given[needed]}"
+    return f"{needed}={given[needed]}" if needed and given[needed] in idle_at else ""
+
+
+def _by_task(key: str, given: Given) -> str:
     if key in _OF_IMAGES and given["task"] != "images" and given["task"] in TASKS:
         return f"task={given['task']}"
     if key in _OF_DEVICES and given["task"] == "images":
@@ -111,33 +127,49 @@ def _why_idle(key: str, one: _Option, given: Mapping[str, object], simulated: bo
             return f"dataset={given['dataset']}"
         if given["data-dir"]:
             return f"data-dir={given['data-dir']}"
-    strategy = str(given["strategy"])
-    # Of a class of the user's own nothing is known.
-    known = STRATEGIES.get(strategy.partition(":")[0])
-    idle = {} if known is None else known.idle
-    if key in idle and given["broadcast"] in (idle[key] or (given["broadcast"],)):
-        # A resumed run was told its device, whatever the user gave.
-        told = key == "server-device" and given["resume"]
-        return "" if told else f"strategy={strategy}"
-    if key == "bit-mix" and not simulated:
-        return "networked nodes, which declare their own"
-    # A strategy of the user's own may send what it likes at any width.
-    if simulated and known is not None:
-        widths = parse_mix(str(given["bit-mix"])).keys()
-        of_low_bits = key in _OF_LOW_BITS or Idle.ALL_FLOAT32 in one.marks
-        # With it Float32 clients train their weights over alpha.
-        of_low_bits &= (key, given[key]) != ("low-bit-training", "integer")
-        only_float = of_low_bits and widths == {FLOAT_BITS}
-        if key == "lossless-coding":  # A difference may have a width of its own.
-            only_float &= given.get(f"{given['strategy']}-bits", 0) in (0, FLOAT_BITS)
-        if only_float or (Idle.ONE_WIDTH in one.marks and len(widths) == 1):
-            return f"bit-mix={given['bit-mix']}"
-    if given["resume"] and key in ("run-name", "output-dir"):
-        folder = user_path("resume", str(given["resume"]))
-        here = folder.parent if key == "output-dir" else Path(folder.name)
-        if user_path(key, str(given[key])) != here:
-            return "resume, which continues that run's record"
     return ""
+
+
+def _strategy_of(given: Given) -> type[MixedPrecisionStrategy] | None:
+    """Return the registered strategy; of a class of the user's own nothing is known."""
+    return STRATEGIES.get(str(given["strategy"]).partition(":")[0])
+
+
+def _by_strategy(key: str, given: Given) -> str:
+    known = _strategy_of(given)
+    # A resumed run was told its device, whatever the user gave.
+    told = key == "server-device" and given["resume"]
+    if known is None or key not in known.idle or told:
+        return ""
+    broadcasts = known.idle[key]
+    return (
+        f"strategy={given['strategy']}"
+        if given["broadcast"] in broadcasts or not broadcasts
+        else ""
+    )
+
+
+def _by_mix(key: str, one: _Option, given: Given) -> str:
+    if _strategy_of(given) is None:  # It may send what it likes at any width.
+        return ""
+    widths = parse_mix(str(given["bit-mix"])).keys()
+    of_low_bits = key in _OF_LOW_BITS or Idle.ALL_FLOAT32 in one.marks
+    # With it Float32 clients train their weights over alpha.
+    of_low_bits &= (key, given[key]) != ("low-bit-training", "integer")
+    only_float = of_low_bits and widths == {FLOAT_BITS}
+    if key == "lossless-coding":  # A difference may have a width of its own.
+        only_float &= given.get(f"{given['strategy']}-bits", 0) in (0, FLOAT_BITS)
+    idle = only_float or (Idle.ONE_WIDTH in one.marks and len(widths) == 1)
+    return f"bit-mix={given['bit-mix']}" if idle else ""
+
+
+def _by_resume(key: str, given: Given) -> str:
+    if not given["resume"] or key not in ("run-name", "output-dir"):
+        return ""
+    folder = user_path("resume", str(given["resume"]))
+    here = folder.parent if key == "output-dir" else Path(folder.name)
+    same = user_path(key, str(given[key])) == here
+    return "" if same else "resume, which continues that run's record"
 
 
 def idle_with_model(settings: Settings, model: nn.Module) -> list[str]:

@@ -1,110 +1,33 @@
 """The run record: what a run leaves behind; its checkpoint is `server_app.checkpoint`'s."""
 
-import fcntl
 import json
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from logging import WARNING
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from flwr.common.logger import log
 from safetensors.torch import save
 from torch import Tensor
 
 from core.errors import SettingsError
-from core.files import is_utf8, printable, read_regular, reason, user_path, write_atomic
+from core.files import printable, read_regular, reason, user_path, write_atomic
 from core.run_record import CONFIG, MODEL, ROUNDS, SUMMARY, WEIGHTS
 from server_app.board import Board
+from server_app.folder import RunExistsError, make_folder, read_json, writing
 from server_app.plain import to_json
 from server_app.unused import UnusedRounds
 
 _PACKAGES = ("prowd", "flwr", "torch", "torchvision", "numpy", "pydantic", "ray", "flwr-datasets")
 
 
-class RunExistsError(SettingsError):
-    """There is a run of this name already."""
-
-
 class RunEnded(Exception):
     """How the run ended has been written already, in another thread."""
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written into one line that names it.
-
-    Raises
-    ------
-    SettingsError
-        In place of an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise SettingsError(
-            f"output-dir: {printable(path)} cannot be written: {reason(error)}"
-        ) from None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from resuming a run; the lock ends with this one at the latest.
-
-    Raises
-    ------
-    SettingsError
-        If another process has it, or there is no such folder.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise SettingsError(
-            f"resume: {printable(folder)} cannot be opened: {reason(error)}"
-        ) from None
-    try:
-        _lock(descriptor, folder)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SettingsError(f"resume: another process is writing {printable(folder)}") from None
-    except OSError as error:  # A file system without locks.
-        log(
-            WARNING,
-            "prowd: %s cannot be locked (%s): two processes could write this record at once",
-            printable(folder),
-            reason(error),
-        )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of a record that is resumed.
-
-    Raises
-    ------
-    SettingsError
-        If it is missing or damaged; one line.
-    """
-    try:
-        content = json.loads(read_regular(path))
-        if not isinstance(content, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingsError(f"resume: {printable(path)} cannot be read: {reason(error)}") from None
-    return content
 
 
 class RunRecord:
@@ -143,7 +66,7 @@ class RunRecord:
     ) -> None:
         self.folder = folder
         if resumed_after is None:
-            _make(folder)
+            make_folder(folder)
         self._metrics: dict[str, list[float]] = {}
         self._best_of: Callable[[list[float]], float] = max
         self._last: dict[str, Any] = {}
@@ -328,25 +251,6 @@ def open_record(output_dir: str, run_name: str, strategy: str, dataset: str) -> 
         except RunExistsError:
             continue  # Two runs may begin in one second.
     raise SettingsError(f"output-dir: {printable(base)} holds a hundred runs of this second")
-
-
-def _make(folder: Path) -> None:
-    if not is_utf8(str(folder)):  # As a home may be; the settings that resume the run are.
-        raise SettingsError(
-            f"output-dir: {printable(folder)} is not in UTF-8; allowed: a path that is"
-        )
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        # A folder on the way to it may also be there already, as a link to nowhere.
-        if isinstance(error, FileExistsError) and os.path.lexists(folder):
-            raise RunExistsError(
-                f"run-name: {printable(folder)} exists already; choose another name or leave it "
-                "empty"
-            ) from None
-        raise SettingsError(
-            f"output-dir: {printable(folder)} cannot be made: {reason(error)}"
-        ) from None
 
 
 @cache

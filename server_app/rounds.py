@@ -18,7 +18,7 @@ from exchange.states import State, to_arrays, to_state
 from server_app.evaluation import Evaluator
 from server_app.record import RunRecord
 from strategies import FederationError, MixedPrecisionStrategy, RoundLog, receive
-from task.training import Score
+from task.evaluation import Score
 
 
 def run_rounds(

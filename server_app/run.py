@@ -7,17 +7,14 @@ from functools import partial
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
-import numpy as np
 import torch
-from flwr.app import ConfigRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from torch import Tensor, nn
+from torch import nn
 
 from core.devices import pick_device
 from core.errors import SettingsError
 from core.files import printable
-from core.reference import in_one_line, is_reference
 from core.run_record import SUMMARY
 from core.settings import Settings
 from exchange.states import State, what_is_kept
@@ -34,19 +31,25 @@ from server_app.checkpoint import (
     Checkpoint,
     Checkpoints,
     Identity,
+    deciding_versions,
     folder_of_clients,
     read_checkpoint,
 )
+from server_app.checks import (
+    check_measures,
+    check_task,
+    check_widths,
+    checked_model_of,
+    without_server_data,
+)
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
+from server_app.folder import read_json
 from server_app.idle import idle_with_model
-from server_app.record import RunRecord, read_json
+from server_app.record import RunRecord
 from server_app.rounds import is_evaluated, run_rounds
-from strategies import MixedPrecisionStrategy, StrategyContext
-from task.examples import Examples, Inputs
-from task.interface import Facts, Task
-from task.models import check_model, check_repeatable
+from strategies import MixedPrecisionStrategy
+from task.interface import Task
 from task.tasks import make_task
-from task.training import check_at_width, check_quantizable, check_trained_in_integers
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class Run:
         """What the run is in a federation of so many partitions."""
         shapes = {name: list(tensor.shape) for name, tensor in federated_state(self.model).items()}
         data = self.task.fingerprint()
-        return Identity.new(self.all_settings, data, shapes, num_partitions, self.client_key)
+        about = self.all_settings, deciding_versions(), data, shapes
+        return Identity(*about, num_partitions, self.client_key)
 
 
 def prepare(
@@ -124,27 +128,19 @@ def prepare(
     task = make_task(settings)
     facts, test = task.facts(), task.test_data()
     evaluation = None if test is None else task.as_examples(test)
-    _check_task(task, facts, evaluation)
+    check_task(task, facts, evaluation)
     for level, line in task.describe():
         log(level, "prowd: %s", line)
-    model = _model_of(task)
-    _check_measures(task, model, evaluation)
+    model = checked_model_of(task)
+    check_measures(task, model, evaluation)
     for line in idle_with_model(settings, model):
         log(WARNING, "prowd: %s", line)
     buffer = task.unlabelled()
-    if settings.low_bit_training == "integer":
-        check_trained_in_integers(model, settings.model_name)
-    if min(settings.mix) < FLOAT_BITS:
-        check_quantizable(model, settings.model_name)
-        _log_what_stays_float32(model)
-    for trial in (buffer, evaluation):
-        if trial is not None and len(trial) > 1:
-            check_at_width(model, settings, min(settings.mix), trial)
-            break
+    check_widths(model, settings, buffer, evaluation)
     client_key = client_key or uuid.uuid4().hex
     shared = grid is None or is_simulated(grid)
     context = replace(
-        _without_server_data(choice.context, settings, buffer, evaluation),
+        without_server_data(choice.context, settings, buffer, evaluation),
         facts=facts,
         metric_range=task.metric_range,
         higher_is_better=task.higher_is_better,
@@ -161,98 +157,6 @@ def prepare(
     strategy = choice.make(context)
     evaluator = Evaluator(settings, model, evaluation, buffer)
     return Run(folder, settings, options, task, strategy, model, evaluator, client_key)
-
-
-def _check_task(task: Task, facts: Facts, evaluation: Examples | None) -> None:
-    """Refuse what could not be sent, or evaluated, in any round."""
-    name = task.settings.task
-    try:
-        ConfigRecord(dict(facts))
-    except (TypeError, ValueError) as error:
-        raise SettingsError(
-            f"task: facts of {name!r} cannot be sent ({in_one_line(error)}); allowed: numbers, "
-            "texts, and lists of one of these, under texts"
-        ) from None
-    least, most = task.metric_range
-    if not least < most:
-        raise SettingsError(f"task: metric_range of {name!r} is {least}, {most}; allowed: rising")
-    if evaluation is not None and not len(evaluation):
-        raise SettingsError(f"task: test_data of {name!r} has no examples; allowed: some, or None")
-    on_devices = type(task).local_test_data is Task.local_test_data
-    if evaluation is None and on_devices and not task.settings.local_test_share:
-        raise SettingsError(
-            f"local-test-share: 0, and the server has no test set of {name!r}; allowed: above 0"
-        )
-
-
-def _check_measures(task: Task, model: nn.Module, evaluation: Examples | None) -> None:
-    """Ask for loss and metrics of two examples, before they are asked for in every round."""
-    if evaluation is None or len(evaluation) < 2 or not is_reference(task.settings.task):
-        return
-    name = task.settings.task
-    try:
-        with torch.no_grad():
-            inputs, targets = evaluation.batch(np.arange(2))
-            outputs = model.eval()(inputs)
-            loss, metrics = evaluation.loss(outputs, targets), evaluation.metrics(outputs, targets)
-            pairs = [(float(value), int(count)) for value, count in metrics.values()]
-    except SettingsError:
-        raise
-    except Exception as error:  # Whatever the user's code raises.
-        raise SettingsError(
-            f"task: loss and metrics of {name!r} fail on two examples: {in_one_line(error)}"
-        ) from None
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        kind = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise SettingsError(f"task: loss of {name!r} gives {kind}; allowed: a tensor of one number")
-    if not pairs:
-        raise SettingsError(f"task: metrics of {name!r} gives none; allowed: one or more")
-
-
-def _model_of(task: Task) -> nn.Module:
-    """Make the task's model; of the user's own code twice, which must give the same."""
-    settings = task.settings
-    model = task.model(settings.seed)
-    if is_reference(settings.task):
-        check_model(model, settings.model_name)
-    if is_reference(settings.task) or is_reference(settings.model):
-        check_repeatable(model, task.model(settings.seed), settings.model_name)
-    return model
-
-
-def _without_server_data(
-    context: StrategyContext, settings: Settings, buffer: Inputs, evaluation: Examples | None
-) -> StrategyContext:
-    """Do without what a server without inputs, or without a test set, cannot do; say what it is."""
-    if len(buffer) < 2 and context.broadcast == "calibrated":
-        if settings.broadcast == "calibrated":
-            raise SettingsError(
-                f"broadcast: calibrated, and the server has {len(buffer)} unlabelled inputs "
-                "(Task.server_inputs); allowed: auto, float32 and nearest"
-            )
-        context = replace(context, broadcast="float32")
-    if evaluation is None and not context.fraction_evaluate:
-        context = replace(context, fraction_evaluate=1.0)
-    if len(buffer) < 2 and settings.calibrate_normalization:
-        log(INFO, "prowd: the server has no unlabelled inputs: statistics are not recalibrated")
-    if evaluation is None:
-        log(INFO, "prowd: the server has no test set; devices evaluate, each on its own examples")
-    return context
-
-
-def _log_what_stays_float32(model: nn.Module) -> None:
-    """Say which weights low-bit clients compute and send in float32; biases always are."""
-    on_grid, state = quantizable_weights(model), federated_state(model)
-    weights = {n: t.numel() for n, t in state.items() if t.ndim > 1 and n not in on_grid}
-    if weights:
-        share = sum(weights.values()) / sum(tensor.numel() for tensor in state.values())
-        named = ", ".join([*list(weights)[:3], *(["..."] if len(weights) > 3 else [])])
-        log(
-            INFO,
-            "prowd: low-bit clients keep %s in float32, %.1f %% of the model",
-            named,
-            100 * share,
-        )
 
 
 def restore(

@@ -1,9 +1,9 @@
 """The base of every strategy: clients of different bit-widths under Flower's Strategy interface.
 
 A subclass decides what a client does (`instruct`) and how the updates make the next model
-(`combine`). The base does the rest: it samples the nodes under the seed, packs the model for their
-widths, reads the replies one by one, rejects bad ones, and passes on the good ones in the order of
-their partitions, so that sums do not depend on the order of arrival.
+(`combine`). The base does the rest: it samples the nodes under the seed, encodes the model for
+their widths (`strategies.models`), reads the replies one by one, rejects bad ones, and passes on
+the good ones in the order of their partitions, so that sums do not depend on the order of arrival.
 """
 
 import time
@@ -28,9 +28,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from core.constructors import Broadcast, own_options
-from core.errors import FederationError, SettingsError
 from core.options import Options as OwnOptions
-from core.seeds import Stream, derive_seed
 from core.settings import Upload
 from exchange.inbox import Batch, match_replies, warn_of_left_out
 from exchange.nodes import Nodes, sample_nodes
@@ -42,7 +40,6 @@ from exchange.protocol import (
     Instruction,
     Report,
     plain,
-    to_array,
 )
 from exchange.replies import (
     BadReply,
@@ -56,7 +53,7 @@ from exchange.replies import (
     training_metrics,
     within_norms,
 )
-from exchange.round_plan import RoundLog, RoundPlan, completed, with_config
+from exchange.round_plan import RoundLog, RoundPlan, completed, with_config, with_upload
 from exchange.states import (
     RoundDropped,
     Snapshot,
@@ -70,20 +67,14 @@ from exchange.states import (
 )
 from quant import (
     FLOAT_BITS,
-    FlatUpdate,
     Update,
     UpdateSpec,
-    encode,
-    fixed_point,
-    quantize_fitted,
-    quantize_state,
-    stored_state,
-    upload_bits,
 )
 from strategies.context import StrategyContext, own_context
+from strategies.models import ModelsByWidth
 
 
-class MixedPrecisionStrategy(Strategy):
+class MixedPrecisionStrategy(ModelsByWidth, Strategy):
     """Flower strategy for clients that declare a bit-width.
 
     Parameters
@@ -205,7 +196,7 @@ class MixedPrecisionStrategy(Strategy):
             One line that names the setting, its value and what is allowed.
         """
 
-    # --- overridden by subclasses ----------------------------------------------------------------
+    # --- overridden by subclasses; `state_for` too, of `ModelsByWidth` ---------------------------
 
     def instruct(self, server_round: int, client: Declaration) -> Instruction:
         """Return what this client is asked to do; the default: train and send its weights."""
@@ -224,7 +215,7 @@ class MixedPrecisionStrategy(Strategy):
         start : dict of str to Tensor
             The float32 model that the clients were sent.
         updates : iterator of ClientUpdate
-            The good updates in the order of their partitions, unpacked one at a time. To be read
+            The good updates in the order of their partitions, decoded one at a time. To be read
             to its end.
 
         Returns
@@ -233,37 +224,6 @@ class MixedPrecisionStrategy(Strategy):
             The next model; None to keep the present one, as the round's line then shows. A run in
             which no round made one has failed, unless `evaluates_on_server` is False.
         """
-
-    def state_for(self, bits: int, state: State) -> State:
-        """Return the float32 model that clients of a width use; by default the global one."""
-        return state
-
-    def model_for(self, bits: int, state: State) -> Update:
-        """Return the model as clients of a width compute with it."""
-        if self.context.low_bit_training == "integer" and bits != FLOAT_BITS:
-            state = self.state_at(bits, state)
-            return stored_state(state, self.on_grid(state), bits)
-        return self._at_width(bits, self.state_at(bits, state), self.context.weight_step)
-
-    def state_at(self, bits: int, state: State) -> State:
-        """Return what `state_for` does, which a subclass writes; what is no model is refused."""
-        source = f"{type(self).__name__}.state_for"
-        return checked_model(self.state_for(bits, state), state, source)
-
-    def on_grid(self, state: State) -> list[str]:
-        """Return the names of the weights that low-bit clients hold on a grid.
-
-        Raises
-        ------
-        FederationError
-            If the strategy's context does not name them.
-        """
-        if self.context.quantized is None:
-            raise FederationError(
-                f"quantized: {type(self).__name__} does not know which weights low-bit clients "
-                "quantize; give it StrategyContext(quantized=quantizable_weights(model))"
-            )
-        return [name for name in state if name in self.context.quantized]
 
     def checkpoint(self) -> tuple[State, dict[str, object]]:
         """Return what later rounds depend on besides the global model: tensors, and JSON values.
@@ -451,58 +411,13 @@ class MixedPrecisionStrategy(Strategy):
         by_broadcast = FLOAT_BITS if self.context.broadcast == "float32" else client.bits
         owner = type(self).__name__
         instruction = completed(self.instruct(server_round, client), by_broadcast, owner)
+        training, seed = self.context.low_bit_training, self.context.seed
         return replace(
-            self._with_upload(instruction, client),
+            with_upload(instruction, client, training, self.upload, seed),
             number=client.partition_id,
             coded=int(self.context.coded),
             keep_in=self.context.clients_keep_in,
         )
-
-    def _with_upload(self, instruction: Instruction, client: Declaration) -> Instruction:
-        """Say in which form a low-bit client is to send its weights."""
-        training = self.context.low_bit_training
-        if client.bits == FLOAT_BITS or training == "strict" or instruction.uplink == "nothing":
-            # What it holds is what it computes with.
-            return replace(instruction, upload="stored")
-        bits, dither = instruction.uplink_bits, 0
-        if instruction.uplink == "weights" and not bits:
-            bits = upload_bits(client.bits, training, self.upload)
-        if self.upload == "dithered":
-            path = (instruction.server_round, client.partition_id)
-            dither = derive_seed(self.context.seed, Stream.DITHER, *path) or 1
-        return replace(instruction, upload=self.upload, uplink_bits=bits, dither=dither)
-
-    def _encode_model(
-        self, start: State, bits: int, downlink_bits: int
-    ) -> tuple[ArrayRecord, Update]:
-        if downlink_bits == bits != FLOAT_BITS:
-            model = self.model_for(bits, start)
-        else:
-            # Fixed-point weights have the client's own width.
-            model = self._at_width(downlink_bits, self.state_at(bits, start), weight_step=0.0)
-        if model.bits != downlink_bits:
-            raise SettingsError(
-                f"strategy: {type(self).__name__}.model_for returns a model of {model.bits} bits; "
-                f"allowed: {downlink_bits}"
-            )
-        if downlink_bits != FLOAT_BITS:
-            # In the form that every reply is read beside.
-            model = FlatUpdate.of(model)
-        payload = encode(model, coded=self.context.coded)
-        return ArrayRecord({MODEL: to_array(payload)}), model
-
-    def _at_width(self, bits: int, state: State, weight_step: float) -> Update:
-        """Return a model at a width, rounded by the setting `broadcast`."""
-        if bits == FLOAT_BITS:
-            return quantize_state(state, bits)
-        if self.context.broadcast == "calibrated":
-            if self.context.round_calibrated is None:
-                raise ValueError("broadcast: 'calibrated' needs round_calibrated, which is not set")
-            return self.context.round_calibrated(state, bits)
-        names = self.on_grid(state)
-        if weight_step:
-            return quantize_state(state, bits, fixed_point(state, names, weight_step))
-        return quantize_fitted(state, bits, names)
 
     def _accept(self, client: Declaration, reply: Message) -> Reply | None:
         self.round_log.uplink_bytes[client.bits] += len(payload_of(reply) or b"")

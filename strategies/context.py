@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from core.arguments import check_number
-from core.constructors import Broadcast, checked, names_in
+from core.arguments import check_names, check_number
+from core.constructors import Broadcast, checked
 from core.errors import SettingsError
 from core.options import shown
 from core.settings import LocalOptimizer, LowBitTraining, Upload
@@ -146,11 +146,11 @@ class StrategyContext:
         held: dict[str, object] = checked(numbers)
         try:
             check_number("most_examples", self.most_examples, least=1, whole=True)
+            if self.quantized is not None:
+                held["quantized"] = check_names("quantized", self.quantized)
         except ValueError as error:
             raise SettingsError(str(error)) from None
         held["most_examples"] = int(self.most_examples)
-        if self.quantized is not None:
-            held["quantized"] = names_in("quantized", self.quantized)
         for name, value in held.items():
             # NumPy's numbers became plain ones, names a set.
             object.__setattr__(self, name, value)

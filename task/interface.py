@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from core.errors import SettingsError
 from core.options import Options as OwnOptions
+from core.seeds import DataStream, data_generator
 from core.settings import Settings
 from task.examples import (
     NO_INPUTS,
@@ -217,7 +218,7 @@ class Task(Measures, ABC):
     def _held_out(self, count: int) -> np.ndarray:
         """Return which examples are held out: the same in every round, also where more came."""
         share = self.settings.local_test_share
-        draws = np.random.default_rng([self.settings.seed, 2]).random(count)
+        draws = data_generator(self.settings.seed, DataStream.LOCAL_TEST).random(count)
         held = draws < share
         if share and count > 1 and not held.any():
             held[draws.argmin()] = True
@@ -226,5 +227,5 @@ class Task(Measures, ABC):
         return held
 
     def _shuffled(self, data: Examples) -> Examples:
-        order = np.random.default_rng([self.settings.seed, 3]).permutation(len(data))
+        order = data_generator(self.settings.seed, DataStream.LOCAL_ORDER).permutation(len(data))
         return data.part(order)

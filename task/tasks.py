@@ -1,8 +1,8 @@
 """Tasks by name. A new one is one file and one line here."""
 
 from core.errors import SettingsError
-from core.options import Options, parse_assignments
-from core.reference import in_one_line, is_reference, load_reference
+from core.options import parse_assignments
+from core.reference import is_reference, load_class, users_code
 from core.settings import Settings
 from task.images import ImageTask
 from task.interface import Facts, Task
@@ -33,15 +33,9 @@ def make_task(settings: Settings, facts: Facts | None = None) -> Task:
     'ImageTask'
     """
     kind = task_class(settings.task)
-    try:
+    with users_code(f"task: {settings.task!r} cannot be made"):
         options = kind.Options.read(parse_assignments(settings.task_options), "task-options: ")
         return kind(settings, options, facts)
-    except SettingsError:
-        raise
-    except Exception as error:  # Whatever the user's code raises.
-        raise SettingsError(
-            f"task: {settings.task!r} cannot be made ({in_one_line(error)})"
-        ) from None
 
 
 def task_class(name: str) -> type[Task]:
@@ -57,11 +51,7 @@ def task_class(name: str) -> type[Task]:
             allowed = ", ".join([*TASKS, "package.module:Class"])
             raise SettingsError(f"task: there is no {name!r}; allowed: {allowed}")
         return TASKS[name]
-    found = load_reference("task", name)
-    if not (isinstance(found, type) and issubclass(found, Task)):
-        raise SettingsError(f"task: {name!r} is no subclass of task.Task")
-    if not (isinstance(found.Options, type) and issubclass(found.Options, Options)):
-        raise SettingsError(f"task: {name!r}.Options is no subclass of core.options.Options")
+    found = load_class("task", name, Task, "task.Task")  # type: ignore[type-abstract]
     if missing := sorted(found.__abstractmethods__):
         raise SettingsError(f"task: {name!r} does not define {' and '.join(missing)}")
     return found

@@ -24,7 +24,7 @@ from quant import (
 _CONVOLUTIONS = (16, 16, 32, 32, 96, 96)
 _HIDDEN = 192
 _DEVIATION = 0.4
-# Of `task.models.to_input`'s -2..2.
+# Of `task.data.to_input`'s -2..2.
 _INPUT_FACTOR = 0.5
 _LARGEST_WIDTH = 64
 _NAME = re.compile(r"vgg7(?P<plain>-nobn)?(-x(?P<width>\d+(\.\d+)?))?")

@@ -17,7 +17,7 @@ from server_app.run import Run, reopen
 from task.data.dataset import Images, load_dataset
 from task.data.partition import evaluation_images
 from task.data.to_input import PIXEL_OFFSET, PIXEL_SCALE
-from task.training import evaluate
+from task.evaluation import evaluate
 
 _BATCH = 100
 

@@ -19,7 +19,7 @@ from quant.dequantizer.ladder import (
     Reference,
     StartReference,
 )
-from quant.grid import dequantize, per_channel, quantize_nearest, quantize_stochastic
+from quant.grid import dequantize, is_finite, per_channel, quantize_nearest, quantize_stochastic
 from quant.lowbit.eager import Adam
 
 # Weights that one step looks at; larger models are sampled channel by channel.
@@ -165,15 +165,12 @@ def fine_tune(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    undone = not (isfinite(reconstruction + similarity) and _is_finite(dequantizer))
+    tuned = all(is_finite(parameter.detach()) for parameter in dequantizer.parameters())
+    undone = not (tuned and isfinite(reconstruction + similarity))
     if undone:
         dequantizer.load_state_dict(before)
     mean_similarity = -similarity / config.steps if teacher is not None else None
     return Losses(reconstruction / config.steps, mean_similarity, undone)
-
-
-def _is_finite(dequantizer: ProgressiveDequantizer) -> bool:
-    return all(bool(p.isfinite().all()) for p in dequantizer.parameters())
 
 
 def _reconstruction(

@@ -21,13 +21,7 @@ from torch.optim import Optimizer
 
 from core.arguments import check_kind, check_number, check_tensors
 from core.bits import check_bits, check_width
-from quant.grid import (
-    check_finite,
-    code_type,
-    largest_code,
-    naming,
-    nan_unless_finite,
-)
+from quant.grid import check_finite, code_type, largest_code, naming, nan_unless_finite
 from quant.lowbit.eager import Eager
 from quant.update import QuantizedTensor, Update, quantize_state
 

@@ -131,7 +131,7 @@ class IntegerActivation(IntegerModule):
 
 
 class IntegerOutput(IntegerModule):
-    """Give the logits as they are; the gradient of the loss by them is quantized on its way.
+    """Give the logits as they are; the loss's gradient by them is quantized on its way back.
 
     Examples
     --------

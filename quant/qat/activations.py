@@ -133,7 +133,7 @@ def fake_quantize_gradient(
 def quantize_output_gradient(
     y: Tensor, bits: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return `y`; its gradient is put on a grid of `bits` bits on the way back.
+    """Return `y`; its gradient is put on a grid of `bits` bits in the backward pass.
 
     `generator` is as in `fake_quantize_gradient`.
     """

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 from core.bits import FLOAT_BITS
-from quant.grid import fake_quantize, fit_scale, naming
+from quant.grid import fake_quantize, naming
 from quant.qat.activations import (
     ActivationGrid,
     fake_quantize_activation,
@@ -24,6 +24,7 @@ from quant.qat.activations import (
     quantize_output_gradient,
 )
 from quant.qat.config import QuantConfig
+from quant.scales import fit_scale
 
 
 class QuantLayer(nn.Module):
@@ -178,7 +179,7 @@ class QuantLayer(nn.Module):
         return put_on_grid(x, self.input_grid)
 
     def quantized_output_gradient(self, y: Tensor) -> Tensor:
-        """Return `y`; its gradient is quantized on the way back."""
+        """Return `y`; its gradient is quantized in the backward pass."""
         bits = self.config.gradient_bits
         return y if bits == FLOAT_BITS else quantize_output_gradient(y, bits, self.generator)
 

@@ -12,7 +12,7 @@ The clients of one bit-width form a group. Per round the server
 and every few rounds fine-tunes the dequantizer on the high-bit group's weights.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from logging import WARNING
@@ -36,18 +36,15 @@ from quant import (
     Rungs,
     StartReference,
     WeightedMean,
-    add_drift,
-    cosine,
     fine_tune,
     ladder_of,
-    level_drift,
     quantize_state,
-    relevancy_mask,
     ternary_scales,
     upload_bits,
 )
 from strategies.base import MixedPrecisionStrategy
-from strategies.context import StrategyContext
+from strategies.context import Predict, StrategyContext
+from strategies.prowd.aggregation import aggregate, relevancy_masks, remove_drift
 from strategies.prowd.distributions import WeightDistributions
 from strategies.prowd.groups import Group, Rung, dequantized
 from strategies.prowd.options import FineTuningOptions, ProWDOptions, parse_ladder
@@ -153,16 +150,18 @@ class ProWD(MixedPrecisionStrategy):
                 mean.update(self._dequantize(mean, groups[bits], reference))
         else:
             means = self._dequantize_each(kept, groups, reference)
+        shares = self._shares(groups)
         if self._aligns:
-            self._align(means, start, groups)
+            remove_drift(means, start, groups, shares, self._drift)
         if seen is not None:
             self.round_log.weights = seen.to_record(means)
-        masks = self._masks(server_round, means, start, weights)
+        path = (self.context.seed, server_round)
+        masks, figures = relevancy_masks(means, start, list(weights), self.options, *path)
+        self.round_log.own |= figures
+        floats, common = {}, start
         if self.options.own_normalization:
-            floats, shared = self._keep_own(means), weights
-        else:
-            floats, shared = {}, start
-        aggregated = self._aggregate(shared, means, groups, masks)
+            floats, common = self._keep_own(means), weights
+        aggregated = aggregate(common, means, shares, masks, self.options)
         return {**start, **aggregated, **self._step(weights, aggregated), **floats}
 
     def _quantized(self, state: State) -> list[str]:
@@ -240,62 +239,6 @@ class ProWD(MixedPrecisionStrategy):
         with torch.no_grad():
             return cast(State, self.dequantizer(quantized, bits, reference))
 
-    def _masks(
-        self, server_round: int, means: dict[int, State], start: State, weights: State
-    ) -> dict[int, State]:
-        """Relevancy mask of each low-bit group, 1 where a coordinate is kept."""
-        masks: dict[int, State] = {}
-        *low, high = means
-        if not low or not weights:
-            return masks
-        high_move = _flat(means[high], start, weights)
-        for bits in low:
-            low_move = _flat(means[bits], start, weights)
-            keep = relevancy_mask(
-                low_move,
-                high_move,
-                at_most=self.options.mask_at_most,
-                at_least=self.options.mask_at_least,
-            )
-            if self.options.mask == "random":
-                generator = torch.Generator().manual_seed(
-                    derive_seed(self.context.seed, Stream.MASK, server_round, bits)
-                )
-                keep = keep[torch.randperm(keep.numel(), generator=generator)]
-            masks[bits] = _unflat(keep.float(), weights)
-            self.round_log.own[f"mask-density-{bits}"] = float(keep.float().mean())
-            if not keep.all():
-                by_layer = {name: float(mask.mean()) for name, mask in masks[bits].items()}
-                self.round_log.own[f"mask-density-by-layer-{bits}"] = by_layer
-            self.round_log.own[f"cosine-{bits}"] = cosine(low_move, high_move)
-            self.round_log.own[f"cosine-masked-{bits}"] = cosine(low_move * keep, high_move)
-        return masks
-
-    def _aggregate(
-        self,
-        start: State,
-        means: dict[int, State],
-        groups: Mapping[int, Group],
-        masks: dict[int, State],
-    ) -> State:
-        """Selective aggregation, coordinate by coordinate."""
-        shares = self._shares(groups)
-        by_count = self.options.normalization == "count"
-        literal = self.options.aggregate == "weights"
-        new = {}
-        for name, anchor in start.items():
-            total = torch.zeros_like(anchor)
-            # The high-bit group is never masked, so that no coordinate is left without weight.
-            contributed = torch.zeros_like(anchor)
-            for bits, mean in means.items():
-                mask = masks[bits].get(name) if bits in masks else None
-                share = shares[bits] if mask is None else mask * shares[bits]
-                total += (mean[name] if literal else mean[name] - anchor) * share
-                contributed += share
-            average = total / (contributed if by_count else sum(shares.values()))
-            new[name] = average if literal else anchor + average
-        return new
-
     def _step(self, weights: State, aggregated: State) -> State:
         """Apply the movement of the weights with the server's step size and momentum.
 
@@ -310,32 +253,6 @@ class ProWD(MixedPrecisionStrategy):
                 moved[name].add_(velocity, alpha=momentum)
             self._velocity = moved
         return {name: tensor.add(moved[name], alpha=rate) for name, tensor in weights.items()}
-
-    def _align(
-        self,
-        means: dict[int, State],
-        start: State,
-        groups: Mapping[int, Group],
-    ) -> None:
-        """Take the drift out of each low-bit group, seen against all groups above it, in place.
-
-        A group that has none above it in this round has the drift seen last removed.
-        """
-        shares = self._shares(groups)
-        above = WeightedMean()
-        for bits in reversed(means):
-            target = above.mean()
-            drift = self._drift.setdefault(bits, {})
-            if (rung := groups[bits].rung) is not None:
-                for name, codes in rung.codes.items():
-                    moved = means[bits][name] - start[name]
-                    if target:
-                        towards = target[name] - start[name]
-                        drift[name] = level_drift(moved, towards, codes, rung.code_bits)
-                    if name in drift:
-                        aligned = add_drift(moved, drift[name], codes, rung.code_bits)
-                        means[bits][name] = start[name] + aligned
-            above.add(means[bits], shares[bits])
 
     def _keep_own(self, means: Mapping[int, State]) -> State:
         """Keep what is not quantized for each width; return that of the widest."""
@@ -433,9 +350,7 @@ class ProWD(MixedPrecisionStrategy):
             return True
         return self.context.low_bit_training == "integer" and self.upload == "stored"
 
-    def _predicting(
-        self, server_round: int, state: State
-    ) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+    def _predicting(self, server_round: int, state: State) -> Predict | None:
         """Return ``f(u; w)`` with all else of a model as it is: in a round one mask of dropout."""
         predict = self.context.predict
         if predict is None:
@@ -446,12 +361,3 @@ class ProWD(MixedPrecisionStrategy):
                 return predict({**state, **weights})
 
         return predicted
-
-
-def _flat(state: State, start: State, names: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([(state[n] - start[n]).flatten() for n in names])
-
-
-def _unflat(flat: Tensor, like: Mapping[str, Tensor]) -> State:
-    parts = flat.split([t.numel() for t in like.values()])
-    return {n: part.reshape(t.shape) for (n, t), part in zip(like.items(), parts, strict=True)}

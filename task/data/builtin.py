@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import SettingsError
-from core.files import printable, read_regular, reason, user_path
+from core.files import failing_by_name, printable, read_regular, reason, user_path
 
 # Pixels uint8 [n, channels, size, size] and labels int64 [n].
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -48,12 +48,8 @@ def _read_part(source: Path, part: str, count: int) -> Arrays:
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
-    try:
+    with failing_by_name("data-dir", path, "read", EOFError, zlib.error):
         data = gzip.decompress(read_regular(path))
-    except (OSError, EOFError, zlib.error) as error:
-        raise SettingsError(
-            f"data-dir: {printable(path)} cannot be read: {reason(error)}"
-        ) from None
     if not data.startswith(header) or len(data) != len(header) + int(np.prod(shape)):
         raise SettingsError(f"data-dir: {printable(path)} is not an idx file of shape {shape}")
     return np.frombuffer(bytearray(data), np.uint8, offset=len(header)).reshape(shape)

@@ -15,7 +15,7 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from core.errors import SettingsError
-from core.files import printable, reason, user_path
+from core.files import failing_by_name, printable, user_path
 from core.settings import Settings
 from task.data.builtin import BUILT_IN
 from task.data.image_folder import (
@@ -201,17 +201,14 @@ def readable_folder(folder: Path, setting: str) -> Path:
     SettingsError
         If not; the message begins with the setting.
     """
-    try:
-        with os.scandir(folder):
-            return folder
-    except FileNotFoundError:
-        raise SettingsError(f"{setting}: there is no folder {printable(folder)}") from None
-    except NotADirectoryError:
-        raise SettingsError(f"{setting}: {printable(folder)} is no folder") from None
-    except OSError as error:
-        raise SettingsError(
-            f"{setting}: {printable(folder)} cannot be read: {reason(error)}"
-        ) from None
+    with failing_by_name(setting, folder):
+        try:
+            with os.scandir(folder):
+                return folder
+        except FileNotFoundError:
+            raise SettingsError(f"{setting}: there is no folder {printable(folder)}") from None
+        except NotADirectoryError:
+            raise SettingsError(f"{setting}: {printable(folder)} is no folder") from None
 
 
 @lru_cache(maxsize=2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import SettingsError
-from core.files import printable, reason
+from core.files import failing_by_name, printable, reason
 
 # Those of torchvision's ImageFolder.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -255,13 +255,8 @@ def _below(folder: str) -> Iterator[tuple[str, os.stat_result]]:
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """Return what lies in a folder and is not hidden, by name."""
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise SettingsError(
-            f"data-dir: {printable(folder)} cannot be read: {reason(error)}"
-        ) from None
+    with failing_by_name("data-dir", folder), os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
     return [e for e in entries if e.name[0] != "." and e.name.lower() not in _LEFT_BY_SYSTEMS]
 
 

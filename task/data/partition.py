@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from core.errors import SettingsError
+from core.seeds import DataStream, data_generator
 from core.settings import Settings
 from task.data.dataset import Images, load_dataset
 from task.data.partition_file import read_partition_file
@@ -115,7 +116,7 @@ def validation_part(settings: Settings, count: int) -> np.ndarray:
 
 def random_sample(settings: Settings, count: int, most: int) -> np.ndarray:
     """Return the places of some training examples, for the server to calibrate with."""
-    drawn = np.random.default_rng([settings.seed, 4]).permutation(count)
+    drawn = data_generator(settings.seed, DataStream.SERVER_SAMPLE).permutation(count)
     return drawn[~np.isin(drawn, validation_part(settings, count))][:most]
 
 
@@ -173,7 +174,7 @@ def _in_order(settings: Settings, count: int) -> np.ndarray:
 
 
 def _shuffled(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, 1]).permutation(count)
+    return data_generator(seed, DataStream.PARTITION).permutation(count)
 
 
 def _draw(labels: np.ndarray, settings: Settings, num_partitions: int) -> list[np.ndarray]:

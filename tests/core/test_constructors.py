@@ -32,7 +32,7 @@ from strategies import (
     receive,
 )
 from strategies.differences import DifferenceOptions, FedCOM
-from task.training import LocalTraining
+from task.hyperparameters import LocalTraining
 
 NAN, INF = float("nan"), float("inf")
 # Arguments by the setting that has their bounds.

@@ -18,8 +18,9 @@ from server_app.app import main
 from server_app.build import read_settings
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from task.data.dataset import Images
+from task.hyperparameters import LocalTraining
 from task.models import build_model
-from task.training import LocalTraining, train
+from task.training import train
 
 STRICT = LocalTraining(4, "strict", activation_bits=4, gradient_bits=8, proximal_mu=0.1)
 

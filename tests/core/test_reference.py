@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from core.errors import SettingsError
-from core.reference import is_reference, load_reference
+from core.options import Options
+from core.reference import is_reference, load_class, load_reference, users_code
 
 
 @pytest.fixture
@@ -56,3 +57,43 @@ def test_what_cannot_be_imported_is_named(module):
 def test_a_name_that_is_not_there_is_told_with_the_file(module, tmp_path):
     name = module("")
     assert message_of(f"{name}:net") == f"model: {name} ({tmp_path / name}.py) has no 'net'"
+
+
+class Base:
+    Options = Options
+
+
+def test_a_class_of_the_users_own_is_of_its_base_and_has_options(module):
+    name = module("Good = Bare = other = None")
+    load_reference("task", f"{name}:other")
+    sys.modules[name].Good = type("Good", (Base,), {})
+    sys.modules[name].Bare = type("Bare", (Base,), {"Options": dict})
+    assert issubclass(load_class("task", f"{name}:Good", Base, "a.Base"), Base)
+    for which, said in (
+        ("other", f"task: '{name}:other' is no subclass of a.Base"),
+        ("Bare", "task: Bare.Options is no subclass of core.options.Options"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            load_class("task", f"{name}:{which}", Base, "a.Base")
+        assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("advice", "line"),
+    [
+        ("", "model: 'm:f' fails: KeyError: 'one two'"),
+        ("; try another", "model: 'm:f' fails (KeyError: 'one two'); try another"),
+    ],
+)
+def test_what_users_code_raises_is_one_line(advice, line):
+    with pytest.raises(SettingsError) as caught, users_code("model: 'm:f' fails", advice):
+        raise KeyError("one two")
+    assert str(caught.value) == line
+    assert caught.value.__suppress_context__
+
+
+def test_what_is_one_line_already_or_ends_the_process_passes():
+    for error in (SettingsError("seed: wrong"), KeyboardInterrupt(), SystemExit(3)):
+        with pytest.raises(type(error)) as caught, users_code("model: 'm:f' fails"):
+            raise error
+        assert caught.value is error

@@ -2,12 +2,13 @@ import os
 import pwd
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from core.errors import SettingsError
-from core.settings import DATASETS, Settings
+from core.settings import Dataset, Settings
 
 
 def message_of(values, prefix=""):
@@ -207,7 +208,7 @@ def test_prefix_is_put_before_every_key():
         ("data-dir", ""),
         ("run-name", "a.b-c_d=1+2"),
         ("bit-mix", " 2:0.25, 4:0.25 ,16:0.25,32:0.25"),
-        *[("dataset", name) for name in DATASETS],
+        *[("dataset", name) for name in get_args(Dataset)],
     ],
 )
 def test_edge_of_what_is_allowed_is_taken_as_it_is(key, value):

@@ -7,7 +7,7 @@ import signal
 import pytest
 from containers import PATIENCE, wait_until
 
-from server_app.record import locked
+from server_app.folder import locked
 
 WIDTHS = ["2", "4", "8", "32"]
 # A strategy that keeps something with its clients, and one of Flower's own; all of them run with

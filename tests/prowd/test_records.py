@@ -8,7 +8,7 @@ import pytest
 
 from core.errors import SettingsError
 from prowd.records import KILLED, find_runs, read_record
-from server_app.record import locked
+from server_app.folder import locked
 
 
 def test_a_whole_record_is_read_as_it_was_written(runs):

@@ -29,10 +29,10 @@ from quant import (
     spec_of,
 )
 from server_app.app import main
+from task.at_width import at_width
 from task.data.partition import client_images
 from task.data.to_input import to_input
 from task.models import build_model
-from task.training import at_width
 
 FLOAT = "32:1.0"
 MIXED = "2:0.2,4:0.2,8:0.2,32:0.4"

@@ -23,7 +23,8 @@ from flwr.supercore.telemetry import EventType
 
 from core.errors import SettingsError
 from server_app.ending import TRACEBACK, Ending, RunFailed
-from server_app.record import RunRecord, locked
+from server_app.folder import locked
+from server_app.record import RunRecord
 from strategies import FederationError
 
 STOPPED = (

@@ -31,11 +31,12 @@ from server_app.app import main
 from server_app.build import choose_strategy, read_settings
 from server_app.evaluation import CalibratedRounding, Evaluator, make_predict
 from strategies import STRATEGIES, ProWD, StrategyContext
+from task.at_width import at_width
 from task.calibration import calibrate_activations, calibrate_normalization, round_weights
 from task.data.dataset import Images
 from task.data.to_input import to_input
+from task.evaluation import evaluate
 from task.models import build_model
-from task.training import at_width, evaluate
 
 FLOAT_STATISTICS = Settings(calibrate_normalization=False)
 

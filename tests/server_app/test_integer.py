@@ -18,10 +18,11 @@ from exchange.protocol import MODEL, UPDATE
 from prowd.export.command import export
 from quant import decode, federated_state, spec_of, stored_codes, stored_state, ternary
 from server_app.app import main
+from task.at_width import at_width, ready_to_evaluate
 from task.data.dataset import Pixels, load_dataset
 from task.data.partition import evaluation_images, server_pixels
+from task.evaluation import evaluate
 from task.models import build_model
-from task.training import at_width, evaluate, ready_to_evaluate
 
 MODEL_NAME = "vgg7-x0.125"
 SPEC = spec_of(build_model(MODEL_NAME, 1, 8, 10, 0))

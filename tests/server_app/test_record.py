@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.errors import SettingsError
-from server_app.record import RunRecord, locked, open_record
+from server_app.folder import locked
+from server_app.record import RunRecord, open_record
 
 
 def entry(server_round, average):

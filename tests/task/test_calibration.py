@@ -14,11 +14,11 @@ from core.settings import Settings
 from quant import QuantConfig, federated_state, fit_scale, prepare, quantized_layers, weight_scales
 from quant.qat.activations import fit_activation_grid
 from quant.qat.rounding import round_to_moments
+from task.at_width import at_width
 from task.calibration import calibrate_activations, calibrate_normalization, round_weights
 from task.data.dataset import Pixels
 from task.data.to_input import to_input
 from task.models import build_model
-from task.training import at_width
 
 
 def pixels_of(count, size=6, channels=1, seed=0):

@@ -11,18 +11,14 @@ from core.errors import SettingsError
 from core.seeds import Stream, derive_seed
 from core.settings import Settings
 from quant import Scaled, load_state, stored_codes, ternary
+from task.at_width import at_width, ready_to_evaluate
 from task.data.dataset import Images, load_dataset
 from task.data.to_input import to_input
+from task.evaluation import evaluate
+from task.hyperparameters import LocalTraining
 from task.models import build_model
-from task.training import (
-    DivergedError,
-    LocalTraining,
-    at_width,
-    check_at_width,
-    evaluate,
-    ready_to_evaluate,
-    train,
-)
+from task.training import DivergedError, train
+from task.trial import check_at_width
 
 SETTINGS = Settings(low_bit_training="integer", model="vgg7-x0.25")
 NAMES = ["vgg7-x0.25", "vgg7-nobn-x0.25"]

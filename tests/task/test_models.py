@@ -10,8 +10,9 @@ from core.errors import SettingsError
 from core.settings import Settings
 from quant import federated_state, load_state
 from task.data.dataset import Pixels
-from task.models import MODELS, build_model, check_repeatable
-from task.training import check_at_width
+from task.model_checks import check_repeatable
+from task.models import MODELS, build_model
+from task.trial import check_at_width
 
 
 def num_parameters(model):
@@ -237,7 +238,7 @@ def test_a_factory_that_does_not_repeat_itself_is_refused(own, factory, reason):
         ("other_arguments", "fails for channels=1, size=8, num_classes=10: TypeError: other_"),
         ("failing", "fails for channels=1, size=8, num_classes=10: ValueError: no good"),
         ("no_module", "returns a str; it must be a torch.nn.Module"),
-        ("another_size", "does not take 1x8x8 images (RuntimeError: mat1 and mat2 shapes cannot"),
+        ("another_size", "does not take 1x8x8 images: RuntimeError: mat1 and mat2 shapes cannot"),
         ("another_length", "gives logits [2, 11] for 2 images; it must be [2, 10]"),
         ("one_for_all", "gives logits [1, 10] for 2 images; it must be [2, 10]"),
         ("pair", "gives a tuple, not logits"),

@@ -13,7 +13,8 @@ from core.settings import Settings
 from quant import federated_state, fit_scale, largest_code
 from strategies import FedAvg, FedCOMGATE, StrategyContext
 from task.data.dataset import Images
-from task.training import LocalTraining, train
+from task.hyperparameters import LocalTraining
+from task.training import train
 
 ADAMW = {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1, "momentum": 0.8}
 

@@ -111,7 +111,7 @@ def test_metrics_add_up_over_batches():
     task = Regression(Settings())
     examples = task.as_examples(task.test_data())
     model = task.model(0)
-    from task.training import evaluate
+    from task.evaluation import evaluate
 
     score = evaluate(model, examples)
     inputs, targets = signals(40, 99)

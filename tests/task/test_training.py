@@ -24,18 +24,14 @@ from quant import (
     set_generator,
     weight_scales,
 )
+from task.at_width import at_width, check_quantizable
 from task.calibration import calibrate_activations, calibrate_normalization
 from task.data.dataset import Images, Pixels
 from task.data.to_input import to_input
+from task.evaluation import evaluate
+from task.hyperparameters import LocalTraining
 from task.models import build_model
-from task.training import (
-    DivergedError,
-    LocalTraining,
-    at_width,
-    check_quantizable,
-    evaluate,
-    train,
-)
+from task.training import DivergedError, train
 
 
 def update_and_score(*args, **kwargs):

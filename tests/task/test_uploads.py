@@ -7,8 +7,9 @@ from torch import nn
 
 from quant import fit_scale, layers_by_weight, quantize_nearest, quantize_stochastic
 from task import TensorExamples
+from task.hyperparameters import LocalTraining
 from task.models import build_model
-from task.training import LocalTraining, train
+from task.training import train
 
 DATA = TensorExamples(
     (torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3)

@@ -4,6 +4,7 @@ import pickle
 import pwd
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from sklearn.datasets import load_digits
 
 import task.data.dataset
 from core.errors import SettingsError
-from core.settings import DATASETS, Settings
+from core.settings import Dataset, Settings
 from task.data.dataset import Images, describe, held_out, load_dataset
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -151,7 +152,7 @@ def test_image_size_of_the_images_changes_nothing():
     assert np.array_equal(dataset.train.pixels, load_dataset(Settings()).train.pixels)
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", get_args(Dataset))
 def test_missing_folder_is_refused(tmp_path, dataset):
     missing = tmp_path / "none"
     message = message_of(dataset=dataset, data_dir=str(missing))
@@ -162,7 +163,7 @@ def test_image_folder_needs_a_folder():
     assert message_of(dataset="image-folder").startswith("data-dir: image-folder needs the folder")
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", get_args(Dataset))
 def test_folder_that_is_a_file_is_refused(tmp_path, dataset):
     (tmp_path / "file").write_text("none")
     message = message_of(dataset=dataset, data_dir=str(tmp_path / "file"))
