@@ -34,6 +34,7 @@ def query(message, context):
 @client.train()
 def train(message, context):
     state = Path(context.node_config["state-dir"])
+    (state / "number").write_text(str(message.content[INSTRUCTION]["number"]))
     fault = FAULTS.get(round_of(message), {}).get((state / "site").read_text())
     if fault == "raise":
         raise RuntimeError("the accelerator is on fire")
