@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
 from logging import DEBUG, ERROR
+from math import inf
 from pathlib import Path
 from traceback import walk_tb
 
@@ -27,13 +28,13 @@ from core.seeds import Stream, derive_seed
 from core.settings import Settings
 from core.simulation import in_simulation
 from exchange.protocol import (
-    MOST_LOSS,
     Instruction,
     Report,
     answer,
     answer_query,
     config_in,
     facts_in,
+    in_range,
     instruction_in,
     model_in,
     plain,
@@ -57,6 +58,7 @@ from task.tasks import make_task
 from task.training import Trained, train
 
 app = ClientApp()
+_ANY_NUMBER = (-inf, inf)
 Handler = Callable[[Message, Context], Message]
 _DOING = {
     MessageType.QUERY: "declaring this node",
@@ -170,7 +172,10 @@ def on_evaluate(message: Message, context: Context) -> Message:
     )
     seed = derive_seed(job.seed, Stream.EVALUATION)
     score = evaluate(model, job.task.local_test_examples(job.node), seed)
-    return answer(message, _report(job, score, started))
+    report = _report(job, score, started)
+    metrics = {name: in_range(value, _ANY_NUMBER) for name, value in score.metrics.items()}
+    metrics[next(iter(metrics))] = report.accuracy
+    return answer(message, report, metrics=metrics if len(metrics) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -287,8 +292,8 @@ def _report(
     return Report(
         server_round=job.instruction.server_round,
         num_examples=score.num_examples,
-        loss=min(score.loss, MOST_LOSS),
-        accuracy=score.accuracy,
+        loss=in_range(score.loss, job.task.loss_range),
+        accuracy=in_range(score.accuracy, _ANY_NUMBER),
         seconds=time.perf_counter() - started,
         steps=steps,
         began_clean=int(began_clean),

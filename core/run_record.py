@@ -19,13 +19,14 @@ from pydantic import (
 CONFIG, SUMMARY, ROUNDS, WEIGHTS = "config.json", "summary.json", "rounds.jsonl", "weights.jsonl"
 MODEL = "model.safetensors"
 # More than any figure of a run, with finite sums and squares; and three centuries.
-_MOST, _MOST_SECONDS = 1e100, 1e10
+LARGEST_FIGURE, _MOST_SECONDS = 1e100, 1e10
 
 
 def _number(value: float | None) -> float:
     """Return a number as the record means it, with null for one that is not finite."""
     # Compared first: a whole number may be too large for a float.
-    return math.nan if value is None or not -_MOST <= value <= _MOST else float(value)
+    known = value is not None and -LARGEST_FIGURE <= value <= LARGEST_FIGURE
+    return float(value) if known and value is not None else math.nan
 
 
 Number = Annotated[
@@ -64,7 +65,8 @@ class Round(_Part):
     left_out, left_out_of_evaluation : dict of str to str
         By partition, why a client was rejected or failed.
     evaluated_by_clients : dict of str to float
-        What clients found, if they evaluated, as ``accuracy-8``, ``spread-8`` and ``worst-8``.
+        What clients found, if they evaluated, as ``accuracy-8``, ``spread-8`` and ``worst-8``; of a
+        task with several metrics also ``f1/mean-8``, and so ``spread``, ``least`` and ``most``.
     metrics : dict of str to dict
         By width and name, where a task has several.
     own : dict
@@ -113,7 +115,7 @@ class Weights(_Part):
     """One line of weights.jsonl (`strategies.prowd.distributions`)."""
 
     round: Annotated[int, Field(ge=1, lt=2**31)]
-    reach: Annotated[float, Field(gt=0, le=_MOST, allow_inf_nan=False)]
+    reach: Annotated[float, Field(gt=0, le=LARGEST_FIGURE, allow_inf_nan=False)]
     high: Annotated[int, Field(ge=1, lt=100)]
     counts: WeightCounts
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, cast, get_args
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from core.run_record import LARGEST_FIGURE
 from core.settings import Upload
 from quant import STYPE, Update, UpdateSpec, decode, encode
 
@@ -21,6 +22,8 @@ UPDATE = "update"
 INSTRUCTION = "instruction"
 DECLARATION = "declaration"
 REPORT = "report"
+# All metrics of an evaluation.
+METRICS = "metrics"
 # What the server says of the task.
 FACTS = "task"
 # What Flower's `start` is given for the clients, under the name that Flower's strategies use.
@@ -29,9 +32,8 @@ CONFIG = "config"
 # An instruction's `downlink_bits` that leaves it to the strategy's `broadcast`; never sent.
 BY_BROADCAST = -1
 
-# Mean cross-entropy of a network that gives the true class ten thousand logits less than another:
-# a client that gets there has diverged. Means of losses, and q-FedAvg's weights, are bounded by it.
-MOST_LOSS = 1e4
+# Of one evaluation, and the characters of a name.
+MOST_METRICS, MOST_IN_A_NAME = 64, 100
 
 Uplink = Literal["weights", "difference", "nothing"]
 
@@ -45,6 +47,26 @@ def last_line(reason: str | None) -> str:
     """Return the last line of an error's reason: of a traceback, what was raised."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
     return plain(lines[-1]) if lines else "no reason given"
+
+
+def in_range(value: float, allowed: tuple[float, float]) -> float:
+    """Return a figure as it is reported: the nearest that the range has; NaN stays.
+
+    >>> in_range(float("inf"), (0.0, 1e4))
+    10000.0
+    """
+    least, most = finite_range(allowed)
+    return min(max(value, least), most)
+
+
+def finite_range(allowed: tuple[float, float]) -> tuple[float, float]:
+    """Return a range that has two ends, so that sums and squares stay finite.
+
+    >>> finite_range((0.0, float("inf")))
+    (0.0, 1e+100)
+    """
+    least, most = allowed
+    return max(least, -LARGEST_FIGURE), min(most, LARGEST_FIGURE)
 
 
 class ProtocolError(ValueError):
@@ -187,7 +209,7 @@ class Report(_Record):
     num_examples : int
         Images trained or evaluated on.
     loss : float
-        Mean loss over them, 0 to `MOST_LOSS`, which also stands for more.
+        Mean loss over them, within the task's ``loss_range``, whose ends also stand for more.
     accuracy : float
         The first of the task's metrics: by default the share of right answers, 0 to 1.
     seconds : float
@@ -291,7 +313,11 @@ def model_in(message: Message, spec: UpdateSpec) -> Update | None:
 
 
 def answer(
-    message: Message, report: Report, update: Update | None = None, sent: Update | None = None
+    message: Message,
+    report: Report,
+    update: Update | None = None,
+    sent: Update | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> Message:
     """Answer a message to train or to evaluate.
 
@@ -306,6 +332,9 @@ def answer(
     sent : Update, optional
         The model that it was sent (`model_in`): the codes of weights travel as differences from
         those of this model.
+    metrics : mapping of str to float, optional
+        Of an evaluation: all metrics by name, the first of which is the report's `accuracy`; NaN
+        where nothing was counted.
 
     Examples
     --------
@@ -315,6 +344,10 @@ def answer(
     ['report', 'update']
     """
     content = RecordDict({REPORT: MetricRecord(report.to_record())})
+    if metrics:
+        # Lists, which keep their order.
+        names, values = list(metrics), [float(value) for value in metrics.values()]
+        content[METRICS] = ConfigRecord({"names": names, "values": values})
     if update is not None:
         instruction = instruction_in(message)
         payload = encode(

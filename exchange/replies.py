@@ -1,25 +1,16 @@
-"""Replies one by one, validated on receipt: report, payload, and how large its values are."""
+"""Replies one by one, validated on receipt: their payload, and how large its values are."""
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, sqrt
-from statistics import stdev
+from math import sqrt
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
-from exchange.protocol import (
-    MOST_LOSS,
-    REPORT,
-    UPDATE,
-    Declaration,
-    ProtocolError,
-    Report,
-    plain,
-)
+from exchange.protocol import UPDATE, Declaration, Report
+from exchange.reports import USUAL, BadReply, Ranges, read_report
 from exchange.round_plan import RoundPlan
 from quant import (
-    LARGEST_VALUE,
     STYPE,
     Update,
     UpdateError,
@@ -29,13 +20,6 @@ from quant import (
 )
 
 Norms = Mapping[str, float]
-
-
-class BadReply(ValueError):
-    """A reply that cannot be used; the message says why, in one short line."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(plain(reason))
 
 
 @dataclass(frozen=True)
@@ -76,54 +60,6 @@ class ClientUpdate:
     dither: int = 0
 
 
-def read_report(
-    reply: Message, server_round: int, metric_range: tuple[float, float] = (0.0, 1.0)
-) -> Report:
-    """Read and check the report in a reply.
-
-    Parameters
-    ----------
-    reply : Message
-        A client's reply with content.
-    server_round : int
-        Round that it has to be of.
-    metric_range : tuple of float
-        Smallest and largest metric that there is.
-
-    Raises
-    ------
-    BadReply
-        If there is none, it is of another round, or its numbers cannot be true.
-    """
-    # By key: Flower's views of one kind of record tie the reply into a cycle, and it is kept until
-    # the next garbage collection.
-    record = reply.content.get(REPORT)
-    if not isinstance(record, MetricRecord):
-        raise BadReply("the reply holds no report")
-    try:
-        report = Report.from_record(record)
-    except ProtocolError as error:
-        raise BadReply(str(error)) from None
-    if report.server_round != server_round:
-        raise BadReply(f"it reports on round {report.server_round}; this is round {server_round}")
-    if report.num_examples < 1:
-        raise BadReply(f"it reports {report.num_examples} examples")
-    least, most = metric_range
-    # Of a range without an end too, so that sums and squares stay finite.
-    least, most = max(least, -LARGEST_VALUE), min(most, LARGEST_VALUE)
-    if not least <= report.accuracy <= most:
-        raise BadReply(
-            f"it reports an accuracy of {report.accuracy}; allowed: {least:g} to {most:g}"
-        )
-    if report.steps < 0 or not 0 <= report.began_clean <= 1:
-        raise BadReply(f"it reports {report.steps} steps, began_clean {report.began_clean}")
-    if not isfinite(report.seconds):
-        raise BadReply(f"it reports {report.seconds} s")
-    if not 0 <= report.loss <= MOST_LOSS:
-        raise BadReply(f"it reports a loss of {report.loss}; allowed: 0 to {MOST_LOSS:g}")
-    return report
-
-
 def payload_of(reply: Message) -> bytes | None:
     """Return the payload of a training reply as it was sent, None if there is not exactly one."""
     arrays = reply.content.get(UPDATE)
@@ -140,7 +76,7 @@ def read_reply(
     server_round: int,
     most_bytes: int,
     most_steps: int | None = None,
-    metric_range: tuple[float, float] = (0.0, 1.0),
+    ranges: Ranges = USUAL,
 ) -> Reply:
     """Take the report and, if one was asked for, the encoded update out of a training reply.
 
@@ -156,7 +92,7 @@ def read_reply(
         That its update takes; 0 if none was asked for.
     most_steps : int or None
         Optimizer steps that it can have taken; None if that is not known.
-    metric_range : tuple of float
+    ranges : Ranges
         As of `read_report`.
 
     Raises
@@ -165,7 +101,7 @@ def read_reply(
         If the reply does not hold exactly one update of no more than this size, or its report
         cannot be true.
     """
-    report = read_report(reply, server_round, metric_range)
+    report = read_report(reply, server_round, ranges)
     if not client.num_partitions:
         # Data of its own may grow while it is connected; its weight does not.
         most_steps = None
@@ -330,46 +266,3 @@ def _most(sent: Norms, bound: float) -> dict[str, float]:
 
 def _kind(name: str) -> str:
     return "statistics" if is_statistic(name) else "parameters"
-
-
-def training_metrics(reports: Sequence[Report]) -> MetricRecord:
-    """Average what clients saw in training, weighted by examples."""
-    total = sum(r.num_examples for r in reports)
-    return MetricRecord(
-        {
-            "num-examples": total,
-            "train-loss": sum(r.loss * r.num_examples for r in reports) / total,
-            "train-accuracy": sum(r.accuracy * r.num_examples for r in reports) / total,
-            "train-seconds": sum(r.seconds for r in reports),
-        }
-    )
-
-
-def evaluation_metrics(
-    reports: Mapping[int, Sequence[Report]], higher_is_better: bool = True
-) -> MetricRecord:
-    """Average metric and loss over the clients of each width, and over all, each client alike.
-
-    Parameters
-    ----------
-    reports : mapping of int to sequence of Report
-        By width.
-    higher_is_better : bool
-        Which client is the worst.
-
-    Returns
-    -------
-    MetricRecord
-        ``accuracy-8``, ``loss-8``, ``spread-8`` (standard deviation over its clients, 0 of one) and
-        ``worst-8`` for each width, and the same with ``average`` over all clients.
-    """
-    groups = {str(bits): group for bits, group in sorted(reports.items())}
-    groups["average"] = [report for group in reports.values() for report in group]
-    record = MetricRecord()
-    for name, group in groups.items():
-        metrics = [report.accuracy for report in group]
-        record[f"accuracy-{name}"] = sum(metrics) / len(group)
-        record[f"loss-{name}"] = sum(r.loss for r in group) / len(group)
-        record[f"spread-{name}"] = stdev(metrics) if len(group) > 1 else 0.0
-        record[f"worst-{name}"] = min(metrics) if higher_is_better else max(metrics)
-    return record

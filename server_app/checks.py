@@ -31,9 +31,10 @@ def check_task(task: Task, facts: Facts, evaluation: Examples | None) -> None:
             f"task: facts of {name!r} cannot be sent ({in_one_line(error)}); allowed: numbers, "
             "texts, and lists of one of these, under texts"
         ) from None
-    least, most = task.metric_range
-    if not least < most:
-        raise SettingsError(f"task: metric_range of {name!r} is {least}, {most}; allowed: rising")
+    for which in ("metric_range", "loss_range"):
+        least, most = getattr(task, which)
+        if not least < most:
+            raise SettingsError(f"task: {which} of {name!r} is {least}, {most}; allowed: rising")
     if evaluation is not None and not len(evaluation):
         raise SettingsError(f"task: test_data of {name!r} has no examples; allowed: some, or None")
     on_devices = type(task).local_test_data is Task.local_test_data

@@ -167,7 +167,8 @@ def _evaluate(
 ) -> _Scores:
     by_clients = _evaluate_on_clients(grid, strategy, settings, server_round, arrays)
     if not (strategy.evaluates_on_server and evaluator.has_examples):
-        return _Scores(_part(by_clients, "accuracy-"), _part(by_clients, "loss-"), by_clients)
+        accuracy, loss = _part(by_clients, "accuracy-"), _part(by_clients, "loss-")
+        return _Scores(accuracy, loss, by_clients, _metrics_in(by_clients))
     state = to_state(arrays)
     scores = _evaluate_on_server(strategy, server_round, state, evaluator)
     accuracy, loss = _averaged(strategy, scores)
@@ -293,6 +294,16 @@ def _left_out(round_log: RoundLog) -> dict[str, str]:
 
 def _by_width(table: Mapping[int, int]) -> dict[str, int]:
     return {str(bits): size for bits, size in sorted(table.items())}
+
+
+def _metrics_in(found: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return the means of all metrics that clients found, by width and name."""
+    by_width: dict[str, dict[str, float]] = {}
+    for key, value in found.items():
+        name, _, width = key.rpartition("/mean-")
+        if name and width != "average":
+            by_width.setdefault(width, {})[name] = value
+    return by_width
 
 
 def _part(values: Mapping[str, float], prefix: str) -> dict[str, float]:

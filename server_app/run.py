@@ -143,6 +143,7 @@ def prepare(
         without_server_data(choice.context, settings, buffer, evaluation),
         facts=facts,
         metric_range=task.metric_range,
+        loss_range=task.loss_range,
         higher_is_better=task.higher_is_better,
         most_examples=task.most_examples() or choice.context.most_examples,
         # Simulated clients run this code as well; making the partition for them would cost seconds.

@@ -42,16 +42,19 @@ from exchange.protocol import (
     plain,
 )
 from exchange.replies import (
-    BadReply,
     ClientUpdate,
     Reply,
     decode_in_order,
-    evaluation_metrics,
     payload_of,
     read_reply,
-    read_report,
-    training_metrics,
     within_norms,
+)
+from exchange.reports import (
+    BadReply,
+    Evaluation,
+    evaluation_metrics,
+    read_evaluation,
+    training_metrics,
 )
 from exchange.round_plan import RoundLog, RoundPlan, completed, with_config, with_upload
 from exchange.states import (
@@ -308,17 +311,17 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average the clients' accuracies and losses by width, and over all clients."""
-        reports: dict[int, list[Report]] = {}
+        found: dict[int, list[Evaluation]] = {}
         plan, round_log = self._plan, self.evaluate_log
         for client, reply in match_replies(plan.messages, plan.clients, replies, round_log):
             try:
-                report = read_report(reply, server_round, self.context.metric_range)
-                reports.setdefault(client.bits, []).append(report)
+                one = read_evaluation(reply, server_round, self.context.ranges)
+                found.setdefault(client.bits, []).append(one)
             except BadReply as error:
                 round_log.rejected[client.partition_id] = str(error)
         warn_of_left_out(server_round, plan.clients, round_log)
         better = self.context.higher_is_better
-        return evaluation_metrics(reports, better) if reports else None
+        return evaluation_metrics(found, better) if found else None
 
     def summary(self) -> None:
         """Log what the strategy is."""
@@ -430,7 +433,7 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
                 server_round,
                 most_bytes,
                 self._most_steps(client),
-                self.context.metric_range,
+                self.context.ranges,
             )
         except BadReply as error:
             self.round_log.rejected[client.partition_id] = str(error)

@@ -11,6 +11,7 @@ from core.constructors import Broadcast, checked
 from core.errors import SettingsError
 from core.options import shown
 from core.settings import LocalOptimizer, LowBitTraining, Upload
+from exchange.reports import Ranges
 from quant import Update
 
 Predict = Callable[[Mapping[str, Tensor]], Tensor]
@@ -23,7 +24,7 @@ _OR_NONE = ("local_epochs", "upload")
 _NO_SETTING = {
     *_FUNCTIONS,
     *("most_examples", "quantized", "clients_keep_in"),
-    *("facts", "metric_range", "higher_is_better"),
+    *("facts", "metric_range", "loss_range", "higher_is_better"),
 }
 
 
@@ -81,6 +82,8 @@ class StrategyContext:
         Whether a larger metric is the better one.
     metric_range : tuple of float
         Smallest and largest value that a client's metric can have.
+    loss_range : tuple of float
+        The same of its loss; by default, of cross-entropy, which diverged where it is larger.
     quantized : collection of str, optional
         Names of the weights that low-bit clients hold on a grid (`quant.quantizable_weights` of
         the model); needed as soon as such a client takes part.
@@ -133,11 +136,17 @@ class StrategyContext:
     facts: Mapping[str, str | int | float | list[str]] = field(default_factory=dict)
     higher_is_better: bool = True
     metric_range: tuple[float, float] = (0.0, 1.0)
+    loss_range: tuple[float, float] = (0.0, 1e4)
     quantized: Collection[str] | None = None
     predict: Predict | None = None
     round_calibrated: RoundCalibrated | None = None
     clients_keep_in: str = ""
     detailed: Callable[[int], bool] | None = None
+
+    @property
+    def ranges(self) -> Ranges:
+        """What a client's figures can be."""
+        return Ranges(self.metric_range, self.loss_range)
 
     def __post_init__(self) -> None:
         given = {one.name: getattr(self, one.name) for one in fields(self)}

@@ -16,6 +16,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
+from math import inf
 from typing import Any, cast
 
 import numpy as np
@@ -93,6 +94,15 @@ class Task(Measures, ABC):
     # Of the first of the metrics: which way is better, and the smallest and largest that there is.
     higher_is_better = True
     metric_range: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def loss_range(self) -> tuple[float, float]:
+        """Smallest and largest mean loss that a device can report; one that is beyond is cut.
+
+        Of the default loss, a cross-entropy, up to ten thousand logits between the true class and
+        another: a device that gets there has diverged. Of one of the task's own, any number.
+        """
+        return (0.0, 1e4) if type(self).loss is Measures.loss else (-inf, inf)
 
     def __init__(
         self, settings: Settings, options: OwnOptions | None = None, facts: Facts | None = None

@@ -213,12 +213,15 @@ def _digits(label: str) -> Table:
     return Table(columns, values, tuple(map(str, images.labels.tolist())))
 
 
-@lru_cache(maxsize=4)
 def _read(setting: str, path: str, label: str) -> Table:
-    """Read a CSV or Parquet file."""
+    """Read a CSV or Parquet file, or the one of a folder."""
+    return _read_file(setting, _file_in(setting, user_path(setting, path)), label)
+
+
+@lru_cache(maxsize=4)
+def _read_file(setting: str, place: Path, label: str) -> Table:
     import pandas as pd  # Half a second that only this needs.
 
-    place = user_path(setting, path)
     try:
         frame: Any = pd.read_parquet(place) if place.suffix == ".parquet" else pd.read_csv(place)
     except OSError as error:
@@ -231,6 +234,19 @@ def _read(setting: str, path: str, label: str) -> Table:
             "UTF-8, and Parquet"
         ) from None
     return _table_of(setting, place, frame, label)
+
+
+def _file_in(setting: str, place: Path) -> Path:
+    """Return the one table of a folder; anything else as it is."""
+    if not place.is_dir():
+        return place
+    files = sorted(f for f in place.iterdir() if f.suffix.lower() in (".csv", ".parquet"))
+    if len(files) != 1:
+        raise SettingsError(
+            f"{setting}: {printable(place)} holds {len(files)} files *.csv and *.parquet; allowed: "
+            "one, or the path of one"
+        )
+    return files[0]
 
 
 def _table_of(setting: str, place: Path, frame: Any, label: str) -> Table:

@@ -176,8 +176,9 @@ def to_svg(figure: Figure, salt: str) -> Markup:
 
 def described(values: Mapping[str, float], unit: str = "") -> str:
     """Put numbers into words."""
-    return ", ".join(f"{name} {_number(value)}{unit}" for name, value in values.items())
+    return ", ".join(f"{name} {number(value)}{unit}" for name, value in values.items())
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Return a number with four digits."""
     return "unknown" if math.isnan(value) else f"{value:.4g}"

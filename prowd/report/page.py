@@ -13,6 +13,7 @@ from prowd.records import Record
 from prowd.report import charts
 from prowd.report.comparison import accuracy_charts, cost_charts
 from prowd.report.dequantization import loss_charts, mask_charts, weight_charts
+from prowd.report.devices import device_charts, device_table
 from prowd.report.series import Scenario, arrange, by_settings
 from prowd.report.settings import common_table, disagreements, scenario_settings
 from prowd.report.tables import accuracy_table, left_out_table, runs_table, with_seeds
@@ -20,6 +21,13 @@ from prowd.report.tables import accuracy_table, left_out_table, runs_table, with
 # The parts of a scenario: title, charts, whether a line is a system's, what is said without any.
 _PARTS = (
     ("Accuracy", accuracy_charts, True, "No run was evaluated yet."),
+    (
+        "Evaluation on devices",
+        device_charts,
+        True,
+        "Devices did not evaluate: they do where the server has no test set, or by "
+        "fraction-evaluate.",
+    ),
     ("Bytes and time", cost_charts, False, ""),
     (
         "Weights, before and after dequantization",
@@ -106,7 +114,8 @@ def _section(scenario: Scenario) -> dict[str, Any]:
         lines = scenario.series if of_systems else ()
         legend = [(charts.swatch(series.style, salt), with_seeds(series)) for series in lines]
         found = {"charts": list(draw(scenario)), "otherwise": otherwise, "legend": legend}
-        parts.append({"title": title, **found})
+        table = device_table(scenario) if draw is device_charts and found["charts"] else None
+        parts.append({"title": title, "table": table, **found})
     return {
         "name": scenario.name,
         "accuracy": accuracy_table(scenario),

@@ -12,6 +12,8 @@ from prowd.records import Record
 _OF_A_RUN = ("seed", "output-dir", "run-name", "resume")
 # Systems are compared in one federation: the same data, partitioned alike among the same widths.
 _OF_A_FEDERATION = (
+    "task",
+    "task-options",
     "dataset",
     "data-dir",
     "image-size",

@@ -15,7 +15,8 @@ from containers import PATIENCE, Containers, wait_until
 from core.reference import PACKAGES
 
 PROJECT = Path(__file__).parents[2]
-NUM_SITES = 4
+SITES = INT4, INT8_A, INT8_B, FLOAT32 = "int4", "int8-a", "int8-b", "float32"
+NUM_SITES = len(SITES)
 
 
 def _missing() -> str:
@@ -30,14 +31,26 @@ def _missing() -> str:
 
 
 @pytest.fixture(scope="session")
-def compose():
-    """The resolved compose file."""
+def resolved():
+    """Resolve the compose file, with some environment variables."""
     if shutil.which("docker-compose") is None:
         pytest.skip("docker-compose is not installed")
-    words = ["docker-compose", "--profile", "operator", "config", "--format", "json"]
-    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+
+    def resolve(**variables):
+        words = ["docker-compose", "--profile", "*", "config", "--format", "json"]
+        known = {k: v for k, v in os.environ.items() if not k.startswith("PROWD_")}
+        env = {**known, **variables}
+        done = subprocess.run(words, cwd=PROJECT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return resolve
+
+
+@pytest.fixture(scope="session")
+def compose(resolved):
+    """The resolved compose file."""
+    return resolved()
 
 
 class Rehearsal(Containers):
@@ -45,7 +58,7 @@ class Rehearsal(Containers):
 
     def start_run(self, name: str, app: str = ".", **settings) -> str:
         """Start a run of the app in a folder, and return its ID."""
-        small = {"model": "toy:net", "samples_per_client": 64}
+        small = {"model": "toy:net"}
         # A loaded machine starts four ClientApps slower than in the usual minute.
         settings = {"run_name": name, "node_wait": PATIENCE, **small, **settings}
         config = " ".join(f"{k.replace('_', '-')}={json.dumps(v)}" for k, v in settings.items())
@@ -84,6 +97,21 @@ class Rehearsal(Containers):
         service = self.services[site]
         wait_until(lambda: len(pattern.findall(service.log)) >= number, f"round {number} at {site}")
 
+    def fill(self) -> None:
+        """Give the sites data, by the page's command, so that each has another number of images."""
+        done = self.run("samples")
+        assert done.returncode == 0, done.stdout + done.stderr
+        for number, site in enumerate(SITES):
+            images = (self.folder / "volumes" / f"data-{site}").glob("*/*.png")
+            for image in sorted(images, key=lambda path: int(path.stem))[64 + 20 * number :]:
+                image.unlink()
+            (self.folder / "volumes" / f"state-{site}" / "site").write_text(site)
+
+    def numbers(self) -> dict[str, str]:
+        """Return the numbers that the server gave the sites, as keys of the record, by name."""
+        states = {site: self.folder / "volumes" / f"state-{site}" for site in SITES}
+        return {site: (state / "number").read_text() for site, state in states.items()}
+
     def online(self) -> int:
         """Sites that the SuperLink has activated, by its own log."""
         return self.services["superlink"].log.count('activate-node HTTP/1.1" 200')
@@ -116,13 +144,13 @@ def rehearsal(compose, tmp_path_factory):
         containers.build_networks()
         containers.up()
         wait_until(lambda: containers.online() == NUM_SITES, "four sites online")
+        containers.fill()
         yield containers
     finally:
         containers.down()
 
 
-INT4, INT8_A, INT8_B, FLOAT32 = range(NUM_SITES)
-# What the run's copy of the app does with a training message, by round and partition.
+# What the run's copy of the app does with a training message, by round and site.
 FAULTS = {2: {INT8_A: "raise"}, 3: {INT8_A: "die", INT4: "answer late"}}
 
 
@@ -145,6 +173,8 @@ class Story:
         How the killed run and the one that resumed it ended for Flower.
     rounds : list of dict
         All rounds.
+    numbers : dict of str to str
+        What the sites are called there, in the order int4, int8-a, int8-b, float32.
     """
 
     exits: dict[str, list[int]]
@@ -152,6 +182,7 @@ class Story:
     killed_status: str
     status: str
     rounds: list[dict]
+    numbers: dict[str, str]
 
 
 @pytest.fixture(scope="session")
@@ -185,7 +216,8 @@ def story(rehearsal):
     rehearsal.begin_round(run_id, "int4", 3)
     rehearsal.services["superlink"].kill()
     status = rehearsal.wait_for_run("run", run_id)
-    return Story(exits, before, rehearsal.status(killed_id), status, rehearsal.rounds("run"))
+    killed_status, rounds = rehearsal.status(killed_id), rehearsal.rounds("run")
+    return Story(exits, before, killed_status, status, rounds, rehearsal.numbers())
 
 
 def copy_app(source: Path, folder: Path) -> None:

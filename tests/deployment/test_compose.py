@@ -1,15 +1,29 @@
-"""What docker-compose.yml, the Dockerfile and the Caddyfile say, resolved; nothing is started."""
+"""What docker-compose.yml, the Dockerfile and the Caddyfile say, resolved; none is started."""
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from federation import ClientAppNode, InProcessGrid
+from flwr.app import Context, RecordDict
+from flwr.common.config import parse_config_args
+from PIL import Image
+
+from client_app.node import node_of, width_of
+from client_app.state_store import state_folder
+from core.settings import Settings
+from deploy.samples import fill
+from server_app.app import main
+from task.interface import Node
 
 PROJECT = Path(__file__).parents[2]
+DEFAULTS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
 SITES = ["int4", "int8-a", "int8-b", "float32"]
 # What each service may see of the keys, by volume.
 KEYS = {
@@ -34,7 +48,7 @@ def test_no_service_is_root_and_only_the_proxy_is_published(compose):
     assert {s["user"] for s in services.values()} == {"49999:49999"}
     assert [name for name, s in services.items() if s.get("ports")] == ["proxy"]
     for name, service in services.items():
-        if name not in ("credentials", "register", "operator"):
+        if name not in ("credentials", "register", "operator", "samples"):
             assert service["restart"] == "unless-stopped", name
 
 
@@ -83,13 +97,26 @@ def test_the_keys_of_every_party_are_made(compose):
     assert words[words.index("--sites") + 1 :] == SITES
 
 
-def test_each_site_is_a_partition_and_keeps_its_own_state(compose):
-    for number, site in enumerate(SITES):
+WIDTHS = {"int4": 4, "int8-a": 8, "int8-b": 8, "float32": 32}
+
+
+def test_each_site_has_data_of_its_own_and_keeps_its_own_state(compose):
+    """By the rules of the app: no partition, no number of sites."""
+    for site in SITES:
         [word] = compose["services"][site]["command"]
-        assert word.startswith(f"--node-config=partition-id={number} num-partitions={len(SITES)} ")
+        node_config = parse_config_args([word.removeprefix("--node-config=")])
+        assert declared(node_config) == WIDTHS[site]
+        assert node_config["data-path"] == "/srv/prowd/data"
         app = compose["services"][f"{site}-clientapp"]
         assert mounts(app)[f"state-{site}"]["target"] == "/srv/prowd/state"
         assert app["command"] == [f"--runtime-api-address={site}:9094"]
+
+
+def declared(node_config):
+    node = node_of(node_config)
+    assert node == Node(data_path=node_config["data-path"])
+    assert state_folder(node_config, "run1") == Path("/srv/prowd/state/run1/device")
+    return width_of(node_config, node, Settings(), simulated=False)
 
 
 def words_of(service):
@@ -166,11 +193,133 @@ def test_the_proxy_waits_for_no_request_without_end(proxy):
     assert proxy["protocols"] == ["h1"]
 
 
-def test_clients_and_server_find_data_and_cannot_change_it(compose):
-    for name in ("serverapp", *(f"{site}-clientapp" for site in SITES)):
-        data = mounts(compose["services"][name])["data"]
-        assert data["target"] == "/srv/prowd/data"
-        assert data["read_only"]
+DATA = {
+    "serverapp": ("test-data", "PROWD_TEST_DATA"),
+    "int4-clientapp": ("data-int4", "PROWD_DATA_INT4"),
+    "int8-a-clientapp": ("data-int8-a", "PROWD_DATA_INT8_A"),
+    "int8-b-clientapp": ("data-int8-b", "PROWD_DATA_INT8_B"),
+    "float32-clientapp": ("data-float32", "PROWD_DATA_FLOAT32"),
+}
+
+
+def readers(project):
+    """Return the services that see data, and what of it."""
+    return {
+        name: mount
+        for name, service in project["services"].items()
+        for mount in service.get("volumes", [])
+        if mount["target"] == "/srv/prowd/data"
+    }
+
+
+def test_each_site_and_the_server_see_their_own_data_and_cannot_change_it(compose):
+    found = readers(compose)
+    assert {name: mount["source"] for name, mount in found.items()} == {
+        name: volume for name, (volume, _) in DATA.items()
+    }
+    assert all(mount["type"] == "volume" and mount["read_only"] for mount in found.values())
+    # Nobody else has these volumes, but for what fills those of the sites to try it.
+    sites = [volume for volume, _ in DATA.values() if volume != "test-data"]
+    for name, service in compose["services"].items():
+        others = mounts(service).keys() & {volume for volume, _ in DATA.values()}
+        if name == "samples":
+            assert others == set(sites)
+        elif name not in DATA:
+            assert not others
+
+
+def test_a_folder_of_the_host_takes_a_volumes_place(resolved, tmp_path):
+    """One a site; `samples` writes into none of them."""
+    folders = {variable: str(tmp_path / variable) for _, variable in DATA.values()}
+    project = resolved(**folders)
+    found = readers(project)
+    for name, (_, variable) in DATA.items():
+        assert (found[name]["type"], found[name]["source"]) == ("bind", folders[variable])
+        assert found[name]["read_only"]
+    samples = project["services"]["samples"]["volumes"]
+    assert {mount["type"] for mount in samples} == {"volume"}
+
+
+def test_the_samples_are_of_all_sites_and_of_no_use_to_the_server(compose):
+    service = compose["services"]["samples"]
+    targets = {v["source"]: v["target"] for v in service["volumes"]}
+    assert targets == {f"data-{site}": f"/srv/prowd/samples/{site}" for site in SITES}
+    assert service["command"] == ["python", "-m", "deploy.samples", *targets.values()]
+    assert service["profiles"] == ["samples"]
+    assert service["restart"] == "no"
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("samples")
+    fill([folder / site for site in SITES])
+    return folder
+
+
+def test_samples_of_two_sites_share_no_image(samples):
+    names = {site: [path.name for path in (samples / site).rglob("*.png")] for site in SITES}
+    # Of 1797 digits a fifth is the test set, which no site gets; every fourth of the others.
+    assert [len(own) for own in names.values()] == [360, 359, 359, 359]
+    assert len({name for own in names.values() for name in own}) == 1437
+
+
+def test_samples_take_the_place_of_no_data(tmp_path, capsys):
+    own = tmp_path / "int4" / "cats" / "1.png"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    fill([tmp_path / "int4"])
+    assert capsys.readouterr().out == "int4: has data, left as it is\n"
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["1.png"]
+
+
+def chapter():
+    page = (PROJECT / "docs" / "deploy.md").read_text()
+    return page.split("## In containers\n")[1].split("\n## ")[0]
+
+
+def run_of_the_page(number, data, tmp_path):
+    """Do a run of the page in this process, with folders as the sites' mounts; its one round."""
+    commands = [line for line in chapter().replace("\\\n", "").splitlines() if "flwr run" in line]
+    given = shlex.split(commands[number].split("--stream")[1])
+    small = {"num-server-rounds": 1, "model": "toy:net", "server-buffer": 32}
+    config = {**DEFAULTS, **parse_config_args(given[1:]), **small}
+    config |= {"output-dir": str(tmp_path), "run-name": "run", "node-wait": 1.0}
+    nodes = {}
+    for number, site in enumerate(SITES):
+        nodes[number] = ClientAppNode(0, 1, config)
+        nodes[number].config = {"bits": WIDTHS[site], "data-path": str(data / site)}
+        nodes[number].lose_state()
+    main(InProcessGrid(nodes), Context(1, 0, {}, RecordDict(), config))
+    return json.loads((tmp_path / "run" / "rounds.jsonl").read_text())
+
+
+def test_the_pages_first_run_is_on_the_samples(samples, tmp_path):
+    """The server's own digits are of the same classes and shape."""
+    entry = run_of_the_page(0, samples, tmp_path)
+    assert entry["clients"] == {"sampled": 4, "aggregated": 4, "rejected": 0, "failed": 0}
+    assert set(entry["accuracy"]) == {"4", "8", "32", "average"}
+    assert "evaluated_by_clients" not in entry
+
+
+def test_the_pages_second_run_is_on_ones_own_folders(tmp_path):
+    rng = np.random.default_rng(0)
+    for site in SITES:
+        for number in range(12):
+            folder = tmp_path / site / ("cat", "dog")[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    entry = run_of_the_page(1, tmp_path, tmp_path)
+    assert entry["clients"] == {"sampled": 4, "aggregated": 4, "rejected": 0, "failed": 0}
+    assert {"worst-4", "worst-8", "worst-32"} <= entry["evaluated_by_clients"].keys()
+
+
+def test_the_page_says_what_the_file_has(compose):
+    ran = set(re.findall(r"docker compose run --rm (\S+)", chapter()))
+    assert ran == {"samples", "operator"}
+    assert ran <= compose["services"].keys()
+    named = set(re.findall(r"^(PROWD_\w+)=", chapter(), re.M))
+    assert named == {name for _, name in DATA.values()}
 
 
 def test_the_image_is_built_once(compose):
@@ -187,3 +336,5 @@ def test_the_image_holds_every_package_and_every_sites_folder():
     packages = built["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     assert sorted(copied) == sorted([*packages, "deploy"])
     assert re.search(r'^ARG SITES="(.*)"$', dockerfile, flags=re.M).group(1).split() == SITES
+    # A volume has the owner of the folder that it is first mounted on.
+    assert "sites/$site clientapps/$site ../samples/$site" in dockerfile

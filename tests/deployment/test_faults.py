@@ -6,25 +6,25 @@ import pytest
 
 pytestmark = pytest.mark.deployment
 
-INT4, INT8_A, INT8_B, FLOAT32 = "0123"
 # Flower gives a node or its app up after a minute.
 GIVEN_UP = "Node Unavailable|stopped responding"
 
 
 def test_what_failed_is_left_out_and_recorded(story):
     _, second, third, _ = story.rounds
+    int4, int8_a, int8_b, float32 = story.numbers.values()
     assert second["clients"] == {"sampled": 4, "aggregated": 1, "rejected": 0, "failed": 3}
-    assert second["left_out"].keys() == {INT8_A, INT8_B, FLOAT32}
-    assert "the accelerator is on fire" in second["left_out"][INT8_A]
+    assert second["left_out"].keys() == {int8_a, int8_b, float32}
+    assert "the accelerator is on fire" in second["left_out"][int8_a]
     assert third["clients"] == {"sampled": 4, "aggregated": 2, "rejected": 0, "failed": 2}
-    assert third["left_out"].keys() == {INT4, INT8_A}
+    assert third["left_out"].keys() == {int4, int8_a}
     for reason in (
-        second["left_out"][INT8_B],
-        second["left_out"][FLOAT32],
-        third["left_out"][INT8_A],
+        second["left_out"][int8_b],
+        second["left_out"][float32],
+        third["left_out"][int8_a],
     ):
         assert re.search(GIVEN_UP, reason)
-    assert third["left_out"][INT4] == "no reply in time"
+    assert third["left_out"][int4] == "no reply in time"
 
 
 def test_only_what_came_in_time_is_in_the_model(story):

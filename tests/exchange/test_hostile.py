@@ -1,19 +1,20 @@
 """What a hostile or broken client may send: it is rejected by name, and the round continues."""
 
 import logging
+import math
 import struct
 from dataclasses import replace
 
 import pytest
 import torch
 from federation import ScriptedClient, federation, payload_record, report, run_round, with_w
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from measuring import peak_memory
 from specs import to_bits
 from xxhash import xxh3_64_intdigest
 
 from client_app.tracking import effective_steps
-from exchange.protocol import REPORT, UPDATE
+from exchange.protocol import METRICS, REPORT, UPDATE
 from quant import encode
 from strategies import STRATEGIES, FedAvg, FedCOMGATE
 
@@ -161,6 +162,99 @@ def test_a_report_that_cannot_be_true_is_rejected(reported):
     run_round(strategy, federation([honest(0, 2), client], STATE), STATE)
     assert strategy.round_log.aggregated == [0]
     assert "it reports" in strategy.round_log.rejected[1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "used"), [(-5.0, True), (1e9, True), (float("nan"), False), (float("inf"), False)]
+)
+def test_a_loss_of_another_kind_is_any_finite_number(loss, used):
+    """As a negative log-likelihood of a density is."""
+    strategy = FedAvg(context=with_w(loss_range=(-math.inf, math.inf)))
+    client = honest(1, 2)
+    client.reported = {"loss": loss}
+    run_round(strategy, federation([honest(0, 2), client], STATE), STATE)
+    assert strategy.round_log.aggregated == ([0, 1] if used else [0])
+
+
+# All metrics of an evaluation, the first of which is the report's accuracy of 0.5.
+NAMES, VALUES = ["accuracy", "f1"], [0.5, 0.25]
+TOO_MANY = [f"m{i}" for i in range(65)]
+
+
+def evaluate_with(records, **given):
+    """Evaluate on nodes 0, 1, ... that send these; the strategy, and what it made of them."""
+    strategy = FedAvg(context=with_w(fraction_evaluate=1.0, **given))
+    grid = federation([honest(i, len(records)) for i in range(len(records))], STATE)
+
+    def sending(client, record):
+        def answer(message):
+            reply = client(message)
+            if message.metadata.message_type == "evaluate" and record is not None:
+                reply.content[METRICS] = record
+            return reply
+
+        return answer
+
+    for place, record in enumerate(records):
+        grid.nodes[100 + place] = sending(grid.nodes[100 + place], record)
+    arrays = ArrayRecord({n: Array(t.numpy()) for n, t in STATE.items()})
+    messages = strategy.configure_evaluate(1, arrays, ConfigRecord(), grid)
+    found = strategy.aggregate_evaluate(1, grid.send_and_receive(messages))
+    return strategy, dict(found)
+
+
+def sent(names, values):
+    return ConfigRecord({"names": names, "values": values})
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (sent(NAMES, [0.5, math.inf]), "it reports inf of 'f1'; allowed: finite numbers"),
+        (sent(NAMES, [0.5, -1.1e100]), "it reports -1.1e+100 of 'f1'"),
+        (sent(NAMES, [0.6, 0.25]), "it reports 0.6 of 'accuracy', and 0.5; allowed: the same"),
+        (sent(NAMES, [math.nan, 0.25]), "it reports nan of 'accuracy', and 0.5"),
+        (sent(NAMES, [0.5]), "it reports 1 metrics under 2 names; allowed: 1 to 64, each once"),
+        (sent(["f1", "f1"], VALUES), "it reports 2 metrics under 1 names"),
+        (sent([], []), "it reports 0 metrics under 0 names"),
+        (sent(TOO_MANY, [0.5] * 65), "it reports 65 metrics under 65 names; allowed: 1 to 64"),
+        (sent(["accuracy", "x" * 101], VALUES), "it reports a metric 'xxxxxxxx"),
+        (sent(["accuracy", "f1\n"], VALUES), "it reports a metric 'f1"),
+        (sent(["accuracy", ""], VALUES), "it reports a metric ''; allowed: printable names"),
+        (sent(NAMES, [1, 2]), "its metrics are not all floats"),
+        (sent(NAMES, ["0.5", "0.25"]), "its metrics are not all floats"),
+        (sent([1, 2], VALUES), "it reports a metric '1'"),
+        (sent("ab", VALUES), "its metrics are not two lists"),
+        (ConfigRecord({"names": NAMES}), "its metrics are not two lists"),
+        (ConfigRecord({"names": NAMES, "values": VALUES, "x": 1}), "its metrics are not two lists"),
+        (MetricRecord({"f1": 0.25}), "its metrics are not two lists"),
+    ],
+)
+def test_metrics_that_cannot_be_true_are_rejected(record, reason):
+    strategy, found = evaluate_with([sent(NAMES, VALUES), record, sent(NAMES, [0.5, 0.75])])
+    assert strategy.evaluate_log.rejected.keys() == {1}
+    assert strategy.evaluate_log.rejected[1].startswith(reason)
+    assert found["f1/mean-8"] == 0.5
+
+
+def test_all_metrics_are_shown_with_their_spread():
+    """0.25 and 0.75: a mean of 0.5, a standard deviation of the square root of 0.125."""
+    _, found = evaluate_with(
+        [sent(NAMES, VALUES), sent(NAMES, [0.5, math.nan]), sent(NAMES, [0.5, 0.75])]
+    )
+    for width in ("8", "average"):
+        assert found[f"f1/mean-{width}"] == 0.5
+        assert found[f"f1/spread-{width}"] == pytest.approx(math.sqrt(0.125))
+        assert (found[f"f1/least-{width}"], found[f"f1/most-{width}"]) == (0.25, 0.75)
+        assert found[f"accuracy/mean-{width}"] == found[f"accuracy-{width}"] == 0.5
+
+
+def test_a_name_that_few_clients_have_is_not_recorded():
+    """One that makes up names would fill the record."""
+    made_up = sent(["accuracy", "f1", "evil"], [0.5, 0.5, 0.5])
+    _, found = evaluate_with([sent(NAMES, VALUES), made_up, None])
+    assert "f1/mean-8" in found
+    assert not [key for key in found if "evil" in key]
 
 
 @pytest.mark.parametrize("name", [n for n in STRATEGIES if n != "local"])

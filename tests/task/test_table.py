@@ -105,6 +105,19 @@ def test_a_file_that_is_no_table_is_refused_by_name(tmp_path, data, line):
     assert line in str(raised.value)
 
 
+def test_a_folder_may_hold_the_one_table(tmp_path):
+    with pytest.raises(SettingsError, match=r"^data-path: .* holds 0 files \*.csv and \*.parquet;"):
+        read(tmp_path)
+    write(tmp_path, frame(6))
+    (tmp_path / "notes.txt").touch()
+    assert len(read(tmp_path)[1]) == 6
+    frame(6).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(
+        SettingsError, match=r"^data-path: .* holds 2 files .*; allowed: one, or the"
+    ):
+        read(tmp_path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(SettingsError, match=r"data-path: .*b.csv cannot be read: No such file"):
         read(tmp_path / "b.csv")

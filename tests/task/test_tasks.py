@@ -13,6 +13,7 @@ from torch import nn
 
 from core.errors import SettingsError
 from core.settings import Settings
+from prowd.records import read_record
 from server_app.app import main
 from task import DatasetExamples, Node, Task, TensorExamples
 from task.tasks import make_task
@@ -82,6 +83,32 @@ def test_without_a_test_set_devices_evaluate_on_what_they_do_not_train_on(run):
         assert set(entry["accuracy"]) == {"4", "8", "32", "average"}
         assert entry["left_out_of_evaluation"] == {}
     assert rounds[-1]["accuracy"]["average"] > 0.8
+
+
+def test_devices_report_all_metrics_by_width(run, tmp_path):
+    """Beside the headline; one that is infinite is cut, as it could not be sent or averaged."""
+    rounds = run(task="my_tasks:Density")
+    for entry in rounds:
+        found = entry["evaluated_by_clients"]
+        assert entry["metrics"].keys() == {"4", "8", "32"}
+        for width, metrics in entry["metrics"].items():
+            assert metrics.keys() == {"accuracy", "recall-1", "perplexity"}
+            assert metrics["accuracy"] == entry["accuracy"][width]
+            assert 0 <= metrics["recall-1"] <= 1
+            assert metrics["perplexity"] == 1e100
+            assert found[f"recall-1/least-{width}"] == metrics["recall-1"]
+    [read] = read_record(tmp_path / "run").rounds[-1:]
+    assert read.metrics["8"]["recall-1"] == rounds[-1]["metrics"]["8"]["recall-1"]
+
+
+@pytest.mark.parametrize("task", ["Density", "Huge"])
+def test_a_loss_of_ones_own_is_any_finite_number(run, task):
+    rounds = run(task=f"my_tasks:{task}", learning_rate=1e-12 if task == "Huge" else 0.1)
+    for entry in rounds:
+        assert entry["clients"]["aggregated"] == 3
+        assert entry["left_out_of_evaluation"] == {}
+        losses = [entry["train_loss"], *entry["loss"].values()]
+        assert all(loss < 0 if task == "Density" else loss > 1e7 for loss in losses)
 
 
 def test_calibrated_rounding_without_inputs_on_the_server_is_refused(run):

@@ -1,0 +1,201 @@
+"""The numbers in a reply, validated on receipt, and what they come to over all clients."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, isnan, nan
+from statistics import stdev
+
+from flwr.app import ConfigRecord, Message, MetricRecord
+
+from core.run_record import LARGEST_FIGURE
+from exchange.protocol import (
+    METRICS,
+    MOST_IN_A_NAME,
+    MOST_METRICS,
+    REPORT,
+    ProtocolError,
+    Report,
+    finite_range,
+    plain,
+)
+
+Range = tuple[float, float]
+
+
+class BadReply(ValueError):
+    """A reply that cannot be used; the message says why, in one short line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(plain(reason))
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What a client's figures can be: a task's `metric_range` and `loss_range`."""
+
+    metric: Range = (0.0, 1.0)
+    loss: Range = (0.0, 1e4)
+
+
+# Of a classifier.
+USUAL = Ranges()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a client found when it evaluated: its report and, if it sent them, all metrics."""
+
+    report: Report
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_evaluation(reply: Message, server_round: int, ranges: Ranges) -> Evaluation:
+    """Read and check what comes back from an evaluation.
+
+    Parameters
+    ----------
+    reply, server_round, ranges
+        As of `read_report`.
+
+    Raises
+    ------
+    BadReply
+        As `read_report` does, or if its metrics cannot be true.
+    """
+    report = read_report(reply, server_round, ranges)
+    if METRICS not in reply.content:
+        return Evaluation(report)
+    metrics = _metrics_of(reply.content[METRICS])
+    for name, value in metrics.items():
+        if not (isnan(value) or abs(value) <= LARGEST_FIGURE):
+            raise BadReply(f"it reports {value} of {name!r}; allowed: finite numbers")
+    name, first = next(iter(metrics.items()))
+    if first != report.accuracy:
+        raise BadReply(f"it reports {first} of {name!r}, and {report.accuracy}; allowed: the same")
+    return Evaluation(report, metrics)
+
+
+def _metrics_of(record: object) -> dict[str, float]:
+    """Return a reply's metrics by name, if they are that by form."""
+    held = dict(record) if isinstance(record, ConfigRecord) else {}
+    names, values = held.pop("names", None), held.pop("values", None)
+    if held or not (isinstance(names, list) and isinstance(values, list)):
+        raise BadReply("its metrics are not two lists, of names and of values")
+    if not (1 <= len(names) == len(values) == len(set(names)) and len(names) <= MOST_METRICS):
+        raise BadReply(
+            f"it reports {len(values)} metrics under {len(set(names))} names; allowed: 1 to "
+            f"{MOST_METRICS}, each once"
+        )
+    for name in names:
+        if not (isinstance(name, str) and name.isprintable() and 1 <= len(name) <= MOST_IN_A_NAME):
+            raise BadReply(
+                f"it reports a metric {str(name)[:40]!r}; allowed: printable names of up to "
+                f"{MOST_IN_A_NAME} characters"
+            )
+    if not all(type(value) is float for value in values):
+        raise BadReply("its metrics are not all floats")
+    return dict(zip(names, values, strict=True))
+
+
+def read_report(reply: Message, server_round: int, ranges: Ranges = USUAL) -> Report:
+    """Read and check the report in a reply.
+
+    Parameters
+    ----------
+    reply : Message
+        A client's reply with content.
+    server_round : int
+        Round that it has to be of.
+    ranges : Ranges
+        Of the metric and of the loss.
+
+    Raises
+    ------
+    BadReply
+        If there is none, it is of another round, or its numbers cannot be true.
+    """
+    # By key: Flower's views of one kind of record tie the reply into a cycle, and it is kept until
+    # the next garbage collection.
+    record = reply.content.get(REPORT)
+    if not isinstance(record, MetricRecord):
+        raise BadReply("the reply holds no report")
+    try:
+        report = Report.from_record(record)
+    except ProtocolError as error:
+        raise BadReply(str(error)) from None
+    if report.server_round != server_round:
+        raise BadReply(f"it reports on round {report.server_round}; this is round {server_round}")
+    if report.num_examples < 1:
+        raise BadReply(f"it reports {report.num_examples} examples")
+    least, most = finite_range(ranges.metric)
+    if not least <= report.accuracy <= most:
+        raise BadReply(
+            f"it reports an accuracy of {report.accuracy}; allowed: {least:g} to {most:g}"
+        )
+    if report.steps < 0 or not 0 <= report.began_clean <= 1:
+        raise BadReply(f"it reports {report.steps} steps, began_clean {report.began_clean}")
+    if not isfinite(report.seconds):
+        raise BadReply(f"it reports {report.seconds} s")
+    least, most = finite_range(ranges.loss)
+    if not least <= report.loss <= most:
+        raise BadReply(f"it reports a loss of {report.loss}; allowed: {least:g} to {most:g}")
+    return report
+
+
+def training_metrics(reports: Sequence[Report]) -> MetricRecord:
+    """Average what clients saw in training, weighted by examples."""
+    total = sum(r.num_examples for r in reports)
+    return MetricRecord(
+        {
+            "num-examples": total,
+            "train-loss": sum(r.loss * r.num_examples for r in reports) / total,
+            "train-accuracy": sum(r.accuracy * r.num_examples for r in reports) / total,
+            "train-seconds": sum(r.seconds for r in reports),
+        }
+    )
+
+
+def evaluation_metrics(
+    found: Mapping[int, Sequence[Evaluation]], higher_is_better: bool = True
+) -> MetricRecord:
+    """Average metrics and loss over the clients of each width, and over all, each client alike.
+
+    Parameters
+    ----------
+    found : mapping of int to sequence of Evaluation
+        By width.
+    higher_is_better : bool
+        Which client is the worst.
+
+    Returns
+    -------
+    MetricRecord
+        ``accuracy-8``, ``loss-8``, ``spread-8`` (standard deviation over its clients, 0 of one) and
+        ``worst-8`` for each width, and the same with ``average`` over all clients. Of a task with
+        several metrics also ``<name>/mean-8``, and so ``spread``, ``least`` and ``most``, over the
+        clients that counted something; of names that most clients have.
+    """
+    groups = {str(bits): group for bits, group in sorted(found.items())}
+    everybody = groups["average"] = [one for group in found.values() for one in group]
+    counts = Counter(name for one in everybody for name in one.metrics)
+    names = [name for name, count in counts.items() if 2 * count > len(everybody)]
+    record = MetricRecord()
+    for width, group in groups.items():
+        headline = [one.report.accuracy for one in group]
+        record[f"accuracy-{width}"] = sum(headline) / len(group)
+        record[f"loss-{width}"] = sum(one.report.loss for one in group) / len(group)
+        record[f"spread-{width}"] = _spread(headline)
+        record[f"worst-{width}"] = min(headline) if higher_is_better else max(headline)
+        for name in names if len(names) > 1 else ():
+            values = [v for one in group if not isnan(v := one.metrics.get(name, nan))]
+            if values:
+                record[f"{name}/mean-{width}"] = sum(values) / len(values)
+                record[f"{name}/spread-{width}"] = _spread(values)
+                record[f"{name}/least-{width}"] = min(values)
+                record[f"{name}/most-{width}"] = max(values)
+    return record
+
+
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
