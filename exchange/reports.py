@@ -87,15 +87,17 @@ def _metrics_of(record: object) -> dict[str, float]:
             f"it reports {len(values)} metrics under {len(set(names))} names; allowed: 1 to "
             f"{MOST_METRICS}, each once"
         )
-    for name in names:
+    found: dict[str, float] = {}
+    for name, value in zip(names, values, strict=True):
         if not (isinstance(name, str) and name.isprintable() and 1 <= len(name) <= MOST_IN_A_NAME):
             raise BadReply(
                 f"it reports a metric {str(name)[:40]!r}; allowed: printable names of up to "
                 f"{MOST_IN_A_NAME} characters"
             )
-    if not all(type(value) is float for value in values):
-        raise BadReply("its metrics are not all floats")
-    return dict(zip(names, values, strict=True))
+        if not isinstance(value, float):
+            raise BadReply("its metrics are not all floats")
+        found[name] = value
+    return found
 
 
 def read_report(reply: Message, server_round: int, ranges: Ranges = USUAL) -> Report:

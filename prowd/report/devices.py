@@ -24,7 +24,7 @@ def device_charts(scenario: Scenario) -> Iterator[Chart]:
             continue
         figure = charts.canvas(235)
         axes = figure.subplots()
-        ends = {}
+        ends: dict[str, float] = {}
         for series, (means, worst) in lines.items():
             style = charts.line_style(series.style)
             charts.plot_mean(axes, means, style)
