@@ -184,6 +184,7 @@ class _Job:
 
     settings: Settings
     task: Task
+    loss_range: tuple[float, float]
     node: Node
     bits: int
     instruction: Instruction
@@ -249,7 +250,7 @@ def _read_job(message: Message, context: Context) -> _Job:
     else:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
     load_state(model, state)
-    return _Job(settings, task, node, bits, instruction, model, scales, sent, spec)
+    return _Job(settings, task, task.loss_range, node, bits, instruction, model, scales, sent, spec)
 
 
 def _update(job: _Job, trained: Trained, received: dict[str, Tensor]) -> Update:
@@ -292,7 +293,7 @@ def _report(
     return Report(
         server_round=job.instruction.server_round,
         num_examples=score.num_examples,
-        loss=in_range(score.loss, job.task.loss_range),
+        loss=in_range(score.loss, job.loss_range),
         accuracy=in_range(score.accuracy, _ANY_NUMBER),
         seconds=time.perf_counter() - started,
         steps=steps,

@@ -1,14 +1,21 @@
-"""Replies one by one, validated on receipt: their payload, and how large its values are."""
+"""Replies one by one, validated on receipt: their report, their payload and its size."""
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import isfinite, sqrt
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
-from exchange.protocol import UPDATE, Declaration, Report
-from exchange.reports import USUAL, BadReply, Ranges, read_report
+from exchange.protocol import (
+    REPORT,
+    UPDATE,
+    Declaration,
+    ProtocolError,
+    Report,
+    finite_range,
+    plain,
+)
 from exchange.round_plan import RoundPlan
 from quant import (
     STYPE,
@@ -20,6 +27,26 @@ from quant import (
 )
 
 Norms = Mapping[str, float]
+Range = tuple[float, float]
+
+
+class BadReply(ValueError):
+    """A reply that cannot be used; the message says why, in one short line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(plain(reason))
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What a client's figures can be: a task's `metric_range` and `loss_range`."""
+
+    metric: Range = (0.0, 1.0)
+    loss: Range = (0.0, 1e4)
+
+
+# Of a classifier.
+USUAL = Ranges()
 
 
 @dataclass(frozen=True)
@@ -121,6 +148,64 @@ def read_reply(
         # Here, so that what is too long is not kept until its turn comes.
         raise BadReply(f"its payload has {len(payload)} bytes; this model takes {most_bytes}")
     return Reply(client, payload, report)
+
+
+def read_report(reply: Message, server_round: int, ranges: Ranges = USUAL) -> Report:
+    """Read and check the report in a reply.
+
+    Parameters
+    ----------
+    reply : Message
+        A client's reply with content.
+    server_round : int
+        Round that it has to be of.
+    ranges : Ranges
+        Of the metric and of the loss.
+
+    Raises
+    ------
+    BadReply
+        If there is none, it is of another round, or its numbers cannot be true.
+    """
+    # By key: Flower's views of one kind of record tie the reply into a cycle, and it is kept until
+    # the next garbage collection.
+    record = reply.content.get(REPORT)
+    if not isinstance(record, MetricRecord):
+        raise BadReply("the reply holds no report")
+    try:
+        report = Report.from_record(record)
+    except ProtocolError as error:
+        raise BadReply(str(error)) from None
+    if report.server_round != server_round:
+        raise BadReply(f"it reports on round {report.server_round}; this is round {server_round}")
+    if report.num_examples < 1:
+        raise BadReply(f"it reports {report.num_examples} examples")
+    least, most = finite_range(ranges.metric)
+    if not least <= report.accuracy <= most:
+        raise BadReply(
+            f"it reports an accuracy of {report.accuracy}; allowed: {least:g} to {most:g}"
+        )
+    if report.steps < 0 or not 0 <= report.began_clean <= 1:
+        raise BadReply(f"it reports {report.steps} steps, began_clean {report.began_clean}")
+    if not isfinite(report.seconds):
+        raise BadReply(f"it reports {report.seconds} s")
+    least, most = finite_range(ranges.loss)
+    if not least <= report.loss <= most:
+        raise BadReply(f"it reports a loss of {report.loss}; allowed: {least:g} to {most:g}")
+    return report
+
+
+def training_metrics(reports: Sequence[Report]) -> MetricRecord:
+    """Average what clients saw in training, weighted by examples."""
+    total = sum(r.num_examples for r in reports)
+    return MetricRecord(
+        {
+            "num-examples": total,
+            "train-loss": sum(r.loss * r.num_examples for r in reports) / total,
+            "train-accuracy": sum(r.accuracy * r.num_examples for r in reports) / total,
+            "train-seconds": sum(r.seconds for r in reports),
+        }
+    )
 
 
 def decode_in_order(

@@ -30,6 +30,7 @@ from flwr.serverapp.strategy import Strategy
 from core.constructors import Broadcast, own_options
 from core.options import Options as OwnOptions
 from core.settings import Upload
+from exchange.evaluations import Evaluation, evaluation_metrics, read_evaluation
 from exchange.inbox import Batch, match_replies, warn_of_left_out
 from exchange.nodes import Nodes, sample_nodes
 from exchange.protocol import (
@@ -42,19 +43,15 @@ from exchange.protocol import (
     plain,
 )
 from exchange.replies import (
+    BadReply,
     ClientUpdate,
+    Ranges,
     Reply,
     decode_in_order,
     payload_of,
     read_reply,
-    within_norms,
-)
-from exchange.reports import (
-    BadReply,
-    Evaluation,
-    evaluation_metrics,
-    read_evaluation,
     training_metrics,
+    within_norms,
 )
 from exchange.round_plan import RoundLog, RoundPlan, completed, with_config, with_upload
 from exchange.states import (
@@ -142,6 +139,7 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
         self.context = own_context(context, self)
         self.options = own_options(options, self.Options, self)
         self.check(self.options, self.context)
+        self._ranges = Ranges(self.context.metric_range, self.context.loss_range)
         self.upload: Upload = self.context.upload or self.preferred_upload(
             self.context.low_bit_training
         )
@@ -315,7 +313,7 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
         plan, round_log = self._plan, self.evaluate_log
         for client, reply in match_replies(plan.messages, plan.clients, replies, round_log):
             try:
-                one = read_evaluation(reply, server_round, self.context.ranges)
+                one = read_evaluation(reply, server_round, self._ranges)
                 found.setdefault(client.bits, []).append(one)
             except BadReply as error:
                 round_log.rejected[client.partition_id] = str(error)
@@ -433,7 +431,7 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
                 server_round,
                 most_bytes,
                 self._most_steps(client),
-                self.context.ranges,
+                self._ranges,
             )
         except BadReply as error:
             self.round_log.rejected[client.partition_id] = str(error)

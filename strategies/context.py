@@ -11,7 +11,6 @@ from core.constructors import Broadcast, checked
 from core.errors import SettingsError
 from core.options import shown
 from core.settings import LocalOptimizer, LowBitTraining, Upload
-from exchange.reports import Ranges
 from quant import Update
 
 Predict = Callable[[Mapping[str, Tensor]], Tensor]
@@ -142,11 +141,6 @@ class StrategyContext:
     round_calibrated: RoundCalibrated | None = None
     clients_keep_in: str = ""
     detailed: Callable[[int], bool] | None = None
-
-    @property
-    def ranges(self) -> Ranges:
-        """What a client's figures can be."""
-        return Ranges(self.metric_range, self.loss_range)
 
     def __post_init__(self) -> None:
         given = {one.name: getattr(self, one.name) for one in fields(self)}
