@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,10 +108,18 @@ class CalibratedRounding:
         return replace(nearest, quantized={**nearest.quantized, **rounded})
 
 
+def _gives_logits(network: nn.Module, inputs: Any) -> bool:
+    state = copy.deepcopy(network).eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return isinstance(state(inputs), Tensor)
+
+
 def make_predict(
     model: nn.Module, buffer: Inputs, device: torch.device | None = None
 ) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
     """Return ``f(u; w)``: differentiable logits on some of the buffer; None without a buffer.
+
+    And for a network that gives anything but a tensor: there is nothing to distil.
 
     BatchNorm uses the statistics of the inputs at hand, as no others fit weights in the making.
     Dropout draws from torch's own generator, which the caller seeds.
@@ -121,6 +130,8 @@ def make_predict(
     network.train()
     inputs = buffer.inputs(slice(_DISTILLATION_EXAMPLES), device)
     buffers = {name: b.clone() for name, b in network.named_buffers()}
+    if not _gives_logits(network, buffer.inputs(slice(2), device)):
+        return None
 
     def predict(weights: Mapping[str, Tensor]) -> Tensor:
         parameters = {n: weights[n].to(device) for n, _ in network.named_parameters()}

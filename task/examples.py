@@ -1,7 +1,7 @@
 """Examples: what a network learns from, is evaluated on, or is calibrated with, batch by batch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import nan
 from typing import Any
@@ -103,6 +103,19 @@ def values_of(value: Any) -> int:
         return value.numel()
     parts = value.values() if isinstance(value, Mapping) else value
     return sum(map(values_of, parts)) if isinstance(value, (Mapping, list, tuple)) else 0
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a network's outputs, also in lists, tuples and mappings.
+
+    >>> [t.shape[0] for t in tensors_in({"classes": torch.ones(2), "boxes": (torch.ones(3), None)})]
+    [2, 3]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:

@@ -42,6 +42,9 @@ class ImageTask(Task):
         # Of common data every device has the test set.
         return self._local(node)[1] if node.data_path else evaluation_images(self.settings)
 
+    def has_local_test_data(self, node: Node) -> bool:
+        return not node.data_path or self._local(node)[1] is not None
+
     def server_inputs(self) -> Pixels | None:
         return Pixels(server_pixels(self.settings)) if self._on_server else None
 

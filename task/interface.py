@@ -94,6 +94,8 @@ class Task(Measures, ABC):
     # Of the first of the metrics: which way is better, and the smallest and largest that there is.
     higher_is_better = True
     metric_range: tuple[float, float] = (0.0, 1.0)
+    # What an exported model calls its input.
+    input_name = "inputs"
 
     @property
     def loss_range(self) -> tuple[float, float]:
@@ -140,8 +142,20 @@ class Task(Measures, ABC):
         """
         return None
 
+    def has_local_test_data(self, node: Node) -> bool:
+        """Return whether `local_test_data` gives any; a task may know without making it."""
+        return self.local_test_data(node) is not None
+
     def server_inputs(self) -> Inputs | Tensor | None:
         """Return unlabelled inputs on the server, to calibrate and distil with; None: neither."""
+        return None
+
+    def example_inputs(self) -> Any:
+        """Return two inputs as the network takes them, by which a model is exported; None: none."""
+        for inputs in (self.unlabelled, self._test_examples):
+            found = inputs()
+            if found is not None and len(found) > 1:
+                return found.inputs(slice(2))
         return None
 
     def facts(self) -> Facts:
@@ -213,7 +227,7 @@ class Task(Measures, ABC):
     def examples(self, node: Node) -> Examples:
         """Return what a device trains on; its own data in a random order, as files are sorted."""
         data = self.as_examples(self.train_data(node))
-        if self.local_test_data(node) is not None:
+        if self.has_local_test_data(node):
             return self._shuffled(data) if node.data_path else data
         return self._shuffled(data.part(np.flatnonzero(~self._held_out(len(data)))))
 
@@ -224,6 +238,10 @@ class Task(Measures, ABC):
             return self.as_examples(own)
         data = self.as_examples(self.train_data(node))
         return data.part(np.flatnonzero(self._held_out(len(data))))
+
+    def _test_examples(self) -> Examples | None:
+        data = self.test_data()
+        return None if data is None else self.as_examples(data)
 
     def _held_out(self, count: int) -> np.ndarray:
         """Return which examples are held out: the same in every round, also where more came."""

@@ -94,6 +94,7 @@ class TableTask(Task):
     """
 
     Options = TableOptions
+    input_name = "columns"
 
     def model(self, seed: int) -> nn.Module:
         columns, classes = self._shape()
@@ -133,11 +134,17 @@ class TableTask(Task):
         # Of common rows every device has the test set.
         return None if node.data_path else self.test_data()
 
+    def has_local_test_data(self, node: Node) -> bool:
+        return not node.data_path and self._on_server
+
     def server_inputs(self) -> Tensor | None:
         if not self._on_server:
             return None
         inputs, _ = self._common(test=False)
         return inputs[torch.from_numpy(random_sample(self.settings, len(inputs), _SERVER_ROWS))]
+
+    def example_inputs(self) -> Tensor:
+        return torch.zeros(2, len(self._shape()[0]))
 
     def facts(self) -> Facts:
         options = self.options

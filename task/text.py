@@ -53,6 +53,7 @@ class TextTask(Task):
     """
 
     Options = TextOptions
+    input_name = "tokens"
     options: TextOptions
 
     def model(self, seed: int) -> nn.Module:
@@ -67,7 +68,7 @@ class TextTask(Task):
 
     def train_data(self, node: Node) -> Data:
         if node.data_path:
-            return _pairs(_windows(_text_of("data-path", node.data_path), self.options.context))
+            return _pairs(_windows("data-path", node.data_path, self.options.context))
         own = self._common(test=False)
         place, of = node.partition_id, node.num_partitions
         chosen = random_part(self.settings, len(own), place, of, "windows of text")
@@ -83,6 +84,9 @@ class TextTask(Task):
         # Of common text every device has the test set.
         return None if node.data_path else self.test_data()
 
+    def has_local_test_data(self, node: Node) -> bool:
+        return not node.data_path
+
     def server_inputs(self) -> Tensor:
         windows = self._common(test=False)
         chosen = random_sample(self.settings, len(windows), _SERVER_WINDOWS)
@@ -92,7 +96,7 @@ class TextTask(Task):
         return len(self.examples(Node(partition_id, num_partitions)))
 
     def _common(self, test: bool) -> Tensor:
-        windows = _windows(_text_of("data-dir", self.settings.data_dir), self.options.context)
+        windows = _windows("data-dir", self.settings.data_dir, self.options.context)
         held = torch.arange(len(windows)) % _TEST_EVERY == _TEST_EVERY - 1
         return windows[held == test]
 
@@ -117,13 +121,15 @@ def _text_of(setting: str, path: str) -> bytes:
     return text
 
 
-def _windows(text: bytes, context: int) -> Tensor:
+def _windows(setting: str, path: str, context: int) -> Tensor:
     """Cut text into windows of one byte more than the network sees, int64."""
+    text = _text_of(setting, path)
     count = len(text) // (context + 1)
     if count < 2 * _TEST_EVERY:
+        place = printable(user_path(setting, path) if path else "the text of Python")
         raise SettingsError(
-            f"task-options: context {context} cuts {len(text)} bytes of text into {count} windows; "
-            f"allowed: {2 * _TEST_EVERY} or more"
+            f"{setting}: {place} holds {len(text)} bytes of text, which context {context} of "
+            f"task-options cuts into {count} windows; allowed: {2 * _TEST_EVERY} or more"
         )
     values = np.frombuffer(text, np.uint8, count * (context + 1)).astype(np.int64)
     return torch.from_numpy(values).view(count, context + 1)

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from core.settings import Settings
 from quant import LayerWeight, federated_state, layers_by_weight, load_state
 from task.at_width import at_width
 from task.calibration import calibrate_activations
-from task.examples import Inputs
+from task.examples import Inputs, Measures, tensors_in
 
 # What a model is tried with.
 _FIRST_TWO = slice(2)
@@ -58,11 +57,20 @@ def _try_step(network: nn.Module, examples: Inputs, name: str) -> None:
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         network.train()  # A user's own may return nothing.
         outputs = network(examples.inputs(_FIRST_TWO, device_of(network)))
-        if not isinstance(outputs, Tensor):
+        tensors = [tensor.float() for tensor in tensors_in(outputs)]
+        if not (isinstance(outputs, Tensor) or (tensors and _has_own_loss(examples))):
             raise SettingsError(
-                f"model: {name!r} gives a {type(outputs).__name__} in training, not logits"
+                f"model: {name!r} gives a {type(outputs).__name__} in training, not logits; "
+                "allowed: tensors in a mapping or sequence too, where the task has its own loss"
             )
-        outputs.float().amax().backward()
+        largest = [tensor.amax() for tensor in tensors if tensor.requires_grad]
+        torch.stack(largest).sum().backward()
+
+
+def _has_own_loss(examples: Inputs) -> bool:
+    """Whether the task's loss may make something of any output."""
+    measures: Measures = getattr(examples, "measures", Measures())
+    return type(measures).loss is not Measures.loss
 
 
 @torch.no_grad()
@@ -90,7 +98,8 @@ def _logits(network: nn.Module, examples: Inputs, training: bool) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         seed_torch(0)
         network.train(training)
-        return cast(Tensor, network(examples.inputs(_FIRST_TWO, device_of(network))))
+        outputs = network(examples.inputs(_FIRST_TWO, device_of(network)))
+        return torch.cat([tensor.float().flatten() for tensor in tensors_in(outputs)])
 
 
 @contextmanager

@@ -102,6 +102,44 @@ class Regression(Signals):
         return {"error": (float(errors.sum()), len(targets)), "worst": (float(errors.max()), 1)}
 
 
+class Dictionary(Signals):
+    """A network that gives two tensors by name, one of integers, and a loss that knows them."""
+
+    def model(self, seed):
+        class Heads(nn.Module):
+            def __init__(self, body):
+                super().__init__()
+                self.body = body
+
+            def forward(self, x):
+                logits = self.body(x)
+                return {"logits": logits, "guess": logits.argmax(1)}
+
+        return Heads(super().model(seed))
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs["logits"], targets)
+
+    def metrics(self, outputs, targets):
+        return {"accuracy": (int((outputs["guess"] == targets).sum()), len(targets))}
+
+
+class TwoTensors(Signals):
+    """A tuple, of which the default loss makes nothing."""
+
+    def model(self, seed):
+        body = super().model(seed)
+        body.append(Twice())
+        return body
+
+
+class Twice(nn.Module):
+    """Gives what it gets two times."""
+
+    def forward(self, x):
+        return x, x
+
+
 class Density(OnDevices):
     """A loss of its own that falls below zero, and one metric that is undefined on some devices."""
 

@@ -2,22 +2,25 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from core.errors import SettingsError
 from core.files import write_atomic
 from core.mix import check_client_bits
+from core.reference import is_reference
 from core.run_record import Round
-from prowd.export.onnx_model import to_onnx
+from prowd.export.onnx_model import named_inputs, to_onnx, to_onnx_of
 from prowd.records import read_record
 from quant import FLOAT_BITS, PackedModel, load_model
 from server_app.run import Run, reopen
-from task.data.dataset import Images, load_dataset
-from task.data.partition import evaluation_images
+from task.data.dataset import Images
 from task.data.to_input import PIXEL_OFFSET, PIXEL_SCALE
 from task.evaluation import evaluate
+from task.examples import Examples, MetricSums
 
 _BATCH = 100
 
@@ -59,33 +62,68 @@ def export(
             f"--bits: {bits} of a run with low-bit-training integer; allowed: {FLOAT_BITS}, as no "
             "file says that weights compute as ternary ones"
         )
-    if run.settings.task != "images" or not run.evaluator.has_examples:
-        raise SettingsError(
-            f"{run_dir} is of task {run.settings.task!r}, with "
-            f"{'a' if run.evaluator.has_examples else 'no'} test set on the server; allowed: "
-            "images, and a test set, as the files say how pixels enter the network"
-        )
-    yield _recorded(entries[-1], bits)
+    test = run.task.test_data()
+    examples = None if test is None else run.task.as_examples(test)
     network = run.evaluator.network(run.strategy.model_for(bits, state)).cpu()
-    images, data = evaluation_images(run.settings), load_dataset(run.settings)
     # Of "package.module:factory" no host's or drive's name is made.
-    name = run.settings.model.replace(":", "-")
-    stem = (output or run_dir / "export") / f"{name}-{bits}bit"
+    named = run.settings.model if run.settings.task == "images" else run.settings.task
+    stem = (output or run_dir / "export") / f"{named.replace(':', '-')}-{bits}bit"
+    if run.settings.task == "images":
+        yield _recorded(entries[-1], bits, "accuracy")
+        yield from _of_images(run, network, stem, cast(Images | None, test))
+    else:
+        yield from _of_any_task(run, network, stem, examples, entries[-1], bits)
+
+
+def _of_images(run: Run, network: nn.Module, stem: Path, images: Images | None) -> Iterator[str]:
+    """Write both files, which say how pixels enter the network."""
+    facts = run.task.facts()
+    classes, channels, size = (cast(Any, facts[key]) for key in ("classes", "channels", "size"))
     packed = PackedModel.of(
         network,
         name=run.settings.model,
-        channels=data.channels,
-        size=data.size,
-        num_classes=data.num_classes,
+        channels=channels,
+        size=size,
+        num_classes=len(classes),
         pixel_scale=PIXEL_SCALE,
         pixel_offset=PIXEL_OFFSET,
     )
     path = _write(stem, "safetensors", packed.to_bytes())
     # What is measured is the file.
-    accuracy = evaluate(load_model(path).network(run.model), images).accuracy
-    yield _line(path, f"accuracy {accuracy:.2%}")
-    path = _write(stem, "onnx", to_onnx(network, data.channels, data.size))
-    yield _line(path, _accuracy_in_onnxruntime(path, images))
+    found = "the server has no images to measure it on"
+    if images is not None:
+        score = evaluate(load_model(path).network(run.model), images)
+        found = f"accuracy {score.accuracy:.2%}"
+    yield _line(path, found)
+    path = _write(stem, "onnx", to_onnx(network, channels, size))
+    if images is not None:
+        found = _accuracy_in_onnxruntime(path, images)
+    yield _line(path, found)
+
+
+def _of_any_task(
+    run: Run,
+    network: nn.Module,
+    stem: Path,
+    examples: Examples | None,
+    entry: Round,
+    bits: int,
+) -> Iterator[str]:
+    """Write the ONNX file, whose inputs are those of the task's examples."""
+    task, some = run.task, run.task.example_inputs()
+    if some is None:
+        raise SettingsError(
+            f"{run.folder} is of task {run.settings.task!r}, which shows no inputs on the server; "
+            "allowed: Task.server_inputs, test_data or example_inputs that give some"
+        )
+    output = "outputs" if is_reference(run.settings.task) else "logits"
+    data = to_onnx_of(network, some, task.input_name, output)
+    yield _recorded(entry, bits, "headline metric")
+    path = _write(stem, "onnx", data)
+    found = "the server has no test set to measure it on"
+    if examples is not None:
+        found = _measured_in_onnxruntime(path, examples, task.input_name)
+    yield _line(path, found)
 
 
 def _load_run(run_dir: Path, data_dir: str) -> tuple[Run, dict[str, torch.Tensor], list[Round]]:
@@ -105,10 +143,12 @@ def _load_run(run_dir: Path, data_dir: str) -> tuple[Run, dict[str, torch.Tensor
     return run, saved.model, rounds
 
 
-def _recorded(entry: Round, bits: int) -> str:
-    accuracy = entry.accuracy.get(str(bits))
-    found = "not recorded" if accuracy is None else f"recorded: {accuracy:.2%}"
-    return f"accuracy at {bits} bits after round {entry.round}, {found}"
+def _recorded(entry: Round, bits: int, metric: str) -> str:
+    value = entry.accuracy.get(str(bits))
+    found = "not recorded"
+    if value is not None:
+        found = f"recorded: {value:.2%}" if metric == "accuracy" else f"recorded: {value:.4g}"
+    return f"{metric} at {bits} bits after round {entry.round}, {found}"
 
 
 def _write(stem: Path, kind: str, data: bytes) -> Path:
@@ -139,3 +179,24 @@ def _accuracy_in_onnxruntime(path: Path, images: Images) -> str:
         [logits] = session.run(None, {"pixels": batch.pixels})
         correct += int((logits.argmax(1) == batch.labels).sum())
     return f"accuracy {correct / len(images):.2%} in onnxruntime"
+
+
+def _measured_in_onnxruntime(path: Path, examples: Examples, name: str) -> str:
+    """Return the task's metrics of what the file gives."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return "not run, as onnxruntime is not installed"
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    # What the network does not look at is no input of the file.
+    known = {one.name for one in session.get_inputs()}
+    sums = MetricSums()
+    for start in range(0, len(examples), _BATCH):
+        inputs, targets = examples.batch(slice(start, min(start + _BATCH, len(examples))))
+        tensors = {k: t.numpy() for k, t in named_inputs(inputs, name).items() if k in known}
+        outputs = [torch.from_numpy(array) for array in session.run(None, tensors)]
+        if len(outputs) > 1:
+            return "not measured in onnxruntime, as it has several outputs"
+        sums.add(examples.metrics(outputs[0], targets))
+    found = ", ".join(f"{metric} {value:.4g}" for metric, value in sums.means().items())
+    return f"{found} in onnxruntime"

@@ -7,6 +7,7 @@ Clip where the grid has fewer levels than its integer type. The rest stays as it
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -35,7 +36,7 @@ _INT4_BITS = 4
 
 
 def to_onnx(network: nn.Module, channels: int, size: int) -> bytes:
-    """Write a network as an ONNX model.
+    """Write a network of images as an ONNX model.
 
     Parameters
     ----------
@@ -56,6 +57,61 @@ def to_onnx(network: nn.Module, channels: int, size: int) -> bytes:
         If a package is missing, activations have no fitted grids, or there is a module that torch
         cannot write as ONNX.
     """
+    images = torch.zeros(2, channels, size, size, dtype=torch.uint8)
+    return _written(network, _FromPixels(_with_nodes(network)), {"pixels": images}, "logits")
+
+
+def to_onnx_of(network: nn.Module, inputs: Any, name: str = "inputs", output: str = "") -> bytes:
+    """Write a network of any task as an ONNX model.
+
+    Parameters
+    ----------
+    network : nn.Module
+        As of `to_onnx`.
+    inputs : Any
+        Two examples as the network takes them: a tensor, or a mapping or sequence of such, whose
+        first dimension is the example's.
+    name, output : str
+        Of the input, where it is one tensor, and of the output, if it is one.
+
+    Returns
+    -------
+    bytes
+        The file: its inputs are `named_inputs`; any batch.
+
+    Raises
+    ------
+    SettingsError
+        As `to_onnx` does, or if the inputs are anything else.
+    """
+    tensors = named_inputs(inputs, name)
+    return _written(network, _FromTensors(_with_nodes(network), inputs), tensors, output)
+
+
+def named_inputs(inputs: Any, name: str = "inputs") -> dict[str, Tensor]:
+    """Return what a network takes by the names that the file has for it.
+
+    >>> list(named_inputs({"words": torch.zeros(2, 3), "length": torch.zeros(2)}))
+    ['words', 'length']
+    """
+    if isinstance(inputs, Tensor):
+        return {name: inputs}
+    found: dict[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        found = {str(key): value for key, value in inputs.items()}
+    elif isinstance(inputs, (list, tuple)):
+        found = {f"{name}_{place}": value for place, value in enumerate(inputs)}
+    if not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise SettingsError(
+            f"ONNX: the network takes a {type(inputs).__name__}; allowed: a tensor, or a mapping "
+            "or list of tensors"
+        )
+    return found
+
+
+def _written(
+    network: nn.Module, wrapped: nn.Module, tensors: Mapping[str, Tensor], output: str
+) -> bytes:
     try:
         import onnx
         import onnxscript  # noqa: F401 torch needs it.
@@ -63,17 +119,16 @@ def to_onnx(network: nn.Module, channels: int, size: int) -> bytes:
         raise SettingsError(
             f"ONNX: {error.name} is not installed; pip install -e '.[export]' brings it"
         ) from None
-    wrapped = _FromPixels(_with_nodes(network)).eval()
-    images = torch.zeros(2, channels, size, size, dtype=torch.uint8)
+    batch = torch.export.Dim("batch")
     try:
         program = torch.onnx.export(
-            wrapped,
-            (images,),
+            wrapped.eval(),
+            tuple(tensors.values()),
             dynamo=True,
             opset_version=_OPSET,
-            input_names=["pixels"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=list(tensors),
+            output_names=[output] if output else None,
+            dynamic_shapes=(tuple({0: batch} for _ in tensors),),
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
@@ -92,8 +147,26 @@ class _FromPixels(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return cast(Tensor, self.network(normalize(pixels)))
+    def forward(self, *pixels: Tensor) -> Tensor:
+        return cast(Tensor, self.network(normalize(pixels[0])))
+
+
+class _FromTensors(nn.Module):
+    """Puts its inputs together as the network takes them."""
+
+    def __init__(self, network: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        self.network = network
+        self._keys = list(inputs) if isinstance(inputs, Mapping) else None
+        self._is_one = isinstance(inputs, Tensor)
+        self._kind = type(inputs)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        if self._is_one:
+            return self.network(tensors[0])
+        if self._keys is not None:
+            return self.network(dict(zip(self._keys, tensors, strict=True)))
+        return self.network(list(tensors) if self._kind is list else tensors)
 
 
 class _Nodes(QuantLayer):
@@ -203,7 +276,7 @@ def _with_nodes(network: nn.Module) -> nn.Module:
     if on_grid and all(layer.input_grid is None for layer in on_grid):
         raise SettingsError(
             "server-buffer: 0 left no images to fit the activations' grids to, without which there "
-            "is no ONNX model"
+            "is no ONNX model; of other tasks Task.server_inputs gives none; allowed: --bits 32"
         )
     for layer in layers:
         kind = type(layer)

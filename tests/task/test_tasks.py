@@ -101,6 +101,29 @@ def test_devices_report_all_metrics_by_width(run, tmp_path):
     assert read.metrics["8"]["recall-1"] == rounds[-1]["metrics"]["8"]["recall-1"]
 
 
+@pytest.mark.parametrize("training", ["qat", "strict"])
+def test_a_network_may_give_more_than_a_tensor_to_its_own_loss(run, training):
+    """At all widths, with calibration and ProWD's dequantizer trained."""
+    settings = {"low_bit_training": training, "prowd_finetune_every": 1, "prowd_finetune_steps": 1}
+    rounds = run(task="my_tasks:Dictionary", strategy="prowd", num_server_rounds=3, **settings)
+    assert rounds[-1]["clients"]["aggregated"] == 3
+    assert set(rounds[-1]["accuracy"]) == {"4", "8", "32", "average"}
+    assert rounds[-1]["loss"]["32"] < rounds[0]["loss"]["32"]
+
+
+def test_a_network_whose_output_the_loss_does_not_take_is_named_before_training(run):
+    line = "^task: loss and metrics of 'my_tasks:TwoTensors' fail on two examples: .*'tuple'"
+    with pytest.raises(SettingsError, match=line):
+        run(task="my_tasks:TwoTensors")
+
+
+@pytest.mark.parametrize("name", ["text", "table", "images"])
+def test_a_built_in_task_makes_no_test_data_to_say_that_it_has_some(name, monkeypatch):
+    task = make_task(Settings(task=name))
+    monkeypatch.setattr(type(task), "local_test_data", lambda self, node: pytest.fail("made"))
+    assert len(task.examples(Node(0, 10)))
+
+
 @pytest.mark.parametrize("task", ["Density", "Huge"])
 def test_a_loss_of_ones_own_is_any_finite_number(run, task):
     rounds = run(task=f"my_tasks:{task}", learning_rate=1e-12 if task == "Huge" else 0.1)

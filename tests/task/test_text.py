@@ -70,7 +70,9 @@ def test_text_that_cannot_be_learned_is_refused_by_name(tmp_path):
     with pytest.raises(SettingsError, match=f"data-path: {tmp_path} holds no file"):
         text_task().train_data(node)
     (tmp_path / "short.txt").write_text("a few words")
-    with pytest.raises(SettingsError, match="cuts 11 bytes of text into 0 windows; allowed: 20"):
+    with pytest.raises(
+        SettingsError, match=r"^data-path: .*short.txt holds 11 bytes of text, which"
+    ):
         text_task().train_data(Node(data_path=str(tmp_path / "short.txt")))
     with pytest.raises(SettingsError, match=r"data-path: .*absent.txt cannot be read: No such"):
         text_task().train_data(Node(data_path=str(tmp_path / "absent.txt")))

@@ -21,6 +21,7 @@ from core.settings import Settings
 from prowd.cli import main
 from quant import largest_code, load_model
 from server_app.app import main as serve
+from server_app.run import reopen
 from task.data.partition import evaluation_images
 from task.models import build_model
 
@@ -195,12 +196,51 @@ def test_what_cannot_be_exported_is_refused_in_one_line(folder, tmp_path, capsys
     assert refused(capsys, folder).startswith(f"prowd: {folder}: rounds.jsonl lacks rounds 1 to ")
 
 
-def test_a_task_of_other_inputs_is_not_exported(tmp_path, capsys):
-    options = "context = 8, width = 8, depth = 1, heads = 1"
-    texts = {"task": "text", "task_options": options, "samples_per_client": 32}
-    folder = run(tmp_path, num_server_rounds=1, **texts)
-    assert refused(capsys, folder).startswith(
-        f"prowd: {folder} is of task 'text', with a test set on the server; allowed: images, and a"
+TASKS = {
+    "text": ("context = 8, width = 8, depth = 1, heads = 1", "tokens", "tensor(int64)", [8]),
+    "table": ("width = 8", "columns", "tensor(float)", [64]),
+    "my_tasks:Signals": ("width = 3", "inputs", "tensor(float)", [6, 12]),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_of_other_inputs_is_exported_as_onnx(task, tmp_path, capsys):
+    options, name, kind, shape = TASKS[task]
+    own = {"task": task, "task_options": options, "samples_per_client": 32, "run_name": "run"}
+    if ":" in task:
+        own.pop("samples_per_client")
+    folder = run(tmp_path, num_server_rounds=1, **own)
+    assert export(folder) == 0
+    [file] = (folder / "export").iterdir()
+    assert file.name == f"{task.replace(':', '-')}-4bit.onnx"
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    [given], [output] = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape) == (name, kind, ["batch", *shape])
+    assert output.name == ("outputs" if ":" in task else "logits")
+    reopened, saved = reopen(folder)
+    network = reopened.evaluator.network(reopened.strategy.model_for(4, saved.model)).cpu().eval()
+    examples = reopened.task.as_examples(reopened.task.test_data())
+    assert len(examples) >= 30
+    for count in (1, 30):
+        inputs, _ = examples.batch(slice(count))
+        with torch.no_grad():
+            want = network(inputs).numpy()
+        got = session.run(None, {name: inputs.numpy()})[0]
+        # A value halfway between two levels may go either way: one step of the narrow widths.
+        assert np.isclose(got, want, rtol=0, atol=1e-5 * np.ptp(want)).mean() > 0.9
+        assert np.abs(got - want).max() < 0.15 * np.ptp(want)
+    recorded_line, line = capsys.readouterr().out.splitlines()
+    shown = f"{recorded(folder, 4):.4g}"
+    assert recorded_line == f"headline metric at 4 bits after round 1, recorded: {shown}"
+    accuracy = float(re.search(r"accuracy ([\d.]+) in onnxruntime$", line).group(1))
+    assert accuracy == pytest.approx(recorded(folder, 4), abs=0.05)
+
+
+def test_a_task_whose_data_is_on_devices_shows_no_inputs(tmp_path, capsys):
+    folder = run(tmp_path, task="my_tasks:OnDevices", samples_per_client=0, num_server_rounds=1)
+    assert refused(capsys, folder) == (
+        f"prowd: {folder} is of task 'my_tasks:OnDevices', which shows no inputs on the server; "
+        "allowed: Task.server_inputs, test_data or example_inputs that give some"
     )
 
 

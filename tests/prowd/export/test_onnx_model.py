@@ -13,7 +13,7 @@ from onnx import TensorProto
 from torch import nn
 
 from core.errors import SettingsError
-from prowd.export.onnx_model import to_onnx
+from prowd.export.onnx_model import named_inputs, to_onnx, to_onnx_of
 from quant import QuantConfig, calibrate_activations, prepare, quantized_layers
 from task.data.to_input import to_input
 
@@ -220,3 +220,40 @@ def test_layers_of_every_kind_are_written():
     # The head's weight is that of the embedding.
     assert "network.head.codes" not in tensors
     assert not any(name.endswith("weight") for name in tensors)
+
+
+class Pair(nn.Module):
+    """Takes two tensors by name and gives two."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        mean = self.words(x["words"]).mean(1) * x["weight"]
+        return {"logits": self.head(mean), "mean": mean}
+
+
+def test_inputs_and_outputs_may_have_names():
+    torch.manual_seed(0)
+    network = Pair().eval()
+
+    def inputs(count):
+        return {"words": torch.arange(5 * count).reshape(-1, 5) % 9, "weight": torch.rand(count, 1)}
+
+    data = to_onnx_of(network, inputs(2))
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    assert [one.name for one in session.get_inputs()] == ["words", "weight"]
+    given = inputs(7)
+    got = session.run(None, {k: t.numpy() for k, t in given.items()})
+    want = network(given)
+    for array, tensor in zip(got, want.values(), strict=True):
+        assert np.allclose(array, tensor.detach().numpy(), atol=1e-6)
+
+
+def test_inputs_that_are_no_tensors_are_refused():
+    assert list(named_inputs([torch.ones(2), torch.ones(2)])) == ["inputs_0", "inputs_1"]
+    for wrong in ("text", [torch.ones(2), 3], {}):
+        kind = type(wrong).__name__
+        with pytest.raises(SettingsError, match=f"^ONNX: the network takes a {kind}; allowed: a t"):
+            named_inputs(wrong)
