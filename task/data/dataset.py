@@ -32,7 +32,7 @@ from task.data.images import check_memory, load_images, warn_once
 from task.data.to_input import to_input
 from task.examples import Examples, Indices, Inputs
 
-CACHE = Path("~/.cache/prowd")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "prowd")
 # A brightest pixel below this is reported: a quarter of the levels is used.
 _DARK = 64
 
