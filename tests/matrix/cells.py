@@ -8,8 +8,8 @@ from matrix.tiny import INTEGER_ON_GRID, ON_GRID
 
 from strategies import STRATEGIES
 
-MIXED, LOW, FLOAT32 = (2, 4, 4, 8, 32), (2, 8, 8), (32, 32, 32)
-WIDTH_NAMES = {MIXED: "mixed", LOW: "low", FLOAT32: "float32"}
+MIXED, LOW, FLOAT32, FEW = (2, 4, 4, 8, 32), (2, 8, 8), (32, 32, 32), (2, 8, 32)
+WIDTH_NAMES = {MIXED: "mixed", LOW: "low", FLOAT32: "float32", FEW: "few"}
 BROADCASTS = ("float32", "nearest", "calibrated")
 TRAININGS = ("qat", "strict", "integer")
 LEARNING_RATE, SERVER_STEP = 0.02, 0.9
