@@ -1,5 +1,6 @@
 """A device's own folder of images, brought to the classes and the shape that the server names."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -11,6 +12,9 @@ from core.errors import SettingsError
 from core.files import printable, user_path
 from task.data.dataset import Images, images_of, readable_folder
 from task.data.image_folder import Listing, find_parts, in_short, list_images
+
+# How folders of images are spoken of that are read on the server too; not within a path.
+_OF_THE_SERVER = re.compile(r"^data-dir(?=: )|(?<=; )data-dir(?= may be one level)")
 
 
 @lru_cache(maxsize=2)
@@ -49,10 +53,7 @@ def local_images(
         if parts.test is not None:
             test = _read(folder, parts.test, image_size, classes, channels, size)
     except SettingsError as error:
-        text = str(error)
-        raise SettingsError(
-            text.replace("data-dir", "data-path") if text.startswith("data-dir") else text
-        ) from None
+        raise SettingsError(_OF_THE_SERVER.sub("data-path", str(error))) from None
     if len(train) < 2:
         raise SettingsError(
             f"data-path: {printable(folder)} holds {len(train)} image; allowed: 2 or more"

@@ -91,6 +91,16 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, counts, kind, line):
     assert "\n" not in str(raised.value)
 
 
+def test_a_line_speaks_of_the_devices_setting_and_leaves_its_folder_as_it_is_named(tmp_path):
+    (folder := tmp_path / "the, data-dir here").mkdir()
+    with pytest.raises(SettingsError) as raised:
+        read(folder)
+    assert str(raised.value) == (
+        f"data-path: {folder} holds no folders; allowed: one folder of images for each class; "
+        "data-path may be one level too low"
+    )
+
+
 def test_colour_is_not_made_grey(tmp_path):
     with pytest.raises(SettingsError, match="are 3x8x8, the server's 1x8x8"):
         read(folder_of(tmp_path / "a", {"dog": 2}), channels=1)
