@@ -4,7 +4,7 @@ Tensors and bytes in, tensors and bytes out; independent of Flower.
 """
 
 from core.bits import ALLOWED_WIDTHS, FLOAT_BITS, MAX_BITS, MIN_BITS, check_bits, is_width
-from quant.alignment import add_drift, level_drift
+from quant.alignment import add_drift, level_drift, trained_channels
 from quant.codec.decode import (
     LARGEST_VALUE,
     Expected,
@@ -187,6 +187,7 @@ __all__ = [
     "tensors_of",
     "ternary",
     "ternary_scales",
+    "trained_channels",
     "unpack",
     "unsupported_layers",
     "upload_bits",

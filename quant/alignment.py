@@ -68,6 +68,32 @@ def add_drift(moved: Tensor, drift: Tensor, start: QuantizedTensor, bits: int) -
     return moved + drift[level].reshape(moved.shape) * per_channel(start.scale, moved.ndim)
 
 
+def trained_channels(moved: Tensor, start: QuantizedTensor, bits: int) -> Tensor:
+    """Return which channels a low-bit group trained at all: the others have no drift.
+
+    In an embedding these are the rows of the words that its clients have seen.
+
+    Parameters
+    ----------
+    moved, start, bits
+        As of `level_drift`.
+
+    Returns
+    -------
+    Tensor
+        Bool ``[channels]``.
+
+    Examples
+    --------
+    >>> start = QuantizedTensor(torch.zeros(2, 2, dtype=torch.int8), torch.ones(2))
+    >>> trained_channels(torch.tensor([[0.0, 0.0], [0.0, 0.1]]), start, bits=4)
+    tensor([False,  True])
+    """
+    # More than the rounding of a float32 mean leaves of codes that are all the same.
+    least = per_channel(start.scale, moved.ndim) * (largest_code(bits) * 1e-6)
+    return (moved.abs() > least).flatten(1).any(1)
+
+
 def _levels(codes: Tensor, bits: int) -> tuple[Tensor, int]:
     """Number the level of each weight from 0; return the numbers, flat, and how many there are."""
     most = min(largest_code(bits), _MOST_LEVELS // 2)

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from core.seeds import Stream, derive_seed
 from exchange.states import State
-from quant import WeightedMean, add_drift, cosine, level_drift, relevancy_mask
+from quant import (
+    QuantizedTensor,
+    WeightedMean,
+    add_drift,
+    cosine,
+    level_drift,
+    relevancy_mask,
+    trained_channels,
+)
 from strategies.prowd.groups import Group
 from strategies.prowd.options import ProWDOptions
 
@@ -41,12 +49,14 @@ def remove_drift(
         if (rung := groups[bits].rung) is not None:
             for name, codes in rung.codes.items():
                 moved = means[bits][name] - start[name]
+                rows = trained_channels(moved, codes, rung.code_bits)
+                trained = QuantizedTensor(codes.codes[rows], codes.scale[rows])
                 if target:
-                    towards = target[name] - start[name]
-                    drift[name] = level_drift(moved, towards, codes, rung.code_bits)
+                    towards = (target[name] - start[name])[rows]
+                    drift[name] = level_drift(moved[rows], towards, trained, rung.code_bits)
                 if name in drift:
-                    aligned = add_drift(moved, drift[name], codes, rung.code_bits)
-                    means[bits][name] = start[name] + aligned
+                    moved[rows] = add_drift(moved[rows], drift[name], trained, rung.code_bits)
+                    means[bits][name] = start[name] + moved
         above.add(means[bits], shares[bits])
 
 

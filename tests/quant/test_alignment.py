@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from quant import QuantizedTensor, add_drift, fit_scale, largest_code, level_drift, quantize_nearest
+from quant import (
+    QuantizedTensor,
+    add_drift,
+    fit_scale,
+    largest_code,
+    level_drift,
+    quantize_nearest,
+    trained_channels,
+)
 
 
 def test_two_bits_by_hand():
@@ -136,3 +144,16 @@ def test_a_channel_of_zeros_does_not_drown_the_others():
     moved, target = torch.zeros(2, 4), torch.full((2, 4), 0.01)
     aligned = add_drift(moved, level_drift(moved, target, start, 4), start, 4)
     assert aligned.abs().max() < 1
+
+
+def test_a_channel_that_moved_by_the_rounding_of_a_mean_was_not_trained():
+    """Ten equal float32 values do not always average to themselves."""
+    codes = torch.tensor([[127, 3], [127, 3], [0, -1]], dtype=torch.int16)
+    start = QuantizedTensor(codes, torch.tensor([0.1, 0.1, 3.0]))
+    value = torch.tensor(12.7)
+    mean = torch.stack([value * 3.0] * 7).sum() / 21
+    moved = torch.zeros(3, 2)
+    moved[0, 0] = mean - value
+    moved[1, 1], moved[2, 0] = -0.1 / 1000, 1e-3
+    assert abs(moved[0, 0]) < 1e-5
+    assert trained_channels(moved, start, 8).tolist() == [False, True, True]

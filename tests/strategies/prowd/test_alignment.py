@@ -102,6 +102,33 @@ def test_a_drift_of_the_levels_is_taken_out(bits, dequantize):
     torch.testing.assert_close(result(drift=False, align="on"), undisturbed)
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_rows_that_no_low_bit_client_trained_stay_and_do_not_dilute_the_drift(bits):
+    """Words of an embedding that only Float32 clients have, or nobody."""
+    start = start_model()
+    codes, scale = on_grid(start["w"], bits)
+    move = moves() * (codes.abs() < largest_code(bits))
+    move[:8] = 0
+    target = move * scale[:, None]
+    target[:4] = 0.25
+    drift = inward(codes, bits)
+    drift[:8] = 0
+
+    def result(by):
+        low = moving_by_codes(bits, lambda c: by)
+        clients = [
+            *(ScriptedClient(i, 4, bits, low, 7) for i in range(3)),
+            ScriptedClient(3, 4, 32, lambda s: {"w": s["w"] + target, "b": s["b"]}, 7),
+        ]
+        options = ProWDOptions(**ALONE)
+        return run_round(ProWD(options, with_w()), federation(clients, start), start)["w"]
+
+    aligned = result(move + drift)
+    torch.testing.assert_close(aligned[8:], (start["w"] + target)[8:])
+    torch.testing.assert_close(aligned[4:8], start["w"][4:8])
+    torch.testing.assert_close(aligned[:4], start["w"][:4] + 0.25 / 4)
+
+
 def test_what_weights_of_one_level_do_unlike_each_other_is_kept():
     """By hand: one channel, 2 bits, half the weight for low-bit examples."""
     start = {"w": torch.tensor([[2.0, 2.0, -2.0, 0.0]]), "b": torch.zeros(1)}
