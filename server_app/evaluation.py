@@ -109,9 +109,10 @@ class CalibratedRounding:
 
 
 def _gives_logits(network: nn.Module, inputs: Any) -> bool:
-    state = copy.deepcopy(network).eval()
+    network = copy.deepcopy(network)
+    network.eval()  # A user's own may return nothing.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return isinstance(state(inputs), Tensor)
+        return isinstance(network(inputs), Tensor)
 
 
 def make_predict(

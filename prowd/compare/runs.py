@@ -26,6 +26,8 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_STREAMS = 1.0
 _SECONDS_TO_STOP = 60
 _FLWR = (sys.executable, "-m", "prowd.compare.patient_flwr")
+# Ray gives its own processes 30 seconds to start, which a loaded machine may miss.
+_TOO_SLOW, _MOST_STARTS = "timed out during startup", 3
 # Flower's words for a run that has not ended.
 _GOING_ON = ("pending", "starting", "running")
 
@@ -94,6 +96,16 @@ def execute(
     is stopped, as it is if waiting for it is. `starting` is held until Flower has taken the run:
     the first one starts the local SuperLink, and a second one beside it would try that too.
     """
+    for _ in range(_MOST_STARTS):
+        reason = _execute(run, federation, stop, starting)
+        if _TOO_SLOW not in reason:
+            break
+    return reason
+
+
+def _execute(
+    run: PlannedRun, federation: str, stop: threading.Event, starting: threading.Lock
+) -> str:
     if not (PROJECT / "pyproject.toml").is_file():
         raise SettingsError(f"{PROJECT} is no checkout of prowd; install it with pip install -e .")
     settings = {**run.settings, "output-dir": str(run.folder.parent), "run-name": run.folder.name}

@@ -21,8 +21,9 @@ from containers import PATIENCE, wait_until
 
 PROJECT = Path(__file__).parents[2]
 _BIN = Path(sys.executable).parent
-# Flower gives up a SuperLink that is not there in 15 s, and an app that is silent for a minute,
-# also where a loaded machine is the reason.
+# Flower gives up a SuperLink that is not there in 15 s, an app that is silent for a minute, and Ray
+# its own processes after 30 s, also where a loaded machine is the reason.
+_RAY_IS_SLOW = "The current node timed out during startup"
 _FIRST = ("nice", "-n", "-5") if os.geteuid() == 0 else ()
 
 
@@ -69,16 +70,21 @@ class Flower:
 
     def run_config(self, name: str, config: str, federation: str = "", app: Path = PROJECT) -> Run:
         """Run the app to its end with what stands after `--run-config`."""
-        done = subprocess.run(
-            self.command(config, federation, app),
-            env=self.env,
-            cwd=self.home,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
+        folder = self.output_dir / name
+        for _ in range(5):
+            done = subprocess.run(
+                self.command(config, federation, app),
+                env=self.env,
+                cwd=self.home,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+            )
+            if _RAY_IS_SLOW not in done.stdout or (folder / "checkpoint").exists():
+                break
+            shutil.rmtree(folder)
         run_id = re.search(r"run (\d+)", done.stdout).group(1)
-        return Run(self.output_dir / name, done.stdout + done.stderr, self.status(run_id))
+        return Run(folder, done.stdout + done.stderr, self.status(run_id))
 
     def command(self, config: str, federation: str = "", app: Path = PROJECT) -> list[str]:
         """Return the command that runs the app."""
