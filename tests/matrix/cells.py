@@ -37,7 +37,9 @@ assert {name.partition(":")[0] for name in OWN_SETTINGS} == set(STRATEGIES)
 # Those that take the difference of what they hold, unless told otherwise.
 DIFFERENCES = ("fedpaq", "fedcom", "fedcomgate")
 # Those that do something of their own with what is uploaded, and one of each other kind.
-OF_UPLOADS = ("prowd", "fedavg", "fedcom", "fedcomgate", "grouped-avg")
+OF_UPLOADS = ("prowd", "prowd-paper", "fedavg", "fedcom", "fedcomgate", "grouped-avg")
+# One of each kind: what it keeps, where, and who is sent what.
+OF_KINDS = ("prowd", "prowd-paper", "fedcom", "grouped-avg", "local", "flwr:FedAdam")
 # Images of each client: of different numbers, so that a mean without weights is another one, and
 # so that some take three steps and others two.
 EXAMPLES = (9, 14, 8, 12, 10)
@@ -143,11 +145,11 @@ def all_cells() -> list[Cell]:
     """Every strategy with every broadcast and training, on mixed widths and on low-bit ones."""
     crossed = product(OWN_SETTINGS, BROADCASTS, TRAININGS)
     cells = [Cell(*axes, MIXED) for axes in crossed]
-    # Integer training is one more kind of update for what the others do with a broadcast.
-    cells = [c for c in cells if not c.in_integers or c.broadcast != "nearest" or c.of_uploads]
+    # Integer training is one more kind of upload.
+    cells = [c for c in cells if not c.in_integers or c.of_uploads]
     # Without a Float32 client no client trains otherwise, and no model travels otherwise: the
     # new case is that the widest of the models is one of codes.
-    cells += [Cell(strategy, "calibrated", "strict", LOW) for strategy in OWN_SETTINGS]
+    cells += [Cell(strategy, "calibrated", "strict", LOW) for strategy in OF_KINDS]
     cells += [Cell(strategy, widths=FLOAT32) for strategy in OWN_SETTINGS]
     for strategy, training in product(OF_UPLOADS, ("qat", "integer")):
         other = "forward" if strategy in DIFFERENCES else "stored"

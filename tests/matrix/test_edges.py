@@ -1,7 +1,7 @@
 """Clients of one kind, clients that fail or are away, replies in another order; refusals."""
 
 import pytest
-from matrix.cells import CELLS, FLOAT32, LOW, OWN_SETTINGS, REFUSED, Cell
+from matrix.cells import CELLS, FLOAT32, LOW, OF_KINDS, REFUSED, Cell
 from matrix.checking import check_cell
 from matrix.invariants import (
     completes_with_everybody,
@@ -19,7 +19,7 @@ FAILING = 1
 # Where the order of the sums is another, and where the server rounds while clients already train.
 ORDERS = [
     Cell(s, b, "strict")
-    for s, b in zip(OWN_SETTINGS, ("calibrated", "nearest", "float32") * 4, strict=False)
+    for s, b in zip(OF_KINDS, ("calibrated", "nearest", "float32") * 2, strict=True)
 ]
 
 
@@ -60,7 +60,7 @@ def test_a_resumed_run_samples_the_same_clients(strategy, tmp_path):
     is_the_same_run(straight, run(cell, tmp_path / "killed", resume=True, **sampled))
 
 
-@pytest.mark.parametrize("strategy", OWN_SETTINGS)
+@pytest.mark.parametrize("strategy", ["fedcomgate", *OF_KINDS])
 def test_a_client_that_fails_is_left_out_of_its_round_alone(strategy, tmp_path):
     trace = run(Cell(strategy), tmp_path / "run", rounds=3, fails=(FAILING, 2))
     assert trace.summary["status"] == "completed"
