@@ -20,10 +20,9 @@ from core.settings import Settings
 from quant import (
     FLOAT_BITS,
     QuantizedTensor,
-    add_drift,
+    align_levels,
     cosine,
     federated_state,
-    level_drift,
     load_state,
     quantizable_weights,
     quantize_model,
@@ -86,10 +85,7 @@ def aligned(
     low: dict[str, Tensor], high: dict[str, Tensor], start: dict[str, QuantizedTensor], bits: int
 ) -> dict[str, Tensor]:
     """Take the drift out of a low-bit movement, as ProWD does."""
-    return {
-        name: add_drift(m, level_drift(m, high[name], start[name], bits), start[name], bits)
-        for name, m in low.items()
-    }
+    return {name: align_levels(m, start[name], bits, high[name])[0] for name, m in low.items()}
 
 
 def by_level(moved: dict[str, Tensor], start: dict[str, QuantizedTensor]) -> dict[int, float]:

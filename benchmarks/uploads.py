@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.drift import flat
 from core.seeds import Stream, derive_seed
 from core.settings import Settings
+from prowd.publish.figures import save
 from quant import (
     FLOAT_BITS,
     WeightedMean,
@@ -92,9 +93,7 @@ class Upload:
     def _sent(self, weights: State, seed: int) -> State:
         if self.bits != _TERNARY:
             return weights
-        scales = ternary_scales(weights, weights)
-        dither = seed if self.dithered else 0
-        return quantize_state(weights, _TERNARY, scales, dither=dither).dequantize()
+        return ternary_form(weights, seed if self.dithered else 0)
 
 
 UPLOADS = (
@@ -127,17 +126,18 @@ class Figures:
     accuracy: float = 0.0
 
 
+def ternary_form(weights: State, dither: int = 0) -> State:
+    """Return the ternary weights, rounded with a dither or, of seed 0, to nearest."""
+    scales = ternary_scales(weights, weights)
+    return quantize_state(weights, _TERNARY, scales, dither=dither).dequantize()
+
+
 def mean_of(states: list[State]) -> State:
     """Return the mean of state dicts, all of one weight."""
-    mean = WeightedMean()
+    added = WeightedMean()
     for state in states:
-        mean.add(state, 1.0)
-    return mean.mean()
-
-
-def flat(state: Mapping[str, Tensor]) -> Tensor:
-    """Return all of a state dict as one vector."""
-    return torch.cat([state[name].flatten() for name in sorted(state)])
+        added.add(state, 1.0)
+    return added.mean()
 
 
 def share_close(weights: Tensor) -> float:
@@ -177,7 +177,7 @@ def measure(
         Where to note it.
     """
     true = flat(mean_of([{n: end[n] - held[n] for n in end} for held, end in pairs]))
-    ternary = quantize_state(start, _TERNARY, ternary_scales(start, start)).dequantize()
+    ternary = ternary_form(start)
     toward = flat({name: ternary[name] - start[name] for name in start})
     errors = []
     for draw in range(_DRAWS):
@@ -209,8 +209,8 @@ def run(upload: Upload, rounds: int) -> Figures:
     task = make_task(settings)
     model = task.model(settings.seed)
     names = quantizable_weights(model)
-    state, figures = dict(federated_state(model)), Figures()
-    state = {name: tensor.clone() for name, tensor in state.items()}
+    figures = Figures()
+    state = {name: tensor.clone() for name, tensor in federated_state(model).items()}
     for number in range(1, rounds + 1):
         start = {name: state[name] for name in names}
         moved, pairs = [], []
@@ -268,8 +268,7 @@ def draw(found: Mapping[str, Figures], path: Path) -> None:
     axes.set(xlabel="round", ylabel="% of weights close to a level", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    with matplotlib.rc_context({"svg.hashsalt": "prowd"}):
-        figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
 
 
 def main() -> None:

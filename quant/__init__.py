@@ -4,7 +4,7 @@ Tensors and bytes in, tensors and bytes out; independent of Flower.
 """
 
 from core.bits import ALLOWED_WIDTHS, FLOAT_BITS, MAX_BITS, MIN_BITS, check_bits, is_width
-from quant.alignment import add_drift, level_drift, trained_channels
+from quant.alignment import add_drift, align_levels, level_drift, trained_channels
 from quant.codec.decode import (
     LARGEST_VALUE,
     Expected,
@@ -133,6 +133,7 @@ __all__ = [
     "WeightedMean",
     "absmax_scale",
     "add_drift",
+    "align_levels",
     "calibrate_activations",
     "calibrated_rounding",
     "check_bits",

@@ -94,6 +94,46 @@ def trained_channels(moved: Tensor, start: QuantizedTensor, bits: int) -> Tensor
     return (moved.abs() > least).flatten(1).any(1)
 
 
+def align_levels(
+    moved: Tensor,
+    start: QuantizedTensor,
+    bits: int,
+    target: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Take the level drift out of what a low-bit group trained.
+
+    Parameters
+    ----------
+    moved, start, bits
+        As of `level_drift`.
+    target : Tensor, optional
+        Movement of the groups of higher bit-width, from which the drift is seen.
+    seen : Tensor, optional
+        Drift seen last, which is taken out where there is no target.
+
+    Returns
+    -------
+    tuple of Tensor
+        The movement, and the drift that was taken out; None if none is known.
+
+    Examples
+    --------
+    >>> start = QuantizedTensor(torch.tensor([[1, -1]], dtype=torch.int8), torch.tensor([0.5]))
+    >>> align_levels(torch.tensor([[-0.25, 0.0]]), start, 2, target=torch.zeros(1, 2))[0]
+    tensor([[0., 0.]])
+    """
+    rows = trained_channels(moved, start, bits)
+    trained = QuantizedTensor(start.codes[rows], start.scale[rows])
+    if target is not None:
+        seen = level_drift(moved[rows], target[rows], trained, bits)
+    if seen is None:
+        return moved, None
+    aligned = moved.clone()
+    aligned[rows] = add_drift(moved[rows], seen, trained, bits)
+    return aligned, seen
+
+
 def _levels(codes: Tensor, bits: int) -> tuple[Tensor, int]:
     """Number the level of each weight from 0; return the numbers, flat, and how many there are."""
     most = min(largest_code(bits), _MOST_LEVELS // 2)

@@ -109,7 +109,6 @@ class CalibratedRounding:
 
 
 def _gives_logits(network: nn.Module, inputs: Any) -> bool:
-    network = copy.deepcopy(network)
     network.eval()  # A user's own may return nothing.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return isinstance(network(inputs), Tensor)
@@ -128,11 +127,11 @@ def make_predict(
     if not len(buffer):
         return None
     network = copy.deepcopy(model).to(device)
-    network.train()
-    inputs = buffer.inputs(slice(_DISTILLATION_EXAMPLES), device)
     buffers = {name: b.clone() for name, b in network.named_buffers()}
     if not _gives_logits(network, buffer.inputs(slice(2), device)):
         return None
+    network.train()
+    inputs = buffer.inputs(slice(_DISTILLATION_EXAMPLES), device)
 
     def predict(weights: Mapping[str, Tensor]) -> Tensor:
         parameters = {n: weights[n].to(device) for n, _ in network.named_parameters()}

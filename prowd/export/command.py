@@ -23,6 +23,7 @@ from task.evaluation import evaluate
 from task.examples import Examples, MetricSums
 
 _BATCH = 100
+_NOT_RUN = "not run, as onnxruntime is not installed"
 
 
 def export(
@@ -167,12 +168,19 @@ def _line(path: Path, found: str) -> str:
     return f"{path}: {path.stat().st_size:,} bytes, {found}"
 
 
-def _accuracy_in_onnxruntime(path: Path, images: Images) -> str:
+def _in_onnxruntime(path: Path) -> Any:
+    """Return the file in onnxruntime; None where that is not installed."""
     try:
         import onnxruntime
     except ImportError:
-        return "not run, as onnxruntime is not installed"
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return None
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def _accuracy_in_onnxruntime(path: Path, images: Images) -> str:
+    session = _in_onnxruntime(path)
+    if session is None:
+        return _NOT_RUN
     correct = 0
     for start in range(0, len(images), _BATCH):
         batch = images[np.arange(start, min(start + _BATCH, len(images)))]
@@ -183,11 +191,9 @@ def _accuracy_in_onnxruntime(path: Path, images: Images) -> str:
 
 def _measured_in_onnxruntime(path: Path, examples: Examples, name: str) -> str:
     """Return the task's metrics of what the file gives."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return "not run, as onnxruntime is not installed"
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = _in_onnxruntime(path)
+    if session is None:
+        return _NOT_RUN
     # What the network does not look at is no input of the file.
     known = {one.name for one in session.get_inputs()}
     sums = MetricSums()

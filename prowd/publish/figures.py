@@ -53,7 +53,11 @@ def draw(scenario: str, results: Sequence[dict[str, Any]], path: Path) -> None:
     handles, labels = by_round.get_legend_handles_labels()
     # Long enough that dashes show beside the marker.
     figure.legend(handles, labels, loc="outside right center", frameon=False, handlelength=3.5)
-    # The same file from the same numbers, so that a picture changes only when they do.
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the same file from the same numbers, so that a picture changes only when they do."""
     with matplotlib.rc_context({"svg.hashsalt": "prowd"}):
         figure.savefig(path, metadata={"Date": None})
 

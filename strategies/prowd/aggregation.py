@@ -7,15 +7,7 @@ from torch import Tensor
 
 from core.seeds import Stream, derive_seed
 from exchange.states import State
-from quant import (
-    QuantizedTensor,
-    WeightedMean,
-    add_drift,
-    cosine,
-    level_drift,
-    relevancy_mask,
-    trained_channels,
-)
+from quant import WeightedMean, align_levels, cosine, relevancy_mask
 from strategies.prowd.groups import Group
 from strategies.prowd.options import ProWDOptions
 
@@ -49,14 +41,13 @@ def remove_drift(
         if (rung := groups[bits].rung) is not None:
             for name, codes in rung.codes.items():
                 moved = means[bits][name] - start[name]
-                rows = trained_channels(moved, codes, rung.code_bits)
-                trained = QuantizedTensor(codes.codes[rows], codes.scale[rows])
-                if target:
-                    towards = (target[name] - start[name])[rows]
-                    drift[name] = level_drift(moved[rows], towards, trained, rung.code_bits)
-                if name in drift:
-                    moved[rows] = add_drift(moved[rows], drift[name], trained, rung.code_bits)
-                    means[bits][name] = start[name] + moved
+                towards = target[name] - start[name] if target else None
+                aligned, found = align_levels(
+                    moved, codes, rung.code_bits, towards, drift.get(name)
+                )
+                if found is not None:
+                    drift[name] = found
+                    means[bits][name] = start[name] + aligned
         above.add(means[bits], shares[bits])
 
 

@@ -1,29 +1,17 @@
 import numpy as np
 import pytest
 import torch
+from grids import FITS, WIDTHS, weights
 
 from quant import (
     absmax_scale,
     check_bits,
     dequantize,
     fake_quantize,
-    fit_scale,
     largest_code,
-    mse_scale,
     quantize_nearest,
     quantize_stochastic,
 )
-
-WIDTHS = range(2, 17)
-CLIPPED = (2, 3, 4)
-FITS = [
-    *((k, fit) for k in WIDTHS for fit in (absmax_scale, fit_scale)),
-    *((k, mse_scale) for k in CLIPPED),
-]
-
-
-def weights(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def bits_of(values):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from grids import CLIPPED, FITS, WIDTHS, weights
 
 from quant import (
     absmax_scale,
@@ -10,17 +11,6 @@ from quant import (
     mse_scale,
     quantize_nearest,
 )
-
-WIDTHS = range(2, 17)
-CLIPPED = (2, 3, 4)
-FITS = [
-    *((k, fit) for k in WIDTHS for fit in (absmax_scale, fit_scale)),
-    *((k, mse_scale) for k in CLIPPED),
-]
-
-
-def weights(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def mse(row, scale, bits):
