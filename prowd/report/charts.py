@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -167,7 +168,8 @@ def to_svg(figure: Figure, salt: str) -> Markup:
     salt = salt.encode(errors="replace").decode()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": salt}):
-        figure.savefig(file, format="svg", metadata=nothing)
+        # Not by savefig, which draws it once before to find a renderer.
+        FigureCanvasSVG(figure).print_svg(file, metadata=nothing)  # type: ignore[no-untyped-call]
     svg = file.getvalue()
     # What comes before the element; and ids that nothing refers to, the same in every figure.
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])

@@ -102,6 +102,11 @@ class Cell:
         return self.strategy in OF_UPLOADS
 
     @property
+    def starts_otherwise(self) -> bool:
+        """Whether this broadcast is seen with this strategy in integer training."""
+        return self.broadcast == "float32" or self.strategy == "prowd"
+
+    @property
     def on_grid(self) -> tuple[str, ...]:
         """Names of the weights that low-bit clients quantize."""
         return INTEGER_ON_GRID if self.in_integers else ON_GRID
@@ -145,13 +150,17 @@ def all_cells() -> list[Cell]:
     """Every strategy with every broadcast and training, on mixed widths and on low-bit ones."""
     crossed = product(OWN_SETTINGS, BROADCASTS, TRAININGS)
     cells = [Cell(*axes, MIXED) for axes in crossed]
-    # Integer training is one more kind of upload.
-    cells = [c for c in cells if not c.in_integers or c.of_uploads]
+    # Integer training is one more kind of upload; whatever the broadcast, it starts on its own
+    # grid, which is seen with one strategy.
+    cells = [c for c in cells if not c.in_integers or (c.of_uploads and c.starts_otherwise)]
     # Without a Float32 client no client trains otherwise, and no model travels otherwise: the
     # new case is that the widest of the models is one of codes.
     cells += [Cell(strategy, "calibrated", "strict", LOW) for strategy in OF_KINDS]
     cells += [Cell(strategy, widths=FLOAT32) for strategy in OWN_SETTINGS]
     for strategy, training in product(OF_UPLOADS, ("qat", "integer")):
+        if strategy == "grouped-avg":
+            # It averages each width as FedAvg does.
+            continue
         other = "forward" if strategy in DIFFERENCES else "stored"
         cells += [Cell(strategy, training=training, upload=u) for u in ("dithered", other)]
     cells.append(Cell("prowd", "calibrated", "qat", LOW, "dithered"))

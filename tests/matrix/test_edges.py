@@ -18,8 +18,9 @@ from core.errors import SettingsError
 FAILING = 1
 # Where the order of the sums is another, and where the server rounds while clients already train.
 ORDERS = [
-    Cell(s, b, "strict")
-    for s, b in zip(OF_KINDS, ("calibrated", "nearest", "float32") * 2, strict=True)
+    Cell("prowd", "calibrated", "strict"),
+    Cell("fedcom", "nearest", "strict"),
+    Cell("flwr:FedAdam", "float32", "strict"),
 ]
 
 
@@ -47,7 +48,7 @@ def test_the_order_of_the_replies_changes_no_bit(cell, tmp_path):
     is_the_same_run(usual, run(cell, tmp_path / "reversed", rounds=2, reverse=True))
 
 
-@pytest.mark.parametrize("strategy", ["prowd", "grouped-avg", "local", "flwr:FedAvgM"])
+@pytest.mark.parametrize("strategy", ["prowd", "local", "flwr:FedAvgM"])
 def test_a_resumed_run_samples_the_same_clients(strategy, tmp_path):
     """Widths that are away for a round are not forgotten."""
     cell = Cell(strategy, "calibrated", "strict")

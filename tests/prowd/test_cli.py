@@ -115,6 +115,8 @@ def test_the_report_is_written_into_a_folder(
     given, written, run_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
+    # Drawing them takes seconds: tests/prowd/report.
+    monkeypatch.setattr("prowd.report.page._PARTS", ())
     where = said(capsys, "report", "~/runs/one", "--output", given, code=0).strip()
     assert where == str(tmp_path / written)
     assert (tmp_path / written).read_text().startswith("<!doctype html>")

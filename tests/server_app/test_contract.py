@@ -45,13 +45,10 @@ TABLE = {
     "fedpaq": ({"strategy": "fedpaq", "fedpaq-bits": 6}, 6, 32),
     "fedcom": ({"strategy": "fedcom", "fedcom-bits": 4}, 4, 32),
     "fedcomgate": ({"strategy": "fedcomgate", "fedcomgate-bits": 8}, 8, 32),
-    "fedcom at the client's own bits": ({"strategy": "fedcom"}, OWN, 32),
     "grouped-avg": ({"strategy": "grouped-avg"}, OWN, 32),
-    "grouped-avg-asymmetric": ({"strategy": "grouped-avg-asymmetric"}, OWN, 32),
     "local": ({"strategy": "local"}, 0, 32),
     "prowd": ({"strategy": "prowd", "broadcast": "float32"}, OWN, 32),
     "prowd, rounded by the server": ({"strategy": "prowd"}, OWN, OWN),
-    "fedcom, rounded by the server": ({"strategy": "fedcom", "broadcast": "nearest"}, OWN, OWN),
     "flwr:FedAdam": ({"strategy": "flwr:FedAdam"}, OWN, 32),
 }
 

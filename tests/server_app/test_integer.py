@@ -5,6 +5,7 @@ That a run which was killed goes on to the bit, and each rule, is held by `tests
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -168,7 +169,10 @@ def test_what_does_not_go_together_ends_the_run_at_once(tmp_path, changes, said)
         run(tmp_path, "fedavg", "32:1.0", **changes)
 
 
-def test_a_low_width_has_no_export_and_float32_has(tmp_path):
+def test_a_low_width_has_no_export_and_float32_has(tmp_path, monkeypatch):
+    # What torch writes takes seconds: tests/prowd/export.
+    monkeypatch.setattr("prowd.export.command.to_onnx", lambda *given: b"a model")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     folder, _ = run(tmp_path, "fedavg", MIXED)
     with pytest.raises(SettingsError, match="--bits: 8 of a run with low-bit-training integer"):
         list(export(folder))

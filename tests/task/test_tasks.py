@@ -53,7 +53,6 @@ def run(tmp_path):
     [
         ("prowd", "qat"),
         ("prowd", "strict"),
-        ("fedcom", "qat"),
         ("local", "strict"),
         ("flwr:FedAdam", "strict"),
     ],

@@ -197,7 +197,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(folder, tmp_path, capsys
 
 
 TASKS = {
-    "text": ("context = 8, width = 8, depth = 1, heads = 1", "tokens", "tensor(int64)", [8]),
+    "text": ("context = 4, width = 8, depth = 1, heads = 1", "tokens", "tensor(int64)", [4]),
     "table": ("width = 8", "columns", "tensor(float)", [64]),
     "my_tasks:Signals": ("width = 3", "inputs", "tensor(float)", [6, 12]),
 }
