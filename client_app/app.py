@@ -18,6 +18,7 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 
 from client_app.node import declare, node_of, width_of
+from client_app.secure import answer_masked, is_secure, reveal_shares, share_secrets, show_keys
 from client_app.state_store import has_model, keep_model, own_model, recall, state_folder, store
 from client_app.tracking import TrackedRound, next_correction
 from core.devices import pick_device
@@ -39,6 +40,8 @@ from exchange.protocol import (
     model_in,
     plain,
 )
+from exchange.secure import KEYS, REVEAL, SHARES, SumPlan, record_in, scales_in
+from privacy.sum_grid import SumGrid
 from quant import (
     Update,
     UpdateError,
@@ -128,6 +131,7 @@ def on_train(message: Message, context: Context) -> Message:
         device=pick_device("auto"),
         upload=job.instruction.upload,
         dither=job.instruction.dither,
+        upload_scales=None if job.grid is None else job.grid.scales,
     )
     report = _report(job, trained.score, started, trained.steps, began_clean=not delta)
     if job.instruction.uplink == "nothing":
@@ -135,6 +139,8 @@ def on_train(message: Message, context: Context) -> Message:
         keep_model(kept, job.state(), weight_scales(job.model))
         _keep(kept, context, job.instruction)
         return answer(message, report)
+    if job.grid is not None:
+        return answer_masked(message, context, report, trained.update, job.grid, job.seed)
     update = _update(job, trained, received)
     reply = answer(message, report, update, job.sent)
     if job.instruction.tracking_epoch:
@@ -158,6 +164,27 @@ def _naming_folder(
     """Turn an OSError into one line that names the folder, and the setting that it is from."""
     own = "state-dir" in context.node_config
     return failing_by_name("node-config: state-dir" if own else "output-dir", folder, done)
+
+
+@app.train(KEYS.partition(".")[2])
+@_failing_in_one_line
+def on_keys(message: Message, context: Context) -> Message:
+    """Secure aggregation, step 1: show public keys."""
+    return show_keys(message, context)
+
+
+@app.train(SHARES.partition(".")[2])
+@_failing_in_one_line
+def on_shares(message: Message, context: Context) -> Message:
+    """Step 2: share secrets with the group. Step 3 is to train and to send a masked update."""
+    return share_secrets(message, context)
+
+
+@app.train(REVEAL.partition(".")[2])
+@_failing_in_one_line
+def on_reveal(message: Message, context: Context) -> Message:
+    """Step 4: reveal what unmasks the sum."""
+    return reveal_shares(message, context)
 
 
 @app.evaluate()
@@ -192,6 +219,7 @@ class _Job:
     scales: dict[str, Tensor]
     sent: Update | None
     spec: UpdateSpec
+    grid: SumGrid | None = None
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of the model that are sent, as they are now."""
@@ -249,8 +277,22 @@ def _read_job(message: Message, context: Context) -> _Job:
         scales = sent.scales if sent.bits == bits else {}
     else:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
+    grid = None
+    if is_secure(message):
+        grid = _sum_grid(message, instruction.uplink_bits or bits, spec, state)
+        # Strict clients train on the group's grid; the others bring what they send to it.
+        scales = dict(grid.scales) if settings.low_bit_training == "strict" else scales
     load_state(model, state)
-    return _Job(settings, task, task.loss_range, node, bits, instruction, model, scales, sent, spec)
+    kind = task.loss_range
+    return _Job(settings, task, kind, node, bits, instruction, model, scales, sent, spec, grid)
+
+
+def _sum_grid(
+    message: Message, bits: int, spec: UpdateSpec, received: dict[str, Tensor]
+) -> SumGrid:
+    """Return the grid on which the updates of this client's width are summed."""
+    plan = SumPlan.from_record(record_in(message))
+    return SumGrid(spec, bits, scales_in(message, spec.shapes), dict(received), plan.float_bits)
 
 
 def _update(job: _Job, trained: Trained, received: dict[str, Tensor]) -> Update:

@@ -69,6 +69,9 @@ class Round(_Part):
         task with several metrics also ``f1/mean-8``, and so ``spread``, ``least`` and ``most``.
     metrics : dict of str to dict
         By width and name, where a task has several.
+    secure : dict of str to dict
+        With secure aggregation, of each width: how many "devices" are in its sum, and the bits of
+        its sums of codes and of fixed-point numbers ("code-bits", "float-bits").
     own : dict
         What the strategy reports; it stands under the strategy's name.
     """
@@ -88,6 +91,7 @@ class Round(_Part):
     asked: list[Count] = Field(default_factory=list)
     evaluated_by_clients: dict[str, Number] = Field(default_factory=dict)
     metrics: dict[Width, dict[str, Number]] = Field(default_factory=dict)
+    secure: dict[Width, dict[str, Count]] = Field(default_factory=dict)
     own: dict[str, object] = Field(default_factory=dict)
 
     def figure(self, name: str) -> float | None:

@@ -26,6 +26,8 @@ class Stream(IntEnum):
     CALIBRATION = 11
     # Of what a client sends in a round: the server draws the same.
     DITHER = 12
+    # Below a client's seed of a round: of what it sums in fixed point.
+    FIXED_POINT = 13
 
 
 class DataStream(IntEnum):

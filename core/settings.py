@@ -88,6 +88,24 @@ class Settings(Options):
         "times its share of the examples. 1 or more, or 0: none is rejected.",
     )
 
+    secure_aggregation: bool = Field(
+        False,
+        description="The server gets sums of updates over the devices of a bit-width, and never "
+        "one device's (docs/privacy.md).",
+    )
+    secure_threshold: Annotated[float, Field(gt=0.5, le=1)] = Field(
+        0.67,
+        description="Share of a group's devices that must answer for their sum to be unmasked.",
+    )
+    secure_min_group: Annotated[int, Field(ge=2)] = Field(
+        3, description="Devices of one bit-width that are summed at least; fewer are left out."
+    )
+    secure_float_bits: Annotated[int, Field(ge=16, le=24)] = Field(
+        20,
+        description="Width in fixed point of what is not on a low-bit grid: normalization, biases "
+        "and all of Float32 devices.",
+    )
+
     local_epochs: AtLeastOne = Field(1, description="Passes over a client's data in a round.")
     batch_size: AtLeastOne = Field(32, description="Images in a step of local training.")
     optimizer: LocalOptimizer = Field(

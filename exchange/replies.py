@@ -59,8 +59,17 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Member:
+    """A device whose update is in a sum: its number, what it counts for, and its dither."""
+
+    number: int
+    weight: int
+    dither: int = 0
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
-    """A client's reply, decoded and validated.
+    """A client's reply, decoded and validated; or with secure aggregation the mean of a group.
 
     Attributes
     ----------
@@ -72,6 +81,8 @@ class ClientUpdate:
         The client's numbers.
     dither : int
         Seed of the dither that it was asked to round its weights with; 0: to nearest.
+    members : tuple of Member
+        The devices whose mean it is, which alone is known then; empty: it is one client's.
 
     Examples
     --------
@@ -85,6 +96,12 @@ class ClientUpdate:
     update: Update
     report: Report
     dither: int = 0
+    members: tuple[Member, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of clients that it is of."""
+        return len(self.members) or 1
 
 
 def payload_of(reply: Message) -> bytes | None:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from flwr.app import ConfigRecord, Message
 
@@ -30,6 +30,9 @@ from quant import (
     upload_bits,
 )
 
+if TYPE_CHECKING:
+    from exchange.secure_round import SecureRound
+
 _ALLOWED = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"
 
 
@@ -49,6 +52,8 @@ class RoundPlan:
         By partition: what the client is asked, and the update that it then sends.
     messages : list of Message
         One a client, of those that were made so far.
+    secure : SecureRound, optional
+        With secure aggregation: the groups whose sums alone are seen.
     """
 
     start: State = field(default_factory=dict)
@@ -57,10 +62,13 @@ class RoundPlan:
     instructions: dict[int, Instruction] = field(default_factory=dict)
     expected: dict[int, Expected] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
+    secure: "SecureRound | None" = None
 
     @property
     def largest_payload(self) -> int:
         """Bytes of the largest update that a client is asked for."""
+        if self.secure is not None:
+            return self.secure.largest_payload
         return max((expected.most_bytes for expected in self.expected.values()), default=0)
 
     def ask(self, client: Declaration, instruction: Instruction) -> None:
@@ -106,6 +114,8 @@ class RoundLog:
         Why the model is the one before, though updates were used; empty if it is not.
     own : dict
         What the strategy itself reports: numbers, texts, lists, and mappings under text keys.
+    secure : dict
+        With secure aggregation, of each group: its devices, and the bits of its sums.
     detailed : bool
         Whether this round is to be recorded in full.
     weights : dict
@@ -127,6 +137,7 @@ class RoundLog:
     dropped: str = ""
     unchanged: str = ""
     own: dict[str, object] = field(default_factory=dict)
+    secure: dict[str, dict[str, int]] = field(default_factory=dict)
     detailed: bool = False
     weights: dict[str, object] = field(default_factory=dict)
 

@@ -134,7 +134,7 @@ class Choice:
     def check(self) -> None:
         """Refuse what does not go together, without making the strategy."""
         with self._named():
-            self.kind.check(self.options, self.context)
+            self.kind.check_all(self.options, self.context)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -191,6 +191,11 @@ def _context(settings: Settings, kind: type[MixedPrecisionStrategy]) -> Strategy
         optimizer=settings.optimizer,
         upload=None if settings.upload == "auto" else settings.upload,
         weight_step=settings.weight_step,
+        secure_aggregation=settings.secure_aggregation,
+        secure_threshold=settings.secure_threshold,
+        secure_min_group=settings.secure_min_group,
+        secure_float_bits=settings.secure_float_bits,
+        round_timeout=settings.round_timeout,
         norm_bound=settings.norm_bound,
         coded=settings.lossless_coding,
         local_epochs=settings.local_epochs,

@@ -135,6 +135,8 @@ def _run_round(
     if trained.dropped:
         # The clients that were asked, to be counted again when the run is resumed.
         entry |= {"dropped": trained.dropped, "asked": sorted(trained.sampled)}
+    if trained.secure:
+        entry["secure"] = trained.secure
     if trained.unchanged:
         entry["unchanged"] = trained.unchanged
     if scores.by_clients:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
-from math import ceil
 from typing import Any, Self
 
 from flwr.app import (
@@ -71,10 +70,10 @@ from quant import (
     UpdateSpec,
 )
 from strategies.context import StrategyContext, own_context
-from strategies.models import ModelsByWidth
+from strategies.sums import SumsByWidth
 
 
-class MixedPrecisionStrategy(ModelsByWidth, Strategy):
+class MixedPrecisionStrategy(SumsByWidth, Strategy):
     """Flower strategy for clients that declare a bit-width.
 
     Parameters
@@ -138,7 +137,7 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
     ) -> None:
         self.context = own_context(context, self)
         self.options = own_options(options, self.Options, self)
-        self.check(self.options, self.context)
+        self.check_all(self.options, self.context)
         self._ranges = Ranges(self.context.metric_range, self.context.loss_range)
         self.upload: Upload = self.context.upload or self.preferred_upload(
             self.context.low_bit_training
@@ -271,7 +270,10 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
         detailed = self.context.detailed is not None and self.context.detailed(server_round)
         self.round_log, self.evaluate_log = RoundLog(detailed=detailed), RoundLog()
         kind, fraction = MessageType.TRAIN, self.context.fraction_train
-        return self._ask(kind, fraction, server_round, arrays, grid, self.round_log)
+        batches = self._ask(kind, fraction, server_round, arrays, grid, self.round_log)
+        if self.context.secure_aggregation:
+            self._plan.secure = self.agree_on_keys(grid, self._plan, self.round_log)
+        return batches
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -284,9 +286,13 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
                 accepted.append(item)
         round_log.received = time.monotonic()
         accepted.sort(key=lambda item: item.client.partition_id)
-        good = within_norms(plan, accepted, self.context.norm_bound, round_log.rejected)
         reports: list[Report] = []
-        state = self._combine_or_drop(server_round, self._updates(good, reports))
+        if plan.secure is None:
+            good = within_norms(plan, accepted, self.context.norm_bound, round_log.rejected)
+            updates = self._updates(good, reports)
+        else:
+            updates = self.sums_of(plan, round_log, reports)
+        state = self._combine_or_drop(server_round, updates)
         warn_of_left_out(server_round, plan.clients, round_log)
         if round_log.dropped:
             log(WARNING, "Round %d is left out: %s", server_round, round_log.dropped)
@@ -370,9 +376,15 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
                 # They share one record: Flower then stores the model once.
                 if downlink_bits not in models:
                     models[downlink_bits] = self._encode_model(plan.start, bits, downlink_bits)
+                    if plan.secure is not None:
+                        model = models[downlink_bits][1]
+                        scales = self.sum_scales(bits, plan.start, model)
+                        plan.secure.prepare(bits, model, scales)
                 content[MODEL], model = record, _ = models[downlink_bits]
                 plan.sent(client, model)
                 round_log.downlink_bytes[bits] += len(record[MODEL].data)
+                if plan.secure is not None:
+                    plan.secure.add_to(content, client)
             messages.append(Message(content, node_id, kind))
         plan.messages += messages
         return messages
@@ -422,10 +434,13 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
 
     def _accept(self, client: Declaration, reply: Message) -> Reply | None:
         self.round_log.uplink_bytes[client.bits] += len(payload_of(reply) or b"")
+        secure = self._plan.secure
         most_bytes = self._plan.expected[client.partition_id].most_bytes
+        if secure is not None:
+            most_bytes = secure.payload_bytes(client)
         server_round = self._plan.instructions[client.partition_id].server_round
         try:
-            return read_reply(
+            item = read_reply(
                 reply,
                 client,
                 server_round,
@@ -433,21 +448,18 @@ class MixedPrecisionStrategy(ModelsByWidth, Strategy):
                 self._most_steps(client),
                 self._ranges,
             )
+            if secure is not None:
+                secure.take(item)
+                # It is in the sum, and no more known than that.
+                item = replace(item, payload=b"")
+            return item
         except BadReply as error:
             self.round_log.rejected[client.partition_id] = str(error)
             return None
 
     def _weighted(self, report: Report) -> Report:
         """Return a report whose examples are what they count for."""
-        if self.context.weighting == "uniform":
-            return replace(report, num_examples=1)
-        most = self.context.max_examples or report.num_examples
-        return replace(report, num_examples=min(report.num_examples, most))
-
-    def _most_steps(self, client: Declaration) -> int | None:
-        if self.context.local_epochs is None:
-            return None
-        return self.context.local_epochs * ceil(client.num_examples / self.context.batch_size)
+        return replace(report, num_examples=self.examples_of(report.num_examples))
 
     def _updates(self, replies: list[Reply], reports: list[Report]) -> Iterator[ClientUpdate]:
         for item in decode_in_order(self._plan, replies, self.round_log.rejected):

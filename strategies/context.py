@@ -62,6 +62,16 @@ class StrategyContext:
     weight_step : float
         Step of the weights of low-bit clients in fixed point, for strict training; 0 where each
         channel has its own.
+    secure_aggregation : bool
+        Whether only sums over the clients of a width are seen (`exchange.secure_round`).
+    secure_threshold : float
+        Share of these that must be left for their sum, above a half.
+    secure_min_group : int
+        Clients of a width that are summed at least.
+    secure_float_bits : int
+        Bits of what is summed in fixed point.
+    round_timeout : float
+        Seconds for each step of secure aggregation but training.
     norm_bound : float
         Largest norm of an update, in that of the usual ones (`exchange.replies`); 0: any.
     coded : bool
@@ -126,6 +136,11 @@ class StrategyContext:
     optimizer: LocalOptimizer = "sgd"
     upload: Upload | None = None
     weight_step: float = 0.0
+    secure_aggregation: bool = False
+    secure_threshold: float = 0.67
+    secure_min_group: int = 3
+    secure_float_bits: int = 20
+    round_timeout: float = 3600.0
     norm_bound: float = 10.0
     coded: bool = True
     local_epochs: int | None = None

@@ -47,6 +47,22 @@ class FedPAQ(MixedPrecisionStrategy):
 
     Options = DifferenceOptions
     options: DifferenceOptions
+    needs_means_only = True
+
+    @classmethod
+    def why_not_secure(cls, options: Any, context: StrategyContext) -> str:
+        """Refuse differences whose grid each client fits to its own.
+
+        Those of strict clients are the difference of two codes: the sum of their codes tells it.
+        """
+        if options.bits:
+            return f"{cls.__name__} and bits {options.bits}; allowed: 0, each client's own width"
+        if context.low_bit_training != "strict":
+            return (
+                f"{cls.__name__} and low-bit-training {context.low_bit_training}, whose "
+                "differences have a grid of each client's own; allowed: strict"
+            )
+        return super().why_not_secure(options, context)
 
     @classmethod
     def preferred_upload(cls, low_bit_training: str) -> Upload:
@@ -116,6 +132,8 @@ class FedCOMGATE(FedCOM):
     >>> FedCOMGATE(FedCOMGATE.Options(bits=4)).server_learning_rate
     1.0
     """
+
+    needs_means_only = False
 
     def __init__(
         self, options: ServerStepOptions | None = None, context: StrategyContext | None = None

@@ -20,6 +20,8 @@ class FedAvg(MixedPrecisionStrategy):
     0.5
     """
 
+    needs_means_only = True
+
     def combine(
         self, server_round: int, start: State, updates: Iterator[ClientUpdate]
     ) -> State | None:

@@ -30,6 +30,8 @@ from strategies.context import StrategyContext
 PREFIX = "flwr:"
 # What these take, print, and never compute with.
 _ADAPTIVE, _UNHEEDED = (FedAdam, FedYogi, FedAdagrad), "eta_l"
+# Those to which a group's mean is as good as its clients' updates.
+_OF_MEANS = ("FedAvg", "FedAvgM", "FedProx", "FedAdam", "FedYogi", "FedAdagrad")
 # What an attribute of Flower's classes may be besides arrays: a setting, a counter, nothing yet.
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -91,6 +93,14 @@ class FlowerStrategy(MixedPrecisionStrategy):
     def named(cls, suffix: str) -> type[Self]:
         """Return the strategy that aggregates by Flower's class of this name."""
         return cast("type[Self]", type(cls.__name__, (cls,), {"name": suffix}))
+
+    @classmethod
+    def why_not_secure(cls, options: FlowerOptions, context: StrategyContext) -> str:
+        """Name the classes of Flower that take no more than the mean."""
+        if cls.name in _OF_MEANS:
+            return ""
+        allowed = ", ".join(PREFIX + name for name in _OF_MEANS)
+        return f"{PREFIX}{cls.name}, which compares single clients; allowed of Flower's: {allowed}"
 
     @classmethod
     def check(cls, options: FlowerOptions, context: StrategyContext) -> None:

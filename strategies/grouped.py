@@ -21,6 +21,7 @@ class GroupedAvg(MixedPrecisionStrategy):
     """
 
     replaces_kept = True
+    needs_means_only = True
 
     def __init__(
         self, options: Options | None = None, context: StrategyContext | None = None

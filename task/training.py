@@ -83,6 +83,7 @@ def train(
     device: torch.device | None = None,
     upload: Upload = "forward",
     dither: int = 0,
+    upload_scales: Mapping[str, Tensor] | None = None,
 ) -> Trained:
     """Train a model on a client's examples at the client's width.
 
@@ -106,6 +107,8 @@ def train(
         What is sent of a low-bit client's weights (`quant.upload`).
     dither : int
         Seed of the dither, from 1, if they are dithered.
+    upload_scales : mapping of str to Tensor, optional
+        In qat, scales of the grid on which the weights are sent; by default those that fit them.
 
     Returns
     -------
@@ -135,7 +138,10 @@ def train(
     moved = {name: tensor - began[name] for name, tensor in trained.items()}
     if config.low_bit_training == "qat":
         refit_scales(model)
-    update = _upload(trained, weight_scales(model), config, upload, dither)
+    own = weight_scales(model)
+    if config.low_bit_training == "qat" and upload_scales:
+        own = dict(upload_scales)
+    update = _upload(trained, own, config, upload, dither)
     return Trained(update, moved, steps, score)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exchange.replies import ClientUpdate
 from exchange.states import State
-from quant import QuantizedTensor, Update, WeightedMean, start_of
+from quant import FLOAT_BITS, QuantizedTensor, Update, WeightedMean, start_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,25 @@ class Rung:
         if not item.dither and self._on_same_grid(update):
             return None
         return start_of(update, self.received, item.dither, self.stored_bits).dequantize()
+
+    def starts_of(self, item: ClientUpdate, weight: float) -> list[tuple[State | None, float]]:
+        """Return what the clients of an update started from, and what each counts for."""
+        if not item.members:
+            return [(self.start_of(item), weight)]
+        # Of a group's mean: its clients are on the grid of the codes, or each has its dither.
+        if self.bits == FLOAT_BITS:
+            return [(self.received, weight)]
+        if not any(member.dither for member in item.members):
+            return [(None, weight)]
+        total = sum(member.weight for member in item.members)
+        on_grid = Update(self.bits, "weights", self.codes, {})
+        return [
+            (
+                start_of(on_grid, self.received, m.dither, self.stored_bits).dequantize(),
+                weight * m.weight / total,
+            )
+            for m in item.members
+        ]
 
     def _on_same_grid(self, update: Update) -> bool:
         return update.bits == self.code_bits and all(
@@ -92,11 +111,11 @@ class Group:
         self.sent.add_update(item.update, weight)
         if self.rung is None or not self.from_start:
             return
-        start = self.rung.start_of(item)
-        if start is None:
-            self._on_codes += weight
-        else:
-            self._starts.add(start, weight)
+        for start, share in self.rung.starts_of(item, weight):
+            if start is None:
+                self._on_codes += share
+            else:
+                self._starts.add(start, share)
 
     def start_of(self, item: ClientUpdate) -> State | None:
         """Return what one of them started from; None where that is the rung's own codes."""

@@ -1,6 +1,6 @@
 """`prowd-paper`: ProWD as the paper has it, to the letter, beside the best that we know of it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -69,6 +69,13 @@ class ProWDPaper(ProWD):
     """
 
     Options = ProWDPaperOptions
+    # It dequantizes every client's model by itself.
+    needs_means_only = False
+
+    @classmethod
+    def why_not_secure(cls, options: Any, context: StrategyContext) -> str:
+        """Refuse, as it dequantizes the weights of single clients."""
+        return f"{cls.__name__}, which dequantizes each client's own weights; allowed: False"
 
     def __init__(
         self, options: ProWDPaperOptions | None = None, context: StrategyContext | None = None

@@ -70,6 +70,7 @@ class ProWD(MixedPrecisionStrategy):
 
     Options: type[FineTuningOptions] = ProWDOptions
     options: ProWDOptions
+    needs_means_only = True
 
     def __init__(
         self, options: FineTuningOptions | None = None, context: StrategyContext | None = None
@@ -86,6 +87,18 @@ class ProWD(MixedPrecisionStrategy):
     def preferred_upload(cls, low_bit_training: str) -> Upload:
         """Round with a dither where that was seen to gain (`experiments/paper.toml`)."""
         return "dithered" if low_bit_training == "integer" else "forward"
+
+    @classmethod
+    def why_not_secure(cls, options: Any, context: StrategyContext) -> str:
+        """Refuse to dequantize the weights of single clients."""
+        if options.dequantize == "client":
+            return "prowd-dequantize client, which needs each client's weights; allowed: group"
+        return super().why_not_secure(options, context)
+
+    @property
+    def weighs_alike(self) -> bool:
+        """Whether clients count alike: also where the paper's 1 / N counts clients."""
+        return super().weighs_alike or self.options.normalization == "clients"
 
     @classmethod
     def preferred_broadcast(cls, low_bit_training: str, has_buffer: bool) -> Broadcast:
@@ -179,7 +192,7 @@ class ProWD(MixedPrecisionStrategy):
     def _weight_of(self, item: ClientUpdate) -> float:
         # The 1 / N of the paper ("Selective Weight Aggregation") counts clients, not examples.
         literal = self.options.normalization == "clients"
-        return 1.0 if literal else float(item.report.num_examples)
+        return float(item.count if literal else item.report.num_examples)
 
     def _average(self, updates: Iterable[ClientUpdate], start: State) -> dict[int, Group]:
         """Average the updates of each width; the widths rise."""

@@ -1,0 +1,178 @@
+"""What passes between server and devices for secure aggregation, and the grid it is about.
+
+Beside the ordinary message to train there are three more a round, each a type of its own: a device
+shows its keys, shares its secrets with the others, and reveals after the round what unmasks the sum
+(`privacy.device`). The functions here turn Flower's records into the values of `privacy` and back.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from torch import Tensor
+
+from exchange.protocol import ProtocolError
+from privacy import PublicKeys
+
+SECURE, SCALES = "secure", "scales"
+KEYS = f"{MessageType.TRAIN}.keys"
+SHARES = f"{MessageType.TRAIN}.shares"
+REVEAL = f"{MessageType.TRAIN}.reveal"
+# Numbers and bytes of devices, in lists of one order.
+_MEMBERS = ("masking", "sealing", "commitment")
+
+
+@dataclass(frozen=True)
+class SumPlan:
+    """What a device is told of the sum that it is to add to.
+
+    Attributes
+    ----------
+    weight : int
+        What its integers are multiplied by.
+    widths : tuple of tuple of int
+        Count and bits of each part of the vector (`privacy.sum_grid.sum_widths`).
+    float_bits : int
+        Of the differences in fixed point.
+    sealed : mapping of int to bytes
+        Shares of its peers' secrets.
+    """
+
+    weight: int
+    widths: tuple[tuple[int, int], ...]
+    float_bits: int
+    sealed: Mapping[int, bytes]
+
+    def to_record(self) -> ConfigRecord:
+        """Return it as a record of Flower's."""
+        return ConfigRecord(
+            {
+                "weight": self.weight,
+                "widths": [number for part in self.widths for number in part],
+                "float-bits": self.float_bits,
+                "senders": list(self.sealed),
+                "sealed": list(self.sealed.values()),
+            }
+        )
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "SumPlan":
+        """Read it; what is missing or of another type is a `ProtocolError`."""
+        weight, float_bits = (_whole(record, key, 1, 255) for key in ("weight", "float-bits"))
+        flat = _list(record, "widths", int)
+        senders, sealed = _list(record, "senders", int), _list(record, "sealed", bytes)
+        if len(flat) != 4 or min(flat) < 0 or len(senders) != len(sealed):
+            raise ProtocolError("secure: widths or sealed shares are not as agreed")
+        widths = ((flat[0], flat[1]), (flat[2], flat[3]))
+        return cls(weight, widths, float_bits, dict(zip(senders, sealed, strict=True)))
+
+
+def keys_wanted(context: bytes) -> RecordDict:
+    """Ask a device for the public keys of a round."""
+    return RecordDict({SECURE: ConfigRecord({"context": context})})
+
+
+def context_in(message: Message) -> bytes:
+    """Return what names the round and the group in a message of the first step."""
+    return _bytes(record_in(message), "context")
+
+
+def shares_wanted(number: int, roster: Mapping[int, PublicKeys], threshold: int) -> RecordDict:
+    """Show a device its group, and ask for shares of its secrets."""
+    keys = {part: [getattr(one, part) for one in roster.values()] for part in _MEMBERS}
+    record = ConfigRecord({"number": number, "threshold": threshold, "members": list(roster)})
+    record.update(keys)
+    return RecordDict({SECURE: record})
+
+
+def roster_in(message: Message) -> tuple[int, dict[int, PublicKeys], int]:
+    """Return a device's own number, the group by number, and the threshold."""
+    record = record_in(message)
+    members = _list(record, "members", int)
+    keys = [_list(record, part, bytes) for part in _MEMBERS]
+    if any(len(part) != len(members) for part in keys):
+        raise ProtocolError("secure: each member has three keys")
+    parts = zip(*keys, strict=True)
+    roster = {
+        number: PublicKeys.from_record(dict(zip(_MEMBERS, own, strict=True)))
+        for number, own in zip(members, parts, strict=True)
+    }
+    return _whole(record, "number", 0), roster, _whole(record, "threshold", 1)
+
+
+def reveal_wanted(answered: Collection[int], dropped: Collection[int]) -> RecordDict:
+    """Say whose masks are to be taken out of the sum."""
+    record = ConfigRecord({"answered": sorted(answered), "dropped": sorted(dropped)})
+    return RecordDict({SECURE: record})
+
+
+def reveal_in(message: Message) -> tuple[list[int], list[int]]:
+    """Return the devices that answered, and those that dropped out."""
+    record = record_in(message)
+    return _list(record, "answered", int), _list(record, "dropped", int)
+
+
+def answer_secure(message: Message, record: Mapping[str, Any]) -> Message:
+    """Answer one of the steps with what `privacy.device` makes."""
+    return Message(RecordDict({SECURE: ConfigRecord(dict(record))}), reply_to=message)
+
+
+def record_in(message: Message) -> ConfigRecord:
+    """Return the record of a step.
+
+    Raises
+    ------
+    ProtocolError
+        If the message has none.
+    """
+    record = message.content.get(SECURE)
+    if not isinstance(record, ConfigRecord):
+        raise ProtocolError("secure: the message holds no record of secure aggregation")
+    return record
+
+
+def scales_record(scales: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return the scales of the group's grid as a record."""
+    return ArrayRecord({name: Array(scale.numpy()) for name, scale in scales.items()})
+
+
+def scales_in(message: Message, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Return the scales of the group's grid.
+
+    Raises
+    ------
+    ProtocolError
+        If one is not positive, or of another shape than the model's channels.
+    """
+    scales = {}
+    for name, array in message.content.array_records[SCALES].items():
+        scale = torch.from_numpy(array.numpy().copy())
+        if scale.dtype != torch.float32 or list(scale.shape) != list(shapes.get(name, ())[:1]):
+            raise ProtocolError(f"secure: the scale of {name} is {scale.dtype} {list(scale.shape)}")
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise ProtocolError(f"secure: the scale of {name} is not positive")
+        scales[name] = scale
+    return scales
+
+
+def _list(record: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    values = record.get(key)
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise ProtocolError(f"secure: {key} is no list of {kind.__name__}")
+    return values
+
+
+def _whole(record: Mapping[str, Any], key: str, least: int, most: int = 2**31) -> int:
+    value = record.get(key)
+    if type(value) is not int or not least <= value <= most:
+        raise ProtocolError(f"secure: {key} is {value!r}; allowed: {least} to {most}")
+    return value
+
+
+def _bytes(record: Mapping[str, Any], key: str) -> bytes:
+    value = record.get(key)
+    if type(value) is not bytes:
+        raise ProtocolError(f"secure: {key} is no bytes")
+    return value
