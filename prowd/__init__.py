@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from task.data.dataset import load_dataset as load_dataset
 
 _HOME = Path(__file__).resolve().parents[1]
-_OWN = ("core", "quant", "task", "exchange", "strategies", "client_app", "server_app")
+_OWN = (
+    "core",
+    "quant",
+    "privacy",
+    "task",
+    "exchange",
+    "strategies",
+    "client_app",
+    "server_app",
+)
 # Those whose `__all__` is public here, what imports least first; and single names of others.
 _WHOLE = ("quant", "strategies", "client_app")
 _SINGLE = {

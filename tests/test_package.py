@@ -13,7 +13,16 @@ import quant
 import strategies
 
 PROJECT = Path(__file__).parents[1]
-OWN = ("core", "quant", "task", "exchange", "strategies", "client_app", "server_app")
+OWN = (
+    "core",
+    "quant",
+    "privacy",
+    "task",
+    "exchange",
+    "strategies",
+    "client_app",
+    "server_app",
+)
 
 
 @pytest.fixture(scope="module")

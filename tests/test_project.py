@@ -18,6 +18,7 @@ PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
 MAY_IMPORT = {
     "core": {"core"},
     "quant": {"core", "quant"},
+    "privacy": {"core", "privacy", "quant"},
     "task": {"core", "quant", "task"},
     "exchange": {"core", "exchange", "quant"},
     "strategies": {"core", "exchange", "quant", "strategies"},
@@ -26,7 +27,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["prowd"] = {*MAY_IMPORT, "prowd"}
 # Floors that know nothing of Flower.
-WITHOUT_FLOWER = ("core", "quant", "task")
+WITHOUT_FLOWER = ("core", "privacy", "quant", "task")
 
 
 def name_of(requirement):

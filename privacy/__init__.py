@@ -1,0 +1,36 @@
+"""Secure aggregation: the exact sum of integer vectors, and no vector, shown to the server.
+
+Integers and bytes in, integers and bytes out; independent of Flower.
+"""
+
+from privacy.aggregation import GroupAggregation
+from privacy.device import Device, Parts
+from privacy.errors import MessageError, NotEnoughError, UnmaskingError
+from privacy.messages import (
+    DIGESTS_BYTES,
+    SEALED_BYTES,
+    PublicKeys,
+    Revealed,
+    Shares,
+    pack_by_number,
+    unpack_by_number,
+)
+from privacy.words import MOST_BITS, packed_size
+
+__all__ = [
+    "DIGESTS_BYTES",
+    "MOST_BITS",
+    "SEALED_BYTES",
+    "Device",
+    "GroupAggregation",
+    "MessageError",
+    "NotEnoughError",
+    "Parts",
+    "PublicKeys",
+    "Revealed",
+    "Shares",
+    "UnmaskingError",
+    "pack_by_number",
+    "packed_size",
+    "unpack_by_number",
+]

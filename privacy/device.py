@@ -1,0 +1,323 @@
+"""A device's side of a secure aggregation: four answers, no input and output of its own.
+
+Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017,
+for a server that is honest but curious, and devices that may drop out after any step.
+"""
+
+import struct
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import sha256
+
+import numpy as np
+
+from privacy import shares as shamir
+from privacy.errors import MessageError
+from privacy.keys import (
+    SEED_BYTES,
+    check_number,
+    commit,
+    new_seed,
+    open_sealed,
+    private_key,
+    public_bytes,
+    seal,
+)
+from privacy.masks import Mask, add_masks, own_mask, pairwise_mask
+from privacy.messages import PublicKeys, Revealed, Shares, check_roster, roster_digest
+from privacy.words import pack, to_words
+
+Parts = Sequence[tuple[np.ndarray, int]]
+"""What is summed: arrays of signed integers, and for each the bits m that hold its sum."""
+
+
+class Step(IntEnum):
+    """How far a device is."""
+
+    BEGUN = 0
+    SHARED = 1
+    RECEIVED = 2
+    MASKED = 3
+    REVEALED = 4
+
+
+@dataclass
+class _Member:
+    """What a device knows of one member of its group."""
+
+    keys: PublicKeys
+    shared: bool = False
+    both_shares: bytes | None = None  # of its own mask's seed and its masking key's; None: unopened
+    asked: int = 0  # at the last step: as one that answered, 1, or that dropped out, 2
+
+
+_STATE = struct.Struct(">BQII16s16s16sI")
+_MEMBER = struct.Struct(">Q96sB32s")
+_CHECKSUM_BYTES = 16
+
+
+class Device:
+    """One device's secrets in one round and group.
+
+    Its methods are called once each, in the order in which they stand here. `to_bytes` keeps it
+    between two messages; no state is to be used again after a later step has been taken from it.
+
+    Examples
+    --------
+    The whole protocol, with the messages handed over directly::
+
+        devices = {number: Device.begin(context) for number in (1, 2, 3)}
+        server = GroupAggregation(context, devices, threshold=2, widths=[(4, 9)])
+        for number, device in devices.items():
+            server.take_keys(number, device.public_keys().to_record())
+        roster = server.roster()
+        for number, device in devices.items():
+            server.take_shares(number, device.share(number, roster, 2).to_record())
+        for number, device in devices.items():
+            device.receive(server.sealed_for(number))
+            server.take_masked(number, device.mask([(np.array([1, 2, 3, -4]), 9)]))
+        answered, dropped = server.to_reveal()
+        for number in answered:
+            revealed = devices[number].reveal(answered, dropped)
+            server.take_revealed(number, revealed.to_record())
+        server.total()  # [array([ 3, 6, 9, -12])]
+    """
+
+    def __init__(self, context: bytes, seeds: tuple[bytes, bytes, bytes]) -> None:
+        self._context = context
+        self._self_seed, self._masking_seed, self._sealing_seed = seeds
+        self._masking = private_key(self._masking_seed, "masking", context)
+        self._sealing = private_key(self._sealing_seed, "sealing", context)
+        self._step = Step.BEGUN
+        self._number = self._threshold = 0
+        self._members: dict[int, _Member] = {}
+
+    def __repr__(self) -> str:
+        return f"Device(step={self._step.name!r})"
+
+    @classmethod
+    def begin(cls, context: bytes) -> "Device":
+        """Begin a round with fresh secrets.
+
+        Parameters
+        ----------
+        context : bytes
+            What names run, round and group: every key, share and mask is bound to it.
+        """
+        return cls(context, (new_seed(), new_seed(), new_seed()))
+
+    def public_keys(self) -> PublicKeys:
+        """Return what the device advertises."""
+        return PublicKeys(
+            public_bytes(self._masking),
+            public_bytes(self._sealing),
+            commit(self._self_seed, self._context),
+        )
+
+    def share(self, number: int, roster: Mapping[int, PublicKeys], threshold: int) -> Shares:
+        """Share both seeds with the group.
+
+        Parameters
+        ----------
+        number : int
+            The device's own.
+        roster : mapping of int to PublicKeys
+            The group's keys by number, the device's own included.
+        threshold : int
+            Shares that give a seed back, more than half of the group.
+
+        Raises
+        ------
+        MessageError
+            If the device's keys are not in the roster as it advertised them, or the group is not
+            one of `privacy.messages.check_roster`.
+        """
+        self._expect(Step.BEGUN)
+        check_number(number)
+        check_roster(roster, threshold)
+        if roster.get(number) != self.public_keys():
+            raise MessageError(f"device {number}: the roster does not hold the keys it advertised")
+        ordered = sorted(roster)
+        own = shamir.split(self._self_seed, threshold, len(ordered))
+        masking = shamir.split(self._masking_seed, threshold, len(ordered))
+        bound_to = roster_digest(roster, threshold, self._context)
+        sealed, digests = {}, {}
+        for holder, *both in zip(ordered, own, masking, strict=True):
+            digests[holder] = b"".join(
+                shamir.digest(share, kind, self._context, number, holder)
+                for share, kind in zip(both, shamir.KINDS, strict=True)
+            )
+            if holder != number:
+                public = roster[holder].sealing
+                sealed[holder] = seal(
+                    b"".join(both), self._sealing, number, holder, public, bound_to
+                )
+        self._members = {peer: _Member(roster[peer]) for peer in ordered}
+        place = ordered.index(number)
+        self._members[number].both_shares = own[place] + masking[place]
+        self._members[number].shared = True
+        self._number, self._threshold, self._step = number, threshold, Step.SHARED
+        return Shares(sealed, digests)
+
+    def receive(self, sealed: Mapping[int, bytes]) -> dict[int, str]:
+        """Take the shares of the peers that shared; with these alone the device will mask.
+
+        Parameters
+        ----------
+        sealed : mapping of int to bytes
+            By sender.
+
+        Returns
+        -------
+        dict of int to str
+            The senders whose shares do not open, and the reason. They cost the device nothing, as
+            the shares of the others suffice: it reveals none of such a sender.
+
+        Raises
+        ------
+        MessageError
+            If a sender is not of the group, or the device would hold shares of fewer devices than
+            the threshold.
+        """
+        self._expect(Step.SHARED)
+        if strangers := [n for n in sealed if n not in self._members or n == self._number]:
+            raise MessageError(f"shares of device {strangers[0]!r}, which is no peer in this group")
+        roster = {number: member.keys for number, member in self._members.items()}
+        bound_to = roster_digest(roster, self._threshold, self._context)
+        opened, unopened = {}, {}
+        for sender, message in sealed.items():
+            public = roster[sender].sealing
+            try:
+                both = open_sealed(message, self._sealing, sender, self._number, public, bound_to)
+                if len(both) != 2 * SEED_BYTES:
+                    raise MessageError(f"device {sender}: its shares are not two of 16 bytes")
+                opened[sender] = both
+            except MessageError as error:
+                unopened[sender] = str(error)
+        if len(opened) + 1 < self._threshold:
+            some = f"; those of {sorted(unopened)} do not open" if unopened else ""
+            raise MessageError(
+                f"shares of {len(opened) + 1} devices{some}; allowed are {self._threshold} or more"
+            )
+        for sender in sealed:
+            self._members[sender].shared = True
+            self._members[sender].both_shares = opened.get(sender)
+        self._step = Step.RECEIVED
+        return unopened
+
+    def mask(self, vector: Parts) -> bytes:
+        """Return a vector under its masks, each part packed to its m bits.
+
+        Parameters
+        ----------
+        vector : sequence of (ndarray, int)
+            Arrays of signed integers, each with the m bits that hold the sum over the group.
+
+        Raises
+        ------
+        ValueError
+            If a value does not fit its m bits, or m is not 1 to 62.
+        """
+        self._expect(Step.RECEIVED)
+        parts = [to_words(values, bits) for values, bits in vector]
+        # From here on there is no second time: two vectors under one mask show their difference.
+        self._step = Step.MASKED
+        add_masks(parts, self._masks())
+        return b"".join(pack(words, bits) for words, (_, bits) in zip(parts, vector, strict=True))
+
+    def reveal(self, answered: Collection[int], dropped: Collection[int]) -> Revealed:
+        """Reveal the shares by which the server unmasks the sum, and the sum only.
+
+        Of a device, its share of one seed or of the other is revealed, never both: with both, the
+        server would see that device's vector.
+
+        Parameters
+        ----------
+        answered : collection of int
+            Devices whose masked vectors arrived: of these, shares of their own mask's seed.
+        dropped : collection of int
+            Devices that shared and did not answer: of these, shares of their masking key's seed.
+
+        Raises
+        ------
+        MessageError
+            If the lists overlap, are not together the devices that shared, hold fewer that
+            answered than the threshold, or differ from those of an earlier call.
+        """
+        if self._step is not Step.REVEALED:
+            self._expect(Step.MASKED)
+        one, other = set(answered), set(dropped)
+        if len(one) != len(answered) or len(other) != len(dropped) or one & other:
+            raise MessageError("asked for both seeds of one device; allowed is one of them")
+        if one | other != {n for n, member in self._members.items() if member.shared}:
+            raise MessageError("asked for other devices than those that shared")
+        if self._number not in one:
+            raise MessageError(f"device {self._number}: asked for its key, though it answered")
+        if len(one) < self._threshold:
+            raise MessageError(f"{len(one)} answered; allowed are {self._threshold} or more")
+        for number, member in self._members.items():
+            kind = 1 if number in one else 2 if number in other else 0
+            if member.asked not in (0, kind):
+                raise MessageError("asked again for other seeds than before")
+        for number in self._members:
+            self._members[number].asked = 1 if number in one else 2 if number in other else 0
+        self._step = Step.REVEALED
+        held = {n: member.both_shares for n, member in self._members.items()}
+        return Revealed(
+            {n: both[:SEED_BYTES] for n in one if (both := held[n])},
+            {n: both[SEED_BYTES:] for n in other if (both := held[n])},
+        )
+
+    def to_bytes(self) -> bytes:
+        """Return all that the device knows, its secrets included: it must not leave the device."""
+        seeds = self._self_seed, self._masking_seed, self._sealing_seed
+        numbers = self._step, self._number, self._threshold, len(self._members)
+        state = _STATE.pack(*numbers, *seeds, len(self._context)) + self._context
+        for number, member in self._members.items():
+            flags = member.shared | (member.both_shares is not None) << 1 | member.asked << 2
+            both = member.both_shares or bytes(2 * SEED_BYTES)
+            state += _MEMBER.pack(number, member.keys.to_bytes(), flags, both)
+        return state + sha256(state).digest()[:_CHECKSUM_BYTES]
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Device":
+        """Return the device that `to_bytes` wrote.
+
+        Raises
+        ------
+        MessageError
+            If the bytes are not those.
+        """
+        state, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+        if len(state) < _STATE.size or sha256(state).digest()[:_CHECKSUM_BYTES] != checksum:
+            raise MessageError("the state of a device is damaged")
+        step, number, threshold, count, *seeds, length = _STATE.unpack_from(state)
+        end = _STATE.size + length
+        device = cls(state[_STATE.size : end], (seeds[0], seeds[1], seeds[2]))
+        device._step, device._number, device._threshold = Step(step), number, threshold
+        for index in range(count):
+            entry = _MEMBER.unpack_from(state, end + index * _MEMBER.size)
+            peer, keys, flags, both = entry
+            device._members[peer] = _Member(
+                PublicKeys.from_bytes(keys),
+                bool(flags & 1),
+                both if flags & 2 else None,
+                flags >> 2,
+            )
+        return device
+
+    def _expect(self, step: Step) -> None:
+        if self._step is not step:
+            now, wanted = self._step.name.lower(), step.name.lower()
+            raise MessageError(f"the device has {now} where it must have {wanted}; out of order")
+
+    def _masks(self) -> list[Mask]:
+        masks = [(own_mask(self._self_seed, self._context), 1)]
+        for peer, member in self._members.items():
+            if member.shared and peer != self._number:
+                public = member.keys.masking
+                masks.append(
+                    pairwise_mask(self._masking, self._number, peer, public, self._context)
+                )
+        return masks
