@@ -94,7 +94,7 @@ class Settings(Options):
         "one device's (docs/privacy.md).",
     )
     secure_threshold: Annotated[float, Field(gt=0.5, le=1)] = Field(
-        0.67,
+        0.66,
         description="Share of a group's devices that must answer for their sum to be unmasked.",
     )
     secure_min_group: Annotated[int, Field(ge=2)] = Field(

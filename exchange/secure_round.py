@@ -9,10 +9,12 @@ left out as a whole.
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from logging import WARNING
 from math import ceil
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -87,16 +89,16 @@ class SecureRound:
         Flower's way to the nodes.
     plan : RoundPlan
         Who is asked what.
-    log : RoundLog
+    round_log : RoundLog
         Where it is noted who is left out, and why.
     settings : SecureSettings
         How.
     """
 
     def __init__(
-        self, grid: Grid, plan: RoundPlan, log: RoundLog, settings: SecureSettings
+        self, grid: Grid, plan: RoundPlan, round_log: RoundLog, settings: SecureSettings
     ) -> None:
-        self._grid, self._plan, self._log, self._settings = grid, plan, log, settings
+        self._grid, self._plan, self._log, self._settings = grid, plan, round_log, settings
         self._nodes = {client.partition_id: node for node, client in plan.clients.items()}
         self._groups: dict[int, _Group] = {}
 
@@ -113,9 +115,9 @@ class SecureRound:
         for bits in sorted({client.bits for client in self._plan.clients.values()}):
             clients = [c for c in self._plan.clients.values() if c.bits == bits]
             self._add_group(bits, clients, counted)
-        self._step(KEYS, lambda group, _: keys_wanted(group.context), "take_keys")
+        self._step(KEYS, lambda group, _: keys_wanted(group.context), "take_keys", self._log)
         self._each(lambda group: group.sums.roster())
-        self._step(SHARES, self._shares_for, "take_shares")
+        self._step(SHARES, self._shares_for, "take_shares", self._log)
         self._each(self._collect_sealed)
         taking_part = {number for group in self._groups.values() for number in group.left}
         for node, client in list(self._plan.clients.items()):
@@ -167,9 +169,12 @@ class SecureRound:
         for group in self._groups.values():
             group.left = set(group.reports)
         self._each(lambda group: group.sums.to_reveal())
-        self._step(REVEAL, self._reveal_for, "take_revealed")
+        # Who fails here has sent its vector, and is in the sum all the same.
+        silent = RoundLog()
+        self._step(REVEAL, self._reveal_for, "take_revealed", silent)
+        for number, reason in silent.left_out.items():
+            log(WARNING, "partition %d does not reveal its shares: %s", number, reason)
         totals: dict[int, list[np.ndarray]] = {}
-        # A device that does not reveal is in the sum all the same.
         self._each(lambda group: totals.update({group.bits: group.sums.total()}), few=False)
         for bits, group in self._groups.items():
             self._log.secure[str(bits)] = {
@@ -212,7 +217,13 @@ class SecureRound:
     def _threshold(self, devices: int) -> int:
         return max(2, devices // 2 + 1, ceil(self._settings.threshold * devices))
 
-    def _step(self, kind: str, content: Callable[[_Group, int], RecordDict], take: str) -> None:
+    def _step(
+        self,
+        kind: str,
+        content: Callable[[_Group, int], RecordDict],
+        take: str,
+        noted: RoundLog,
+    ) -> None:
         """Ask all devices that are left one thing, and give their answers to their groups."""
         messages, clients, left = [], {}, dict[int, set[int]]()
         for group in self._groups.values():
@@ -221,14 +232,14 @@ class SecureRound:
                 messages.append(Message(content(group, number), self._nodes[number], kind))
         # None of it travels as an array.
         replies = receive(self._grid, [lambda: messages], self._settings.timeout, most_bytes=0)
-        for client, reply in match_replies(messages, clients, replies, self._log):
+        for client, reply in match_replies(messages, clients, replies, noted):
             record = reply.content.get(SECURE)
             given = dict(record) if isinstance(record, ConfigRecord) else {}
             try:
                 getattr(self._groups[client.bits].sums, take)(client.partition_id, given)
                 left.setdefault(client.bits, set()).add(client.partition_id)
             except MessageError as error:
-                self._log.rejected[client.partition_id] = str(error)
+                noted.rejected[client.partition_id] = plain(str(error))
         for bits, group in self._groups.items():
             group.left = left.get(bits, set())
 

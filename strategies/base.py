@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
+from math import ceil
 from typing import Any, Self
 
 from flwr.app import (
@@ -460,6 +461,11 @@ class MixedPrecisionStrategy(SumsByWidth, Strategy):
     def _weighted(self, report: Report) -> Report:
         """Return a report whose examples are what they count for."""
         return replace(report, num_examples=self.examples_of(report.num_examples))
+
+    def _most_steps(self, client: Declaration) -> int | None:
+        if self.context.local_epochs is None:
+            return None
+        return self.context.local_epochs * ceil(client.num_examples / self.context.batch_size)
 
     def _updates(self, replies: list[Reply], reports: list[Report]) -> Iterator[ClientUpdate]:
         for item in decode_in_order(self._plan, replies, self.round_log.rejected):

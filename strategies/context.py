@@ -137,7 +137,7 @@ class StrategyContext:
     upload: Upload | None = None
     weight_step: float = 0.0
     secure_aggregation: bool = False
-    secure_threshold: float = 0.67
+    secure_threshold: float = 0.66
     secure_min_group: int = 3
     secure_float_bits: int = 20
     round_timeout: float = 3600.0

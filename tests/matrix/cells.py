@@ -42,7 +42,7 @@ OF_UPLOADS = ("prowd", "prowd-paper", "fedavg", "fedcom", "fedcomgate", "grouped
 OF_KINDS = ("prowd", "prowd-paper", "fedcom", "grouped-avg", "local", "flwr:FedAdam")
 # Images of each client: of different numbers, so that a mean without weights is another one, and
 # so that some take three steps and others two.
-EXAMPLES = (9, 14, 8, 12, 10)
+EXAMPLES = (9, 14, 8, 12, 10, 11)
 # The last is the one in which it is killed.
 ROUNDS = 2
 
@@ -70,7 +70,8 @@ class Cell:
     def __str__(self) -> str:
         name = f"{self.strategy.replace(':', '.')}-{self.broadcast}-{self.training}"
         name += "" if self.upload == "auto" else f"-{self.upload}"
-        return name if self.widths == MIXED else f"{name}-{WIDTH_NAMES[self.widths]}"
+        widths = WIDTH_NAMES.get(self.widths, "x".join(map(str, self.widths)))
+        return name if self.widths == MIXED else f"{name}-{widths}"
 
     @property
     def refused(self) -> str:
