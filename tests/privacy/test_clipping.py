@@ -1,3 +1,4 @@
+import re
 from math import log, sqrt
 
 import numpy as np
@@ -31,7 +32,7 @@ def test_the_norm_is_of_all_tensors_in_float64():
 
 
 def test_a_tensor_that_is_not_finite_is_named():
-    with pytest.raises(ValueError, match="^movement: b has norm nan; allowed: finite tensors$"):
+    with pytest.raises(ValueError, match=r"^movement: b has norm nan; allowed: finite tensors$"):
         norm_of({"a": torch.ones(1), "b": torch.tensor([1.0, float("nan")])})
 
 
@@ -104,9 +105,8 @@ def test_without_room_all_are_rounded_toward_zero(monkeypatch):
     ],
 )
 def test_what_was_not_clipped_is_refused(codes, steps, words):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
         round_within(codes, steps, 5.0, np.random.default_rng(0))
-    assert str(caught.value).startswith(words)
 
 
 @pytest.mark.parametrize("step", [1e-3, 0.05, 3.0])
@@ -147,9 +147,9 @@ def test_the_clip_goes_to_the_quantile():
 
 
 def test_the_next_clip_stays_a_number():
-    with pytest.raises(ValueError, match="^next clip: 0.0 is not allowed"):
+    with pytest.raises(ValueError, match=r"^next clip: 0.0 is not allowed"):
         next_clip(1e-300, 1e6, 0.5, 0.2)
-    with pytest.raises(ValueError, match="^quantile: 1.5 is not allowed"):
+    with pytest.raises(ValueError, match=r"^quantile: 1.5 is not allowed"):
         next_clip(1.0, 1.0, 1.5, 0.2)
 
 
@@ -158,5 +158,5 @@ def test_the_counts_noise_is_paid_for_by_the_movements():
     assert noise_beside_count(1.0, 5.0) == pytest.approx(1.0050378)
     together = noise_beside_count(0.7, 3.0) ** -2 + (2 * 3.0) ** -2
     assert together**-0.5 == pytest.approx(0.7)
-    with pytest.raises(ValueError, match="^count_sigma: 0.5 is not allowed: .* > 0.5"):
+    with pytest.raises(ValueError, match=r"^count_sigma: 0.5 is not allowed: .* > 0.5"):
         noise_beside_count(1.0, 0.5)

@@ -1,4 +1,6 @@
+import re
 from decimal import Decimal
+from itertools import pairwise
 from math import isclose
 
 import numpy as np
@@ -24,8 +26,8 @@ def fit(samples, expected):
     counts = np.bincount(np.clip(samples, -most, most) + most, minlength=len(expected))
     often = np.flatnonzero(expected * len(samples) >= 10)
     cuts = [0, *often[1:], len(expected)]
-    observed = [counts[a:b].sum() for a, b in zip(cuts, cuts[1:], strict=False)]
-    wanted = [expected[a:b].sum() * len(samples) for a, b in zip(cuts, cuts[1:], strict=False)]
+    observed = [counts[a:b].sum() for a, b in pairwise(cuts)]
+    wanted = [expected[a:b].sum() * len(samples) for a, b in pairwise(cuts)]
     return chisquare(observed, wanted).pvalue
 
 
@@ -124,13 +126,12 @@ def test_nothing_is_drawn_for_no_coordinates(size):
     ],
 )
 def test_wrong_sigmas_are_named(sigma, size, words):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
         discrete_gaussian(sigma, size)
-    assert str(caught.value).startswith(words)
 
 
 def test_a_seed_is_no_generator():
-    with pytest.raises(ValueError, match="^generator: a int is not allowed"):
+    with pytest.raises(ValueError, match=r"^generator: a int is not allowed"):
         discrete_gaussian(1.0, 3, 5)
 
 
@@ -155,11 +156,9 @@ def test_a_models_noisy_values_lie_on_a_grid():
 
 
 def test_a_value_too_far_from_its_noise_is_named():
-    with pytest.raises(ValueError) as caught:
+    words = "values: inf is not allowed: at a sigma of 0.5 it should be a number below 5.36871e+08"
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
         with_gaussian_noise(torch.tensor([1.0, float("inf")]), 0.5)
-    assert str(caught.value) == (
-        "values: inf is not allowed: at a sigma of 0.5 it should be a number below 5.36871e+08"
-    )
 
 
 def test_the_shares_of_a_groups_devices_add_up():
