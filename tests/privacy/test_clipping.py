@@ -69,6 +69,12 @@ def test_rounding_never_exceeds_the_clip(seed, count, coarse, clip, fill):
     assert fill or not codes.any()
 
 
+def test_what_float32_left_too_long_is_shortened_where_no_rounding_would_help():
+    # Whole codes, whose norm is 5.000015.
+    codes = round_within([3.0, 4.0], 1.000003, 5.0, np.random.default_rng(0))
+    assert sorted(codes.tolist()) in ([2, 4], [3, 3], [2, 3])
+
+
 def test_the_mean_is_kept_where_the_clip_leaves_room():
     generator = np.random.default_rng(0)
     codes = np.array([0.25, -0.75, 3.5, 0.0, -2.0])
