@@ -48,7 +48,7 @@ def test_wrong_norms_are_refused(norm, clip):
         clip_factor(norm, clip)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(
     seed=st.integers(0, 2**32),
     count=st.integers(1, 60),
@@ -79,9 +79,9 @@ def test_the_mean_is_kept_where_the_clip_leaves_room():
     generator = np.random.default_rng(0)
     codes = np.array([0.25, -0.75, 3.5, 0.0, -2.0])
     steps = np.array([0.1, 0.2, 0.1, 1.0, 0.3])
-    drawn = [round_within(codes, steps, 2.0, generator) for _ in range(4000)]
+    drawn = [round_within(codes, steps, 2.0, generator) for _ in range(2000)]
     # The fractions' standard deviation is at most 1/2.
-    assert np.abs(np.mean(drawn, 0) - codes).max() < 4 * 0.5 / 4000**0.5
+    assert np.abs(np.mean(drawn, 0) - codes).max() < 4 * 0.5 / 2000**0.5
     assert {tuple(row[3:]) for row in drawn} == {(0, -2)}
 
 

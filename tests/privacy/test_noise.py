@@ -11,7 +11,7 @@ from scipy.stats import chi2, chisquare
 from privacy import noise
 from privacy.noise import device_sigma, discrete_gaussian, with_gaussian_noise
 
-SAMPLES = 100_000
+SAMPLES = 50_000
 
 
 def masses(sigma, most):
