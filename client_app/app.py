@@ -41,8 +41,10 @@ from exchange.protocol import (
     plain,
 )
 from exchange.secure import KEYS, REVEAL, SHARES, SumPlan, record_in, scales_in
+from privacy.noisy_grid import NoisyGrid
 from privacy.sum_grid import SumGrid
 from quant import (
+    FLOAT_BITS,
     Update,
     UpdateError,
     UpdateSpec,
@@ -219,7 +221,7 @@ class _Job:
     scales: dict[str, Tensor]
     sent: Update | None
     spec: UpdateSpec
-    grid: SumGrid | None = None
+    grid: SumGrid | NoisyGrid | None = None
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of the model that are sent, as they are now."""
@@ -279,20 +281,32 @@ def _read_job(message: Message, context: Context) -> _Job:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
     grid = None
     if is_secure(message):
-        grid = _sum_grid(message, instruction.uplink_bits or bits, spec, state)
+        integer = settings.low_bit_training == "integer" and bits != FLOAT_BITS
+        grid = _sum_grid(message, instruction, bits, spec, state, stored_bits=bits * integer)
         # Strict clients train on the group's grid; the others bring what they send to it.
-        scales = dict(grid.scales) if settings.low_bit_training == "strict" else scales
+        if grid.scales and settings.low_bit_training == "strict":
+            scales = dict(grid.scales)
     load_state(model, state)
     kind = task.loss_range
     return _Job(settings, task, kind, node, bits, instruction, model, scales, sent, spec, grid)
 
 
 def _sum_grid(
-    message: Message, bits: int, spec: UpdateSpec, received: dict[str, Tensor]
-) -> SumGrid:
+    message: Message,
+    instruction: Instruction,
+    bits: int,
+    spec: UpdateSpec,
+    received: dict[str, Tensor],
+    stored_bits: int,
+) -> SumGrid | NoisyGrid:
     """Return the grid on which the updates of this client's width are summed."""
-    plan = SumPlan.from_record(record_in(message))
-    return SumGrid(spec, bits, scales_in(message, spec.shapes), dict(received), plan.float_bits)
+    plan, start = SumPlan.from_record(record_in(message)), dict(received)
+    if plan.clip:
+        noise, devices, of_floats = plan.noise_multiplier, plan.devices, plan.float_bits
+        rounding = (instruction.dither, stored_bits)
+        return NoisyGrid(spec, plan.clip, noise, devices, of_floats, start, *rounding)
+    width, scales = instruction.uplink_bits or bits, scales_in(message, spec.shapes)
+    return SumGrid(spec, width, scales, start, plan.float_bits)
 
 
 def _update(job: _Job, trained: Trained, received: dict[str, Tensor]) -> Update:

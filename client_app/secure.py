@@ -16,6 +16,7 @@ from exchange.secure import (
     roster_in,
 )
 from privacy import Device
+from privacy.noisy_grid import NoisyGrid
 from privacy.sum_grid import SumGrid
 from quant import Update
 
@@ -53,7 +54,12 @@ def is_secure(message: Message) -> bool:
 
 
 def answer_masked(
-    message: Message, context: Context, report: Report, update: Update, grid: SumGrid, seed: int
+    message: Message,
+    context: Context,
+    report: Report,
+    update: Update,
+    grid: SumGrid | NoisyGrid,
+    seed: int,
 ) -> Message:
     """Answer a message to train with the update under its masks.
 
@@ -65,7 +71,7 @@ def answer_masked(
         The client's numbers, which are not masked.
     update : Update
         What it would send in the clear.
-    grid : SumGrid
+    grid : SumGrid or NoisyGrid
         The group's.
     seed : int
         The client's of this round, for the rounding to fixed point.

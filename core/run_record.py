@@ -72,6 +72,9 @@ class Round(_Part):
     secure : dict of str to dict
         With secure aggregation, of each width: how many "devices" are in its sum, and the bits of
         its sums of codes and of fixed-point numbers ("code-bits", "float-bits").
+    privacy : dict of str to float
+        With differential privacy: "epsilon" after this round at "delta", and the round's
+        "noise_multiplier".
     own : dict
         What the strategy reports; it stands under the strategy's name.
     """
@@ -92,6 +95,7 @@ class Round(_Part):
     evaluated_by_clients: dict[str, Number] = Field(default_factory=dict)
     metrics: dict[Width, dict[str, Number]] = Field(default_factory=dict)
     secure: dict[Width, dict[str, Count]] = Field(default_factory=dict)
+    privacy: dict[str, Number] = Field(default_factory=dict)
     own: dict[str, object] = Field(default_factory=dict)
 
     def figure(self, name: str) -> float | None:
@@ -161,4 +165,5 @@ class Summary(_Part):
     loss: dict[str, dict[WidthOrAverage, Number]] = Field(default_factory=dict)
     uplink_bytes: Count = 0
     downlink_bytes: Count = 0
+    privacy: dict[str, Number] = Field(default_factory=dict)
     seconds: Number = math.nan

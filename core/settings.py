@@ -105,6 +105,23 @@ class Settings(Options):
         description="Width in fixed point of what is not on a low-bit grid: normalization, biases "
         "and all of Float32 devices.",
     )
+    dp_clip: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Differential privacy of devices: largest norm of how far a device moves the "
+        "model in a round; a longer movement is shortened to it.",
+    )
+    dp_noise_multiplier: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Standard deviation of the noise on the sum of a bit-width's movements, in "
+        "clips; 0: none, or what dp-epsilon takes over all rounds.",
+    )
+    dp_epsilon: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Privacy budget: the run ends before the round that would exceed it; 0: none.",
+    )
+    dp_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        1e-5, description="Delta at which epsilon is stated; well below one by the devices."
+    )
 
     local_epochs: AtLeastOne = Field(1, description="Passes over a client's data in a round.")
     batch_size: AtLeastOne = Field(32, description="Images in a step of local training.")
@@ -360,6 +377,20 @@ class Settings(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _privacy_goes_together(self) -> "Settings":
+        if bool(self.dp_clip) != bool(self.dp_noise_multiplier or self.dp_epsilon):
+            raise SettingsError(
+                f"dp-clip: {self.dp_clip:g} with dp-noise-multiplier {self.dp_noise_multiplier:g} "
+                f"and dp-epsilon {self.dp_epsilon:g}; allowed: 0 of all, or a clip and one of them"
+            )
+        if self.is_private and self.weighting != "uniform":
+            raise SettingsError(
+                f"weighting: {self.weighting} with dp-clip {self.dp_clip:g}; allowed: uniform, as "
+                "the noise hides one device that counts as much as each other"
+            )
+        return self
+
     @classmethod
     def keys(cls) -> set[str]:
         """Return the keys of the common settings."""
@@ -370,6 +401,11 @@ class Settings(Options):
         """Read the common settings from a run's configuration; strategies' own are left alone."""
         known = cls.keys()
         return cls.read({key: value for key, value in run_config.items() if key in known})
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the run has differential privacy."""
+        return self.dp_clip > 0
 
     @property
     def data_name(self) -> str:

@@ -206,7 +206,11 @@ class Nodes:
 
 
 def sample_nodes(
-    present: dict[int, Declaration], fraction: float, seed: int, *purpose: int
+    present: dict[int, Declaration],
+    fraction: float,
+    seed: int,
+    *purpose: int,
+    each_alone: bool = False,
 ) -> dict[int, Declaration]:
     """Choose nodes: at least one, by partition and seed, whatever the node IDs.
 
@@ -220,10 +224,17 @@ def sample_nodes(
         The run's seed.
     *purpose : int
         What they are chosen for, as the round; another purpose gives another choice.
+    each_alone : bool
+        Whether each is chosen by itself with this probability (Poisson sampling), which is what
+        differential privacy is accounted for; else a fixed number of them is.
     """
     by_partition = {d.partition_id: n for n, d in present.items()}
     partitions = sorted(by_partition)
     count = max(1, round(fraction * len(partitions)))
     rng = np.random.default_rng(derive_seed(seed, Stream.SAMPLING, *purpose))
     chosen = sorted(rng.choice(partitions, count, replace=False).tolist())
+    if each_alone and fraction < 1:
+        drawn = rng.random(len(partitions)) < fraction
+        # Of nobody there is no round.
+        chosen = [p for p, is_in in zip(partitions, drawn, strict=True) if is_in] or chosen[:1]
     return {by_partition[p]: present[by_partition[p]] for p in chosen}

@@ -83,6 +83,9 @@ class ClientUpdate:
         Seed of the dither that it was asked to round its weights with; 0: to nearest.
     members : tuple of Member
         The devices whose mean it is, which alone is known then; empty: it is one client's.
+    from_received : bool
+        Whether it is the model that they received, moved by the mean of how far each went from that
+        model as it held it (`privacy.noisy_grid`).
 
     Examples
     --------
@@ -97,6 +100,7 @@ class ClientUpdate:
     report: Report
     dither: int = 0
     members: tuple[Member, ...] = ()
+    from_received: bool = False
 
     @property
     def count(self) -> int:

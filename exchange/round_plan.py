@@ -52,6 +52,8 @@ class RoundPlan:
         By partition: what the client is asked, and the update that it then sends.
     messages : list of Message
         One a client, of those that were made so far.
+    received : dict of int to dict of str to Tensor
+        With differential privacy: the model as the clients of a width were sent it.
     secure : SecureRound, optional
         With secure aggregation: the groups whose sums alone are seen.
     """
@@ -62,6 +64,7 @@ class RoundPlan:
     instructions: dict[int, Instruction] = field(default_factory=dict)
     expected: dict[int, Expected] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
+    received: dict[int, State] = field(default_factory=dict)
     secure: "SecureRound | None" = None
 
     @property
@@ -116,6 +119,9 @@ class RoundLog:
         What the strategy itself reports: numbers, texts, lists, and mappings under text keys.
     secure : dict
         With secure aggregation, of each group: its devices, and the bits of its sums.
+    noise_multiplier : float or None
+        With differential privacy: the smallest of all groups' whose sum was seen, to account the
+        round with; None: no sum was.
     detailed : bool
         Whether this round is to be recorded in full.
     weights : dict
@@ -138,6 +144,7 @@ class RoundLog:
     unchanged: str = ""
     own: dict[str, object] = field(default_factory=dict)
     secure: dict[str, dict[str, int]] = field(default_factory=dict)
+    noise_multiplier: float | None = None
     detailed: bool = False
     weights: dict[str, object] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ shows its keys, shares its secrets with the others, and reveals after the round 
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -38,12 +39,19 @@ class SumPlan:
         Of the differences in fixed point.
     sealed : mapping of int to bytes
         Shares of its peers' secrets.
+    clip, noise_multiplier : float
+        Of differential privacy (`privacy.noisy_grid`); 0: without.
+    devices : int
+        The fewest whose sum is unmasked.
     """
 
     weight: int
     widths: tuple[tuple[int, int], ...]
     float_bits: int
     sealed: Mapping[int, bytes]
+    clip: float = 0.0
+    noise_multiplier: float = 0.0
+    devices: int = 0
 
     def to_record(self) -> ConfigRecord:
         """Return it as a record of Flower's."""
@@ -54,6 +62,9 @@ class SumPlan:
                 "float-bits": self.float_bits,
                 "senders": list(self.sealed),
                 "sealed": list(self.sealed.values()),
+                "clip": self.clip,
+                "noise-multiplier": self.noise_multiplier,
+                "devices": self.devices,
             }
         )
 
@@ -66,7 +77,10 @@ class SumPlan:
         if len(flat) != 4 or min(flat) < 0 or len(senders) != len(sealed):
             raise ProtocolError("secure: widths or sealed shares are not as agreed")
         widths = ((flat[0], flat[1]), (flat[2], flat[3]))
-        return cls(weight, widths, float_bits, dict(zip(senders, sealed, strict=True)))
+        by_sender = dict(zip(senders, sealed, strict=True))
+        devices = _whole(record, "devices", 0)
+        clip, noise = _number(record, "clip"), _number(record, "noise-multiplier")
+        return cls(weight, widths, float_bits, by_sender, clip, noise, devices)
 
 
 def keys_wanted(context: bytes) -> RecordDict:
@@ -168,6 +182,13 @@ def _whole(record: Mapping[str, Any], key: str, least: int, most: int = 2**31) -
     value = record.get(key)
     if type(value) is not int or not least <= value <= most:
         raise ProtocolError(f"secure: {key} is {value!r}; allowed: {least} to {most}")
+    return value
+
+
+def _number(record: Mapping[str, Any], key: str) -> float:
+    value = record.get(key)
+    if not isinstance(value, float) or not 0 <= value < inf:
+        raise ProtocolError(f"secure: {key} is {value!r}; allowed: a number from 0")
     return value
 
 

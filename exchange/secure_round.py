@@ -36,6 +36,7 @@ from exchange.secure import (
     shares_wanted,
 )
 from privacy import GroupAggregation, MessageError, NotEnoughError, UnmaskingError
+from privacy.noisy_grid import NoisyGrid
 from privacy.sum_grid import SumGrid, group_weights, sum_widths
 from quant import FLOAT_BITS, Update
 from quant.update import Content
@@ -55,12 +56,16 @@ class SecureSettings:
         Width of the differences in fixed point.
     timeout : float or None
         Seconds for each step.
+    clip, noise_multiplier : float
+        Of differential privacy; 0: without.
     """
 
     threshold: float
     min_group: int
     float_bits: int
     timeout: float | None = None
+    clip: float = 0.0
+    noise_multiplier: float = 0.0
 
 
 @dataclass
@@ -76,7 +81,7 @@ class _Group:
     sums: GroupAggregation
     left: set[int]
     sealed: dict[int, dict[int, bytes]] = field(default_factory=dict)
-    grid: SumGrid | None = None
+    grid: SumGrid | NoisyGrid | None = None
     reports: dict[int, Report] = field(default_factory=dict)
 
 
@@ -127,8 +132,11 @@ class SecureRound:
     def prepare(self, bits: int, model: Update, scales: Mapping[str, Tensor]) -> None:
         """Fix the grid of a group, from the model that its devices are sent."""
         group = self._groups[bits]
-        held = {} if group.width == FLOAT_BITS else dict(scales)
         start, float_bits = model.dequantize(), self._settings.float_bits
+        if self._settings.clip:
+            group.grid = self._noisy_grid(len(group.clients), start)
+            return
+        held = {} if group.width == FLOAT_BITS else dict(scales)
         group.grid = SumGrid(self._plan.spec, group.width, held, start, float_bits)
 
     def add_to(self, content: RecordDict, client: Declaration) -> None:
@@ -136,7 +144,9 @@ class SecureRound:
         group, number = self._groups[client.bits], client.partition_id
         codes, floats = group.widths
         sealed, float_bits = group.sealed[number], self._settings.float_bits
-        plan = SumPlan(group.weights[number], (codes, floats), float_bits, sealed)
+        settings, devices = self._settings, self._threshold(len(group.clients))
+        noise = (settings.clip, settings.noise_multiplier, devices)
+        plan = SumPlan(group.weights[number], (codes, floats), float_bits, sealed, *noise)
         content[SECURE] = plan.to_record()
         content[SCALES] = scales_record(_grid_of(group).scales)
 
@@ -182,6 +192,10 @@ class SecureRound:
                 "code-bits": group.widths[0][1] if group.widths[0][0] else 0,
                 "float-bits": group.widths[1][1] if group.widths[1][0] else 0,
             }
+            if isinstance(group.grid, NoisyGrid):
+                effective = group.grid.effective_noise(len(group.reports))
+                least = self._log.noise_multiplier
+                self._log.noise_multiplier = effective if least is None else min(least, effective)
             yield self._mean_of(group, totals[bits], counted)
 
     def reports_of(self, bits: int) -> list[Report]:
@@ -208,11 +222,18 @@ class SecureRound:
         [width] = asked
         total, float_bits = sum(weights.values()), self._settings.float_bits
         widths = sum_widths(self._plan.spec, width, float_bits, total)
+        if self._settings.clip:
+            widths = self._noisy_grid(len(clients), {}).widths(len(clients))
         # It names this round of this run: what was recorded of another does not fit.
         context = secrets.token_bytes(16)
         sums = GroupAggregation(context, [*by_number], self._threshold(len(by_number)), widths)
         left = set(by_number)
         self._groups[bits] = _Group(bits, width, context, by_number, weights, widths, sums, left)
+
+    def _noisy_grid(self, devices: int, start: Mapping[str, Tensor]) -> NoisyGrid:
+        settings, least = self._settings, self._threshold(devices)
+        clip, noise = settings.clip, settings.noise_multiplier
+        return NoisyGrid(self._plan.spec, clip, noise, least, settings.float_bits, start)
 
     def _threshold(self, devices: int) -> int:
         return max(2, devices // 2 + 1, ceil(self._settings.threshold * devices))
@@ -296,10 +317,11 @@ class SecureRound:
         first = group.clients[numbers[0]]
         client = replace(first, num_examples=examples)
         report = _mean_report([group.reports[number] for number in numbers], examples)
-        return ClientUpdate(client, Update(FLOAT_BITS, content, {}, values), report, 0, members)
+        update, noisy = Update(FLOAT_BITS, content, {}, values), isinstance(grid, NoisyGrid)
+        return ClientUpdate(client, update, report, 0, members, noisy)
 
 
-def _grid_of(group: _Group) -> SumGrid:
+def _grid_of(group: _Group) -> SumGrid | NoisyGrid:
     assert group.grid is not None, "its model is made before its messages"
     return group.grid
 

@@ -10,6 +10,7 @@ from core.errors import SettingsError
 from core.options import Options, format_assignments, parse_assignments
 from core.reference import in_one_line, load_class
 from core.settings import Settings
+from server_app.account import noise_multiplier_of
 from strategies import (
     OWN_CLASS,
     STRATEGIES,
@@ -195,6 +196,8 @@ def _context(settings: Settings, kind: type[MixedPrecisionStrategy]) -> Strategy
         secure_threshold=settings.secure_threshold,
         secure_min_group=settings.secure_min_group,
         secure_float_bits=settings.secure_float_bits,
+        dp_clip=settings.dp_clip if settings.is_private else 0.0,
+        dp_noise_multiplier=noise_multiplier_of(settings),
         round_timeout=settings.round_timeout,
         norm_bound=settings.norm_bound,
         coded=settings.lossless_coding,

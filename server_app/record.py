@@ -48,6 +48,8 @@ class RunRecord:
         Rounds so far that continued without a client that was asked.
     dropped_rounds : int
         Rounds so far whose result was dropped.
+    spent : list of mapping
+        What each round with differential privacy has written of it (`server_app.account`).
     unused : UnusedRounds
         The rounds since the last one whose result was used.
     round_begun : int
@@ -73,6 +75,7 @@ class RunRecord:
         self._uplink = self._downlink = 0
         self.short_rounds = self.dropped_rounds = 0
         self.unused = UnusedRounds()
+        self.spent: list[Mapping[str, Any]] = []
         self.round_begun = 0
         self._ended = False
         self._lock = threading.RLock()
@@ -184,6 +187,7 @@ class RunRecord:
             "uplink_bytes": self._uplink,
             "downlink_bytes": self._downlink,
             "seconds": self.seconds,
+            **({"privacy": self.spent[-1]} if self.spent else {}),
         }
 
     def close(self) -> None:
@@ -218,6 +222,8 @@ class RunRecord:
         self.short_rounds += bool(entry.get("left_out"))
         self.dropped_rounds += bool(entry.get("dropped"))
         self.unused.add(entry)
+        if "privacy" in entry:
+            self.spent.append(entry["privacy"])
         self._last = dict(entry)
         for width, value in (entry.get("accuracy") or {}).items():
             if value is not None and isfinite(value):

@@ -12,9 +12,11 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from core.clock import clock
+from core.errors import SettingsError
 from core.mix import width_name
 from core.settings import Settings
 from exchange.states import State, to_arrays, to_state
+from server_app.account import Account
 from server_app.evaluation import Evaluator
 from server_app.record import RunRecord
 from strategies import FederationError, MixedPrecisionStrategy, RoundLog, receive
@@ -58,10 +60,18 @@ def run_rounds(
         If no client could be used in the first round, or by `server_app.unused`.
     """
     arrays = to_arrays(state)
+    account = Account(settings, record.spent) if settings.is_private else None
     began = time.monotonic()
     for server_round in range(done + 1, settings.num_server_rounds + 1):
+        if account is not None and (reason := account.refusal()):
+            if server_round == 1:
+                raise SettingsError(reason)
+            log(WARNING, "prowd: the run ends after round %d: %s", server_round - 1, reason)
+            break
         record.round_begun = server_round
         entry, arrays = _run_round(grid, strategy, settings, server_round, arrays, evaluator)
+        if account is not None and (noise := strategy.round_log.noise_multiplier) is not None:
+            entry["privacy"] = account.add(noise)
         seconds_a_round = (time.monotonic() - began) / (server_round - done)
         left = seconds_a_round * (settings.num_server_rounds - server_round)
         record.append_round(entry, strategy.round_log.weights, totals(entry, left))
@@ -246,8 +256,15 @@ def format_round(entry: Mapping[str, Any], num_rounds: int, left: float) -> str:
         f"round {entry['round']}/{num_rounds} | {accuracy or 'not evaluated'} | "
         f"up {format_bytes(up)}, down {format_bytes(down)} | "
         f"clients {clients['aggregated']} of {clients['sampled']}{missing}{not_used} | "
+        f"{_privacy_of(entry)}"
         f"{seconds['round']:.1f} s, {clock(also['seconds/left'])} left"
     )
+
+
+def _privacy_of(entry: Mapping[str, Any]) -> str:
+    """Return what has been spent of differential privacy."""
+    spent = entry.get("privacy")
+    return f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g} | " if spent else ""
 
 
 def _of_devices(found: Mapping[str, float]) -> str:

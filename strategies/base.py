@@ -291,6 +291,8 @@ class MixedPrecisionStrategy(SumsByWidth, Strategy):
         if plan.secure is None:
             good = within_norms(plan, accepted, self.context.norm_bound, round_log.rejected)
             updates = self._updates(good, reports)
+            if self.context.dp_clip:
+                updates = self.noised(plan, round_log, updates)
         else:
             updates = self.sums_of(plan, round_log, reports)
         state = self._combine_or_drop(server_round, updates)
@@ -346,7 +348,9 @@ class MixedPrecisionStrategy(SumsByWidth, Strategy):
         round_log: RoundLog,
     ) -> list[Batch]:
         purpose = (server_round, int(kind == MessageType.EVALUATE))
-        clients = sample_nodes(self.nodes.gather(grid), fraction, self.context.seed, *purpose)
+        alone = kind == MessageType.TRAIN and bool(self.context.dp_clip)
+        present, seed = self.nodes.gather(grid), self.context.seed
+        clients = sample_nodes(present, fraction, seed, *purpose, each_alone=alone)
         start = to_state(arrays)
         self._plan = plan = RoundPlan(start, self._spec(start, clients), clients)
         for client in clients.values():
@@ -377,8 +381,10 @@ class MixedPrecisionStrategy(SumsByWidth, Strategy):
                 # They share one record: Flower then stores the model once.
                 if downlink_bits not in models:
                     models[downlink_bits] = self._encode_model(plan.start, bits, downlink_bits)
+                    model = models[downlink_bits][1]
+                    if self.context.dp_clip:
+                        plan.received[bits] = model.dequantize()
                     if plan.secure is not None:
-                        model = models[downlink_bits][1]
                         scales = self.sum_scales(bits, plan.start, model)
                         plan.secure.prepare(bits, model, scales)
                 content[MODEL], model = record, _ = models[downlink_bits]

@@ -70,6 +70,10 @@ class StrategyContext:
         Clients of a width that are summed at least.
     secure_float_bits : int
         Bits of what is summed in fixed point.
+    dp_clip : float
+        Largest norm of a client's movement, with differential privacy; 0: without.
+    dp_noise_multiplier : float
+        Standard deviation of the noise on the sum of a width, by that clip.
     round_timeout : float
         Seconds for each step of secure aggregation but training.
     norm_bound : float
@@ -140,6 +144,8 @@ class StrategyContext:
     secure_threshold: float = 0.66
     secure_min_group: int = 3
     secure_float_bits: int = 20
+    dp_clip: float = 0.0
+    dp_noise_multiplier: float = 0.0
     round_timeout: float = 3600.0
     norm_bound: float = 10.0
     coded: bool = True

@@ -1,6 +1,7 @@
 """What a strategy sees with secure aggregation: the mean of each bit-width, as of one client."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -9,10 +10,11 @@ from torch import Tensor
 from core.errors import SettingsError
 from core.settings import Upload
 from exchange.protocol import Declaration, Report
-from exchange.replies import ClientUpdate, norms_of, scale_of, too_large
+from exchange.replies import ClientUpdate, Member, norms_of, scale_of, too_large
 from exchange.round_plan import RoundLog, RoundPlan
 from exchange.secure_round import SecureRound, SecureSettings
 from exchange.states import State
+from privacy.noisy_grid import movement_of, noisy_mean
 from quant import FLOAT_BITS, Update, ternary_scales
 from strategies.context import StrategyContext
 from strategies.models import ModelsByWidth
@@ -39,8 +41,12 @@ class SumsByWidth(ModelsByWidth):
             As of `check`.
         """
         cls.check(options, context)
-        if context.secure_aggregation and (reason := cls.why_not_secure(options, context)):
-            raise SettingsError(f"secure-aggregation: true with {reason}")
+        if not (context.secure_aggregation or context.dp_clip):
+            return
+        if reason := cls.why_not_secure(options, context):
+            clip = f"dp-clip: {context.dp_clip:g}"
+            named = "secure-aggregation: true" if context.secure_aggregation else clip
+            raise SettingsError(f"{named} with {reason}")
 
     @classmethod
     def why_not_secure(cls, options: Any, context: StrategyContext) -> str:
@@ -67,6 +73,8 @@ class SumsByWidth(ModelsByWidth):
             self.context.secure_min_group,
             self.context.secure_float_bits,
             self.context.round_timeout,
+            self.context.dp_clip,
+            self.context.dp_noise_multiplier,
         )
         secure = SecureRound(grid, plan, log, settings)
         secure.agree(self._counted)
@@ -113,6 +121,39 @@ class SumsByWidth(ModelsByWidth):
             log.aggregated += numbers
             reports += plan.secure.reports_of(bits)
             yield item
+
+    def noised(
+        self, plan: RoundPlan, log: RoundLog, updates: Iterator[ClientUpdate]
+    ) -> Iterator[ClientUpdate]:
+        """Yield the mean of each width with the server's noise, as of one client.
+
+        Parameters
+        ----------
+        plan, log : RoundPlan, RoundLog
+            Of the round.
+        updates : iterator of ClientUpdate
+            Of its clients.
+        """
+        by_width: dict[int, list[ClientUpdate]] = {}
+        for item in updates:
+            by_width.setdefault(item.client.bits, []).append(item)
+        clip, noise = self.context.dp_clip, self.context.dp_noise_multiplier
+        for bits, items in sorted(by_width.items()):
+            received = plan.received[bits]
+            in_integers = self.context.low_bit_training == "integer" and bits != FLOAT_BITS
+            movements = (
+                movement_of(item.update, received, item.dither, bits * in_integers)
+                for item in items
+            )
+            moved, count = noisy_mean(movements, clip, noise)
+            log.noise_multiplier = noise
+            content = items[0].update.content
+            if content == "weights":
+                moved = {name: received[name] + tensor for name, tensor in moved.items()}
+            members = tuple(Member(i.client.partition_id, 1, i.dither) for i in items)
+            report = replace(items[0].report, num_examples=count)
+            update = Update(FLOAT_BITS, content, {}, moved)
+            yield ClientUpdate(items[0].client, update, report, 0, members, from_received=True)
 
     def _counted(self, client: Declaration) -> int:
         """Return what a client counts for in its sum, by the examples that it declared."""

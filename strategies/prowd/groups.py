@@ -54,7 +54,7 @@ class Rung:
         if not item.members:
             return [(self.start_of(item), weight)]
         # Of a group's mean: its clients are on the grid of the codes, or each has its dither.
-        if self.bits == FLOAT_BITS:
+        if item.from_received or self.bits == FLOAT_BITS:
             return [(self.received, weight)]
         if not any(member.dither for member in item.members):
             return [(None, weight)]
