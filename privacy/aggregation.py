@@ -191,6 +191,8 @@ class GroupAggregation:
                 raise MessageError("reveals own masks of other devices than those that answered")
             if not set(revealed.masking_keys) <= set(self._shares) - self._answered:
                 raise MessageError("reveals masking keys of other devices than those that dropped")
+            if not self._is_right(KINDS[0], number, number, revealed):
+                raise MessageError("its share of its own seed does not match the digest it sent")
         except MessageError as error:
             self._ignored[number] = str(error)
             raise MessageError(f"device {number}: {error}") from None
@@ -291,20 +293,19 @@ class GroupAggregation:
 
     def _right_shares(self, kind: str, owner: int) -> dict[int, bytes]:
         """Return as many shares as are needed, by point, that match the digests of their owner."""
-        place = KINDS.index(kind) * DIGEST_BYTES
-        digests = self._shares[owner].digests
         right: dict[int, bytes] = {}
         for holder in sorted(self._revealed):
-            revealed = self._revealed[holder]
-            shares = revealed.own_masks if kind == KINDS[0] else revealed.masking_keys
-            expected = digests[holder][place : place + DIGEST_BYTES]
-            if owner in shares and expected == digest(
-                shares[owner], kind, self._context, owner, holder
-            ):
-                right[self._points[holder]] = shares[owner]
+            if self._is_right(kind, owner, holder, self._revealed[holder]):
+                right[self._points[holder]] = self._revealed[holder].of(kind)[owner]
             if len(right) == self._threshold:
                 break
         return right
+
+    def _is_right(self, kind: str, owner: int, holder: int, revealed: Revealed) -> bool:
+        start = KINDS.index(kind) * DIGEST_BYTES
+        expected = self._shares[owner].digests[holder][start : start + DIGEST_BYTES]
+        share = revealed.of(kind).get(owner)
+        return share is not None and expected == digest(share, kind, self._context, owner, holder)
 
     def _masks(
         self, self_seeds: Mapping[int, bytes], masking_seeds: Mapping[int, bytes]

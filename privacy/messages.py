@@ -14,7 +14,7 @@ from privacy.keys import (
     check_public_key,
     number_bytes,
 )
-from privacy.shares import DIGEST_BYTES
+from privacy.shares import DIGEST_BYTES, KINDS
 
 SEALED_BYTES = 2 * SEED_BYTES + SEALING_BYTES  # both shares of one sender for one receiver
 DIGESTS_BYTES = 2 * DIGEST_BYTES
@@ -134,6 +134,10 @@ class Revealed:
 
     own_masks: Mapping[int, bytes] = field(repr=False)
     masking_keys: Mapping[int, bytes] = field(repr=False)
+
+    def of(self, kind: str) -> Mapping[int, bytes]:
+        """Return the shares of one of `privacy.shares.KINDS`."""
+        return self.own_masks if kind == KINDS[0] else self.masking_keys
 
     def to_record(self) -> dict[str, bytes]:
         """Return flat bytes by name, as a Flower ConfigRecord takes them."""
