@@ -25,7 +25,7 @@ from privacy.keys import (
     seal,
 )
 from privacy.masks import Mask, add_masks, own_mask, pairwise_mask
-from privacy.messages import PublicKeys, Revealed, Shares, check_roster, roster_digest
+from privacy.messages import SEALED_BYTES, PublicKeys, Revealed, Shares, check_roster, roster_digest
 from privacy.words import pack, to_words
 
 Parts = Sequence[tuple[np.ndarray, int]]
@@ -189,9 +189,11 @@ class Device:
         for sender, message in sealed.items():
             public = roster[sender].sealing
             try:
+                if not isinstance(message, bytes) or len(message) != SEALED_BYTES:
+                    raise MessageError(
+                        f"device {sender}: its sealed shares are not {SEALED_BYTES} bytes"
+                    )
                 both = open_sealed(message, self._sealing, sender, self._number, public, bound_to)
-                if len(both) != 2 * SEED_BYTES:
-                    raise MessageError(f"device {sender}: its shares are not two of 16 bytes")
                 opened[sender] = both
             except MessageError as error:
                 unopened[sender] = str(error)

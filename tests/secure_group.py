@@ -21,8 +21,9 @@ class Group:
         for number in self.numbers:
             parts = []
             for count, bits in self.widths:
-                limit = (1 << (bits - 1)) // len(self.numbers)
-                parts.append((rng.integers(-limit, limit, count, endpoint=limit > 0), bits))
+                half, devices = 1 << (bits - 1), len(self.numbers)
+                least, most = -(half // devices), (half - 1) // devices
+                parts.append((rng.integers(least, most, count, endpoint=True), bits))
             self.vectors[number] = parts
         self.server = GroupAggregation(CONTEXT, self.numbers, threshold, self.widths)
         self.devices = {number: Device.begin(CONTEXT) for number in self.numbers}
@@ -44,9 +45,11 @@ class Group:
             self.server.take_shares(number, shares.to_record())
         return self
 
+    def opened(self):
+        return [(n, self.devices[n].receive(self.server.sealed_for(n))) for n in self.at(2)]
+
     def receive(self):
-        for number in self.at(2):
-            self.devices[number].receive(self.server.sealed_for(number))
+        self.opened()
         return self
 
     def make_masked(self):
