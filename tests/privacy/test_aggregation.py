@@ -309,8 +309,10 @@ class TestRevealed:
         group = group_of(gone=gone)
         liar = group.devices[2]
         keys = liar.public_keys()
-        name = "_self_seed" if kind == "own mask" else "_masking_seed"
-        setattr(liar, name, bytes(16))
+        own, masking, sealing = liar._state.seeds
+        zeros = bytes(16)
+        lies = (zeros, masking, sealing) if kind == "own mask" else (own, zeros, sealing)
+        liar._state.seeds = lies
         liar.public_keys = lambda: keys
         with pytest.raises(UnmaskingError, match=f"device 2: its shares of the {kind}'s") as info:
             group.run().server.total()
