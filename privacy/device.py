@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from privacy import shares as shamir
-from privacy.device_state import Member, State, Step
+from privacy.device_state import Member, Seeds, State, Step
 from privacy.errors import MessageError
 from privacy.keys import (
     SEED_BYTES,
@@ -58,9 +58,8 @@ class Device:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        _, masking_seed, sealing_seed = state.seeds
-        self._masking = private_key(masking_seed, "masking", state.context)
-        self._sealing = private_key(sealing_seed, "sealing", state.context)
+        self._masking = private_key(state.seeds.masking, "masking", state.context)
+        self._sealing = private_key(state.seeds.sealing, "sealing", state.context)
 
     def __repr__(self) -> str:
         return f"Device(step={self._state.step.name!r})"
@@ -74,14 +73,14 @@ class Device:
         context : bytes
             What names run, round and group: every key, share and mask is bound to it.
         """
-        return cls(State(context, (new_seed(), new_seed(), new_seed())))
+        return cls(State(context, Seeds(new_seed(), new_seed(), new_seed())))
 
     def public_keys(self) -> PublicKeys:
         """Return what the device advertises."""
         return PublicKeys(
             public_bytes(self._masking),
             public_bytes(self._sealing),
-            commit(self._state.seeds[0], self._state.context),
+            commit(self._state.seeds.own_mask, self._state.context),
         )
 
     def share(self, number: int, roster: Mapping[int, PublicKeys], threshold: int) -> Shares:
@@ -107,26 +106,25 @@ class Device:
         check_roster(roster, threshold)
         if roster.get(number) != self.public_keys():
             raise MessageError(f"device {number}: the roster does not hold the keys it advertised")
-        ordered = sorted(roster)
-        own = shamir.split(self._state.seeds[0], threshold, len(ordered))
-        masking = shamir.split(self._state.seeds[1], threshold, len(ordered))
-        bound_to = roster_digest(roster, threshold, self._state.context)
+        ordered, context = sorted(roster), self._state.context
+        own = shamir.split(self._state.seeds.own_mask, threshold, len(ordered))
+        masking = shamir.split(self._state.seeds.masking, threshold, len(ordered))
+        bound_to = roster_digest(roster, threshold, context)
+        members = {peer: Member(roster[peer]) for peer in ordered}
         sealed, digests = {}, {}
         for holder, *both in zip(ordered, own, masking, strict=True):
             digests[holder] = b"".join(
-                shamir.digest(share, kind, self._state.context, number, holder)
+                shamir.digest(share, kind, context, number, holder)
                 for share, kind in zip(both, shamir.KINDS, strict=True)
             )
-            if holder != number:
-                public = roster[holder].sealing
-                sealed[holder] = seal(
-                    b"".join(both), self._sealing, number, holder, public, bound_to
-                )
-        self._state.members = {peer: Member(roster[peer]) for peer in ordered}
-        place = ordered.index(number)
-        self._state.members[number].both_shares = own[place] + masking[place]
-        self._state.members[number].shared = True
-        self._state.number, self._state.threshold, self._state.step = number, threshold, Step.SHARED
+            if holder == number:
+                members[number] = Member(roster[number], shared=True, both_shares=b"".join(both))
+                continue
+            public = roster[holder].sealing
+            sealed[holder] = seal(b"".join(both), self._sealing, number, holder, public, bound_to)
+        state = self._state
+        state.number, state.threshold, state.members = number, threshold, members
+        state.step = Step.SHARED
         return Shares(sealed, digests)
 
     def receive(self, sealed: Mapping[int, bytes]) -> dict[int, str]:
@@ -150,34 +148,33 @@ class Device:
             the threshold.
         """
         self._expect(Step.SHARED)
-        if strangers := [
-            n for n in sealed if n not in self._state.members or n == self._state.number
-        ]:
+        state = self._state
+        if strangers := [n for n in sealed if n not in state.members or n == state.number]:
             raise MessageError(f"shares of device {strangers[0]!r}, which is no peer in this group")
-        roster = {number: member.keys for number, member in self._state.members.items()}
-        bound_to = roster_digest(roster, self._state.threshold, self._state.context)
+        roster = {number: member.keys for number, member in state.members.items()}
+        bound_to = roster_digest(roster, state.threshold, state.context)
         opened, unopened = {}, {}
         for sender, message in sealed.items():
             public = roster[sender].sealing
-            try:
-                if not isinstance(message, bytes) or len(message) != SEALED_BYTES:
-                    raise MessageError(
-                        f"device {sender}: its sealed shares are not {SEALED_BYTES} bytes"
-                    )
-                both = open_sealed(
-                    message, self._sealing, sender, self._state.number, public, bound_to
+            if not isinstance(message, bytes) or len(message) != SEALED_BYTES:
+                unopened[sender] = (
+                    f"device {sender}: its sealed shares are not {SEALED_BYTES} bytes"
                 )
-                opened[sender] = both
+                continue
+            try:
+                both = open_sealed(message, self._sealing, sender, state.number, public, bound_to)
             except MessageError as error:
                 unopened[sender] = str(error)
-        if len(opened) + 1 < self._state.threshold:
+            else:
+                opened[sender] = both
+        if len(opened) + 1 < state.threshold:
             some = f"; those of {sorted(unopened)} do not open" if unopened else ""
-            allowed = f"allowed are {self._state.threshold} or more"
+            allowed = f"allowed are {state.threshold} or more"
             raise MessageError(f"shares of {len(opened) + 1} devices{some}; {allowed}")
         for sender in sealed:
-            self._state.members[sender].shared = True
-            self._state.members[sender].both_shares = opened.get(sender)
-        self._state.step = Step.RECEIVED
+            state.members[sender].shared = True
+            state.members[sender].both_shares = opened.get(sender)
+        state.step = Step.RECEIVED
         return unopened
 
     def mask(self, vector: Parts) -> bytes:
@@ -266,7 +263,7 @@ class Device:
             raise MessageError(f"the device has {now} where it must have {wanted}; out of order")
 
     def _masks(self) -> list[Mask]:
-        masks = [(own_mask(self._state.seeds[0], self._state.context), 1)]
+        masks = [(own_mask(self._state.seeds.own_mask, self._state.context), 1)]
         for peer, member in self._state.members.items():
             if member.shared and peer != self._state.number:
                 public = member.keys.masking

@@ -24,6 +24,15 @@ class Step(IntEnum):
     REVEALED = 4
 
 
+@dataclass(frozen=True, repr=False)
+class Seeds:
+    """What all of a device's secrets in a round come from, 16 bytes each."""
+
+    own_mask: bytes
+    masking: bytes
+    sealing: bytes
+
+
 @dataclass
 class Member:
     """What a device knows of one member of its group.
@@ -48,10 +57,10 @@ class Member:
 
 @dataclass
 class State:
-    """All that a device knows; the seeds are of its own mask, its masking and its sealing key."""
+    """All that a device knows."""
 
     context: bytes
-    seeds: tuple[bytes, bytes, bytes] = field(repr=False)
+    seeds: Seeds
     step: Step = Step.BEGUN
     number: int = 0
     threshold: int = 0
@@ -60,7 +69,8 @@ class State:
     def to_bytes(self) -> bytes:
         """Return the state with a checksum."""
         numbers = self.step, self.number, self.threshold, len(self.members)
-        state = _HEAD.pack(*numbers, *self.seeds, len(self.context)) + self.context
+        seeds = self.seeds.own_mask, self.seeds.masking, self.seeds.sealing
+        state = _HEAD.pack(*numbers, *seeds, len(self.context)) + self.context
         for number, member in self.members.items():
             flags = member.shared | (member.both_shares is not None) << 1 | member.asked << 2
             both = member.both_shares or bytes(2 * SEED_BYTES)
@@ -81,9 +91,8 @@ class State:
             raise MessageError("the state of a device is damaged")
         step, number, threshold, count, own, masking, sealing, length = _HEAD.unpack_from(packed)
         end = _HEAD.size + length
-        state = cls(
-            packed[_HEAD.size : end], (own, masking, sealing), Step(step), number, threshold
-        )
+        seeds = Seeds(own, masking, sealing)
+        state = cls(packed[_HEAD.size : end], seeds, Step(step), number, threshold)
         for index in range(count):
             peer, keys, flags, both = _MEMBER.unpack_from(packed, end + index * _MEMBER.size)
             state.members[peer] = Member(

@@ -54,15 +54,18 @@ def test_two_devices_of_one_context_have_nothing_in_common():
 
 
 def test_secrets_are_in_no_text(masked):
-    device = masked.devices[1]
-    shares = masked.make_revealed
     for number, payload in masked.payloads.items():
         masked.server.take_masked(number, payload)
-    texts = [repr(device), str(device), *map(repr, shares().values())]
-    assert texts[0] == "Device(step='REVEALED')" or texts[0] == "Device(step='MASKED')"
-    assert texts[2] == "Revealed()"
-    fresh = Group().keys()
-    assert {repr(shares) for shares in fresh.make_shares().values()} == {"Shares()"}
+    revealed = masked.make_revealed()
+    device = masked.devices[1]
+    assert repr(device) == str(device) == "Device(step='REVEALED')"
+    assert {repr(message) for message in revealed.values()} == {"Revealed()"}
+    assert {repr(message) for message in Group().keys().make_shares().values()} == {"Shares()"}
+    seeds, member = device._state.seeds, device._state.members[2]
+    text = repr(device._state)
+    assert member.both_shares is not None
+    for secret in (seeds.own_mask, seeds.masking, seeds.sealing, member.both_shares):
+        assert repr(secret)[2:-1] not in text
 
 
 class TestShare:

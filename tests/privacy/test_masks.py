@@ -61,13 +61,13 @@ def test_a_masked_vector_is_that_of_another_implementation():
     group = Group((30, 10, 20), threshold=2, widths=widths).keys().shares().receive()
     payloads = group.make_masked()
     masking = {
-        number: hkdf(device._state.seeds[1], 32, b"masking key", CONTEXT)
+        number: hkdf(device._state.seeds.masking, 32, b"masking key", CONTEXT)
         for number, device in group.devices.items()
     }
     base = (9).to_bytes(32, "little")
     public = {number: x25519(private, base) for number, private in masking.items()}
     for number, device in group.devices.items():
-        masks = [(hkdf(device._state.seeds[0], 32, b"own mask", CONTEXT), 1)]
+        masks = [(hkdf(device._state.seeds.own_mask, 32, b"own mask", CONTEXT), 1)]
         for peer in set(masking) - {number}:
             low, high = sorted((number, peer))
             ends = low.to_bytes(8, "big"), public[low], high.to_bytes(8, "big"), public[high]
