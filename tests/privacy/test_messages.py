@@ -9,6 +9,8 @@ from privacy import (
     Revealed,
     Shares,
     pack_by_number,
+    roster_from_bytes,
+    roster_to_bytes,
     unpack_by_number,
 )
 from privacy.messages import check_roster, roster_digest
@@ -114,3 +116,14 @@ def test_a_roster_is_known_by_its_digest(keys):
     of += [({1: keys, 2: other}, 2, b"b")]
     assert len({roster_digest(*fields) for fields in of}) == len(of)
     assert roster_digest({2: other, 1: keys}, 2, b"a") == roster_digest(*of[0])
+
+
+def test_a_roster_comes_back_and_is_validated(keys):
+    other = Device.begin(CONTEXT).public_keys()
+    roster = {1: keys, LAST: other}
+    assert roster_from_bytes(roster_to_bytes(roster)) == roster
+    low = PublicKeys(bytes(32), keys.sealing, keys.commitment)
+    with pytest.raises(MessageError, match="device 7: public key 'masking' has a low order"):
+        roster_from_bytes(roster_to_bytes({1: other, 7: low}))
+    with pytest.raises(MessageError, match="no entries of 104 bytes"):
+        roster_from_bytes(roster_to_bytes(roster)[1:])
