@@ -13,6 +13,8 @@ from privacy.messages import (
     Revealed,
     Shares,
     pack_by_number,
+    roster_from_bytes,
+    roster_to_bytes,
     unpack_by_number,
 )
 from privacy.words import MOST_BITS, packed_size
@@ -32,5 +34,7 @@ __all__ = [
     "UnmaskingError",
     "pack_by_number",
     "packed_size",
+    "roster_from_bytes",
+    "roster_to_bytes",
     "unpack_by_number",
 ]

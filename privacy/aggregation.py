@@ -8,11 +8,11 @@ from enum import IntEnum
 
 import numpy as np
 
-from privacy.errors import MessageError, NotEnoughError, UnmaskingError
-from privacy.keys import check_number, commit, private_key, public_bytes
-from privacy.masks import Mask, add_masks, own_mask, pairwise_mask
-from privacy.messages import PublicKeys, Revealed, Shares
-from privacy.shares import DIGEST_BYTES, KINDS, digest, reconstruct_all
+from privacy.errors import MessageError, NotEnoughError
+from privacy.keys import check_number
+from privacy.masks import add_masks
+from privacy.messages import PublicKeys, Shares
+from privacy.unmasking import Unmasking
 from privacy.words import check_width, packed_size, to_signed, unpack, word_type
 
 
@@ -82,9 +82,7 @@ class GroupAggregation:
         self._keys: dict[int, PublicKeys] = {}
         self._shares: dict[int, Shares] = {}
         self._answered: set[int] = set()
-        self._revealed: dict[int, Revealed] = {}
-        # The roster in ascending order: where a member stands is the point of its shares.
-        self._points: dict[int, int] = {}
+        self._unmasking = Unmasking(context, threshold, self._keys, self._shares, self._answered)
 
     @property
     def payload_bytes(self) -> int:
@@ -134,17 +132,16 @@ class GroupAggregation:
     def roster(self) -> dict[int, PublicKeys]:
         """End the step of keys: return those of the group, which each of its devices is sent."""
         self._end(Stage.KEYS, self._keys)
-        self._points = {number: point for point, number in enumerate(sorted(self._keys), 1)}
-        return {number: self._keys[number] for number in self._points}
+        return {number: self._keys[number] for number in sorted(self._keys)}
 
     def take_shares(self, number: int, record: Mapping[str, object]) -> None:
         """Take a device's `Shares` record."""
         self._sender(number, Stage.SHARES, self._shares)
         try:
             shares = Shares.from_record(record)
-            if set(shares.digests) != set(self._points):
+            if set(shares.digests) != set(self._keys):
                 raise MessageError("digests are not of each device in the group")
-            if set(shares.sealed) != set(self._points) - {number}:
+            if set(shares.sealed) != set(self._keys) - {number}:
                 raise MessageError("sealed shares are not for each of its peers")
         except MessageError as error:
             raise self._leave_out(number, error) from None
@@ -180,21 +177,16 @@ class GroupAggregation:
         The former are asked to reveal their shares of both.
         """
         self._end(Stage.MASKED, self._answered)
-        return sorted(self._answered), sorted(set(self._shares) - self._answered)
+        return sorted(self._answered), self._unmasking.dropped
 
     def take_revealed(self, number: int, record: Mapping[str, object]) -> None:
         """Take a device's `Revealed` record; if it is rejected, the device stays in the sum."""
-        self._sender(number, Stage.REVEALED, self._revealed)
+        self._sender(number, Stage.REVEALED, self._unmasking.revealed)
         try:
-            revealed = Revealed.from_record(record)
-            if not set(revealed.own_masks) <= self._answered:
-                raise MessageError("reveals own masks of other devices than those that answered")
-            if not set(revealed.masking_keys) <= set(self._shares) - self._answered:
-                raise MessageError("reveals masking keys of other devices than those that dropped")
+            self._unmasking.take(number, record)
         except MessageError as error:
             self._ignored[number] = str(error)
             raise MessageError(f"device {number}: {error}") from None
-        self._revealed[number] = revealed
 
     def total(self) -> list[np.ndarray]:
         """Unmask the sum over the devices that answered.
@@ -213,13 +205,11 @@ class GroupAggregation:
         """
         if self._total is None:
             if self._stage is Stage.REVEALED:
-                for number in self._answered - set(self._revealed) - set(self._ignored):
+                silent = self._answered - set(self._unmasking.revealed) - set(self._ignored)
+                for number in silent:
                     self._ignored[number] = "sent no revealed shares"
-            self._end(Stage.REVEALED, self._revealed)
-            own, masking = KINDS
-            self_seeds = self._seeds(own, self._answered)
-            masking_seeds = self._seeds(masking, set(self._shares) - self._answered)
-            add_masks(self._sum, self._masks(self_seeds, masking_seeds))
+            self._end(Stage.REVEALED, self._unmasking.revealed)
+            add_masks(self._sum, self._unmasking.masks())
             self._total = [
                 to_signed(words, bits)
                 for words, (_, bits) in zip(self._sum, self._widths, strict=True)
@@ -264,56 +254,3 @@ class GroupAggregation:
             end = start + packed_size(count, bits)
             yield unpack(payload[start:end], bits, count)
             start = end
-
-    def _seeds(self, kind: str, owners: Collection[int]) -> dict[int, bytes]:
-        """Reconstruct one kind of seed and compare it with what its device published."""
-        chosen = {owner: self._right_shares(kind, owner) for owner in sorted(owners)}
-        for owner, shares in chosen.items():
-            if len(shares) < self._threshold:
-                raise UnmaskingError(
-                    owner,
-                    f"{len(shares)} of its revealed shares match the digests it sent; "
-                    f"{self._threshold} are needed",
-                )
-        seeds = reconstruct_all(chosen)
-        for owner, seed in seeds.items():
-            keys = self._keys[owner]
-            if kind == KINDS[0]:
-                right = commit(seed, self._context) == keys.commitment
-            else:
-                private = private_key(seed, "masking", self._context)
-                right = public_bytes(private) == keys.masking
-            if not right:
-                raise UnmaskingError(
-                    owner, f"its shares of the {kind}'s seed do not give what it advertised"
-                )
-        return seeds
-
-    def _right_shares(self, kind: str, owner: int) -> dict[int, bytes]:
-        """Return as many shares as are needed, by point, that match the digests of their owner."""
-        place = KINDS.index(kind) * DIGEST_BYTES
-        digests = self._shares[owner].digests
-        right: dict[int, bytes] = {}
-        for holder in sorted(self._revealed):
-            revealed = self._revealed[holder]
-            shares = revealed.own_masks if kind == KINDS[0] else revealed.masking_keys
-            expected = digests[holder][place : place + DIGEST_BYTES]
-            if owner in shares and expected == digest(
-                shares[owner], kind, self._context, owner, holder
-            ):
-                right[self._points[holder]] = shares[owner]
-            if len(right) == self._threshold:
-                break
-        return right
-
-    def _masks(
-        self, self_seeds: Mapping[int, bytes], masking_seeds: Mapping[int, bytes]
-    ) -> Iterator[Mask]:
-        """Yield the masks that are left in the sum, each with the sign that takes it away."""
-        for seed in self_seeds.values():
-            yield own_mask(seed, self._context), -1
-        for dropped, seed in masking_seeds.items():
-            private = private_key(seed, "masking", self._context)
-            for peer in sorted(self._answered):
-                # What the one that dropped out would have added is what its peer took away.
-                yield pairwise_mask(private, dropped, peer, self._keys[peer].masking, self._context)

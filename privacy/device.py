@@ -4,15 +4,12 @@ Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Lea
 for a server that is honest but curious, and devices that may drop out after any step.
 """
 
-import struct
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from hashlib import sha256
 
 import numpy as np
 
 from privacy import shares as shamir
+from privacy.device_state import Member, Seeds, State, Step
 from privacy.errors import MessageError
 from privacy.keys import (
     SEED_BYTES,
@@ -25,36 +22,11 @@ from privacy.keys import (
     seal,
 )
 from privacy.masks import Mask, add_masks, own_mask, pairwise_mask
-from privacy.messages import PublicKeys, Revealed, Shares, check_roster, roster_digest
+from privacy.messages import SEALED_BYTES, PublicKeys, Revealed, Shares, check_roster, roster_digest
 from privacy.words import pack, to_words
 
 Parts = Sequence[tuple[np.ndarray, int]]
 """What is summed: arrays of signed integers, and for each the bits m that hold its sum."""
-
-
-class Step(IntEnum):
-    """How far a device is."""
-
-    BEGUN = 0
-    SHARED = 1
-    RECEIVED = 2
-    MASKED = 3
-    REVEALED = 4
-
-
-@dataclass
-class _Member:
-    """What a device knows of one member of its group."""
-
-    keys: PublicKeys
-    shared: bool = False
-    both_shares: bytes | None = None  # of its own mask's seed and its masking key's; None: unopened
-    asked: int = 0  # at the last step: as one that answered, 1, or that dropped out, 2
-
-
-_STATE = struct.Struct(">BQII16s16s16sI")
-_MEMBER = struct.Struct(">Q96sB32s")
-_CHECKSUM_BYTES = 16
 
 
 class Device:
@@ -84,17 +56,13 @@ class Device:
         server.total()  # [array([ 3, 6, 9, -12])]
     """
 
-    def __init__(self, context: bytes, seeds: tuple[bytes, bytes, bytes]) -> None:
-        self._context = context
-        self._self_seed, self._masking_seed, self._sealing_seed = seeds
-        self._masking = private_key(self._masking_seed, "masking", context)
-        self._sealing = private_key(self._sealing_seed, "sealing", context)
-        self._step = Step.BEGUN
-        self._number = self._threshold = 0
-        self._members: dict[int, _Member] = {}
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._masking = private_key(state.seeds.masking, "masking", state.context)
+        self._sealing = private_key(state.seeds.sealing, "sealing", state.context)
 
     def __repr__(self) -> str:
-        return f"Device(step={self._step.name!r})"
+        return f"Device(step={self._state.step.name!r})"
 
     @classmethod
     def begin(cls, context: bytes) -> "Device":
@@ -105,14 +73,14 @@ class Device:
         context : bytes
             What names run, round and group: every key, share and mask is bound to it.
         """
-        return cls(context, (new_seed(), new_seed(), new_seed()))
+        return cls(State(context, Seeds(new_seed(), new_seed(), new_seed())))
 
     def public_keys(self) -> PublicKeys:
         """Return what the device advertises."""
         return PublicKeys(
             public_bytes(self._masking),
             public_bytes(self._sealing),
-            commit(self._self_seed, self._context),
+            commit(self._state.seeds.own_mask, self._state.context),
         )
 
     def share(self, number: int, roster: Mapping[int, PublicKeys], threshold: int) -> Shares:
@@ -138,26 +106,25 @@ class Device:
         check_roster(roster, threshold)
         if roster.get(number) != self.public_keys():
             raise MessageError(f"device {number}: the roster does not hold the keys it advertised")
-        ordered = sorted(roster)
-        own = shamir.split(self._self_seed, threshold, len(ordered))
-        masking = shamir.split(self._masking_seed, threshold, len(ordered))
-        bound_to = roster_digest(roster, threshold, self._context)
+        ordered, context = sorted(roster), self._state.context
+        own = shamir.split(self._state.seeds.own_mask, threshold, len(ordered))
+        masking = shamir.split(self._state.seeds.masking, threshold, len(ordered))
+        bound_to = roster_digest(roster, threshold, context)
+        members = {peer: Member(roster[peer]) for peer in ordered}
         sealed, digests = {}, {}
         for holder, *both in zip(ordered, own, masking, strict=True):
             digests[holder] = b"".join(
-                shamir.digest(share, kind, self._context, number, holder)
+                shamir.digest(share, kind, context, number, holder)
                 for share, kind in zip(both, shamir.KINDS, strict=True)
             )
-            if holder != number:
-                public = roster[holder].sealing
-                sealed[holder] = seal(
-                    b"".join(both), self._sealing, number, holder, public, bound_to
-                )
-        self._members = {peer: _Member(roster[peer]) for peer in ordered}
-        place = ordered.index(number)
-        self._members[number].both_shares = own[place] + masking[place]
-        self._members[number].shared = True
-        self._number, self._threshold, self._step = number, threshold, Step.SHARED
+            if holder == number:
+                members[number] = Member(roster[number], shared=True, both_shares=b"".join(both))
+                continue
+            public = roster[holder].sealing
+            sealed[holder] = seal(b"".join(both), self._sealing, number, holder, public, bound_to)
+        state = self._state
+        state.number, state.threshold, state.members = number, threshold, members
+        state.step = Step.SHARED
         return Shares(sealed, digests)
 
     def receive(self, sealed: Mapping[int, bytes]) -> dict[int, str]:
@@ -181,29 +148,33 @@ class Device:
             the threshold.
         """
         self._expect(Step.SHARED)
-        if strangers := [n for n in sealed if n not in self._members or n == self._number]:
+        state = self._state
+        if strangers := [n for n in sealed if n not in state.members or n == state.number]:
             raise MessageError(f"shares of device {strangers[0]!r}, which is no peer in this group")
-        roster = {number: member.keys for number, member in self._members.items()}
-        bound_to = roster_digest(roster, self._threshold, self._context)
+        roster = {number: member.keys for number, member in state.members.items()}
+        bound_to = roster_digest(roster, state.threshold, state.context)
         opened, unopened = {}, {}
         for sender, message in sealed.items():
             public = roster[sender].sealing
+            if not isinstance(message, bytes) or len(message) != SEALED_BYTES:
+                unopened[sender] = (
+                    f"device {sender}: its sealed shares are not {SEALED_BYTES} bytes"
+                )
+                continue
             try:
-                both = open_sealed(message, self._sealing, sender, self._number, public, bound_to)
-                if len(both) != 2 * SEED_BYTES:
-                    raise MessageError(f"device {sender}: its shares are not two of 16 bytes")
-                opened[sender] = both
+                both = open_sealed(message, self._sealing, sender, state.number, public, bound_to)
             except MessageError as error:
                 unopened[sender] = str(error)
-        if len(opened) + 1 < self._threshold:
+            else:
+                opened[sender] = both
+        if len(opened) + 1 < state.threshold:
             some = f"; those of {sorted(unopened)} do not open" if unopened else ""
-            raise MessageError(
-                f"shares of {len(opened) + 1} devices{some}; allowed are {self._threshold} or more"
-            )
+            allowed = f"allowed are {state.threshold} or more"
+            raise MessageError(f"shares of {len(opened) + 1} devices{some}; {allowed}")
         for sender in sealed:
-            self._members[sender].shared = True
-            self._members[sender].both_shares = opened.get(sender)
-        self._step = Step.RECEIVED
+            state.members[sender].shared = True
+            state.members[sender].both_shares = opened.get(sender)
+        state.step = Step.RECEIVED
         return unopened
 
     def mask(self, vector: Parts) -> bytes:
@@ -222,7 +193,7 @@ class Device:
         self._expect(Step.RECEIVED)
         parts = [to_words(values, bits) for values, bits in vector]
         # From here on there is no second time: two vectors under one mask show their difference.
-        self._step = Step.MASKED
+        self._state.step = Step.MASKED
         add_masks(parts, self._masks())
         return b"".join(pack(words, bits) for words, (_, bits) in zip(parts, vector, strict=True))
 
@@ -245,25 +216,27 @@ class Device:
             If the lists overlap, are not together the devices that shared, hold fewer that
             answered than the threshold, or differ from those of an earlier call.
         """
-        if self._step is not Step.REVEALED:
+        if self._state.step is not Step.REVEALED:
             self._expect(Step.MASKED)
         one, other = set(answered), set(dropped)
         if len(one) != len(answered) or len(other) != len(dropped) or one & other:
             raise MessageError("asked for both seeds of one device; allowed is one of them")
-        if one | other != {n for n, member in self._members.items() if member.shared}:
+        if one | other != {n for n, member in self._state.members.items() if member.shared}:
             raise MessageError("asked for other devices than those that shared")
-        if self._number not in one:
-            raise MessageError(f"device {self._number}: asked for its key, though it answered")
-        if len(one) < self._threshold:
-            raise MessageError(f"{len(one)} answered; allowed are {self._threshold} or more")
-        for number, member in self._members.items():
+        if self._state.number not in one:
+            raise MessageError(
+                f"device {self._state.number}: asked for its key, though it answered"
+            )
+        if len(one) < self._state.threshold:
+            raise MessageError(f"{len(one)} answered; allowed are {self._state.threshold} or more")
+        for number, member in self._state.members.items():
             kind = 1 if number in one else 2 if number in other else 0
             if member.asked not in (0, kind):
                 raise MessageError("asked again for other seeds than before")
-        for number in self._members:
-            self._members[number].asked = 1 if number in one else 2 if number in other else 0
-        self._step = Step.REVEALED
-        held = {n: member.both_shares for n, member in self._members.items()}
+        for number in self._state.members:
+            self._state.members[number].asked = 1 if number in one else 2 if number in other else 0
+        self._state.step = Step.REVEALED
+        held = {n: member.both_shares for n, member in self._state.members.items()}
         return Revealed(
             {n: both[:SEED_BYTES] for n in one if (both := held[n])},
             {n: both[SEED_BYTES:] for n in other if (both := held[n])},
@@ -271,14 +244,7 @@ class Device:
 
     def to_bytes(self) -> bytes:
         """Return all that the device knows, its secrets included: it must not leave the device."""
-        seeds = self._self_seed, self._masking_seed, self._sealing_seed
-        numbers = self._step, self._number, self._threshold, len(self._members)
-        state = _STATE.pack(*numbers, *seeds, len(self._context)) + self._context
-        for number, member in self._members.items():
-            flags = member.shared | (member.both_shares is not None) << 1 | member.asked << 2
-            both = member.both_shares or bytes(2 * SEED_BYTES)
-            state += _MEMBER.pack(number, member.keys.to_bytes(), flags, both)
-        return state + sha256(state).digest()[:_CHECKSUM_BYTES]
+        return self._state.to_bytes()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Device":
@@ -289,35 +255,21 @@ class Device:
         MessageError
             If the bytes are not those.
         """
-        state, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
-        if len(state) < _STATE.size or sha256(state).digest()[:_CHECKSUM_BYTES] != checksum:
-            raise MessageError("the state of a device is damaged")
-        step, number, threshold, count, *seeds, length = _STATE.unpack_from(state)
-        end = _STATE.size + length
-        device = cls(state[_STATE.size : end], (seeds[0], seeds[1], seeds[2]))
-        device._step, device._number, device._threshold = Step(step), number, threshold
-        for index in range(count):
-            entry = _MEMBER.unpack_from(state, end + index * _MEMBER.size)
-            peer, keys, flags, both = entry
-            device._members[peer] = _Member(
-                PublicKeys.from_bytes(keys),
-                bool(flags & 1),
-                both if flags & 2 else None,
-                flags >> 2,
-            )
-        return device
+        return cls(State.from_bytes(data))
 
     def _expect(self, step: Step) -> None:
-        if self._step is not step:
-            now, wanted = self._step.name.lower(), step.name.lower()
+        if self._state.step is not step:
+            now, wanted = self._state.step.name.lower(), step.name.lower()
             raise MessageError(f"the device has {now} where it must have {wanted}; out of order")
 
     def _masks(self) -> list[Mask]:
-        masks = [(own_mask(self._self_seed, self._context), 1)]
-        for peer, member in self._members.items():
-            if member.shared and peer != self._number:
+        masks = [(own_mask(self._state.seeds.own_mask, self._state.context), 1)]
+        for peer, member in self._state.members.items():
+            if member.shared and peer != self._state.number:
                 public = member.keys.masking
                 masks.append(
-                    pairwise_mask(self._masking, self._number, peer, public, self._context)
+                    pairwise_mask(
+                        self._masking, self._state.number, peer, public, self._state.context
+                    )
                 )
         return masks

@@ -14,7 +14,7 @@ from privacy.keys import (
     check_public_key,
     number_bytes,
 )
-from privacy.shares import DIGEST_BYTES
+from privacy.shares import DIGEST_BYTES, KINDS
 
 SEALED_BYTES = 2 * SEED_BYTES + SEALING_BYTES  # both shares of one sender for one receiver
 DIGESTS_BYTES = 2 * DIGEST_BYTES
@@ -135,6 +135,10 @@ class Revealed:
     own_masks: Mapping[int, bytes] = field(repr=False)
     masking_keys: Mapping[int, bytes] = field(repr=False)
 
+    def of(self, kind: str) -> Mapping[int, bytes]:
+        """Return the shares of one of `privacy.shares.KINDS`."""
+        return self.own_masks if kind == KINDS[0] else self.masking_keys
+
     def to_record(self) -> dict[str, bytes]:
         """Return flat bytes by name, as a Flower ConfigRecord takes them."""
         return {
@@ -203,6 +207,28 @@ def unpack_by_number(data: bytes, size: int) -> dict[int, bytes]:
     return values
 
 
+def roster_to_bytes(roster: Mapping[int, PublicKeys]) -> bytes:
+    """Return the keys of a group as flat bytes, which each of its devices is sent."""
+    return pack_by_number({number: keys.to_bytes() for number, keys in roster.items()})
+
+
+def roster_from_bytes(data: bytes) -> dict[int, PublicKeys]:
+    """Validate what `roster_to_bytes` wrote, each device's keys as `PublicKeys.from_record` does.
+
+    Raises
+    ------
+    MessageError
+        If the length or a key is not one of a roster.
+    """
+    roster = {}
+    for number, joined in unpack_by_number(data, 3 * KEY_BYTES).items():
+        try:
+            roster[number] = PublicKeys.from_record(PublicKeys.from_bytes(joined).to_record())
+        except MessageError as error:
+            raise MessageError(f"device {number}: {error}") from None
+    return roster
+
+
 def check_roster(roster: Mapping[int, PublicKeys], threshold: int) -> None:
     """Reject a group that would not keep its members' vectors apart.
 
@@ -229,7 +255,7 @@ def check_roster(roster: Mapping[int, PublicKeys], threshold: int) -> None:
 
 def roster_digest(roster: Mapping[int, PublicKeys], threshold: int, context: bytes) -> bytes:
     """Return what devices agree on if they were told the same group and threshold."""
-    packed = pack_by_number({number: keys.to_bytes() for number, keys in roster.items()})
+    packed = roster_to_bytes(roster)
     return sha256(bind("roster", [context, threshold.to_bytes(4, "big"), packed])).digest()
 
 
