@@ -464,9 +464,19 @@ class MixedPrecisionStrategy(SumsByWidth, Strategy):
             self.round_log.rejected[client.partition_id] = str(error)
             return None
 
+    def counted(self, client: Declaration) -> int:
+        """Return what a client counts for in a sum, by the examples that it declared."""
+        return 1 if self.weighs_alike else self._examples_of(client.num_examples)
+
+    def _examples_of(self, reported: int) -> int:
+        """Return what a client's examples count for."""
+        if self.context.weighting == "uniform":
+            return 1
+        return min(reported, self.context.max_examples or reported)
+
     def _weighted(self, report: Report) -> Report:
         """Return a report whose examples are what they count for."""
-        return replace(report, num_examples=self.examples_of(report.num_examples))
+        return replace(report, num_examples=self._examples_of(report.num_examples))
 
     def _most_steps(self, client: Declaration) -> int | None:
         if self.context.local_epochs is None:

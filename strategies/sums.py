@@ -60,11 +60,9 @@ class SumsByWidth(ModelsByWidth):
         """Whether all clients of a width count alike in its mean."""
         return self.context.weighting == "uniform"
 
-    def examples_of(self, reported: int) -> int:
-        """Return what a client's examples count for."""
-        if self.context.weighting == "uniform":
-            return 1
-        return min(reported, self.context.max_examples or reported)
+    def counted(self, client: Declaration) -> int:
+        """Return what a client counts for in its sum, by the examples that it declared."""
+        raise NotImplementedError
 
     def agree_on_keys(self, grid: Grid, plan: RoundPlan, log: RoundLog) -> SecureRound:
         """Let the clients of a round agree on keys; those that do not are taken off the plan."""
@@ -77,7 +75,7 @@ class SumsByWidth(ModelsByWidth):
             self.context.dp_noise_multiplier,
         )
         secure = SecureRound(grid, plan, log, settings)
-        secure.agree(self._counted)
+        secure.agree(self.counted)
         return secure
 
     def sum_scales(self, bits: int, start: State, model: Update) -> dict[str, Tensor]:
@@ -112,7 +110,7 @@ class SumsByWidth(ModelsByWidth):
         """
         assert plan.secure is not None, "asked of a round with secure aggregation only"
         sent = scale_of(plan.start)
-        for item in plan.secure.sums(self._counted):
+        for item in plan.secure.sums(self.counted):
             bits, numbers = item.client.bits, [member.number for member in item.members]
             norms = norms_of(item.update.floats)
             if large := too_large({bits: norms}, sent, self.context.norm_bound):
@@ -154,7 +152,3 @@ class SumsByWidth(ModelsByWidth):
             report = replace(items[0].report, num_examples=count)
             update = Update(FLOAT_BITS, content, {}, moved)
             yield ClientUpdate(items[0].client, update, report, 0, members, from_received=True)
-
-    def _counted(self, client: Declaration) -> int:
-        """Return what a client counts for in its sum, by the examples that it declared."""
-        return 1 if self.weighs_alike else self.examples_of(client.num_examples)
