@@ -1,5 +1,6 @@
 """Tables of the page: what systems came to, the runs, and the clients that were left out."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -115,7 +116,22 @@ def runs_table(records: Sequence[Record], scenarios: Sequence[Scenario]) -> Tabl
             ]
         )
     head = ["run", "status", "system", "seed", "rounds", "last accuracy", "seconds", "begun"]
+    protected = [_protection(record) for record in records]
+    if any(protected):
+        head.append("privacy")
+        rows = [[*row, said or "none"] for row, said in zip(rows, protected, strict=True)]
     return Table(head, rows, layout="stacks")
+
+
+def _protection(record: Record) -> str:
+    """Return how a run kept its devices private; empty if in no way."""
+    said = []
+    if any(entry.secure for entry in record.rounds):
+        said.append("secure aggregation")
+    if spent := next((e.privacy for e in reversed(record.rounds) if e.privacy), None):
+        epsilon, delta = (spent.get(key, math.nan) for key in ("epsilon", "delta"))
+        said.append(f"epsilon {epsilon:.3g} at delta {delta:g}")
+    return ", ".join(said)
 
 
 def _status(record: Record) -> str:
