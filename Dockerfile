@@ -17,6 +17,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY prowd prowd
 COPY core core
 COPY quant quant
+COPY privacy privacy
 COPY task task
 COPY exchange exchange
 COPY strategies strategies

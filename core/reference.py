@@ -14,6 +14,7 @@ PACKAGES = (
     "prowd",
     "core",
     "quant",
+    "privacy",
     "task",
     "exchange",
     "strategies",

@@ -458,6 +458,12 @@ class MixedPrecisionStrategy(SumsByWidth, Strategy):
             self.round_log.rejected[client.partition_id] = str(error)
             return None
 
+    def examples_of(self, reported: int) -> int:
+        """Return what a client's examples count for."""
+        if self.context.weighting == "uniform":
+            return 1
+        return min(reported, self.context.max_examples or reported)
+
     def _weighted(self, report: Report) -> Report:
         """Return a report whose examples are what they count for."""
         return replace(report, num_examples=self.examples_of(report.num_examples))

@@ -55,10 +55,8 @@ class SumsByWidth(ModelsByWidth):
         return self.context.weighting == "uniform"
 
     def examples_of(self, reported: int) -> int:
-        """Return what a client's examples count for."""
-        if self.context.weighting == "uniform":
-            return 1
-        return min(reported, self.context.max_examples or reported)
+        """Return what a client's examples count for; every strategy's base does."""
+        raise NotImplementedError
 
     def agree_on_keys(self, grid: Grid, plan: RoundPlan, log: RoundLog) -> SecureRound:
         """Let the clients of a round agree on keys; those that do not are taken off the plan."""
