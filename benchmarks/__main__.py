@@ -2,13 +2,14 @@
 
 import sys
 
-from benchmarks import aggregation, codec, peers, scale, simulation, training, update_size
+from benchmarks import aggregation, codec, peers, scale, secure, simulation, training, update_size
 
 BENCHMARKS = {
     "codec": codec.main,
     "bytes": update_size.main,
     "aggregation": aggregation.main,
     "scale": scale.main,
+    "secure": secure.main,
     "simulation": simulation.main,
     "peers": peers.main,
     "training": training.main,

@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.federation import CLIENTS, FEDERATION, ROUNDS, SETTINGS
 from core.settings import Settings
 from prowd.compare.runs import PROJECT
+from core.reference import PACKAGES
 from quant import FLOAT_BITS
 from task.data.partition import client_images
 from task.hyperparameters import LocalTraining
@@ -31,7 +32,7 @@ from task.training import train
 client = ClientApp()
 server = ServerApp()
 
-_PACKAGES = ("benchmarks", "core", "exchange", "prowd", "quant", "server_app", "strategies", "task")
+_PACKAGES = ("benchmarks", *PACKAGES)
 _MARK = "seconds of rounds: "
 _PYPROJECT = """
 [project]

@@ -24,6 +24,10 @@ _NEEDS = {
     "data-dir": ("dataset", ("digits",)),
     "integer-learning-rate": ("low-bit-training", ("qat", "strict")),
     "upload": ("low-bit-training", ("strict",)),
+    **dict.fromkeys(
+        ("secure-threshold", "secure-min-group", "secure-float-bits"),
+        ("secure-aggregation", (False,)),
+    ),
 }
 # What the other built-in tasks do not look at; one of the user's own may.
 _OF_IMAGES = frozenset(
@@ -102,6 +106,7 @@ def _why_idle(key: str, one: _Option, given: Given, simulated: bool) -> str:
         _by_another(key, one, given)
         or _by_task(key, given)
         or _by_strategy(key, given)
+        or _by_masks(key, given)
         or (_by_mix(key, one, given) if simulated else "")
         or _by_resume(key, given)
     )
@@ -147,6 +152,17 @@ def _by_strategy(key: str, given: Given) -> str:
         if given["broadcast"] in broadcasts or not broadcasts
         else ""
     )
+
+
+def _by_masks(key: str, given: Given) -> str:
+    """Masked updates are not coded; codes of a model that is sent are."""
+    if key != "lossless-coding" or not given["secure-aggregation"]:
+        return ""
+    known, broadcast = _strategy_of(given), given["broadcast"]
+    if broadcast == "auto" and known is not None:
+        has_buffer = bool(given["server-buffer"])
+        broadcast = known.preferred_broadcast(str(given["low-bit-training"]), has_buffer)
+    return "secure-aggregation and a model in float32" if broadcast == "float32" else ""
 
 
 def _by_mix(key: str, one: _Option, given: Given) -> str:

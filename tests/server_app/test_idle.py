@@ -82,6 +82,26 @@ def test_the_defaults_are_no_news():
             "prowd-distill-weight: 0.1 has no effect with server-buffer=0",
         ),
         (
+            {"secure-threshold": 0.8},
+            "secure-threshold: 0.8 has no effect with secure-aggregation=False",
+        ),
+        (
+            {"secure-min-group": 5},
+            "secure-min-group: 5 has no effect with secure-aggregation=False",
+        ),
+        (
+            {"secure-float-bits": 24},
+            "secure-float-bits: 24 has no effect with secure-aggregation=False",
+        ),
+        (
+            {"secure-aggregation": True, "broadcast": "float32", "lossless-coding": False},
+            "lossless-coding: False has no effect with secure-aggregation and a model in float32",
+        ),
+        (
+            {"secure-aggregation": True, "strategy": "fedavg", "lossless-coding": False},
+            "lossless-coding: False has no effect with secure-aggregation and a model in float32",
+        ),
+        (
             {"resume": "/runs/a", "output-dir": "/runs", "run-name": "b"},
             "run-name: 'b' has no effect with resume, which continues that run's record",
         ),
@@ -111,6 +131,9 @@ def test_what_has_no_effect_is_named(changes, line):
         {"strategy": "package.module:Class", "bit-mix": "32:1.0", "broadcast": "nearest"},
         {"prowd-finetune-every": 1, "prowd-ladder": "8,32"},
         {"lossless-coding": False, "server-device": "cpu"},
+        {"secure-aggregation": True, "secure-threshold": 0.8, "secure-float-bits": 24},
+        {"secure-aggregation": True, "broadcast": "nearest", "lossless-coding": False},
+        {"strategy": "package.module:Class", "secure-aggregation": True, "secure-min-group": 5},
         {"strategy": "local", "broadcast": "calibrated", "server-device": "cpu"},
         {"strategy": "local", "broadcast": "nearest", "lossless-coding": False},
         {"strategy": "local", "server-device": "cpu", "resume": "/runs/a"},

@@ -1,0 +1,60 @@
+"""docs/privacy.md: its command runs, and its figures are those of a run."""
+
+import json
+import re
+import tomllib
+
+import pytest
+from documents import PROJECT, section
+from federation import ClientAppNode, SimulatedGrid
+from flwr.app import Context, RecordDict
+from flwr.common.config import parse_config_args
+
+from core.settings import Settings
+from privacy.sum_grid import sum_widths
+from quant import UpdateSpec
+from server_app.app import main
+
+PAGE = (PROJECT / "docs" / "privacy.md").read_text()
+DEFAULTS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory):
+    """The record of the page's command, with a smaller model."""
+    folder, example = tmp_path_factory.mktemp("privacy"), section("privacy.md", "Turn it on")
+    [command] = example.commands
+    federation = parse_config_args([command[command.index("--federation-config") + 1]])
+    clients = federation["num-supernodes"]
+    assert example.run_config.keys() <= DEFAULTS.keys()
+    config = {**DEFAULTS, **example.run_config, "output-dir": str(folder), "run-name": "run"}
+    config["model"] = "toy:net"
+    nodes = {50 + i: ClientAppNode(i, clients, config) for i in range(clients)}
+    main(SimulatedGrid(nodes), Context(1, 0, {}, RecordDict(), config))
+    lines = (folder / "run" / "rounds.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_the_command_sums_the_updates_of_both_widths(rounds):
+    assert len(rounds) == 2
+    for entry in rounds:
+        assert entry["clients"] == {"sampled": 8, "aggregated": 8, "rejected": 0, "failed": 0}
+
+
+def test_the_record_is_the_one_that_is_shown(rounds):
+    [shown] = re.findall(r"```json\n(.*?)```", PAGE, re.S)
+    assert [entry["secure"] for entry in rounds] == [json.loads(f"{{{shown}}}")["secure"]] * 2
+
+
+def test_settings_and_their_defaults_are_those_of_the_table():
+    rows = re.findall(r"^\| `(secure-[a-z-]+)` \| `?([\w.]+)`? \|", PAGE, re.M)
+    known = {k: v for k, v in Settings().to_settings().items() if k.startswith("secure-")}
+    assert {key: json.loads(value) for key, value in rows} == known
+
+
+def test_bits_of_twenty_devices():
+    spec = UpdateSpec({"w": (2, 3)}, {"w"})
+    assert [sum_widths(spec, 4, 20, 20 * w)[0][1] for w in (1, 255)] == [9, 9 + 8]
+    assert [sum_widths(spec, 32, 20, 20 * w)[1][1] for w in (1, 255)] == [25, 33]
+    assert "of 4 bits and equal weights 9 bits" in PAGE
+    assert "weight takes 25 bits then, and 33 with weights by examples" in PAGE
