@@ -11,6 +11,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
@@ -49,9 +50,6 @@ _LARGER, _SLOWER, _MORE = 1.02, 1.5, 1.0
 # Flower's SecAgg+ by its defaults: its clipping range, its levels, and its modulus.
 _CLIP, _LEVELS, _MODULUS = 8.0, 2**22, 2**32
 _M_MMAP_THRESHOLD = -3
-
-# That one drops out is no news.
-FLOWER_LOGGER.setLevel(logging.ERROR)
 
 State = dict[str, Tensor]
 
@@ -123,7 +121,7 @@ class Fleet(AnsweringGrid):
             message = self._pushed.pop(message_id)
             node = message.metadata.dst_node_id
             began = time.perf_counter()
-            reply = self._around(lambda message=message: self._reply(message))
+            reply = self._around(partial(self._reply, message))
             self.seconds[node] = self.seconds.get(node, 0.0) + time.perf_counter() - began
             yield reply
 
@@ -159,6 +157,8 @@ class Fleet(AnsweringGrid):
 
 def main() -> None:
     """Print the tables, the figures and, as the last line, JSON."""
+    # That one drops out is no news.
+    FLOWER_LOGGER.setLevel(logging.ERROR)
     torch.set_num_threads(1)
     model = _model()
     figures = _bytes(model) + _rounds(model)
@@ -234,8 +234,8 @@ def _rounds(model: State) -> list[Figure]:
     for count, bits, drops in product(_COUNTS, _WIDTHS, (False, True)):
         turns = _turns(model, arrays, bits, count, drops)
         secure, clear = (_median([turn[kind] for turn in turns]) for kind in (0, 1))
-        seconds = secure.device, clear.device, secure.server, clear.server
-        cells = [str(count), str(bits), str(int(drops)), *(f"{s:.3f}" for s in seconds)]
+        four = (secure.device, clear.device, secure.server, clear.server)
+        cells = [str(count), str(bits), str(int(drops)), *(f"{s:.3f}" for s in four)]
         print(f"| {' | '.join(cells)} |")
         label = f"{bits}-bit, {count} devices" + (", one drops" if drops else "")
         figures.append(_ratio(f"round with training, {label}", turns, epochs[bits]))
@@ -313,7 +313,8 @@ def peaks(model: State, bits: int, count: int, secure: bool) -> tuple[int, int]:
     one_round(fleet, arrays, True)  # the update is made, and all is imported
     if not secure:
         one_round(fleet, arrays, False)
-    device.clear(), server.clear()
+    device.clear()
+    server.clear()
     base[0] = _peak_begins()
     one_round(fleet, arrays, secure)
     server.append(_resident("VmHWM") - base[0])
