@@ -24,6 +24,7 @@ _NEEDS = {
     "data-dir": ("dataset", ("digits",)),
     "integer-learning-rate": ("low-bit-training", ("qat", "strict")),
     "upload": ("low-bit-training", ("strict",)),
+    "dp-delta": ("dp-clip", (0.0,)),
     **dict.fromkeys(
         ("secure-threshold", "secure-min-group", "secure-float-bits"),
         ("secure-aggregation", (False,)),
