@@ -24,14 +24,10 @@ CELLS = [
     PROWD,
     FEDAVG,
     Cell("prowd", "float32", "qat", WIDTHS, "dithered"),
-    Cell("prowd", "float32", "integer", WIDTHS),
     Cell("fedavg", "nearest", "strict", (2, 2, 8, 8, 16, 16)),
     Cell("fedavg", "float32", "qat", WIDTHS, "stored"),
     Cell("fedavg", "float32", "integer", WIDTHS, "stored"),
-    Cell("fedprox", "float32", "strict", WIDTHS),
-    Cell("fedpaq", "float32", "strict", WIDTHS),
     Cell("fedcom", "calibrated", "strict", WIDTHS),
-    Cell("grouped-avg", "float32", "qat", WIDTHS),
     Cell("grouped-avg-asymmetric", "nearest", "strict", WIDTHS),
     Cell("flwr:FedAdam", "float32", "qat", WIDTHS),
 ]
@@ -89,11 +85,7 @@ def test_so_it_is_of_any_task(task, tmp_path, without_masks):
     is_the_run_without_masks(PROWD, tmp_path, without_masks, **settings)
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [PROWD, *(Cell(s, "calibrated", "strict", WIDTHS) for s in ("fedavg", "fedcom"))],
-    ids=str,
-)
+@pytest.mark.parametrize("cell", [PROWD, Cell("fedcom", "calibrated", "strict", WIDTHS)], ids=str)
 def test_it_is_near_the_run_in_the_clear(cell, tmp_path):
     """Same clients, same codes: what differs is the fixed point of all else."""
     settings = {"rounds": 1, "weighting": "uniform", "batch_size": 12}
@@ -158,15 +150,12 @@ def test_a_group_that_becomes_too_small_is_left_out_and_the_others_go_on(tmp_pat
 
 
 NONSENSE = [
-    {},
-    {"secure": b"nonsense"},
-    {"own_masks": b"", "masking_keys": b"\0" * 40},
-    {"masking": b"\0" * 32, "sealing": b"\0" * 32, "commitment": b"\0" * 32},
-    {"masking": 5, "sealing": "x", "commitment": [1]},
-    {"sealed": b"\xff" * 100, "digests": b"\xff" * 100},
+    {"masking": b"\0" * 32, "sealing": 5, "commitment": [1]},
+    {"sealed": b"\xff" * 100, "digests": b"", "own_masks": b"", "masking_keys": b"\0" * 40},
 ]
 
 
+# What else is refused: tests/privacy.
 @pytest.mark.parametrize("step", [KEYS, SHARES, REVEAL])
 def test_nonsense_costs_the_one_that_sent_it(step, tmp_path):
     for place, nonsense in enumerate(NONSENSE):
