@@ -54,7 +54,7 @@ def test_unbounded_mask_is_the_best_of_all(kind):
 def test_bounded_mask_is_the_best_of_all_where_that_points_along_high(kind, bound):
     rng = np.random.default_rng(1)
     checked = 0
-    for _ in range(50):
+    for _ in range(25):
         size = int(rng.integers(2, 10))
         low, high = vectors(rng, size, kind)
         least, most = sorted(rng.integers(0, size + 1, 2).tolist())

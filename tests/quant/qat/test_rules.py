@@ -44,7 +44,13 @@ from quant.qat.activations import (
     quantize_output_gradient,
 )
 
-WIDTHS = range(2, 17)
+# Every width with some layer, every layer with the narrowest, the widest and some between.
+AT_A_WIDTH = [
+    (name, bits)
+    for place, name in enumerate(CASES)
+    for bits in range(2, 17)
+    if bits in (2, 16) or (bits + place) % 4 == 0
+]
 EACH = pytest.mark.parametrize("name", CASES)
 # Those of one layer.
 SINGLE = pytest.mark.parametrize("name", sorted(CASES.keys() - {"tied", "encoder", "attending"}))
@@ -101,8 +107,7 @@ def test_all_weights_are_quantized_and_keep_their_names(name):
         assert scale.shape == layer.get_parameter(weight).shape[:1]
 
 
-@EACH
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("name", "bits"), AT_A_WIDTH)
 def test_the_forward_pass_is_that_of_the_dequantized_codes_bit_for_bit(name, bits):
     layer, inputs = made(name)
     expected = dequantized(layer, bits)
@@ -187,7 +192,7 @@ OPTIMIZERS = {
 
 @EACH
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8, 12, 16])
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
 def test_strict_training_keeps_every_weight_on_its_grid(name, optimizer, bits):
     layer, inputs = made(name)
     prepare(layer, QuantConfig(bits, 8, 8))
