@@ -20,9 +20,9 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from benchmarks.federation import CLIENTS, FEDERATION, ROUNDS, SETTINGS
+from core.reference import PACKAGES
 from core.settings import Settings
 from prowd.compare.runs import PROJECT
-from core.reference import PACKAGES
 from quant import FLOAT_BITS
 from task.data.partition import client_images
 from task.hyperparameters import LocalTraining

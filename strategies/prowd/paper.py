@@ -75,7 +75,7 @@ class ProWDPaper(ProWD):
     @classmethod
     def why_not_secure(cls, options: Any, context: StrategyContext) -> str:
         """Refuse, as it dequantizes the weights of single clients."""
-        return f"{cls.__name__}, which dequantizes each client's own weights; allowed: False"
+        return f"{cls.__name__}, which dequantizes each client's own weights; allowed: false"
 
     def __init__(
         self, options: ProWDPaperOptions | None = None, context: StrategyContext | None = None

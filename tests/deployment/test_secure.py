@@ -18,7 +18,7 @@ pytestmark = pytest.mark.deployment
 DEVICES, KILLED, ROUNDS = 4, 2, 2
 LAB = '[superlink]\ndefault = "lab"\n[superlink.lab]\naddress = "127.0.0.1:8000"\ninsecure = true\n'
 RUN = (
-    "flwr run . lab --stream --run-config 'secure-aggregation=true weighting=\"uniform\" "
+    'flwr run . lab --stream --run-config \'secure-aggregation=true weighting="uniform" '
     f'strategy="prowd" model="toy:net" num-server-rounds={ROUNDS} min-nodes=3 '
     f'node-wait={PATIENCE} run-name="run"\''
 )
