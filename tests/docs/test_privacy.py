@@ -65,7 +65,7 @@ def test_bits_of_twenty_devices():
 @pytest.mark.parametrize("name", ["fedpaq", "fedcom", "fedcomgate", "prowd-paper", "local"])
 def test_what_is_refused_is_said_so(name):
     kind, context = STRATEGIES[name], StrategyContext(quantized=["w"], secure_aggregation=True)
-    with pytest.raises(SettingsError, match="^secure-aggregation: true with ") as refused:
+    with pytest.raises(SettingsError, match=r"^secure-aggregation: true with ") as refused:
         kind.check_all(kind.Options(), context)
     rows = [row for row in PAGE.splitlines() if row.startswith("|") and f"`{name}`" in row]
     assert any("refused" in row for row in rows)
