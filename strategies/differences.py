@@ -55,6 +55,8 @@ class FedPAQ(MixedPrecisionStrategy):
 
         Those of strict clients are the difference of two codes: the sum of their codes tells it.
         """
+        if not cls.needs_means_only:
+            return super().why_not_secure(options, context)
         if options.bits:
             return f"{cls.__name__} and bits {options.bits}; allowed: 0, each client's own width"
         if context.low_bit_training != "strict":

@@ -10,10 +10,12 @@ from federation import ClientAppNode, SimulatedGrid
 from flwr.app import Context, RecordDict
 from flwr.common.config import parse_config_args
 
+from core.errors import SettingsError
 from core.settings import Settings
 from privacy.sum_grid import sum_widths
 from quant import UpdateSpec
 from server_app.app import main
+from strategies import STRATEGIES, StrategyContext
 
 PAGE = (PROJECT / "docs" / "privacy.md").read_text()
 DEFAULTS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
@@ -58,3 +60,14 @@ def test_bits_of_twenty_devices():
     assert [sum_widths(spec, 32, 20, 20 * w)[1][1] for w in (1, 255)] == [25, 33]
     assert "of 4 bits and equal weights 9 bits" in PAGE
     assert "weight takes 25 bits then, and 33 with weights by examples" in PAGE
+
+
+@pytest.mark.parametrize("name", ["fedpaq", "fedcom", "fedcomgate", "prowd-paper", "local"])
+def test_what_is_refused_is_said_so(name):
+    kind, context = STRATEGIES[name], StrategyContext(quantized=["w"], secure_aggregation=True)
+    with pytest.raises(SettingsError, match=r"^secure-aggregation: true with ") as refused:
+        kind.check_all(kind.Options(), context)
+    rows = [row for row in PAGE.splitlines() if row.startswith("|") and f"`{name}`" in row]
+    assert any("refused" in row for row in rows)
+    if name == "fedcomgate":
+        assert f"prowd: {refused.value}" in PAGE.replace("\n", " ")
