@@ -5,7 +5,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from torch import Tensor
 
-from benchmarks.grid import reporting_grid, weights_of
+from benchmarks.grid import quietly, reporting_grid, weights_of
 from benchmarks.measure import Figure, ratio, report, side_by_side
 from core.constructors import Broadcast
 from exchange.states import to_arrays
@@ -23,6 +23,7 @@ _LAYERS = 46  # a weight and a bias each: 92 tensors, a million values
 
 def main() -> None:
     """Time a round's aggregation, from the replies as they came to the next model."""
+    quietly()
     torch.set_num_threads(1)
     figures: list[Figure] = []
     for bits in (2, 4, 8):

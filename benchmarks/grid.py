@@ -16,9 +16,6 @@ from quant import encode, quantize_fitted
 from strategies import MixedPrecisionStrategy
 
 be_in_a_run()
-# A line for each node would hide the figures.
-FLOWER_LOGGER.setLevel(logging.WARNING)
-
 # Standard deviation of a weight's movement, in those of its layer.
 _MOVED = 0.08
 
@@ -146,6 +143,11 @@ def _moved(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else tensor
         for name, tensor in model.items()
     }
+
+
+def quietly() -> None:
+    """Let Flower log warnings only: a line for each node would hide the figures."""
+    FLOWER_LOGGER.setLevel(logging.WARNING)
 
 
 def run_round(strategy: MixedPrecisionStrategy, arrays: ArrayRecord, grid: AnsweringGrid) -> None:

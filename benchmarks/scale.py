@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from flwr.app import ConfigRecord
 
-from benchmarks.grid import reporting_grid, run_round, weights_of
+from benchmarks.grid import quietly, reporting_grid, run_round, weights_of
 from benchmarks.measure import Figure, ratio, report
 from exchange.states import to_arrays
 from quant import federated_state
@@ -23,6 +23,7 @@ _MODELS = 24.0
 
 def main() -> None:
     """Run whole rounds of the server, its clients answering at once."""
+    quietly()
     figures: list[Figure] = []
     for name in ("fedavg", "prowd"):
         seconds, models = {}, {}

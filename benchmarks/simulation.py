@@ -15,7 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.federation import ALL_FLOAT32, CLIENTS, FEDERATION, SETTINGS
-from benchmarks.grid import reporting_grid, run_round
+from benchmarks.grid import quietly, reporting_grid, run_round
 from benchmarks.measure import Figure, ratio, report, side_by_side
 from benchmarks.plain_flower import network, seconds_of_rounds
 from core.settings import Settings
@@ -45,6 +45,7 @@ _TURNS = 2
 
 def main() -> None:
     """Run four rounds by `flwr run`, and the same clients' training without Flower."""
+    quietly()
     settings = Settings.of_run(SETTINGS)
     simulated = _seconds_of_rounds(SETTINGS)
     bare = [_bare(settings) for _ in simulated]
