@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from logging import INFO, WARNING
+from secrets import SystemRandom
 from typing import Any
 
 import numpy as np
@@ -212,7 +213,7 @@ def sample_nodes(
     *purpose: int,
     each_alone: bool = False,
 ) -> dict[int, Declaration]:
-    """Choose nodes: at least one, by partition and seed, whatever the node IDs.
+    """Choose nodes, whatever their IDs: at least one, by partition and seed, or `each_alone`.
 
     Parameters
     ----------
@@ -226,15 +227,16 @@ def sample_nodes(
         What they are chosen for, as the round; another purpose gives another choice.
     each_alone : bool
         Whether each is chosen by itself with this probability (Poisson sampling), which is what
-        differential privacy is accounted for; else a fixed number of them is.
+        differential privacy is accounted for; else a fixed number of them is. It may be nobody, and
+        is not by the seed: who knows the seed would know who takes part, as if all did.
     """
     by_partition = {d.partition_id: n for n, d in present.items()}
     partitions = sorted(by_partition)
+    if each_alone and fraction < 1:
+        secret = SystemRandom()
+        drawn = [p for p in partitions if secret.random() < fraction]
+        return {by_partition[p]: present[by_partition[p]] for p in drawn}
     count = max(1, round(fraction * len(partitions)))
     rng = np.random.default_rng(derive_seed(seed, Stream.SAMPLING, *purpose))
     chosen = sorted(rng.choice(partitions, count, replace=False).tolist())
-    if each_alone and fraction < 1:
-        drawn = rng.random(len(partitions)) < fraction
-        # Of nobody there is no round.
-        chosen = [p for p, is_in in zip(partitions, drawn, strict=True) if is_in] or chosen[:1]
     return {by_partition[p]: present[by_partition[p]] for p in chosen}

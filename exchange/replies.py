@@ -104,8 +104,8 @@ class ClientUpdate:
 
     @property
     def count(self) -> int:
-        """Number of clients that it is of."""
-        return len(self.members) or 1
+        """Number of clients that it is of; with noise, of all clients of the width."""
+        return self.report.num_examples if self.from_received else len(self.members) or 1
 
 
 def payload_of(reply: Message) -> bytes | None:

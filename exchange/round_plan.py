@@ -36,6 +36,29 @@ if TYPE_CHECKING:
 _ALLOWED = f"0, {MIN_BITS} to {MAX_BITS}, and {FLOAT_BITS}"
 
 
+@dataclass(frozen=True)
+class WidthPlan:
+    """What is fixed of a width before anybody is drawn.
+
+    Attributes
+    ----------
+    client : Declaration
+        One of its clients.
+    instruction : Instruction
+        What it would be asked.
+    clients : int
+        How many there are.
+    drawn : float
+        How many of them take part in a round on average. A sum with noise is divided by it: by the
+        number that did take part, or whose update was good, the model would tell who they are.
+    """
+
+    client: Declaration
+    instruction: Instruction
+    clients: int
+    drawn: float
+
+
 @dataclass
 class RoundPlan:
     """The messages of one round, and what they ask of each client.
@@ -53,7 +76,9 @@ class RoundPlan:
     messages : list of Message
         One a client, of those that were made so far.
     received : dict of int to dict of str to Tensor
-        With differential privacy: the model as the clients of a width were sent it.
+        With differential privacy: the model as the clients of a width are sent it.
+    widths : dict of int to WidthPlan
+        With differential privacy: what is fixed of each width, whoever is drawn of it.
     secure : SecureRound, optional
         With secure aggregation: the groups whose sums alone are seen.
     """
@@ -65,6 +90,7 @@ class RoundPlan:
     expected: dict[int, Expected] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
     received: dict[int, State] = field(default_factory=dict)
+    widths: dict[int, "WidthPlan"] = field(default_factory=dict)
     secure: "SecureRound | None" = None
 
     @property

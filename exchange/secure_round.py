@@ -186,17 +186,29 @@ class SecureRound:
             log(WARNING, "partition %d does not reveal its shares: %s", number, reason)
         totals: dict[int, list[np.ndarray]] = {}
         self._each(lambda group: totals.update({group.bits: group.sums.total()}), few=False)
+        # All are seen from here on, whatever a strategy reads of them.
+        self._log.noise_multiplier = min(
+            (
+                group.grid.effective_noise(len(group.reports))
+                for group in self._groups.values()
+                if isinstance(group.grid, NoisyGrid)
+            ),
+            default=None,
+        )
         for bits, group in self._groups.items():
             self._log.secure[str(bits)] = {
                 "devices": len(group.reports),
                 "code-bits": group.widths[0][1] if group.widths[0][0] else 0,
                 "float-bits": group.widths[1][1] if group.widths[1][0] else 0,
             }
-            if isinstance(group.grid, NoisyGrid):
-                effective = group.grid.effective_noise(len(group.reports))
-                least = self._log.noise_multiplier
-                self._log.noise_multiplier = effective if least is None else min(least, effective)
             yield self._mean_of(group, totals[bits], counted)
+
+    def noise_norm(self, bits: int) -> float:
+        """Return the norm that the noise in a width's mean hardly ever exceeds."""
+        group = self._groups[bits]
+        if not isinstance(group.grid, NoisyGrid):
+            return 0.0
+        return group.grid.noise_norm(len(group.reports), self._plan.widths[bits].drawn)
 
     def reports_of(self, bits: int) -> list[Report]:
         """Return the reports of the devices that are in the sum of a width, by number."""
@@ -302,7 +314,13 @@ class SecureRound:
         self, group: _Group, total: list[np.ndarray], counted: Callable[[Declaration], int]
     ) -> ClientUpdate:
         grid, numbers = _grid_of(group), sorted(group.reports)
-        values = grid.mean(total, sum(group.weights[number] for number in numbers))
+        if noisy := isinstance(grid, NoisyGrid):
+            # How many sent something must not tell who did.
+            width = self._plan.widths[group.bits]
+            values, examples = grid.mean(total, width.drawn), width.clients
+        else:
+            values = grid.mean(total, sum(group.weights[number] for number in numbers))
+            examples = sum(counted(group.clients[number]) for number in numbers)
         instructions = [self._plan.instructions[number] for number in numbers]
         content: Content = "weights"
         if instructions[0].uplink == "difference":
@@ -313,11 +331,10 @@ class SecureRound:
             Member(number, group.weights[number], instruction.dither)
             for number, instruction in zip(numbers, instructions, strict=True)
         )
-        examples = sum(counted(group.clients[number]) for number in numbers)
         first = group.clients[numbers[0]]
         client = replace(first, num_examples=examples)
         report = _mean_report([group.reports[number] for number in numbers], examples)
-        update, noisy = Update(FLOAT_BITS, content, {}, values), isinstance(grid, NoisyGrid)
+        update = Update(FLOAT_BITS, content, {}, values)
         return ClientUpdate(client, update, report, 0, members, noisy)
 
 

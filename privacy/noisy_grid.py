@@ -7,7 +7,7 @@ statistics of BatchNorm are left as they were, and not sent: without a bound of 
 use up the clip.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil, prod
@@ -43,7 +43,7 @@ def movement_of(
     --------
     >>> update = Update(32, "weights", {}, {"b": torch.tensor([3.0])})
     >>> movement_of(update, {"b": torch.tensor([1.0])})
-    {'b': tensor([2.])}
+    {'b': tensor([2.], dtype=torch.float64)}
     """
     held = dict(received)
     values = update.dequantize()
@@ -51,8 +51,9 @@ def movement_of(
         held = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
     elif update.quantized:
         held = start_of(update, received, dither, stored_bits).dequantize()
+    # In float64: float32 numbers of opposite signs can be further apart than float32 goes.
     return {
-        name: torch.zeros_like(tensor) if is_statistic(name) else tensor - held[name]
+        name: tensor.double() * 0 if is_statistic(name) else tensor.double() - held[name]
         for name, tensor in values.items()
     }
 
@@ -145,7 +146,20 @@ class NoisyGrid:
         codes[with_noise] = rounded + discrete_gaussian(self.sigma, rounded.shape)
         return np.zeros(0, np.int64), codes
 
-    def mean(self, sums: Sequence[np.ndarray], weight: int) -> dict[str, Tensor]:
+    def noise_norm(self, devices: int, divisor: float) -> float:
+        """Return the norm that the noise in a mean hardly ever exceeds.
+
+        Parameters
+        ----------
+        devices : int
+            Whose shares of the noise are in the sum.
+        divisor : float
+            What the sum is divided by.
+        """
+        one = self.sigma * self.step * np.sqrt(devices) / divisor
+        return float(one * (np.sqrt(self.dimension) + _TAIL))
+
+    def mean(self, sums: Sequence[np.ndarray], weight: float) -> dict[str, Tensor]:
         """Return the start, moved by the mean of movements whose integers have this sum."""
         moved = torch.from_numpy(sums[1]).double() * (self.step / weight)
         parts = moved.split(list(self._sizes.values()))
@@ -167,36 +181,40 @@ class NoisyGrid:
         return np.concatenate(parts)
 
 
-def noisy_mean(
-    movements: Iterable[Mapping[str, Tensor]], clip: float, noise_multiplier: float
-) -> tuple[dict[str, Tensor], int]:
-    """Clip movements, add them up, add noise, and divide by their number: central noise.
+class NoisySum:
+    """Central noise: clips movements, adds them up one at a time, and adds noise to the sum.
 
     Parameters
     ----------
-    movements : iterable of mapping
-        `movement_of` each device; one is looked at at a time.
+    like : mapping of str to Tensor
+        Tensors of a movement's names and shapes.
     clip : float
-        Largest norm of one.
-    noise_multiplier : float
-        Standard deviation of the noise, by the clip.
-
-    Returns
-    -------
-    tuple of dict and int
-        The mean, and how many devices it is of; empty and 0 without any.
+        Largest norm of one movement.
     """
-    total: dict[str, Tensor] = {}
-    count = 0
-    for moved in movements:
-        factor = clip_factor(norm_of(moved), clip)
-        for name, tensor in moved.items():
-            part = tensor.double() * factor
-            total[name] = total[name] + part if name in total else part
-        count += 1
-    sigma = noise_multiplier * clip
-    mean = {
-        name: (tensor if is_statistic(name) else with_gaussian_noise(tensor, sigma)).float() / count
-        for name, tensor in total.items()
-    }
-    return mean, count
+
+    def __init__(self, like: Mapping[str, Tensor], clip: float) -> None:
+        self._clip = clip
+        self._total = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in like.items()}
+
+    def add(self, movement: Mapping[str, Tensor]) -> None:
+        """Add `movement_of` a device."""
+        factor = clip_factor(norm_of(movement), self._clip)
+        for name, tensor in movement.items():
+            self._total[name] += tensor.double() * factor
+
+    def mean(self, noise_multiplier: float, devices: float) -> dict[str, Tensor]:
+        """Return the sum with noise, divided by a number of devices that is fixed beforehand.
+
+        Parameters
+        ----------
+        noise_multiplier : float
+            Standard deviation of the noise, by the clip.
+        devices : float
+            As of `exchange.round_plan.WidthPlan.drawn`.
+        """
+        sigma = noise_multiplier * self._clip
+        return {
+            name: (total if is_statistic(name) else with_gaussian_noise(total, sigma)).float()
+            / devices
+            for name, total in self._total.items()
+        }

@@ -133,6 +133,9 @@ class SumGrid:
 
     def _fixed_point(self, name: str, values: Tensor, generator: np.random.Generator) -> np.ndarray:
         moved = (values.double() - self.start[name].double()).reshape(-1).numpy()
+        if not np.isfinite(moved).all():
+            # NaN as an integer would be anything, and times an even weight nothing.
+            raise GridError(f"{name} is not finite; training diverged")
         most = _largest(self.float_bits)
         scaled = np.clip(moved / self.steps[name], -most, most)
         low = np.floor(scaled)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from core.errors import SettingsError
 from core.settings import Settings
 
 if TYPE_CHECKING:
@@ -14,20 +15,27 @@ def noise_multiplier_of(settings: Settings) -> float:
 
     Raises
     ------
-    ValueError
+    SettingsError
         If no noise is enough for the budget.
     """
     if not settings.is_private or settings.dp_noise_multiplier:
         return settings.dp_noise_multiplier
     from privacy.accounting import noise_for
 
-    return noise_for(
-        settings.dp_epsilon,
-        settings.dp_delta,
-        settings.num_server_rounds,
-        settings.fraction_train,
-        discrete=settings.secure_aggregation,
-    )
+    epsilon, delta, rounds = settings.dp_epsilon, settings.dp_delta, settings.num_server_rounds
+    try:
+        return noise_for(epsilon, delta, rounds, sampling_of(settings), settings.secure_aggregation)
+    except ValueError as error:
+        raise SettingsError(f"dp-{error}") from None
+
+
+def sampling_of(settings: Settings) -> float:
+    """Return the probability with which a device takes part, for those whom epsilon is stated for.
+
+    With secure aggregation that is the server too, which knows who does; and how much noise is in a
+    sum tells everybody how many do, as each device adds its share.
+    """
+    return 1.0 if settings.secure_aggregation else settings.fraction_train
 
 
 class Account:
@@ -81,4 +89,4 @@ class Account:
         from privacy.accounting import Mechanism
 
         settings = self._settings
-        return Mechanism(noise_multiplier, settings.fraction_train, settings.secure_aggregation)
+        return Mechanism(noise_multiplier, sampling_of(settings), settings.secure_aggregation)

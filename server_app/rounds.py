@@ -69,13 +69,15 @@ def run_rounds(
             log(WARNING, "prowd: the run ends after round %d: %s", server_round - 1, reason)
             break
         record.round_begun = server_round
-        entry, arrays = _run_round(grid, strategy, settings, server_round, arrays, evaluator)
-        if account is not None and (noise := strategy.round_log.noise_multiplier) is not None:
-            entry["privacy"] = account.add(noise)
+        entry, arrays = _run_round(
+            grid, strategy, settings, server_round, arrays, evaluator, account
+        )
         seconds_a_round = (time.monotonic() - began) / (server_round - done)
         left = seconds_a_round * (settings.num_server_rounds - server_round)
         record.append_round(entry, strategy.round_log.weights, totals(entry, left))
-        if server_round == 1 and not entry["clients"]["aggregated"]:
+        # Of few that are drawn each alone, there may be too few.
+        by_chance = settings.is_private and settings.fraction_train < 1
+        if server_round == 1 and not entry["clients"]["aggregated"] and not by_chance:
             raise FederationError(f"no client could be used in the first round: {_why(entry)}")
         keep(server_round, to_state(arrays))
         log(INFO, "%s", format_round(entry, settings.num_server_rounds, left))
@@ -110,6 +112,7 @@ def _run_round(
     server_round: int,
     arrays: ArrayRecord,
     evaluator: Evaluator,
+    account: Account | None,
 ) -> tuple[dict[str, Any], ArrayRecord]:
     started = time.monotonic()
     batches = strategy.training_messages(server_round, arrays, grid)
@@ -117,8 +120,9 @@ def _run_round(
     aggregated, metrics = strategy.aggregate_train(server_round, replies)
     arrays = arrays if aggregated is None else aggregated
     combined = time.monotonic()
-    scores = _Scores()
-    if is_evaluated(settings, server_round):
+    scores, spent = _Scores(), _spend(account, strategy.round_log)
+    is_last = account is not None and bool(account.refusal())
+    if is_last or is_evaluated(settings, server_round):
         scores = _evaluate(grid, strategy, settings, server_round, arrays, evaluator)
     ended = time.monotonic()
     trained, evaluated = strategy.round_log, strategy.evaluate_log
@@ -142,6 +146,8 @@ def _run_round(
         "left_out_of_evaluation": _left_out(evaluated),
         settings.strategy: trained.own,
     }
+    if spent:
+        entry["privacy"] = spent
     if trained.dropped:
         # The clients that were asked, to be counted again when the run is resumed.
         entry |= {"dropped": trained.dropped, "asked": sorted(trained.sampled)}
@@ -154,6 +160,13 @@ def _run_round(
     if scores.metrics:
         entry["metrics"] = scores.metrics
     return entry, arrays
+
+
+def _spend(account: Account | None, trained: RoundLog) -> dict[str, float]:
+    """Account a round whose sums were seen; return what its line says, empty if none was."""
+    if account is None or trained.noise_multiplier is None:
+        return {}
+    return account.add(trained.noise_multiplier)
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,9 @@ class MixedPrecisionStrategy(SumsByWidth, Strategy):
                 f"{cls.__name__} has a configure_train of its own, which the server does not call; "
                 "override training_messages"
             )
+        if "combine" in vars(cls) and "needs_means_only" not in vars(cls):
+            # That of its parent needed no more; its own may compare clients.
+            cls.needs_means_only = False
         if {"combine", "checkpoint"} & vars(cls).keys() and "replaces_kept" not in vars(cls):
             cls.replaces_kept = False
 
@@ -289,10 +292,13 @@ class MixedPrecisionStrategy(SumsByWidth, Strategy):
         accepted.sort(key=lambda item: item.client.partition_id)
         reports: list[Report] = []
         if plan.secure is None:
-            good = within_norms(plan, accepted, self.context.norm_bound, round_log.rejected)
+            # A movement that is clipped needs no other bound; and one device's could decide, by the
+            # median, whether the updates of others count.
+            bound = 0.0 if self.context.dp_clip else self.context.norm_bound
+            good = within_norms(plan, accepted, bound, round_log.rejected)
             updates = self._updates(good, reports)
             if self.context.dp_clip:
-                updates = self.noised(plan, round_log, updates)
+                updates = self.noised(server_round, plan, round_log, updates)
         else:
             updates = self.sums_of(plan, round_log, reports)
         state = self._combine_or_drop(server_round, updates)
@@ -356,6 +362,8 @@ class MixedPrecisionStrategy(SumsByWidth, Strategy):
         for client in clients.values():
             plan.ask(client, self._instruction_for(server_round, client))
             round_log.sampled.append(client.partition_id)
+        if alone:
+            self.plan_widths(server_round, plan, present.values())
         widths = sorted({client.bits for client in clients.values()}, reverse=True)
         return [partial(self._messages_to, bits, kind, plan, round_log) for bits in widths]
 

@@ -55,8 +55,8 @@ class FedPAQ(MixedPrecisionStrategy):
 
         Those of strict clients are the difference of two codes: the sum of their codes tells it.
         """
-        if not cls.needs_means_only:
-            return super().why_not_secure(options, context)
+        if reason := super().why_not_secure(options, context):
+            return reason
         if options.bits:
             return f"{cls.__name__} and bits {options.bits}; allowed: 0, each client's own width"
         if context.low_bit_training != "strict":
@@ -64,7 +64,7 @@ class FedPAQ(MixedPrecisionStrategy):
                 f"{cls.__name__} and low-bit-training {context.low_bit_training}, whose "
                 "differences have a grid of each client's own; allowed: strict"
             )
-        return super().why_not_secure(options, context)
+        return ""
 
     @classmethod
     def preferred_upload(cls, low_bit_training: str) -> Upload:

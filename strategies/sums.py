@@ -1,7 +1,7 @@
 """What a strategy sees with secure aggregation: the mean of each bit-width, as of one client."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from core.errors import SettingsError
 from core.settings import Upload
-from exchange.protocol import Declaration, Report
+from exchange.protocol import Declaration, Instruction, Report
 from exchange.replies import ClientUpdate, Member, norms_of, scale_of, too_large
-from exchange.round_plan import RoundLog, RoundPlan
+from exchange.round_plan import RoundLog, RoundPlan, WidthPlan
 from exchange.secure_round import SecureRound, SecureSettings
 from exchange.states import State
-from privacy.noisy_grid import movement_of, noisy_mean
+from privacy.noisy_grid import NoisySum, movement_of
 from quant import FLOAT_BITS, Update, ternary_scales
+from quant.update import Content
 from strategies.context import StrategyContext
 from strategies.models import ModelsByWidth
 
@@ -62,6 +63,10 @@ class SumsByWidth(ModelsByWidth):
 
     def counted(self, client: Declaration) -> int:
         """Return what a client counts for in its sum, by the examples that it declared."""
+        raise NotImplementedError
+
+    def _instruction_for(self, server_round: int, client: Declaration) -> Instruction:
+        """Return what a client is asked, in full."""
         raise NotImplementedError
 
     def agree_on_keys(self, grid: Grid, plan: RoundPlan, log: RoundLog) -> SecureRound:
@@ -113,6 +118,8 @@ class SumsByWidth(ModelsByWidth):
         for item in plan.secure.sums(self.counted):
             bits, numbers = item.client.bits, [member.number for member in item.members]
             norms = norms_of(item.update.floats)
+            # Noise is as large as it is, whatever the devices sent.
+            norms["parameters"] = max(0.0, norms["parameters"] - plan.secure.noise_norm(bits))
             if large := too_large({bits: norms}, sent, self.context.norm_bound):
                 log.rejected |= dict.fromkeys(numbers, large[bits])
                 continue
@@ -120,35 +127,65 @@ class SumsByWidth(ModelsByWidth):
             reports += plan.secure.reports_of(bits)
             yield item
 
+    def plan_widths(
+        self, server_round: int, plan: RoundPlan, present: Collection[Declaration]
+    ) -> None:
+        """Note what is fixed of each width, whoever was drawn of it, for differential privacy."""
+        fraction = self.context.fraction_train
+        for bits, count in sorted(Counter(client.bits for client in present).items()):
+            client = min(
+                (client for client in present if client.bits == bits),
+                key=lambda client: client.partition_id,
+            )
+            instruction = self._instruction_for(server_round, client)
+            plan.widths[bits] = WidthPlan(client, instruction, count, fraction * count)
+
     def noised(
-        self, plan: RoundPlan, log: RoundLog, updates: Iterator[ClientUpdate]
+        self, server_round: int, plan: RoundPlan, log: RoundLog, updates: Iterator[ClientUpdate]
     ) -> Iterator[ClientUpdate]:
         """Yield the mean of each width with the server's noise, as of one client.
 
+        Also of a width that nobody was drawn of: without noise it would tell that nobody was.
+
         Parameters
         ----------
+        server_round : int
+            Round, from 1.
         plan, log : RoundPlan, RoundLog
             Of the round.
         updates : iterator of ClientUpdate
             Of its clients.
         """
-        by_width: dict[int, list[ClientUpdate]] = {}
-        for item in updates:
-            by_width.setdefault(item.client.bits, []).append(item)
         clip, noise = self.context.dp_clip, self.context.dp_noise_multiplier
-        for bits, items in sorted(by_width.items()):
-            received = plan.received[bits]
+        for bits, width in plan.widths.items():
+            if bits not in plan.received and (downlink := width.instruction.downlink_bits):
+                model = self._encode_model(plan.start, bits, downlink)[1]
+                plan.received[bits] = model.dequantize()
+        sums = {bits: NoisySum(received, clip) for bits, received in plan.received.items()}
+        members: dict[int, list[Member]] = {bits: [] for bits in sums}
+        for item in updates:
+            bits = item.client.bits
             in_integers = self.context.low_bit_training == "integer" and bits != FLOAT_BITS
-            movements = (
-                movement_of(item.update, received, item.dither, bits * in_integers)
-                for item in items
-            )
-            moved, count = noisy_mean(movements, clip, noise)
+            stored_bits = bits * in_integers
+            sums[bits].add(movement_of(item.update, plan.received[bits], item.dither, stored_bits))
+            members[bits].append(Member(item.client.partition_id, 1, item.dither))
+        for bits in sorted(sums):
+            if self._nobody_answered(bits, plan, log):
+                continue
+            width = plan.widths[bits]
             log.noise_multiplier = noise
-            content = items[0].update.content
-            if content == "weights":
-                moved = {name: received[name] + tensor for name, tensor in moved.items()}
-            members = tuple(Member(i.client.partition_id, 1, i.dither) for i in items)
-            report = replace(items[0].report, num_examples=count)
-            update = Update(FLOAT_BITS, content, {}, moved)
-            yield ClientUpdate(items[0].client, update, report, 0, members, from_received=True)
+            moved = sums.pop(bits).mean(noise, width.drawn)
+            content: Content = "weights"
+            if width.instruction.uplink == "difference":
+                content = "difference"
+            else:
+                moved = {name: plan.received[bits][name] + t for name, t in moved.items()}
+            # Of what devices report, nothing: it has no noise.
+            report = Report(server_round, width.clients, loss=0.0, accuracy=0.0, seconds=0.0)
+            update, of = Update(FLOAT_BITS, content, {}, moved), tuple(members[bits])
+            yield ClientUpdate(width.client, update, report, 0, of, from_received=True)
+
+    def _nobody_answered(self, bits: int, plan: RoundPlan, log: RoundLog) -> bool:
+        """Whether all clients of a width were asked, and failed: who answers is no secret then."""
+        asked = [c.partition_id for c in plan.clients.values() if c.bits == bits]
+        return self.context.fraction_train == 1 and all(number in log.failed for number in asked)

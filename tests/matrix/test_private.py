@@ -6,9 +6,12 @@ import pytest
 from matrix.cells import Cell
 from matrix.invariants import completes_with_everybody, is_finite
 from matrix.running import run
+from matrix.test_secure import failing_at
 
 from core.errors import SettingsError
 from privacy.accounting import Mechanism, epsilon_after
+from privacy.noisy_grid import NoisyGrid
+from strategies import FedAvg
 
 WIDTHS = (4, 4, 4, 32, 32, 32)
 PRIVATE = {"weighting": "uniform", "dp_clip": 1.0, "batch_size": 12}
@@ -76,3 +79,54 @@ def test_what_needs_one_devices_update_is_refused(strategy, tmp_path):
     given = {**PRIVATE, "strategy": strategy, "dp_noise_multiplier": 1.0}
     with pytest.raises(SettingsError, match=r"^dp-clip: 1 with .*; allowed"):
         run(CELLS[2], tmp_path / "r", **given)
+
+
+def test_the_last_round_of_a_budget_is_evaluated(tmp_path):
+    budget = epsilon_after(Mechanism(2.0), 2, 1e-5) * 1.01
+    settings = {**PRIVATE, "dp_noise_multiplier": 2.0, "dp_epsilon": budget, "evaluate_every": 9}
+    entries = run(CELLS[2], tmp_path / "run", rounds=4, **settings).entries
+    assert [bool(entry["accuracy"]) for entry in entries] == [False, True]
+
+
+def test_noise_larger_than_the_model_is_no_reason_to_leave_a_group_out(tmp_path):
+    settings = {**PRIVATE, "dp_noise_multiplier": 100.0, "secure_aggregation": True}
+    completes_with_everybody(run(CELLS[2], tmp_path / "run", rounds=1, **settings))
+
+
+def test_a_sum_is_divided_alike_whoever_drops_out(tmp_path, monkeypatch):
+    divisors, whole = [], NoisyGrid.mean
+
+    def noting(self, sums, weight):
+        divisors.append(weight)
+        return whole(self, sums, weight)
+
+    monkeypatch.setattr(NoisyGrid, "mean", noting)
+    settings = {**PRIVATE, "dp_noise_multiplier": 1.0, "secure_aggregation": True}
+    settings |= {"secure_min_group": 2, "on_grid": failing_at("train")}
+    [entry] = run(CELLS[2], tmp_path / "run", rounds=1, **settings).entries
+    assert entry["secure"]["4"]["devices"] == 2
+    assert divisors == [3, 3]
+
+
+def test_a_sum_that_was_seen_counts_though_the_strategy_does_not_read_it(tmp_path, monkeypatch):
+    def reads_the_first(self, server_round, start, updates):
+        next(updates)
+        return start
+
+    monkeypatch.setattr(FedAvg, "combine", reads_the_first)
+    monkeypatch.setattr(NoisyGrid, "effective_noise", lambda self, devices: 1 / devices)
+    cell = Cell("fedavg", "float32", "qat", (4, 4, 32, 32, 32, 32))
+    settings = {**PRIVATE, "dp_noise_multiplier": 1.0, "secure_aggregation": True}
+    [entry] = run(cell, tmp_path / "run", rounds=1, secure_min_group=2, **settings).entries
+    assert entry["privacy"]["noise_multiplier"] == 1 / 4
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["central", "distributed"])
+def test_that_nobody_is_drawn_ends_no_run(secure, tmp_path, monkeypatch):
+    numbers = iter([1.0] * 6 + [0.0] * 6)
+    monkeypatch.setattr("exchange.nodes.SystemRandom.random", lambda _: next(numbers))
+    settings = {**PRIVATE, "dp_noise_multiplier": 1.0, "fraction_train": 0.5}
+    trace = run(CELLS[2], tmp_path / "r", rounds=2, secure_aggregation=secure, **settings)
+    assert [entry["clients"]["aggregated"] for entry in trace.entries] == [0, 6]
+    # The server's noise is there all the same; of the devices there is no sum.
+    assert ["privacy" in entry for entry in trace.entries] == [not secure, True]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from privacy.noisy_grid import NoisyGrid, movement_of, noisy_mean
+from privacy.noisy_grid import NoisyGrid, NoisySum, movement_of
 from quant import Update, UpdateSpec, quantize_state
 
 SPEC = UpdateSpec({"w": (40, 50), "bn.running_var": (5,)}, frozenset({"w"}))
@@ -90,11 +90,21 @@ def test_a_difference_is_its_own_movement():
 
 def test_the_servers_noise_is_in_proportion_to_the_clip():
     movements = [{"w": torch.full((200, 200), 0.1)}, {"w": torch.zeros(200, 200)}]
-    mean, count = noisy_mean(iter(movements), clip=2.0, noise_multiplier=3.0)
-    assert count == 2
+    total = NoisySum(movements[0], clip=2.0)
+    for movement in movements:
+        total.add(movement)
+    mean = total.mean(noise_multiplier=3.0, devices=2)
     # The first is clipped to norm 2: 0.01 each, half of it in the mean, under noise of 2 * 3 / 2.
     assert float(mean["w"].std()) == pytest.approx(3.0, rel=0.02)
     assert float(mean["w"].mean()) == pytest.approx(0.005, abs=5 * 3.0 / 200)
+
+
+def test_no_movement_between_float32_numbers_is_too_large_to_be_clipped():
+    far = {"w": torch.tensor([3e38])}
+    moved = movement_of(Update(32, "weights", {}, far), {"w": torch.tensor([-3e38])})
+    total = NoisySum(moved, clip=1.0)
+    total.add(moved)
+    assert float(total.mean(noise_multiplier=1e-6, devices=1)["w"]) == pytest.approx(1, abs=1e-4)
 
 
 def test_a_device_counts_once():

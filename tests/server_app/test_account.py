@@ -46,6 +46,24 @@ def test_less_noise_than_was_asked_for_counts_as_less():
     assert account.add(1.0)["epsilon"] == pytest.approx(epsilon_after(Mechanism(1.0), 1, 1e-5))
 
 
+def test_sampling_amplifies_but_for_the_server_that_secure_aggregation_is_against():
+    sampled = {"fraction-train": 0.1}
+    spent = Account(settings(**sampled)).add(2.0)["epsilon"]
+    assert spent == pytest.approx(epsilon_after(Mechanism(2.0, 0.1), 1, 1e-5))
+    secure = {**sampled, "secure-aggregation": True}
+    spent = Account(settings(**secure)).add(2.0)["epsilon"]
+    assert spent == pytest.approx(epsilon_after(Mechanism(2.0, 1.0, discrete=True), 1, 1e-5))
+    budget = {**secure, "dp-noise-multiplier": 0.0, "dp-epsilon": 4.0}
+    whole = {**budget, "fraction-train": 1.0}
+    assert noise_multiplier_of(settings(**budget)) == noise_multiplier_of(settings(**whole))
+
+
+def test_a_budget_that_no_noise_is_enough_for_is_refused_by_name():
+    given = {"dp-noise-multiplier": 0.0, "dp-epsilon": 1e-12, "dp-delta": 1e-300}
+    with pytest.raises(SettingsError, match=r"^dp-epsilon: 1e-12 is not allowed: at delta"):
+        noise_multiplier_of(settings(**given))
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
