@@ -9,7 +9,8 @@ import torch
 from federation import LateGrid, ScriptedClient, SimulatedGrid, federation
 
 from core.errors import SettingsError
-from exchange.nodes import Nodes
+from exchange.nodes import Nodes, sample_nodes
+from exchange.protocol import Declaration
 from strategies import FederationError
 
 STATE = {"w": torch.zeros(2, 3)}
@@ -271,3 +272,12 @@ def test_a_simulation_that_does_not_start_in_time_is_not_the_nodes_fault():
     said = "none of 2 simulated nodes has answered after 0.01 s (node-wait); Flower's simulation is"
     with pytest.raises(FederationError, match=re.escape(said)):
         Nodes(wait=0.01).gather(grid)
+
+
+def test_nodes_drawn_each_alone_are_not_told_by_the_seed():
+    present = {i: Declaration(i, 400, 4, 10, "") for i in range(400)}
+    drawn = [set(sample_nodes(present, 0.25, 0, 1, each_alone=True)) for _ in range(2)]
+    # 100 of 400 on average, deviation 8.7; the same twice once in 10**70.
+    assert all(40 < len(chosen) < 160 for chosen in drawn)
+    assert drawn[0] != drawn[1]
+    assert sample_nodes(present, 1.0, 0, 1, each_alone=True) == present

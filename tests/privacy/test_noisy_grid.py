@@ -110,3 +110,13 @@ def test_no_movement_between_float32_numbers_is_too_large_to_be_clipped():
 def test_a_device_counts_once():
     with pytest.raises(ValueError, match="weight: 2 is not allowed"):
         grid().integers(moved_by(torch.zeros(40, 50)), 2, np.random.default_rng(0))
+
+
+def test_what_is_not_finite_is_refused_and_numbers_far_apart_are_clipped():
+    bad = moved_by(torch.full((40, 50), float("nan")))
+    with pytest.raises(ValueError, match="finite"):
+        grid().integers(bad, 1, np.random.default_rng(0))
+    far = Update(32, "weights", {}, {**RECEIVED, "w": torch.full((40, 50), 3e38)})
+    one = grid(clip=1.0)
+    codes = one.integers(far, 1, np.random.default_rng(0))[1]
+    assert 0.9 < np.linalg.norm(codes * one.step) <= one.bound
