@@ -58,7 +58,10 @@ class Settings(Options):
     )
     num_server_rounds: AtLeastOne = Field(8, description="Rounds of training.")
     fraction_train: Positive = Field(
-        1.0, le=1, description="Share of the clients that trains in a round, at least one."
+        1.0,
+        le=1,
+        description="Share of the clients that trains in a round, at least one; with dp-clip the "
+        "probability with which each does.",
     )
     fraction_evaluate: Share = Field(
         0.0,

@@ -18,7 +18,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from core.errors import FederationError
+from core.errors import FederationError, SettingsError
 from exchange.inbox import match_replies, receive
 from exchange.protocol import Declaration, Report, plain
 from exchange.replies import BadReply, ClientUpdate, Member, Reply
@@ -36,6 +36,8 @@ from exchange.secure import (
     shares_wanted,
 )
 from privacy import GroupAggregation, MessageError, NotEnoughError, UnmaskingError
+from privacy.accounting import LEAST_SIGMA
+from privacy.noise import LARGEST_SIGMA
 from privacy.noisy_grid import NoisyGrid
 from privacy.sum_grid import SumGrid, group_weights, sum_widths
 from quant import FLOAT_BITS, Update
@@ -235,12 +237,24 @@ class SecureRound:
         total, float_bits = sum(weights.values()), self._settings.float_bits
         widths = sum_widths(self._plan.spec, width, float_bits, total)
         if self._settings.clip:
-            widths = self._noisy_grid(len(clients), {}).widths(len(clients))
+            grid = self._noisy_grid(len(clients), {})
+            self._check_noise(grid)
+            widths = grid.widths(len(clients))
         # It names this round of this run: what was recorded of another does not fit.
         context = secrets.token_bytes(16)
         sums = GroupAggregation(context, [*by_number], self._threshold(len(by_number)), widths)
         left = set(by_number)
         self._groups[bits] = _Group(bits, width, context, by_number, weights, widths, sums, left)
+
+    def _check_noise(self, grid: NoisyGrid) -> None:
+        """Refuse noise too fine to be accounted, or too wide to be drawn, before anybody trains."""
+        if not LEAST_SIGMA <= grid.sigma <= LARGEST_SIGMA:
+            noise = grid.noise_multiplier
+            least, most = (noise * s / grid.sigma for s in (LEAST_SIGMA, LARGEST_SIGMA))
+            raise SettingsError(
+                f"dp-noise-multiplier: {noise:g} with secure-float-bits {grid.float_bits}; allowed "
+                f"for this model and this many devices: {least:.3g} to {most:.3g}"
+            )
 
     def _noisy_grid(self, devices: int, start: Mapping[str, Tensor]) -> NoisyGrid:
         settings, least = self._settings, self._threshold(devices)

@@ -34,6 +34,8 @@ LARGEST_SIGMA = 2.0**40
 # Standard deviation of a model's noise in steps of its grid, at least: rounding d values to it
 # raises the clip by at most sqrt(d) * step, for a million values a four-millionth of sigma.
 FINE = 32
+# Standard deviations that the values may have: less than a factor of 4 below what int64 holds.
+MOST_CLIPS = 2.0**28
 # Bits before the point of a value on that grid: int64 holds the sum.
 LARGEST_STEPS = 2.0**62
 # Samples at a time: what is computed of them stays in the cache.

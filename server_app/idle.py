@@ -156,7 +156,9 @@ def _by_strategy(key: str, given: Given) -> str:
 
 
 def _by_masks(key: str, given: Given) -> str:
-    """Masked updates are not coded; codes of a model that is sent are."""
+    """Masked updates are not coded, codes of a model that is sent are; and a clip is a bound."""
+    if key == "norm-bound" and given["dp-clip"] and not given["secure-aggregation"]:
+        return f"dp-clip={given['dp-clip']}"
     if key != "lossless-coding" or not given["secure-aggregation"]:
         return ""
     known, broadcast = _strategy_of(given), given["broadcast"]

@@ -14,6 +14,7 @@ from exchange.replies import ClientUpdate, Member, norms_of, scale_of, too_large
 from exchange.round_plan import RoundLog, RoundPlan, WidthPlan
 from exchange.secure_round import SecureRound, SecureSettings
 from exchange.states import State
+from privacy.noise import MOST_CLIPS
 from privacy.noisy_grid import NoisySum, movement_of
 from quant import FLOAT_BITS, Update, ternary_scales
 from quant.update import Content
@@ -131,13 +132,18 @@ class SumsByWidth(ModelsByWidth):
         self, server_round: int, plan: RoundPlan, present: Collection[Declaration]
     ) -> None:
         """Note what is fixed of each width, whoever was drawn of it, for differential privacy."""
-        fraction = self.context.fraction_train
+        fraction, noise = self.context.fraction_train, self.context.dp_noise_multiplier
         for bits, count in sorted(Counter(client.bits for client in present).items()):
             client = min(
                 (client for client in present if client.bits == bits),
                 key=lambda client: client.partition_id,
             )
             instruction = self._instruction_for(server_round, client)
+            if not self.context.secure_aggregation and count > MOST_CLIPS * noise:
+                raise SettingsError(
+                    f"dp-noise-multiplier: {noise:g} with {count} devices of {bits} bits; allowed: "
+                    f"{count / MOST_CLIPS:.3g} or more"
+                )
             plan.widths[bits] = WidthPlan(client, instruction, count, fraction * count)
 
     def noised(

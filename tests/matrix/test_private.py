@@ -1,6 +1,7 @@
 """Differential privacy across strategies, with noise of the server or of the devices."""
 
 import json
+import re
 
 import pytest
 from matrix.cells import Cell
@@ -130,3 +131,22 @@ def test_that_nobody_is_drawn_ends_no_run(secure, tmp_path, monkeypatch):
     assert [entry["clients"]["aggregated"] for entry in trace.entries] == [0, 6]
     # The server's noise is there all the same; of the devices there is no sum.
     assert ["privacy" in entry for entry in trace.entries] == [not secure, True]
+
+
+@pytest.mark.parametrize(
+    ("noise", "secure", "allowed"),
+    [
+        (1e-6, True, r"with secure-float-bits 16; allowed for this model and this many devices: "),
+        (1e9, True, r"with secure-float-bits 16; allowed for this model and this many devices: "),
+        (1e-12, False, r"with 3 devices of 4 bits; allowed: 1\.12e-08 or more$"),
+    ],
+)
+def test_noise_that_no_sampler_or_accountant_takes_is_refused_before_training(
+    noise, secure, allowed, tmp_path
+):
+    settings = {**PRIVATE, "dp_noise_multiplier": noise, "secure_aggregation": secure}
+    settings |= {"secure_float_bits": 16}
+    with pytest.raises(
+        SettingsError, match=rf"^dp-noise-multiplier: {re.escape(f'{noise:g}')} {allowed}"
+    ):
+        run(CELLS[2], tmp_path / "r", rounds=1, **settings)

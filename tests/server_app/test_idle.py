@@ -93,6 +93,7 @@ def test_the_defaults_are_no_news():
             {"secure-float-bits": 24},
             "secure-float-bits: 24 has no effect with secure-aggregation=False",
         ),
+        ({"dp-clip": 1.0, "norm-bound": 2.0}, "norm-bound: 2.0 has no effect with dp-clip=1.0"),
         (
             {"secure-aggregation": True, "broadcast": "float32", "lossless-coding": False},
             "lossless-coding: False has no effect with secure-aggregation and a model in float32",
