@@ -44,13 +44,13 @@ from exchange.secure import KEYS, REVEAL, SHARES, SumPlan, record_in, scales_in
 from privacy.noisy_grid import NoisyGrid
 from privacy.sum_grid import SumGrid
 from quant import (
-    FLOAT_BITS,
     Update,
     UpdateError,
     UpdateSpec,
     load_state,
     quantize_difference,
     spec_of,
+    stored_bits_of,
     tensors_of,
     weight_scales,
 )
@@ -281,8 +281,8 @@ def _read_job(message: Message, context: Context) -> _Job:
         raise RuntimeError("this client no longer has a model of its own, and was sent none")
     grid = None
     if is_secure(message):
-        integer = settings.low_bit_training == "integer" and bits != FLOAT_BITS
-        grid = _sum_grid(message, instruction, bits, spec, state, stored_bits=bits * integer)
+        stored_bits = stored_bits_of(bits, settings.low_bit_training)
+        grid = _sum_grid(message, instruction, bits, spec, state, stored_bits)
         # Strict clients train on the group's grid; the others bring what they send to it.
         if grid.scales and settings.low_bit_training == "strict":
             scales = dict(grid.scales)

@@ -1,11 +1,11 @@
 """A client's side of secure aggregation: what it keeps from step to step, and its masked update."""
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 
 from core.errors import SettingsError
 from core.seeds import Stream, derive_seed
-from exchange.protocol import REPORT, UPDATE, Report, to_array
+from exchange.protocol import UPDATE, Report, answer, to_array
 from exchange.secure import (
     SECURE,
     SumPlan,
@@ -85,9 +85,9 @@ def answer_masked(
     payload = device.mask([(part, m) for part, (_, m) in zip(parts, plan.widths, strict=True)])
     # It masks once: two vectors under one mask would show their difference.
     _keep(context, device)
-    content = RecordDict({REPORT: MetricRecord(report.to_record())})
-    content[UPDATE] = ArrayRecord({UPDATE: to_array(payload)})
-    return Message(content, reply_to=message)
+    reply = answer(message, report)
+    reply.content[UPDATE] = ArrayRecord({UPDATE: to_array(payload)})
+    return reply
 
 
 def _keep(context: Context, device: Device) -> None:

@@ -76,7 +76,7 @@ class RoundPlan:
     messages : list of Message
         One a client, of those that were made so far.
     received : dict of int to dict of str to Tensor
-        With differential privacy: the model as the clients of a width are sent it.
+        With noise of the server: the model as the clients of a width are sent it.
     widths : dict of int to WidthPlan
         With differential privacy: what is fixed of each width, whoever is drawn of it.
     secure : SecureRound, optional

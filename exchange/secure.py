@@ -15,14 +15,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 from torch import Tensor
 
 from exchange.protocol import ProtocolError
-from privacy import PublicKeys
+from privacy import (
+    SEALED_BYTES,
+    PublicKeys,
+    pack_by_number,
+    roster_from_bytes,
+    unpack_by_number,
+)
 
 SECURE, SCALES = "secure", "scales"
 KEYS = f"{MessageType.TRAIN}.keys"
 SHARES = f"{MessageType.TRAIN}.shares"
 REVEAL = f"{MessageType.TRAIN}.reveal"
-# Numbers and bytes of devices, in lists of one order.
-_MEMBERS = ("masking", "sealing", "commitment")
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,7 @@ class SumPlan:
                 "weight": self.weight,
                 "widths": [number for part in self.widths for number in part],
                 "float-bits": self.float_bits,
-                "senders": list(self.sealed),
-                "sealed": list(self.sealed.values()),
+                "sealed": pack_by_number(self.sealed),
                 "clip": self.clip,
                 "noise-multiplier": self.noise_multiplier,
                 "devices": self.devices,
@@ -70,14 +73,19 @@ class SumPlan:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "SumPlan":
-        """Read it; what is missing or of another type is a `ProtocolError`."""
+        """Read it.
+
+        Raises
+        ------
+        ProtocolError, MessageError
+            If something is missing, or of another type or length.
+        """
         weight, float_bits = (_whole(record, key, 1, 255) for key in ("weight", "float-bits"))
         flat = _list(record, "widths", int)
-        senders, sealed = _list(record, "senders", int), _list(record, "sealed", bytes)
-        if len(flat) != 4 or min(flat) < 0 or len(senders) != len(sealed):
-            raise ProtocolError("secure: widths or sealed shares are not as agreed")
+        if len(flat) != 4 or min(flat) < 0:
+            raise ProtocolError("secure: widths are not as agreed")
         widths = ((flat[0], flat[1]), (flat[2], flat[3]))
-        by_sender = dict(zip(senders, sealed, strict=True))
+        by_sender = unpack_by_number(_bytes(record, "sealed"), SEALED_BYTES)
         devices = _whole(record, "devices", 0)
         clip, noise = _number(record, "clip"), _number(record, "noise-multiplier")
         return cls(weight, widths, float_bits, by_sender, clip, noise, devices)
@@ -93,26 +101,16 @@ def context_in(message: Message) -> bytes:
     return _bytes(record_in(message), "context")
 
 
-def shares_wanted(number: int, roster: Mapping[int, PublicKeys], threshold: int) -> RecordDict:
-    """Show a device its group, and ask for shares of its secrets."""
-    keys = {part: [getattr(one, part) for one in roster.values()] for part in _MEMBERS}
-    record = ConfigRecord({"number": number, "threshold": threshold, "members": list(roster)})
-    record.update(keys)
+def shares_wanted(number: int, roster: bytes, threshold: int) -> RecordDict:
+    """Show a device its group (`privacy.roster_to_bytes`), and ask for shares of its secrets."""
+    record = ConfigRecord({"number": number, "threshold": threshold, "roster": roster})
     return RecordDict({SECURE: record})
 
 
 def roster_in(message: Message) -> tuple[int, dict[int, PublicKeys], int]:
     """Return a device's own number, the group by number, and the threshold."""
     record = record_in(message)
-    members = _list(record, "members", int)
-    keys = [_list(record, part, bytes) for part in _MEMBERS]
-    if any(len(part) != len(members) for part in keys):
-        raise ProtocolError("secure: each member has three keys")
-    parts = zip(*keys, strict=True)
-    roster = {
-        number: PublicKeys.from_record(dict(zip(_MEMBERS, own, strict=True)))
-        for number, own in zip(members, parts, strict=True)
-    }
+    roster = roster_from_bytes(_bytes(record, "roster"))
     return _whole(record, "number", 0), roster, _whole(record, "threshold", 1)
 
 

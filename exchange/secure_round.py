@@ -35,7 +35,13 @@ from exchange.secure import (
     scales_record,
     shares_wanted,
 )
-from privacy import GroupAggregation, MessageError, NotEnoughError, UnmaskingError
+from privacy import (
+    GroupAggregation,
+    MessageError,
+    NotEnoughError,
+    UnmaskingError,
+    roster_to_bytes,
+)
 from privacy.accounting import LEAST_SIGMA
 from privacy.noise import LARGEST_SIGMA
 from privacy.noisy_grid import NoisyGrid
@@ -82,6 +88,7 @@ class _Group:
     widths: list[tuple[int, int]]
     sums: GroupAggregation
     left: set[int]
+    roster: bytes = b""
     sealed: dict[int, dict[int, bytes]] = field(default_factory=dict)
     grid: SumGrid | NoisyGrid | None = None
     reports: dict[int, Report] = field(default_factory=dict)
@@ -122,9 +129,11 @@ class SecureRound:
         for bits in sorted({client.bits for client in self._plan.clients.values()}):
             clients = [c for c in self._plan.clients.values() if c.bits == bits]
             self._add_group(bits, clients, counted)
-        self._step(KEYS, lambda group, _: keys_wanted(group.context), "take_keys", self._log)
-        self._each(lambda group: group.sums.roster())
-        self._step(SHARES, self._shares_for, "take_shares", self._log)
+        self._step(
+            KEYS, lambda group, _: keys_wanted(group.context), GroupAggregation.take_keys, self._log
+        )
+        self._each(self._collect_roster)
+        self._step(SHARES, self._shares_for, GroupAggregation.take_shares, self._log)
         self._each(self._collect_sealed)
         taking_part = {number for group in self._groups.values() for number in group.left}
         for node, client in list(self._plan.clients.items()):
@@ -183,7 +192,7 @@ class SecureRound:
         self._each(lambda group: group.sums.to_reveal())
         # Who fails here has sent its vector, and is in the sum all the same.
         silent = RoundLog()
-        self._step(REVEAL, self._reveal_for, "take_revealed", silent)
+        self._step(REVEAL, self._reveal_for, GroupAggregation.take_revealed, silent)
         for number, reason in silent.left_out.items():
             log(WARNING, "partition %d does not reveal its shares: %s", number, reason)
         totals: dict[int, list[np.ndarray]] = {}
@@ -268,7 +277,7 @@ class SecureRound:
         self,
         kind: str,
         content: Callable[[_Group, int], RecordDict],
-        take: str,
+        take: Callable[[GroupAggregation, int, Mapping[str, object]], None],
         noted: RoundLog,
     ) -> None:
         """Ask all devices that are left one thing, and give their answers to their groups."""
@@ -283,7 +292,7 @@ class SecureRound:
             record = reply.content.get(SECURE)
             given = dict(record) if isinstance(record, ConfigRecord) else {}
             try:
-                getattr(self._groups[client.bits].sums, take)(client.partition_id, given)
+                take(self._groups[client.bits].sums, client.partition_id, given)
                 left.setdefault(client.bits, set()).add(client.partition_id)
             except MessageError as error:
                 noted.rejected[client.partition_id] = plain(str(error))
@@ -316,7 +325,10 @@ class SecureRound:
         )
 
     def _shares_for(self, group: _Group, number: int) -> RecordDict:
-        return shares_wanted(number, group.sums.roster(), self._threshold(len(group.clients)))
+        return shares_wanted(number, group.roster, self._threshold(len(group.clients)))
+
+    def _collect_roster(self, group: _Group) -> None:
+        group.roster = roster_to_bytes(group.sums.roster())
 
     def _collect_sealed(self, group: _Group) -> None:
         group.sealed = {number: group.sums.sealed_for(number) for number in sorted(group.left)}

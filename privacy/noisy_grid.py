@@ -136,9 +136,8 @@ class NoisyGrid:
             raise ValueError(f"weight: {weight} is not allowed: with noise each device counts once")
         moved = movement_of(update, self.start, self.dither, self.stored_bits)
         factor = clip_factor(norm_of(moved), self.clip)
-        with_noise = self._flat(
-            {n: torch.full(s, float(not is_statistic(n))) for n, s in self.spec.shapes.items()}
-        ).astype(bool)
+        is_noisy = [not is_statistic(name) for name in self.spec.shapes]
+        with_noise = np.repeat(is_noisy, list(self._sizes.values()))
         codes = np.zeros(with_noise.size, np.int64)
         values = self._flat(moved)[with_noise] * (factor / self.step)
         steps = np.full(values.shape, self.step)

@@ -24,8 +24,6 @@ _REACH, _REACH_OF_STATISTICS = 4.0, 64.0
 # Of the weights within a group.
 LARGEST_WEIGHT = 255
 
-Part = tuple[np.ndarray, int]
-
 
 class GridError(ValueError):
     """What a device would send does not lie on the grid that it was given; one line."""

@@ -87,7 +87,7 @@ from quant.update import (
     quantize_fitted,
     quantize_state,
 )
-from quant.upload import start_of, ternary_scales, upload_bits
+from quant.upload import start_of, stored_bits_of, ternary_scales, upload_bits
 
 __all__ = [
     "ALLOWED_WIDTHS",
@@ -183,6 +183,7 @@ __all__ = [
     "spec_of",
     "squares_at_most",
     "start_of",
+    "stored_bits_of",
     "stored_codes",
     "stored_state",
     "tensors_of",

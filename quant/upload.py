@@ -58,6 +58,15 @@ def upload_bits(bits: int, low_bit_training: LowBitTraining, upload: Upload) -> 
     return _TERNARY_BITS if low_bit_training == "integer" else bits
 
 
+def stored_bits_of(bits: int, low_bit_training: LowBitTraining) -> int:
+    """Return the width of the weights that a client of integer training stores; 0 in any other.
+
+    >>> stored_bits_of(8, "integer"), stored_bits_of(8, "strict"), stored_bits_of(32, "integer")
+    (8, 0, 0)
+    """
+    return bits if low_bit_training == "integer" and bits != FLOAT_BITS else 0
+
+
 def ternary_scales(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Return the scales of the codes -1, 0 and 1 that ternary weights are sent as.
 
@@ -81,8 +90,7 @@ def start_of(
     dither : int
         Seed of its dither; 0: rounded to nearest.
     stored_bits : int
-        In integer training the client's width, as it first brings the model to the weights that it
-        stores; 0: in any other.
+        `stored_bits_of` the client: it first brings the model to the weights that it stores.
 
     Returns
     -------

@@ -1,13 +1,11 @@
 """What a run's rounds cost in privacy: epsilon after each, and the budget that ends it."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.errors import SettingsError
 from core.settings import Settings
-
-if TYPE_CHECKING:
-    from privacy.accounting import Mechanism
+from privacy.accounting import Ledger, Mechanism, noise_for
 
 
 def noise_multiplier_of(settings: Settings) -> float:
@@ -20,8 +18,6 @@ def noise_multiplier_of(settings: Settings) -> float:
     """
     if not settings.is_private or settings.dp_noise_multiplier:
         return settings.dp_noise_multiplier
-    from privacy.accounting import noise_for
-
     epsilon, delta, rounds = settings.dp_epsilon, settings.dp_delta, settings.num_server_rounds
     try:
         return noise_for(epsilon, delta, rounds, sampling_of(settings), settings.secure_aggregation)
@@ -50,9 +46,6 @@ class Account:
     """
 
     def __init__(self, settings: Settings, entries: Iterable[Mapping[str, Any]] = ()) -> None:
-        # Here: without differential privacy its libraries need not be imported.
-        from privacy.accounting import Ledger
-
         self._settings = settings
         self._noise = noise_multiplier_of(settings)
         self._ledger = Ledger()
@@ -85,8 +78,6 @@ class Account:
             "noise_multiplier": noise_multiplier,
         }
 
-    def _mechanism(self, noise_multiplier: float) -> "Mechanism":
-        from privacy.accounting import Mechanism
-
+    def _mechanism(self, noise_multiplier: float) -> Mechanism:
         settings = self._settings
         return Mechanism(noise_multiplier, sampling_of(settings), settings.secure_aggregation)

@@ -390,11 +390,11 @@ class MixedPrecisionStrategy(SumsByWidth, Strategy):
                 if downlink_bits not in models:
                     models[downlink_bits] = self._encode_model(plan.start, bits, downlink_bits)
                     model = models[downlink_bits][1]
-                    if self.context.dp_clip:
-                        plan.received[bits] = model.dequantize()
                     if plan.secure is not None:
                         scales = self.sum_scales(bits, plan.start, model)
                         plan.secure.prepare(bits, model, scales)
+                    elif self.context.dp_clip:
+                        plan.received[bits] = model.dequantize()
                 content[MODEL], model = record, _ = models[downlink_bits]
                 plan.sent(client, model)
                 round_log.downlink_bytes[bits] += len(record[MODEL].data)

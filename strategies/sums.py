@@ -16,7 +16,7 @@ from exchange.secure_round import SecureRound, SecureSettings
 from exchange.states import State
 from privacy.noise import MOST_CLIPS
 from privacy.noisy_grid import NoisySum, movement_of
-from quant import FLOAT_BITS, Update, ternary_scales
+from quant import FLOAT_BITS, Update, stored_bits_of, ternary_scales
 from quant.update import Content
 from strategies.context import StrategyContext
 from strategies.models import ModelsByWidth
@@ -85,7 +85,7 @@ class SumsByWidth(ModelsByWidth):
         return secure
 
     def sum_scales(self, bits: int, start: State, model: Update) -> dict[str, Tensor]:
-        """Return the scales of the grid on which the updates of a width are summed.
+        """Return the scales of the codes that the clients of a width sum; none with noise.
 
         Parameters
         ----------
@@ -96,7 +96,7 @@ class SumsByWidth(ModelsByWidth):
         model : Update
             The same as these clients are sent it.
         """
-        if bits == FLOAT_BITS:
+        if bits == FLOAT_BITS or self.context.dp_clip:
             return {}
         if self.context.low_bit_training == "integer" and self.upload != "stored":
             return ternary_scales(start, self.on_grid(start))
@@ -171,8 +171,7 @@ class SumsByWidth(ModelsByWidth):
         members: dict[int, list[Member]] = {bits: [] for bits in sums}
         for item in updates:
             bits = item.client.bits
-            in_integers = self.context.low_bit_training == "integer" and bits != FLOAT_BITS
-            stored_bits = bits * in_integers
+            stored_bits = stored_bits_of(bits, self.context.low_bit_training)
             sums[bits].add(movement_of(item.update, plan.received[bits], item.dither, stored_bits))
             members[bits].append(Member(item.client.partition_id, 1, item.dither))
         for bits in sorted(sums):

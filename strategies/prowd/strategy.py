@@ -39,6 +39,7 @@ from quant import (
     fine_tune,
     ladder_of,
     quantize_state,
+    stored_bits_of,
     ternary_scales,
     upload_bits,
 )
@@ -218,7 +219,7 @@ class ProWD(MixedPrecisionStrategy):
         as_floats = self.context.broadcast == "float32"
         received = self.state_at(bits, start) if as_floats else dequantized(model.quantized)
         received = {name: received[name] for name in codes}
-        return Rung(sent_bits, codes, code_bits, received, bits if training == "integer" else 0)
+        return Rung(sent_bits, codes, code_bits, received, stored_bits_of(bits, training))
 
     def _dequantize(self, values: State, group: Group, reference: Reference) -> State:
         """Dequantize what is quantized in the mean model of a group."""

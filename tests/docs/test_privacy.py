@@ -1,4 +1,4 @@
-"""docs/privacy.md: its command runs, and its figures are those of a run."""
+"""docs/privacy.md: its commands run, and its figures are those of a run."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from flwr.common.config import parse_config_args
 
 from core.errors import SettingsError
 from core.settings import Settings
+from privacy.accounting import Mechanism, epsilon_after
 from privacy.sum_grid import sum_widths
 from quant import UpdateSpec
 from server_app.app import main
@@ -21,10 +22,9 @@ PAGE = (PROJECT / "docs" / "privacy.md").read_text()
 DEFAULTS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
 
 
-@pytest.fixture(scope="module")
-def rounds(tmp_path_factory):
-    """The record of the page's command, with a smaller model."""
-    folder, example = tmp_path_factory.mktemp("privacy"), section("privacy.md", "Turn it on")
+def run_of(heading, folder):
+    """Run the command of a section, with a smaller model; return its configuration."""
+    example = section("privacy.md", heading)
     [command] = example.commands
     federation = parse_config_args([command[command.index("--federation-config") + 1]])
     clients = federation["num-supernodes"]
@@ -33,6 +33,14 @@ def rounds(tmp_path_factory):
     config["model"] = "toy:net"
     nodes = {50 + i: ClientAppNode(i, clients, config) for i in range(clients)}
     main(SimulatedGrid(nodes), Context(1, 0, {}, RecordDict(), config))
+    return config
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory):
+    """The record of the first command."""
+    folder = tmp_path_factory.mktemp("privacy")
+    run_of("Turn it on", folder)
     lines = (folder / "run" / "rounds.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -71,3 +79,11 @@ def test_what_is_refused_is_said_so(name):
     assert any("refused" in row for row in rows)
     if name == "fedcomgate":
         assert f"prowd: {refused.value}" in PAGE.replace("\n", " ")
+
+
+def test_noise_of_the_devices_has_the_epsilon_that_is_stated(tmp_path):
+    config = run_of("Differential privacy", tmp_path)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    noise = Mechanism(config["dp-noise-multiplier"], discrete=True)
+    wanted = epsilon_after(noise, config["num-server-rounds"], summary["privacy"]["delta"])
+    assert summary["privacy"]["epsilon"] == pytest.approx(wanted, rel=1e-3)
