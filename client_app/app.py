@@ -25,7 +25,7 @@ from core.devices import pick_device
 from core.errors import SettingsError
 from core.failures import explain
 from core.files import failing_by_name
-from core.seeds import Stream, derive_seed
+from core.seeds import Stream, client_seed, derive_seed, difference_noise
 from core.settings import Settings
 from core.simulation import in_simulation
 from exchange.protocol import (
@@ -233,8 +233,8 @@ class _Job:
 
     @property
     def seed(self) -> int:
-        path = (self.instruction.server_round, self.instruction.number)
-        return derive_seed(self.settings.seed, Stream.CLIENT, *path)
+        asked = self.instruction
+        return client_seed(self.settings.seed, asked.server_round, asked.number)
 
     @property
     def training(self) -> LocalTraining:
@@ -324,8 +324,7 @@ def _update(job: _Job, trained: Trained, received: dict[str, Tensor]) -> Update:
     if asked.upload != "stored":
         sent = trained.update.dequantize()
         moved = {name: tensor - received[name] for name, tensor in sent.items()}
-    generator = torch.Generator().manual_seed(derive_seed(job.seed, Stream.DIFFERENCE))
-    return quantize_difference(moved, bits, generator, job.spec.on_grid)
+    return quantize_difference(moved, bits, difference_noise(job.seed), job.spec.on_grid)
 
 
 def _tracked(

@@ -52,6 +52,16 @@ def derive_seed(seed: int, *path: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint64)[0] >> 1)
 
 
+def client_seed(seed: int, server_round: int, number: int) -> int:
+    """Return what a client's random numbers of a round are drawn under; the server knows it too."""
+    return derive_seed(seed, Stream.CLIENT, server_round, number)
+
+
+def difference_noise(client_seed: int) -> torch.Generator:
+    """Return what draws the noise that a client's difference of a round is rounded with."""
+    return torch.Generator().manual_seed(derive_seed(client_seed, Stream.DIFFERENCE))
+
+
 def seed_torch(seed: int, device: torch.device | None = None) -> None:
     """Seed what torch draws from on the CPU and on a device, if that is a GPU.
 

@@ -86,6 +86,7 @@ from quant.update import (
     quantize_difference,
     quantize_fitted,
     quantize_state,
+    without_noise,
 )
 from quant.upload import start_of, stored_bits_of, ternary_scales, upload_bits
 
@@ -195,4 +196,5 @@ __all__ = [
     "upload_bits",
     "watched_inputs",
     "weight_scales",
+    "without_noise",
 ]

@@ -226,7 +226,7 @@ def federation(clients: list[ScriptedClient], state: dict, **kwargs) -> InProces
 
 def with_w(**given) -> StrategyContext:
     """What a strategy is given whose low-bit clients quantize the one tensor "w"."""
-    return StrategyContext(quantized=["w"], **given)
+    return StrategyContext(quantized=["w"], **{"upload": "forward", **given})
 
 
 def run_round(strategy, grid, state, server_round=1):

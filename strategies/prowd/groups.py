@@ -85,13 +85,14 @@ class Group:
         None for Float32 clients.
     from_start : bool
         Whether their starts are averaged too.
-    sent : WeightedMean
-        Of their updates.
+    moved_from : dict of str to Tensor or None
+        What the differences that they send are from; None: they send weights.
     """
 
     rung: Rung | None
     from_start: bool
-    sent: WeightedMean = field(default_factory=WeightedMean)
+    moved_from: State | None = None
+    _sent: WeightedMean = field(default_factory=WeightedMean)
     _starts: WeightedMean = field(default_factory=WeightedMean)
     # Weight of those whose start is the rung's own codes.
     _on_codes: float = 0.0
@@ -99,23 +100,36 @@ class Group:
     @property
     def weight(self) -> float:
         """Sum of the weights of its clients."""
-        return self.sent.weight
+        return self._sent.weight
 
     @property
     def count(self) -> int:
         """Number of its clients."""
-        return self.sent.count
+        return self._sent.count
 
     def add(self, item: ClientUpdate, weight: float) -> None:
         """Add a client's update."""
-        self.sent.add_update(item.update, weight)
-        if self.rung is None or not self.from_start:
+        self._sent.add_update(item.update, weight)
+        if self.rung is None or not self.from_start or self.moved_from is not None:
             return
         for start, share in self.rung.starts_of(item, weight):
             if start is None:
                 self._on_codes += share
             else:
                 self._starts.add(start, share)
+
+    def mean(self) -> State:
+        """Return the mean of their models."""
+        return self._moved(self._sent.mean())
+
+    def model_of(self, item: ClientUpdate) -> State:
+        """Return the model of one of them."""
+        return self._moved(item.update.dequantize())
+
+    def _moved(self, sent: State) -> State:
+        if self.moved_from is None:
+            return sent
+        return {name: tensor + sent[name] for name, tensor in self.moved_from.items()}
 
     def start_of(self, item: ClientUpdate) -> State | None:
         """Return what one of them started from; None where that is the rung's own codes."""

@@ -23,8 +23,9 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from core.constructors import Broadcast
-from core.seeds import Stream, derive_seed, drawn_under
+from core.seeds import Stream, client_seed, derive_seed, difference_noise, drawn_under
 from core.settings import Upload
+from exchange.protocol import Declaration, Instruction, Uplink
 from exchange.replies import ClientUpdate
 from exchange.states import State, join_states, split_states
 from quant import (
@@ -35,6 +36,7 @@ from quant import (
     Reference,
     Rungs,
     StartReference,
+    Update,
     WeightedMean,
     fine_tune,
     ladder_of,
@@ -42,6 +44,7 @@ from quant import (
     stored_bits_of,
     ternary_scales,
     upload_bits,
+    without_noise,
 )
 from strategies.base import MixedPrecisionStrategy
 from strategies.context import Predict, StrategyContext
@@ -77,6 +80,9 @@ class ProWD(MixedPrecisionStrategy):
         self, options: FineTuningOptions | None = None, context: StrategyContext | None = None
     ) -> None:
         super().__init__(options, context)
+        if self.context.upload is None and self.context.secure_aggregation and self._is_qat:
+            # Codes of few bits are summed as they are; a difference would take fixed point.
+            self.upload = "dithered"
         self.dequantizer: ProgressiveDequantizer | None = None
         self._widths: set[int] = set()
         self._tuned_in = 0
@@ -86,8 +92,9 @@ class ProWD(MixedPrecisionStrategy):
 
     @classmethod
     def preferred_upload(cls, low_bit_training: str) -> Upload:
-        """Round with a dither where that was seen to gain (`experiments/paper.toml`)."""
-        return "dithered" if low_bit_training == "integer" else "forward"
+        """Send what was seen to gain: `experiments/qat.toml`, `experiments/paper.toml`."""
+        by_training: dict[str, Upload] = {"qat": "stored", "integer": "dithered"}
+        return by_training.get(low_bit_training, "forward")
 
     @classmethod
     def why_not_secure(cls, options: Any, context: StrategyContext) -> str:
@@ -109,6 +116,19 @@ class ProWD(MixedPrecisionStrategy):
     def chosen(self) -> dict[str, str]:
         """Return broadcast and upload, and whether low-bit movements are aligned."""
         return {**super().chosen(), "prowd-align": "on" if self._aligns else "off"}
+
+    def instruct(self, server_round: int, client: Declaration) -> Instruction:
+        """Ask for weights; or, of qat's latent ones, for how far they moved, at the own width."""
+        uplink: Uplink = "difference" if self._sends_difference(client.bits) else "weights"
+        return Instruction(server_round, uplink=uplink)
+
+    def _sends_difference(self, bits: int) -> bool:
+        # The weights of other trainings lie on a grid, and cost no more.
+        return self._is_qat and self.upload == "stored" and bits != FLOAT_BITS
+
+    @property
+    def _is_qat(self) -> bool:
+        return self.context.low_bit_training == "qat"
 
     def state_for(self, bits: int, state: State) -> State:
         """Return the global weights with the normalization and biases of a width."""
@@ -146,12 +166,13 @@ class ProWD(MixedPrecisionStrategy):
     ) -> State | None:
         """Dequantize, mask and aggregate."""
         weights = {name: start[name] for name in self._quantized(start)}
+        updates = map(self._without_noise, updates)
         # A group's mean needs one model's memory; weights dequantized singly need all the codes.
         kept = list(updates) if self.options.dequantize == "client" else None
         groups = self._average(updates if kept is None else kept, start)
         if not groups:
             return None
-        means = {bits: group.sent.mean() for bits, group in groups.items()}
+        means = {bits: group.mean() for bits, group in groups.items()}
         seen = None
         if self.round_log.detailed and len(means) > 1:
             seen = WeightDistributions(means, weights)
@@ -202,9 +223,19 @@ class ProWD(MixedPrecisionStrategy):
         for item in updates:
             bits = item.client.bits
             if bits not in groups:
-                groups[bits] = Group(self._rung(bits, start), from_start)
+                of_differences = self._sends_difference(bits)
+                moved_from = self.state_at(bits, start) if of_differences else None
+                groups[bits] = Group(self._rung(bits, start), from_start, moved_from)
             groups[bits].add(item, self._weight_of(item))
         return dict(sorted(groups.items()))
+
+    def _without_noise(self, item: ClientUpdate) -> ClientUpdate:
+        """Subtract the noise that a client's difference was rounded with: the run's seed tells."""
+        if item.update.content != "difference" or not item.update.quantized or item.members:
+            return item
+        seed = client_seed(self.context.seed, item.report.server_round, item.client.partition_id)
+        moved = without_noise(item.update, difference_noise(seed))
+        return replace(item, update=Update(FLOAT_BITS, "difference", {}, moved))
 
     def _rung(self, bits: int, start: State) -> Rung | None:
         """Return how clients of a width see the model that the round began with."""
@@ -235,7 +266,7 @@ class ProWD(MixedPrecisionStrategy):
         averaged = {bits: WeightedMean() for bits in groups}
         for item in kept:
             group = groups[item.client.bits]
-            values, bits = item.update.dequantize(), FLOAT_BITS
+            values, bits = group.model_of(item), FLOAT_BITS
             if group.rung is not None:
                 bits = group.rung.bits
             values |= self._to_float32(values, bits, group.start_of(item), reference)

@@ -19,6 +19,8 @@ from quant import (
     encode,
     largest_code,
     payload_size,
+    quantize_difference,
+    without_noise,
 )
 
 WIDTHS = [*range(2, 17), 32]
@@ -369,6 +371,36 @@ def test_quantized_differences_are_unbiased_and_within_their_variance_bound(bits
     squared = (draws - x).square().sum(2).mean(0)
     assert (squared <= x.shape[1] * step[:, 0] ** 2 / 4 * 1.02).all()
     assert (squared > 0).all()
+
+
+def heard(difference, bits, seed):
+    """A difference by the wire, dequantized as it is and without the noise that is known."""
+    first, again = (torch.Generator().manual_seed(seed) for _ in range(2))
+    update = quantize_difference(difference, bits, first, ["b", "a"])
+    spec = UpdateSpec.of(difference, ["b", "a"])
+    update = decode(encode(update), spec, bits, "difference")
+    return update.dequantize(), without_noise(update, again)
+
+
+def drawn(kind):
+    generator = torch.Generator().manual_seed(1)
+    normal = torch.randn(16, 300, generator=generator)
+    kept = {"dense": 1.0, "sparse": 0.05}[kind]
+    return {"b": normal * (torch.rand(16, 300, generator=generator) < kept), "a": normal[:4]}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("kind", "most"), [("dense", 0.6), ("sparse", 1.05)])
+def test_known_noise_is_no_error_and_the_rest_is_right_on_average(bits, kind, most):
+    """Where nothing moved, stochastic rounding has no error, and none is brought in."""
+    difference, errors = drawn(kind), []
+    for seed in range(60):
+        plain, without = heard(difference, bits, seed)
+        errors.append([values["b"] - difference["b"] for values in (plain, without)])
+    plain, without = (torch.stack(of) for of in zip(*errors, strict=True))
+    assert without.square().mean() < most * plain.square().mean()
+    # The mean over n draws is off by the n-th part of the variance.
+    assert without.mean(0).square().mean() < 1.5 * without.square().mean() / 60
 
 
 @pytest.mark.parametrize("data", [b"", b"P", b"PRWD", bytes(15), bytes(16), bytes(10_000)])

@@ -1,11 +1,14 @@
 """What a group started from: on the scales of its updates, and with the dither of each client."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from core.seeds import Stream, derive_seed
 from exchange.protocol import Declaration, Report
 from exchange.replies import ClientUpdate
-from quant import fit_scales, quantize_state, ternary_scales
+from quant import fit_scales, quantize_difference, quantize_state, ternary_scales, without_noise
 from strategies import ProWD, ProWDOptions, StrategyContext
 
 START = {
@@ -68,11 +71,56 @@ def test_a_qat_client_that_did_not_move_is_not_seen_to_move(upload):
     torch.testing.assert_close(got["w"], START["w"])
 
 
-def test_latent_weights_need_no_dequantization():
-    state = {**START, "w": START["w"] + MOVED}
-    update = quantize_state(state, 32)
-    got = strategy(upload="stored").combine(1, START, iter([item(0, 3, update)]))
-    torch.testing.assert_close(got["w"], state["w"])
+def noise_of(partition, server_round=1, seed=0):
+    """What a client's difference is rounded with."""
+    drawn = derive_seed(
+        derive_seed(seed, Stream.CLIENT, server_round, partition), Stream.DIFFERENCE
+    )
+    return torch.Generator().manual_seed(drawn)
+
+
+def sent_difference(moved, bits, partition):
+    return quantize_difference(moved, bits, noise_of(partition), ["w"])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dequantize", ["group", "client"])
+def test_a_difference_loses_the_noise_that_the_server_knows(bits, dequantize):
+    """Added to the float32 model, and not to its rounded form."""
+    moved = {"w": torch.linspace(-0.1, 0.1, 4 * 9).reshape(4, 9), "b": torch.full((4,), 0.25)}
+    updates = [sent_difference(moved, bits, partition) for partition in (0, 1, 2)]
+    options = ProWDOptions(own_normalization=False, dequantize=dequantize)
+    made = strategy(upload="stored", options=options)
+    got = made.combine(1, START, (item(i, bits, update) for i, update in enumerate(updates)))
+    torch.testing.assert_close(got["b"], START["b"] + 0.25)
+    heard = [without_noise(update, noise_of(i))["w"] for i, update in enumerate(updates)]
+    torch.testing.assert_close(got["w"], START["w"] + torch.stack(heard).mean(0))
+
+
+def test_differences_that_start_on_the_servers_grid_move_its_float_weights():
+    """What rounding the broadcast lost is no movement."""
+    update = sent_difference({"w": torch.zeros(4, 9), "b": torch.zeros(4)}, 3, 0)
+    context = replace(strategy(upload="stored").context, broadcast="nearest")
+    got = ProWD(PLAIN, context).combine(1, START, iter([item(0, 3, update)]))
+    torch.testing.assert_close(got["w"], START["w"])
+
+
+@pytest.mark.parametrize(
+    ("training", "given", "expected"),
+    [
+        ("qat", {}, ("difference", "stored")),
+        ("qat", {"upload": "forward"}, ("weights", "forward")),
+        ("qat", {"secure_aggregation": True}, ("weights", "dithered")),
+        ("strict", {}, ("weights", "forward")),
+        ("integer", {}, ("weights", "dithered")),
+        ("integer", {"upload": "stored"}, ("weights", "stored")),
+    ],
+)
+def test_what_low_bit_clients_are_asked_for(training, given, expected):
+    made = strategy(training, **{"upload": None, **given})
+    asked = made.instruct(1, Declaration(0, 2, 3, 10, ""))
+    assert (asked.uplink, made.upload) == expected
+    assert made.instruct(1, Declaration(1, 2, 32, 10, "")).uplink == "weights"
 
 
 @pytest.mark.parametrize("bits", [6, 8])
