@@ -239,8 +239,9 @@ class Settings(Options):
         "compute with, rounded to nearest (forward) or stochastically under a seed that the server "
         "knows (dithered), or those that they hold (stored): in qat training float32, in integer "
         "training of the client's width, in strict training the same; a difference is taken of "
-        "these. auto: stored for fedpaq, fedcom and fedcomgate, dithered for prowd in "
-        "integer training, forward for all others.",
+        "these, also by prowd of those of qat training. auto: stored for fedpaq, fedcom, "
+        "fedcomgate and for prowd in qat training, dithered for prowd in integer training and, "
+        "with secure aggregation, in qat, forward for all others.",
     )
     broadcast: Literal["auto", "float32", "nearest", "calibrated"] = Field(
         "auto",

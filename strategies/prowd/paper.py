@@ -88,6 +88,10 @@ class ProWDPaper(ProWD):
         """Let clients send the rounded weights that they compute with, as in the paper."""
         return "forward"
 
+    def _sends_difference(self, bits: int) -> bool:
+        # The paper's clients send weights.
+        return False
+
     @classmethod
     def preferred_broadcast(cls, low_bit_training: str, has_buffer: bool) -> Broadcast:
         """Send float32, as the paper does."""

@@ -72,7 +72,8 @@ def test_codes_that_were_sent_are_taken_up(their_app):
     """The page says so of broadcast="nearest"."""
     nodes = {10 + i: Node(their_app("client_app").app, i, 2) for i in range(2)}
     weights = quantizable_weights(their_app("model").new_network())
-    strategy = ProWD(context=StrategyContext(min_nodes=2, broadcast="nearest", quantized=weights))
+    context = StrategyContext(min_nodes=2, broadcast="nearest", upload="forward", quantized=weights)
+    strategy = ProWD(context=context)
     grid = InProcessGrid(nodes)
     initial = ArrayRecord(their_app("model").new_network().state_dict())
     strategy.start(grid, initial, num_rounds=2)

@@ -112,6 +112,12 @@ class Cell:
         """Names of the weights that low-bit clients quantize."""
         return INTEGER_ON_GRID if self.in_integers else ON_GRID
 
+    @property
+    def moves_latent_weights(self) -> bool:
+        """Whether ProWD asks for the difference of latent weights."""
+        asked = self.strategy == "prowd" and self.upload in ("auto", "stored")
+        return asked and self.training == "qat"
+
     def downlink_bits(self, partition: int) -> int:
         """Width of the payload in which a client gets the model."""
         return 32 if self.broadcast == "float32" else self.widths[partition]
@@ -119,7 +125,7 @@ class Cell:
     def uplink_bits(self, partition: int) -> int:
         """Width of what a client sends."""
         own = self.widths[partition]
-        differs = self.strategy in DIFFERENCES
+        differs = self.strategy in DIFFERENCES or self.moves_latent_weights
         if own == 32 or differs or self.training == "strict":
             return own
         if self.upload == "stored":
@@ -162,7 +168,8 @@ def all_cells() -> list[Cell]:
         if strategy == "grouped-avg":
             # It averages each width as FedAvg does.
             continue
-        other = "forward" if strategy in DIFFERENCES else "stored"
+        latent = (strategy, training) == ("prowd", "qat")
+        other = "forward" if strategy in DIFFERENCES or latent else "stored"
         cells += [Cell(strategy, training=training, upload=u) for u in ("dithered", other)]
     cells.append(Cell("prowd", "calibrated", "qat", LOW, "dithered"))
     return cells

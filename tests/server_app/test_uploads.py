@@ -37,7 +37,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "upload"), [("fedavg", "forward"), ("fedcom", "stored"), ("prowd", "forward")]
+    ("strategy", "upload"), [("fedavg", "forward"), ("fedcom", "stored"), ("prowd", "stored")]
 )
 def test_the_record_says_what_auto_stood_for(run, strategy, upload):
     config, _ = run(strategy=strategy)
