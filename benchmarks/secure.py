@@ -151,7 +151,7 @@ class Fleet(AnsweringGrid):
         scales = scales_in(message, self.spec.shapes)
         if self._update is None:
             self._update = quantize_state(self._moved, self._bits, scales)
-        grid = SumGrid(self.spec, self._bits, scales, received, plan.float_bits)
+        grid = SumGrid(self.spec, plan.bits, scales, received, plan.float_bits)
         return answer_masked(message, context, numbers, self._update, grid, seed=context.node_id)
 
 

@@ -142,7 +142,8 @@ def on_train(message: Message, context: Context) -> Message:
         _keep(kept, context, job.instruction)
         return answer(message, report)
     if job.grid is not None:
-        return answer_masked(message, context, report, trained.update, job.grid, job.seed)
+        update = trained.update if job.grid.scales else _update(job, trained, received)
+        return answer_masked(message, context, report, update, job.grid, job.seed)
     update = _update(job, trained, received)
     reply = answer(message, report, update, job.sent)
     if job.instruction.tracking_epoch:
@@ -282,7 +283,7 @@ def _read_job(message: Message, context: Context) -> _Job:
     grid = None
     if is_secure(message):
         stored_bits = stored_bits_of(bits, settings.low_bit_training)
-        grid = _sum_grid(message, instruction, bits, spec, state, stored_bits)
+        grid = _sum_grid(message, spec, state, (instruction.dither, stored_bits))
         # Strict clients train on the group's grid; the others bring what they send to it.
         if grid.scales and settings.low_bit_training == "strict":
             scales = dict(grid.scales)
@@ -292,21 +293,15 @@ def _read_job(message: Message, context: Context) -> _Job:
 
 
 def _sum_grid(
-    message: Message,
-    instruction: Instruction,
-    bits: int,
-    spec: UpdateSpec,
-    received: dict[str, Tensor],
-    stored_bits: int,
+    message: Message, spec: UpdateSpec, received: dict[str, Tensor], rounding: tuple[int, int]
 ) -> SumGrid | NoisyGrid:
     """Return the grid on which the updates of this client's width are summed."""
     plan, start = SumPlan.from_record(record_in(message)), dict(received)
     if plan.clip:
         noise, devices, of_floats = plan.noise_multiplier, plan.devices, plan.float_bits
-        rounding = (instruction.dither, stored_bits)
         return NoisyGrid(spec, plan.clip, noise, devices, of_floats, start, *rounding)
-    width, scales = instruction.uplink_bits or bits, scales_in(message, spec.shapes)
-    return SumGrid(spec, width, scales, start, plan.float_bits)
+    scales = scales_in(message, spec.shapes)
+    return SumGrid(spec, plan.bits, scales, start, plan.float_bits, *rounding)
 
 
 def _update(job: _Job, trained: Trained, received: dict[str, Tensor]) -> Update:

@@ -255,6 +255,27 @@ def with_upload(
     return replace(instruction, upload=upload, uplink_bits=bits, dither=dither)
 
 
+def summed_bits(instruction: Instruction, client: Declaration, training: LowBitTraining) -> int:
+    """Return the width of the codes that a client adds to a secure sum; 32: it adds none.
+
+    Codes of one grid can be summed. Each client fits a grid of its own to a difference, but for the
+    strict ones: theirs is the difference of two codes of one grid.
+
+    Parameters
+    ----------
+    instruction : Instruction
+        That is complete (`with_upload`).
+    client : Declaration
+        Whom it is for.
+    training : {"qat", "strict", "integer"}
+        How low-bit clients train.
+    """
+    own_grid = instruction.uplink_bits or training != "strict"
+    if instruction.uplink == "difference" and own_grid:
+        return FLOAT_BITS
+    return instruction.uplink_bits or client.bits
+
+
 def with_config(messages: Iterable[Message], config: Mapping[str, Any] | None) -> list[Message]:
     """Add to messages what Flower's `start` was given for the clients, if anything was."""
     messages = list(messages)

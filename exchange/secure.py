@@ -39,8 +39,8 @@ class SumPlan:
         What its integers are multiplied by.
     widths : tuple of tuple of int
         Count and bits of each part of the vector (`privacy.sum_grid.sum_widths`).
-    float_bits : int
-        Of the differences in fixed point.
+    bits, float_bits : int
+        Of the codes, 32 where there are none, and of what travels in fixed point.
     sealed : mapping of int to bytes
         Shares of its peers' secrets.
     clip, noise_multiplier : float
@@ -51,6 +51,7 @@ class SumPlan:
 
     weight: int
     widths: tuple[tuple[int, int], ...]
+    bits: int
     float_bits: int
     sealed: Mapping[int, bytes]
     clip: float = 0.0
@@ -63,6 +64,7 @@ class SumPlan:
             {
                 "weight": self.weight,
                 "widths": [number for part in self.widths for number in part],
+                "bits": self.bits,
                 "float-bits": self.float_bits,
                 "sealed": pack_by_number(self.sealed),
                 "clip": self.clip,
@@ -80,7 +82,8 @@ class SumPlan:
         ProtocolError, MessageError
             If something is missing, or of another type or length.
         """
-        weight, float_bits = (_whole(record, key, 1, 255) for key in ("weight", "float-bits"))
+        names = ("weight", "bits", "float-bits")
+        weight, bits, float_bits = (_whole(record, key, 1, 255) for key in names)
         flat = _list(record, "widths", int)
         if len(flat) != 4 or min(flat) < 0:
             raise ProtocolError("secure: widths are not as agreed")
@@ -88,7 +91,7 @@ class SumPlan:
         by_sender = unpack_by_number(_bytes(record, "sealed"), SEALED_BYTES)
         devices = _whole(record, "devices", 0)
         clip, noise = _number(record, "clip"), _number(record, "noise-multiplier")
-        return cls(weight, widths, float_bits, by_sender, clip, noise, devices)
+        return cls(weight, widths, bits, float_bits, by_sender, clip, noise, devices)
 
 
 def keys_wanted(context: bytes) -> RecordDict:

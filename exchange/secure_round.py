@@ -19,10 +19,11 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from core.errors import FederationError, SettingsError
+from core.settings import LowBitTraining
 from exchange.inbox import match_replies, receive
 from exchange.protocol import Declaration, Report, plain
 from exchange.replies import BadReply, ClientUpdate, Member, Reply
-from exchange.round_plan import RoundLog, RoundPlan
+from exchange.round_plan import RoundLog, RoundPlan, summed_bits
 from exchange.secure import (
     KEYS,
     REVEAL,
@@ -64,6 +65,8 @@ class SecureSettings:
         Width of the differences in fixed point.
     timeout : float or None
         Seconds for each step.
+    training : {"qat", "strict", "integer"}
+        How low-bit clients train.
     clip, noise_multiplier : float
         Of differential privacy; 0: without.
     """
@@ -72,6 +75,7 @@ class SecureSettings:
     min_group: int
     float_bits: int
     timeout: float | None = None
+    training: LowBitTraining = "qat"
     clip: float = 0.0
     noise_multiplier: float = 0.0
 
@@ -140,14 +144,24 @@ class SecureRound:
             if client.partition_id not in taking_part:
                 del self._plan.clients[node]
 
-    def prepare(self, bits: int, model: Update, scales: Mapping[str, Tensor]) -> None:
-        """Fix the grid of a group, from the model that its devices are sent."""
+    def prepare(self, bits: int, model: Update, scales: Callable[[], dict[str, Tensor]]) -> None:
+        """Fix the grid of a group, from the model that its devices are sent.
+
+        Parameters
+        ----------
+        bits : int
+            The group.
+        model : Update
+            That model.
+        scales : callable
+            Gives the scales of its codes, where they sum codes.
+        """
         group = self._groups[bits]
         start, float_bits = model.dequantize(), self._settings.float_bits
         if self._settings.clip:
             group.grid = self._noisy_grid(len(group.clients), start)
             return
-        held = {} if group.width == FLOAT_BITS else dict(scales)
+        held = {} if group.width == FLOAT_BITS else scales()
         group.grid = SumGrid(self._plan.spec, group.width, held, start, float_bits)
 
     def add_to(self, content: RecordDict, client: Declaration) -> None:
@@ -157,7 +171,8 @@ class SecureRound:
         sealed, float_bits = group.sealed[number], self._settings.float_bits
         settings, devices = self._settings, self._threshold(len(group.clients))
         noise = (settings.clip, settings.noise_multiplier, devices)
-        plan = SumPlan(group.weights[number], (codes, floats), float_bits, sealed, *noise)
+        parts, weight = (codes, floats), group.weights[number]
+        plan = SumPlan(weight, parts, group.width, float_bits, sealed, *noise)
         content[SECURE] = plan.to_record()
         content[SCALES] = scales_record(_grid_of(group).scales)
 
@@ -231,7 +246,10 @@ class SecureRound:
     def _add_group(
         self, bits: int, clients: list[Declaration], counted: Callable[[Declaration], int]
     ) -> None:
-        asked = {self._plan.instructions[c.partition_id].uplink_bits or bits for c in clients}
+        instructions = self._plan.instructions
+        asked = {
+            summed_bits(instructions[c.partition_id], c, self._settings.training) for c in clients
+        }
         if len(asked) > 1:
             raise FederationError(
                 f"secure-aggregation: clients of {bits} bits are asked for updates of "
@@ -246,7 +264,7 @@ class SecureRound:
         total, float_bits = sum(weights.values()), self._settings.float_bits
         widths = sum_widths(self._plan.spec, width, float_bits, total)
         if self._settings.clip:
-            grid = self._noisy_grid(len(clients), {})
+            width, grid = FLOAT_BITS, self._noisy_grid(len(clients), {})
             self._check_noise(grid)
             widths = grid.widths(len(clients))
         # It names this round of this run: what was recorded of another does not fit.

@@ -87,7 +87,7 @@ from quant.update import (
     quantize_fitted,
     quantize_state,
 )
-from quant.upload import start_of, stored_bits_of, ternary_scales, upload_bits
+from quant.upload import moved_by, start_of, stored_bits_of, ternary_scales, upload_bits
 
 __all__ = [
     "ALLOWED_WIDTHS",
@@ -159,6 +159,7 @@ __all__ = [
     "level_drift",
     "load_model",
     "load_state",
+    "moved_by",
     "mse_scale",
     "pack",
     "packed_size",

@@ -77,6 +77,7 @@ class SumsByWidth(ModelsByWidth):
             self.context.secure_min_group,
             self.context.secure_float_bits,
             self.context.round_timeout,
+            self.context.low_bit_training,
             self.context.dp_clip,
             self.context.dp_noise_multiplier,
         )
@@ -85,7 +86,7 @@ class SumsByWidth(ModelsByWidth):
         return secure
 
     def sum_scales(self, bits: int, start: State, model: Update) -> dict[str, Tensor]:
-        """Return the scales of the codes that the clients of a width sum; none with noise.
+        """Return the scales of the codes that the clients of a width sum.
 
         Parameters
         ----------
@@ -96,8 +97,6 @@ class SumsByWidth(ModelsByWidth):
         model : Update
             The same as these clients are sent it.
         """
-        if bits == FLOAT_BITS or self.context.dp_clip:
-            return {}
         if self.context.low_bit_training == "integer" and self.upload != "stored":
             return ternary_scales(start, self.on_grid(start))
         return (model if model.bits == bits else self.model_for(bits, start)).scales
