@@ -34,6 +34,8 @@ AbsolutePath = Annotated[str, Allowed("path, absolute or from ~")]
 
 LowBitTraining = Literal["qat", "strict", "integer"]
 LocalOptimizer = Literal["sgd", "adamw"]
+# What becomes of a bit-width with too few devices for a sum.
+SmallGroups = Literal["leave-out", "merge"]
 # What they send of their weights (`quant.upload`).
 Upload = Literal["forward", "dithered", "stored"]
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]

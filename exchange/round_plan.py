@@ -145,6 +145,8 @@ class RoundLog:
         What the strategy itself reports: numbers, texts, lists, and mappings under text keys.
     secure : dict
         With secure aggregation, of each group: its devices, and the bits of its sums.
+    complaints : dict of str to list of int
+        The partitions whose shares others say they cannot open, and these.
     noise_multiplier : float or None
         With differential privacy: the smallest of all groups' whose sum was seen, to account the
         round with; None: no sum was.
@@ -169,7 +171,8 @@ class RoundLog:
     dropped: str = ""
     unchanged: str = ""
     own: dict[str, object] = field(default_factory=dict)
-    secure: dict[str, dict[str, int]] = field(default_factory=dict)
+    secure: dict[str, dict[str, Any]] = field(default_factory=dict)
+    complaints: dict[str, list[int]] = field(default_factory=dict)
     noise_multiplier: float | None = None
     detailed: bool = False
     weights: dict[str, object] = field(default_factory=dict)

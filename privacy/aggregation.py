@@ -11,7 +11,7 @@ import numpy as np
 from privacy.errors import MessageError, NotEnoughError
 from privacy.keys import check_number
 from privacy.masks import add_masks
-from privacy.messages import PublicKeys, Shares
+from privacy.messages import Complaints, PublicKeys, Shares
 from privacy.unmasking import Unmasking
 from privacy.words import check_width, packed_size, to_signed, unpack, word_type
 
@@ -21,21 +21,22 @@ class Stage(IntEnum):
 
     KEYS = 0
     SHARES = 1
-    MASKED = 2
-    REVEALED = 3
-    DONE = 4
+    OPENED = 2
+    MASKED = 3
+    REVEALED = 4
+    DONE = 5
 
 
-_NAMES = ("keys", "shares", "masked vector", "revealed shares")
+_NAMES = ("keys", "shares", "word on the shares", "masked vector", "revealed shares")
 
 
 class GroupAggregation:
     """The sum of the vectors of one group of devices in one round.
 
     The server takes what devices send at each step, in any order, and ends the step by asking for
-    what comes next: `roster`, `sealed_for`, `to_reveal`, `total`. A device of which nothing valid
-    has come by then is out of the round. A message that raises `MessageError` has changed nothing
-    but that its sender is out; of two valid ones the first one counts.
+    what comes next: `roster`, `handed_to`, `without`, `to_reveal`, `total`. A device of which
+    nothing valid has come by then is out of the round. A message that raises `MessageError` has
+    changed nothing but that its sender is out; of two valid ones the first one counts.
 
     Parameters
     ----------
@@ -81,8 +82,12 @@ class GroupAggregation:
         self._ignored: dict[int, str] = {}
         self._keys: dict[int, PublicKeys] = {}
         self._shares: dict[int, Shares] = {}
+        self._complaints: dict[int, Complaints] = {}
+        self._joined: set[int] = set()
         self._answered: set[int] = set()
-        self._unmasking = Unmasking(context, threshold, self._keys, self._shares, self._answered)
+        self._unmasking = Unmasking(
+            context, threshold, self._keys, self._shares, self._joined, self._answered
+        )
 
     @property
     def payload_bytes(self) -> int:
@@ -147,12 +152,61 @@ class GroupAggregation:
             raise self._leave_out(number, error) from None
         self._shares[number] = shares
 
-    def sealed_for(self, number: int) -> dict[int, bytes]:
+    def handed_to(self, number: int) -> dict[int, bytes]:
         """End the step of shares: return those for one device, by sender."""
         self._end(Stage.SHARES, self._shares)
         if number not in self._shares:
             raise ValueError(f"device {number} has not shared: it takes no further part")
-        return {n: s.sealed[number] for n, s in sorted(self._shares.items()) if n != number}
+        return {n: s.handed_to(number) for n, s in sorted(self._shares.items()) if n != number}
+
+    def take_complaints(self, number: int, record: Mapping[str, object]) -> None:
+        """Take a device's `Complaints` record: whose shares it cannot open."""
+        self._sender(number, Stage.OPENED, self._complaints)
+        try:
+            complaints = Complaints.from_record(record)
+            if not complaints.numbers <= set(self._shares) - {number}:
+                raise MessageError("complains of others than its peers that shared")
+            if (opened := len(self._shares) - len(complaints.numbers)) < self._threshold:
+                raise MessageError(
+                    f"holds shares of {opened} devices, as it says; allowed are "
+                    f"{self._threshold} or more"
+                )
+        except MessageError as error:
+            raise self._leave_out(number, error) from None
+        self._complaints[number] = complaints
+
+    def complaints(self) -> dict[int, list[int]]:
+        """Return the devices that are complained of, and by whom, of those that are in the round.
+
+        Who of two is at fault nobody can tell.
+        """
+        left = sorted(n for n in self._complaints if n not in self._left_out)
+        by_owner = {n: [by for by in left if n in self._complaints[by].numbers] for n in left}
+        return {owner: holders for owner, holders in by_owner.items() if holders}
+
+    def without(self) -> list[int]:
+        """End the step of complaints: return who shared and takes no part in the masking.
+
+        That is who was silent, and of whom so many complain that fewer than the threshold would be
+        left to give back its secrets, should it fail itself: then nobody could unmask the sum. A
+        few complaints cost nobody anything, and none of the secrets of those that are out is ever
+        asked for.
+        """
+        if self._stage is Stage.OPENED:
+            while complaints := self.complaints():
+                worst = max(complaints, key=lambda owner: self._blamed(owner, complaints))
+                left, by = len(self._complaints.keys() - self._left_out), complaints[worst]
+                if left - 1 - len(by) >= self._threshold:
+                    break
+                named = ", ".join(map(str, by))
+                self._left_out[worst] = f"its shares do not open, as said by {named}"
+            self._joined.update(self._complaints.keys() - self._left_out.keys())
+        self._end(Stage.OPENED, self._complaints)
+        return sorted(self._shares.keys() - self._joined)
+
+    def _blamed(self, owner: int, complaints: Mapping[int, list[int]]) -> tuple[int, int]:
+        """Order by complaints of a device; then, as one of two lies, by its own."""
+        return len(complaints[owner]), len(self._complaints[owner].numbers)
 
     def take_masked(self, number: int, payload: object) -> None:
         """Take a device's masked vector and add it to the sum."""

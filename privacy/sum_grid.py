@@ -9,7 +9,7 @@ the sum itself.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
@@ -56,6 +56,8 @@ class SumGrid:
         Width of the differences in fixed point, 16 to 24.
     dither, stored_bits : int
         On a device: as of `quant.moved_by`.
+    given_steps : mapping of str to float
+        Fixed-point steps of a group whose devices have several starts; else they follow from it.
 
     Examples
     --------
@@ -72,6 +74,7 @@ class SumGrid:
     float_bits: int
     dither: int = 0
     stored_bits: int = 0
+    given_steps: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def _quantized(self) -> list[str]:
@@ -83,7 +86,9 @@ class SumGrid:
 
     @cached_property
     def steps(self) -> dict[str, float]:
-        """Fixed-point step of each tensor that is not quantized, from its start."""
+        """Fixed-point step of each tensor that is not quantized."""
+        if self.given_steps:
+            return dict(self.given_steps)
         most = _largest(self.float_bits)
         return {name: _reach(name, self.start[name]) / most for name in self._floats}
 
@@ -207,7 +212,7 @@ def group_weights(examples: Mapping[int, int]) -> dict[int, int]:
     Examples
     --------
     >>> group_weights({0: 500, 1: 500}), group_weights({0: 100, 1: 51})
-    ({0: 1, 1: 1}, {0: 255, 1: 130})
+    ({0: 1, 1: 1}, {0: 51, 1: 26})
     """
     most = max(examples.values())
     weights = {d: max(1, round(LARGEST_WEIGHT * n / most)) for d, n in examples.items()}

@@ -12,7 +12,8 @@ from core.settings import Upload
 from exchange.protocol import Declaration, Instruction, Report
 from exchange.replies import ClientUpdate, Member, norms_of, scale_of, too_large
 from exchange.round_plan import RoundLog, RoundPlan, WidthPlan
-from exchange.secure_round import SecureRound, SecureSettings
+from exchange.secure_groups import SecureSettings
+from exchange.secure_round import SecureRound
 from exchange.states import State
 from privacy.noise import MOST_CLIPS
 from privacy.noisy_grid import NoisySum, movement_of
@@ -76,6 +77,7 @@ class SumsByWidth(ModelsByWidth):
             self.context.secure_threshold,
             self.context.secure_min_group,
             self.context.secure_float_bits,
+            "leave-out",
             self.context.round_timeout,
             self.context.low_bit_training,
             self.context.dp_clip,
@@ -187,7 +189,7 @@ class SumsByWidth(ModelsByWidth):
             # Of what devices report, nothing: it has no noise.
             report = Report(server_round, width.clients, loss=0.0, accuracy=0.0, seconds=0.0)
             update, of = Update(FLOAT_BITS, content, {}, moved), tuple(members[bits])
-            yield ClientUpdate(width.client, update, report, 0, of, from_received=True)
+            yield ClientUpdate(width.client, update, report, 0, of, True, width.clients)
 
     def _nobody_answered(self, bits: int, plan: RoundPlan, log: RoundLog) -> bool:
         """Whether all clients of a width were asked, and failed: who answers is no secret then."""

@@ -70,7 +70,7 @@ def test_bits_of_twenty_devices():
     assert "weight takes 25 bits then, and 33 with weights by examples" in PAGE
 
 
-@pytest.mark.parametrize("name", ["fedpaq", "fedcom", "fedcomgate", "prowd-paper", "local"])
+@pytest.mark.parametrize("name", ["fedcomgate", "prowd-paper", "local"])
 def test_what_is_refused_is_said_so(name):
     kind, context = STRATEGIES[name], StrategyContext(quantized=["w"], secure_aggregation=True)
     with pytest.raises(SettingsError, match=r"^secure-aggregation: true with ") as refused:

@@ -13,7 +13,7 @@ from matrix.test_tasks import SMALL, TASKS
 
 from core.errors import SettingsError
 from exchange.protocol import UPDATE
-from exchange.secure import KEYS, REVEAL, SECURE, SHARES
+from exchange.secure import KEYS, OPEN, REVEAL, SECURE, SHARES
 from privacy.sum_grid import SumGrid
 from privacy.words import unpack
 
@@ -46,17 +46,6 @@ REFUSED = {
     "flwr:FedMedian": {"flwr_arguments": ""},
     "flwr:FedTrimmedAvg": {"flwr_arguments": "beta = 0.2"},
 }
-
-
-@pytest.fixture
-def without_masks(monkeypatch):
-    """Let devices send the bare integers of the same grid, and the server add these."""
-
-    def use():
-        for side in ("device", "aggregation"):
-            monkeypatch.setattr(f"privacy.{side}.add_masks", lambda parts, masks: None)
-
-    return use
 
 
 def model_of(trace):
@@ -140,7 +129,7 @@ def failing_at(step, node=51):
     return on_grid
 
 
-@pytest.mark.parametrize("step", [KEYS, SHARES, "train", REVEAL])
+@pytest.mark.parametrize("step", [KEYS, SHARES, OPEN, "train", REVEAL])
 def test_a_device_that_drops_out_at_a_step_is_left_out_alone(step, tmp_path, without_masks):
     settings = {**SECURE_RUN, "rounds": 1, "secure_min_group": 2, "on_grid": failing_at(step)}
     masked = run(PROWD, tmp_path / "masked", **settings)
@@ -167,11 +156,12 @@ def test_a_group_that_becomes_too_small_is_left_out_and_the_others_go_on(tmp_pat
 NONSENSE = [
     {"masking": b"\0" * 32, "sealing": 5, "commitment": [1]},
     {"sealed": b"\xff" * 100, "digests": b"", "own_masks": b"", "masking_keys": b"\0" * 40},
+    {"unopened": b"\xff" * 16},
 ]
 
 
 # What else is refused: tests/privacy.
-@pytest.mark.parametrize("step", [KEYS, SHARES, REVEAL])
+@pytest.mark.parametrize("step", [KEYS, SHARES, OPEN, REVEAL])
 def test_nonsense_costs_the_one_that_sent_it(step, tmp_path):
     for place, nonsense in enumerate(NONSENSE):
 
