@@ -8,6 +8,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from privacy.complaints import holders_against, out_by_complaints
 from privacy.errors import MessageError, NotEnoughError
 from privacy.keys import check_number
 from privacy.masks import add_masks
@@ -82,7 +83,7 @@ class GroupAggregation:
         self._ignored: dict[int, str] = {}
         self._keys: dict[int, PublicKeys] = {}
         self._shares: dict[int, Shares] = {}
-        self._complaints: dict[int, Complaints] = {}
+        self._complaints: dict[int, frozenset[int]] = {}
         self._joined: set[int] = set()
         self._answered: set[int] = set()
         self._unmasking = Unmasking(
@@ -163,50 +164,35 @@ class GroupAggregation:
         """Take a device's `Complaints` record: whose shares it cannot open."""
         self._sender(number, Stage.OPENED, self._complaints)
         try:
-            complaints = Complaints.from_record(record)
-            if not complaints.numbers <= set(self._shares) - {number}:
+            unopened = Complaints.from_record(record).numbers
+            if not unopened <= set(self._shares) - {number}:
                 raise MessageError("complains of others than its peers that shared")
-            if (opened := len(self._shares) - len(complaints.numbers)) < self._threshold:
+            if (opened := len(self._shares) - len(unopened)) < self._threshold:
                 raise MessageError(
                     f"holds shares of {opened} devices, as it says; allowed are "
                     f"{self._threshold} or more"
                 )
         except MessageError as error:
             raise self._leave_out(number, error) from None
-        self._complaints[number] = complaints
+        self._complaints[number] = unopened
 
     def complaints(self) -> dict[int, list[int]]:
-        """Return the devices that are complained of, and by whom, of those that are in the round.
-
-        Who of two is at fault nobody can tell.
-        """
-        left = sorted(n for n in self._complaints if n not in self._left_out)
-        by_owner = {n: [by for by in left if n in self._complaints[by].numbers] for n in left}
-        return {owner: holders for owner, holders in by_owner.items() if holders}
+        """Return the devices whose shares others say that they do not hold, and these."""
+        return holders_against(self._complaints)
 
     def without(self) -> list[int]:
         """End the step of complaints: return who shared and takes no part in the masking.
 
-        That is who was silent, and of whom so many complain that fewer than the threshold would be
-        left to give back its secrets, should it fail itself: then nobody could unmask the sum. A
-        few complaints cost nobody anything, and none of the secrets of those that are out is ever
-        asked for.
+        That is who was silent, and who is out by complaints. None of their secrets is ever asked
+        for.
         """
         if self._stage is Stage.OPENED:
-            while complaints := self.complaints():
-                worst = max(complaints, key=lambda owner: self._blamed(owner, complaints))
-                left, by = len(self._complaints.keys() - self._left_out), complaints[worst]
-                if left - 1 - len(by) >= self._threshold:
-                    break
-                named = ", ".join(map(str, by))
-                self._left_out[worst] = f"its shares do not open, as said by {named}"
-            self._joined.update(self._complaints.keys() - self._left_out.keys())
+            for owner, holders in out_by_complaints(self._complaints, self._threshold).items():
+                named = ", ".join(map(str, holders))
+                self._left_out[owner] = f"its shares do not open, as said by {named}"
         self._end(Stage.OPENED, self._complaints)
+        self._joined.update(self._complaints.keys() - self._left_out.keys())
         return sorted(self._shares.keys() - self._joined)
-
-    def _blamed(self, owner: int, complaints: Mapping[int, list[int]]) -> tuple[int, int]:
-        """Order by complaints of a device; then, as one of two lies, by its own."""
-        return len(complaints[owner]), len(self._complaints[owner].numbers)
 
     def take_masked(self, number: int, payload: object) -> None:
         """Take a device's masked vector and add it to the sum."""
