@@ -5,6 +5,7 @@ wider one. What the groups send and receive in a round: `exchange.secure_round`.
 """
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -171,8 +172,10 @@ class Group:
     def figures(self) -> dict[str, Any]:
         """Return what the record says of the sum."""
         (codes, of_codes), (floats, of_floats) = self.parts
+        merged = Counter(self.clients[n].bits for n in self.reports) if self.is_merged else {}
         return {
             "devices": len(self.reports),
+            **{f"devices-{bits}": merged[bits] for bits in sorted(merged)},
             "code-bits": of_codes if codes else 0,
             "float-bits": of_floats if floats else 0,
         }

@@ -29,6 +29,8 @@ class SumsByWidth(ModelsByWidth):
     upload: Upload
     # Whether it needs no more than the mean over the clients of each width.
     needs_means_only = False
+    # Whether it has a model for each width, which the updates of another width cannot make.
+    keeps_widths_apart = False
 
     @classmethod
     def check(cls, options: Any, context: StrategyContext) -> None:
@@ -36,7 +38,7 @@ class SumsByWidth(ModelsByWidth):
 
     @classmethod
     def check_all(cls, options: Any, context: StrategyContext) -> None:
-        """Do `check`, and refuse secure aggregation where a client's own update is needed.
+        """Do `check`, and refuse secure aggregation, or merging, where it does not go together.
 
         Raises
         ------
@@ -46,6 +48,11 @@ class SumsByWidth(ModelsByWidth):
         cls.check(options, context)
         if not (context.secure_aggregation or context.dp_clip):
             return
+        if context.secure_small_groups == "merge" and cls.keeps_widths_apart:
+            raise SettingsError(
+                f"secure-small-groups: merge with {cls.__name__}, which has a model for each "
+                "width; allowed: leave-out"
+            )
         if reason := cls.why_not_secure(options, context):
             clip = f"dp-clip: {context.dp_clip:g}"
             named = "secure-aggregation: true" if context.secure_aggregation else clip
@@ -77,7 +84,7 @@ class SumsByWidth(ModelsByWidth):
             self.context.secure_threshold,
             self.context.secure_min_group,
             self.context.secure_float_bits,
-            "leave-out",
+            self.context.secure_small_groups,
             self.context.round_timeout,
             self.context.low_bit_training,
             self.context.dp_clip,

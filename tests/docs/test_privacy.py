@@ -57,7 +57,7 @@ def test_the_record_is_the_one_that_is_shown(rounds):
 
 
 def test_settings_and_their_defaults_are_those_of_the_table():
-    rows = re.findall(r"^\| `(secure-[a-z-]+)` \| `?([\w.]+)`? \|", PAGE, re.M)
+    rows = re.findall(r"^\| `(secure-[a-z-]+)` \| `?([^ `]+)`? \|", PAGE, re.M)
     known = {k: v for k, v in Settings().to_settings().items() if k.startswith("secure-")}
     assert {key: json.loads(value) for key, value in rows} == known
 
