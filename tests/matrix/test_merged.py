@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from matrix.cells import Cell
 from matrix.invariants import (
     completes_with_everybody,
@@ -81,6 +82,21 @@ def test_movements_are_those_of_the_run_in_the_clear(tmp_path):
         step = (64 if "running" in name else 4) * max(1.0, float(start.abs().max())) / (2**19 - 1)
         assert float((merged.starts[2][name] - tensor).abs().max()) <= step + 1e-6, name
         assert not tensor.equal(start), name
+
+
+def test_all_devices_of_a_merged_group_have_its_steps(tmp_path, monkeypatch):
+    """Whatever each was sent: the model on its own grid."""
+    reach = "privacy.sum_grid._reach"
+    monkeypatch.setattr(
+        reach, lambda name, start: 1.0 + 5 * float(start.double().std(correction=0))
+    )
+    cell, settings = Cell("fedpaq", "nearest", "qat", TWO_OF_SIX), {"rounds": 1, "batch_size": 12}
+    settings |= {"weighting": "uniform", "secure_float_bits": 24}
+    clear = run(cell, tmp_path / "clear", **settings)
+    merged = run(cell, tmp_path / "merged", **{**MERGED, **settings})
+    for name, tensor in clear.starts[2].items():
+        if "running" not in name:
+            torch.testing.assert_close(merged.starts[2][name], tensor, rtol=0, atol=1e-6)
 
 
 def test_the_mean_counts_as_one_of_the_widest_that_take_part(tmp_path, without_masks):
