@@ -84,6 +84,25 @@ def test_movements_are_those_of_the_run_in_the_clear(tmp_path):
         assert not tensor.equal(start), name
 
 
+@pytest.mark.parametrize(
+    ("broadcast", "training", "upload"),
+    [
+        ("float32", "qat", "forward"),
+        ("float32", "qat", "dithered"),
+        ("nearest", "qat", "forward"),
+        ("float32", "strict", "auto"),
+        ("calibrated", "strict", "auto"),
+    ],
+)
+def test_how_the_start_is_rounded_is_no_movement(broadcast, training, upload, tmp_path):
+    """Devices of 4 bits that hardly learn leave the Float32 model where it was."""
+    cell = Cell("fedavg", broadcast, training, TWO_OF_SIX, upload)
+    trace = run(cell, tmp_path / "run", rounds=1, **{**MERGED, "learning_rate": 1e-9})
+    for name in cell.on_grid:
+        step = 4 * max(1.0, float(trace.starts[1][name].abs().max())) / (2**19 - 1)
+        assert float((trace.starts[2][name] - trace.starts[1][name]).abs().max()) <= step
+
+
 def test_all_devices_of_a_merged_group_have_its_steps(tmp_path, monkeypatch):
     """Whatever each was sent: the model on its own grid."""
     reach = "privacy.sum_grid._reach"
