@@ -28,9 +28,16 @@ from torch import Tensor
 
 from benchmarks.grid import AnsweringGrid, run_round, weights_of
 from benchmarks.measure import Figure, report
-from client_app.secure import answer_masked, is_secure, reveal_shares, share_secrets, show_keys
+from client_app.secure import (
+    answer_masked,
+    is_secure,
+    open_shares,
+    reveal_shares,
+    share_secrets,
+    show_keys,
+)
 from exchange.protocol import DECLARATION, REPORT, UPDATE, Declaration, Report, model_in, to_array
-from exchange.secure import KEYS, REVEAL, SHARES, SumPlan, record_in, scales_in
+from exchange.secure import KEYS, OPEN, REVEAL, SHARES, SumPlan, record_in, scales_in
 from exchange.states import to_arrays
 from privacy import packed_size
 from privacy.sum_grid import LARGEST_WEIGHT, SumGrid, sum_widths
@@ -127,7 +134,7 @@ class Fleet(AnsweringGrid):
 
     def _reply(self, message: Message) -> Message:
         node, kind = message.metadata.dst_node_id, message.metadata.message_type
-        steps = {KEYS: show_keys, SHARES: share_secrets, REVEAL: reveal_shares}
+        steps = {KEYS: show_keys, SHARES: share_secrets, OPEN: open_shares, REVEAL: reveal_shares}
         if kind in steps:
             return steps[kind](message, self._contexts[node])
         if kind == "query":
@@ -151,7 +158,7 @@ class Fleet(AnsweringGrid):
         scales = scales_in(message, self.spec.shapes)
         if self._update is None:
             self._update = quantize_state(self._moved, self._bits, scales)
-        grid = SumGrid(self.spec, self._bits, scales, received, plan.float_bits)
+        grid = SumGrid(self.spec, plan.bits, scales, received, plan.float_bits)
         return answer_masked(message, context, numbers, self._update, grid, seed=context.node_id)
 
 

@@ -18,7 +18,14 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 
 from client_app.node import declare, node_of, width_of
-from client_app.secure import answer_masked, is_secure, reveal_shares, share_secrets, show_keys
+from client_app.secure import (
+    answer_masked,
+    is_secure,
+    open_shares,
+    reveal_shares,
+    share_secrets,
+    show_keys,
+)
 from client_app.state_store import has_model, keep_model, own_model, recall, state_folder, store
 from client_app.tracking import TrackedRound, next_correction
 from core.devices import pick_device
@@ -40,7 +47,7 @@ from exchange.protocol import (
     model_in,
     plain,
 )
-from exchange.secure import KEYS, REVEAL, SHARES, SumPlan, record_in, scales_in
+from exchange.secure import KEYS, OPEN, REVEAL, SHARES, SumPlan, record_in, scales_in, steps_in
 from privacy.noisy_grid import NoisyGrid
 from privacy.sum_grid import SumGrid
 from quant import (
@@ -142,7 +149,8 @@ def on_train(message: Message, context: Context) -> Message:
         _keep(kept, context, job.instruction)
         return answer(message, report)
     if job.grid is not None:
-        return answer_masked(message, context, report, trained.update, job.grid, job.seed)
+        update = trained.update if job.grid.scales else _update(job, trained, received)
+        return answer_masked(message, context, report, update, job.grid, job.seed)
     update = _update(job, trained, received)
     reply = answer(message, report, update, job.sent)
     if job.instruction.tracking_epoch:
@@ -178,14 +186,21 @@ def on_keys(message: Message, context: Context) -> Message:
 @app.train(SHARES.partition(".")[2])
 @_failing_in_one_line
 def on_shares(message: Message, context: Context) -> Message:
-    """Step 2: share secrets with the group. Step 3 is to train and to send a masked update."""
+    """Step 2: share secrets with the group."""
     return share_secrets(message, context)
+
+
+@app.train(OPEN.partition(".")[2])
+@_failing_in_one_line
+def on_open(message: Message, context: Context) -> Message:
+    """Step 3: say whose shares do not open. Step 4 is to train and to send a masked update."""
+    return open_shares(message, context)
 
 
 @app.train(REVEAL.partition(".")[2])
 @_failing_in_one_line
 def on_reveal(message: Message, context: Context) -> Message:
-    """Step 4: reveal what unmasks the sum."""
+    """Step 5: reveal what unmasks the sum."""
     return reveal_shares(message, context)
 
 
@@ -282,7 +297,7 @@ def _read_job(message: Message, context: Context) -> _Job:
     grid = None
     if is_secure(message):
         stored_bits = stored_bits_of(bits, settings.low_bit_training)
-        grid = _sum_grid(message, instruction, bits, spec, state, stored_bits)
+        grid = _sum_grid(message, spec, state, (instruction.dither, stored_bits))
         # Strict clients train on the group's grid; the others bring what they send to it.
         if grid.scales and settings.low_bit_training == "strict":
             scales = dict(grid.scales)
@@ -292,21 +307,16 @@ def _read_job(message: Message, context: Context) -> _Job:
 
 
 def _sum_grid(
-    message: Message,
-    instruction: Instruction,
-    bits: int,
-    spec: UpdateSpec,
-    received: dict[str, Tensor],
-    stored_bits: int,
+    message: Message, spec: UpdateSpec, received: dict[str, Tensor], rounding: tuple[int, int]
 ) -> SumGrid | NoisyGrid:
     """Return the grid on which the updates of this client's width are summed."""
     plan, start = SumPlan.from_record(record_in(message)), dict(received)
     if plan.clip:
         noise, devices, of_floats = plan.noise_multiplier, plan.devices, plan.float_bits
-        rounding = (instruction.dither, stored_bits)
         return NoisyGrid(spec, plan.clip, noise, devices, of_floats, start, *rounding)
-    width, scales = instruction.uplink_bits or bits, scales_in(message, spec.shapes)
-    return SumGrid(spec, width, scales, start, plan.float_bits)
+    scales = scales_in(message, spec.shapes)
+    steps = steps_in(message, spec.shapes)
+    return SumGrid(spec, plan.bits, scales, start, plan.float_bits, *rounding, steps)
 
 
 def _update(job: _Job, trained: Trained, received: dict[str, Tensor]) -> Update:

@@ -1,7 +1,10 @@
 """A client's side of secure aggregation: what it keeps from step to step, and its masked update."""
 
+from logging import WARNING
+
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.common.logger import log
 
 from core.errors import SettingsError
 from core.seeds import Stream, derive_seed
@@ -11,11 +14,12 @@ from exchange.secure import (
     SumPlan,
     answer_secure,
     context_in,
+    handed_in,
     record_in,
     reveal_in,
     roster_in,
 )
-from privacy import Device
+from privacy import Complaints, Device
 from privacy.noisy_grid import NoisyGrid
 from privacy.sum_grid import SumGrid
 from quant import Update
@@ -38,6 +42,16 @@ def share_secrets(message: Message, context: Context) -> Message:
     shares = device.share(*roster_in(message))
     _keep(context, device)
     return answer_secure(message, shares.to_record())
+
+
+def open_shares(message: Message, context: Context) -> Message:
+    """Open the shares of the others, and say whose do not open."""
+    device = _kept(context)
+    unopened = device.receive(handed_in(message))
+    for reason in unopened.values():
+        log(WARNING, "prowd: %s", reason)
+    _keep(context, device)
+    return answer_secure(message, Complaints(frozenset(unopened)).to_record())
 
 
 def reveal_shares(message: Message, context: Context) -> Message:
@@ -77,12 +91,12 @@ def answer_masked(
         The client's of this round, for the rounding to fixed point.
     """
     plan, device = SumPlan.from_record(record_in(message)), _kept(context)
-    device.receive(plan.sealed)
     rng = np.random.default_rng(derive_seed(seed, Stream.FIXED_POINT))
     parts = grid.integers(update, plan.weight, rng)
     if any(part.size != count for part, (count, _) in zip(parts, plan.widths, strict=True)):
         raise SettingsError("model: this device's is not the server's: another number of weights")
-    payload = device.mask([(part, m) for part, (_, m) in zip(parts, plan.widths, strict=True)])
+    vector = [(part, m) for part, (_, m) in zip(parts, plan.widths, strict=True)]
+    payload = device.mask(vector, plan.without)
     # It masks once: two vectors under one mask would show their difference.
     _keep(context, device)
     reply = answer(message, report)

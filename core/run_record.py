@@ -70,8 +70,11 @@ class Round(_Part):
     metrics : dict of str to dict
         By width and name, where a task has several.
     secure : dict of str to dict
-        With secure aggregation, of each width: how many "devices" are in its sum, and the bits of
-        its sums of codes and of fixed-point numbers ("code-bits", "float-bits").
+        With secure aggregation, of each width: how many "devices" are in its sum, of which width
+        where several were merged ("devices-4"), and the bits of its sums of codes and of
+        fixed-point numbers ("code-bits", "float-bits").
+    complaints : dict of str to list of int
+        With secure aggregation, the partitions whose shares others say they cannot open, and these.
     privacy : dict of str to float
         With differential privacy: "epsilon" after this round at "delta", and the round's
         "noise_multiplier".
@@ -95,6 +98,7 @@ class Round(_Part):
     evaluated_by_clients: dict[str, Number] = Field(default_factory=dict)
     metrics: dict[Width, dict[str, Number]] = Field(default_factory=dict)
     secure: dict[Width, dict[str, Count]] = Field(default_factory=dict)
+    complaints: dict[str, list[Count]] = Field(default_factory=dict)
     privacy: dict[str, Number] = Field(default_factory=dict)
     own: dict[str, object] = Field(default_factory=dict)
 

@@ -34,6 +34,8 @@ AbsolutePath = Annotated[str, Allowed("path, absolute or from ~")]
 
 LowBitTraining = Literal["qat", "strict", "integer"]
 LocalOptimizer = Literal["sgd", "adamw"]
+# What becomes of a bit-width with too few devices for a sum.
+SmallGroups = Literal["leave-out", "merge"]
 # What they send of their weights (`quant.upload`).
 Upload = Literal["forward", "dithered", "stored"]
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "image-folder"]
@@ -101,7 +103,12 @@ class Settings(Options):
         description="Share of a group's devices that must answer for their sum to be unmasked.",
     )
     secure_min_group: Annotated[int, Field(ge=2)] = Field(
-        3, description="Devices of one bit-width that are summed at least; fewer are left out."
+        3, description="Devices that are summed at least."
+    )
+    secure_small_groups: SmallGroups = Field(
+        "leave-out",
+        description="What becomes of a bit-width with fewer: they are left out of the round, or "
+        "summed with the next wider ones, and count as these.",
     )
     secure_float_bits: Annotated[int, Field(ge=16, le=24)] = Field(
         20,

@@ -85,7 +85,9 @@ class ClientUpdate:
         The devices whose mean it is, which alone is known then; empty: it is one client's.
     from_received : bool
         Whether it is the model that they received, moved by the mean of how far each went from that
-        model as it held it (`privacy.noisy_grid`).
+        model as it held it (`quant.moved_by`).
+    everybody : int
+        With noise, how many clients of the width there are: it counts as theirs, whoever took part.
 
     Examples
     --------
@@ -101,11 +103,12 @@ class ClientUpdate:
     dither: int = 0
     members: tuple[Member, ...] = ()
     from_received: bool = False
+    everybody: int = 0
 
     @property
     def count(self) -> int:
-        """Number of clients that it is of; with noise, of all clients of the width."""
-        return self.report.num_examples if self.from_received else len(self.members) or 1
+        """Number of clients that it counts as."""
+        return self.everybody or len(self.members) or 1
 
 
 def payload_of(reply: Message) -> bytes | None:

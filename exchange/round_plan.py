@@ -145,6 +145,8 @@ class RoundLog:
         What the strategy itself reports: numbers, texts, lists, and mappings under text keys.
     secure : dict
         With secure aggregation, of each group: its devices, and the bits of its sums.
+    complaints : dict of str to list of int
+        The partitions whose shares others say they cannot open, and these.
     noise_multiplier : float or None
         With differential privacy: the smallest of all groups' whose sum was seen, to account the
         round with; None: no sum was.
@@ -169,7 +171,8 @@ class RoundLog:
     dropped: str = ""
     unchanged: str = ""
     own: dict[str, object] = field(default_factory=dict)
-    secure: dict[str, dict[str, int]] = field(default_factory=dict)
+    secure: dict[str, dict[str, Any]] = field(default_factory=dict)
+    complaints: dict[str, list[int]] = field(default_factory=dict)
     noise_multiplier: float | None = None
     detailed: bool = False
     weights: dict[str, object] = field(default_factory=dict)
@@ -253,6 +256,27 @@ def with_upload(
         path = (instruction.server_round, client.partition_id)
         dither = derive_seed(seed, Stream.DITHER, *path) or 1
     return replace(instruction, upload=upload, uplink_bits=bits, dither=dither)
+
+
+def summed_bits(instruction: Instruction, client: Declaration, training: LowBitTraining) -> int:
+    """Return the width of the codes that a client adds to a secure sum; 32: it adds none.
+
+    Codes of one grid can be summed. Each client fits a grid of its own to a difference, but for the
+    strict ones: theirs is the difference of two codes of one grid.
+
+    Parameters
+    ----------
+    instruction : Instruction
+        That is complete (`with_upload`).
+    client : Declaration
+        Whom it is for.
+    training : {"qat", "strict", "integer"}
+        How low-bit clients train.
+    """
+    own_grid = instruction.uplink_bits or training != "strict"
+    if instruction.uplink == "difference" and own_grid:
+        return FLOAT_BITS
+    return instruction.uplink_bits or client.bits
 
 
 def with_config(messages: Iterable[Message], config: Mapping[str, Any] | None) -> list[Message]:

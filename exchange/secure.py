@@ -1,8 +1,9 @@
 """What passes between server and devices for secure aggregation, and the grid it is about.
 
-Beside the ordinary message to train there are three more a round, each a type of its own: a device
-shows its keys, shares its secrets with the others, and reveals after the round what unmasks the sum
-(`privacy.device`). The functions here turn Flower's records into the values of `privacy` and back.
+Beside the ordinary message to train there are four more a round, each a type of its own: a device
+shows its keys, shares its secrets with the others, says whose shares it cannot open, and reveals
+after the round what unmasks the sum (`privacy.device`). The functions here turn Flower's records
+into the values of `privacy` and back.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,16 +17,17 @@ from torch import Tensor
 
 from exchange.protocol import ProtocolError
 from privacy import (
-    SEALED_BYTES,
+    HANDED_BYTES,
     PublicKeys,
     pack_by_number,
     roster_from_bytes,
     unpack_by_number,
 )
 
-SECURE, SCALES = "secure", "scales"
+SECURE, SCALES, STEPS = "secure", "scales", "steps"
 KEYS = f"{MessageType.TRAIN}.keys"
 SHARES = f"{MessageType.TRAIN}.shares"
+OPEN = f"{MessageType.TRAIN}.open"
 REVEAL = f"{MessageType.TRAIN}.reveal"
 
 
@@ -39,10 +41,10 @@ class SumPlan:
         What its integers are multiplied by.
     widths : tuple of tuple of int
         Count and bits of each part of the vector (`privacy.sum_grid.sum_widths`).
-    float_bits : int
-        Of the differences in fixed point.
-    sealed : mapping of int to bytes
-        Shares of its peers' secrets.
+    bits, float_bits : int
+        Of the codes, 32 where there are none, and of what travels in fixed point.
+    without : list of int
+        Peers that shared their secrets and take no part in the masking.
     clip, noise_multiplier : float
         Of differential privacy (`privacy.noisy_grid`); 0: without.
     devices : int
@@ -51,8 +53,9 @@ class SumPlan:
 
     weight: int
     widths: tuple[tuple[int, int], ...]
+    bits: int
     float_bits: int
-    sealed: Mapping[int, bytes]
+    without: list[int]
     clip: float = 0.0
     noise_multiplier: float = 0.0
     devices: int = 0
@@ -63,8 +66,9 @@ class SumPlan:
             {
                 "weight": self.weight,
                 "widths": [number for part in self.widths for number in part],
+                "bits": self.bits,
                 "float-bits": self.float_bits,
-                "sealed": pack_by_number(self.sealed),
+                "without": self.without,
                 "clip": self.clip,
                 "noise-multiplier": self.noise_multiplier,
                 "devices": self.devices,
@@ -80,15 +84,16 @@ class SumPlan:
         ProtocolError, MessageError
             If something is missing, or of another type or length.
         """
-        weight, float_bits = (_whole(record, key, 1, 255) for key in ("weight", "float-bits"))
+        names = ("weight", "bits", "float-bits")
+        weight, bits, float_bits = (_whole(record, key, 1, 255) for key in names)
         flat = _list(record, "widths", int)
         if len(flat) != 4 or min(flat) < 0:
             raise ProtocolError("secure: widths are not as agreed")
         widths = ((flat[0], flat[1]), (flat[2], flat[3]))
-        by_sender = unpack_by_number(_bytes(record, "sealed"), SEALED_BYTES)
+        without = _list(record, "without", int)
         devices = _whole(record, "devices", 0)
         clip, noise = _number(record, "clip"), _number(record, "noise-multiplier")
-        return cls(weight, widths, float_bits, by_sender, clip, noise, devices)
+        return cls(weight, widths, bits, float_bits, without, clip, noise, devices)
 
 
 def keys_wanted(context: bytes) -> RecordDict:
@@ -112,6 +117,16 @@ def roster_in(message: Message) -> tuple[int, dict[int, PublicKeys], int]:
     record = record_in(message)
     roster = roster_from_bytes(_bytes(record, "roster"))
     return _whole(record, "number", 0), roster, _whole(record, "threshold", 1)
+
+
+def opening_wanted(handed: Mapping[int, bytes]) -> RecordDict:
+    """Hand a device the shares of its peers, and ask whose it cannot open."""
+    return RecordDict({SECURE: ConfigRecord({"handed": pack_by_number(handed)})})
+
+
+def handed_in(message: Message) -> dict[int, bytes]:
+    """Return the shares for a device, by sender."""
+    return unpack_by_number(_bytes(record_in(message), "handed"), HANDED_BYTES)
 
 
 def reveal_wanted(answered: Collection[int], dropped: Collection[int]) -> RecordDict:
@@ -167,6 +182,23 @@ def scales_in(message: Message, shapes: Mapping[str, Sequence[int]]) -> dict[str
             raise ProtocolError(f"secure: the scale of {name} is not positive")
         scales[name] = scale
     return scales
+
+
+def steps_in(message: Message, names: Collection[str]) -> dict[str, float]:
+    """Return the fixed-point steps of a group whose devices have several starts; empty of others.
+
+    Raises
+    ------
+    ProtocolError
+        If one is not positive, or they are not those of the model's tensors.
+    """
+    record = message.content.get(STEPS)
+    steps = dict(record) if isinstance(record, ConfigRecord) else {}
+    if steps and set(steps) != set(names):
+        raise ProtocolError("secure: the steps are not of the model's tensors")
+    if odd := [name for name in steps if not _number(steps, name) > 0]:
+        raise ProtocolError(f"secure: the step of {odd[0]} is not positive")
+    return {name: _number(steps, name) for name in steps}
 
 
 def _list(record: Mapping[str, Any], key: str, kind: type) -> list[Any]:

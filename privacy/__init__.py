@@ -7,8 +7,9 @@ from privacy.aggregation import GroupAggregation
 from privacy.device import Device, Parts
 from privacy.errors import MessageError, NotEnoughError, UnmaskingError
 from privacy.messages import (
-    DIGESTS_BYTES,
+    HANDED_BYTES,
     SEALED_BYTES,
+    Complaints,
     PublicKeys,
     Revealed,
     Shares,
@@ -20,9 +21,10 @@ from privacy.messages import (
 from privacy.words import MOST_BITS, packed_size
 
 __all__ = [
-    "DIGESTS_BYTES",
+    "HANDED_BYTES",
     "MOST_BITS",
     "SEALED_BYTES",
+    "Complaints",
     "Device",
     "GroupAggregation",
     "MessageError",

@@ -8,10 +8,11 @@ from enum import IntEnum
 
 import numpy as np
 
+from privacy.complaints import holders_against, out_by_complaints
 from privacy.errors import MessageError, NotEnoughError
 from privacy.keys import check_number
 from privacy.masks import add_masks
-from privacy.messages import PublicKeys, Shares
+from privacy.messages import Complaints, PublicKeys, Shares
 from privacy.unmasking import Unmasking
 from privacy.words import check_width, packed_size, to_signed, unpack, word_type
 
@@ -21,21 +22,22 @@ class Stage(IntEnum):
 
     KEYS = 0
     SHARES = 1
-    MASKED = 2
-    REVEALED = 3
-    DONE = 4
+    OPENED = 2
+    MASKED = 3
+    REVEALED = 4
+    DONE = 5
 
 
-_NAMES = ("keys", "shares", "masked vector", "revealed shares")
+_NAMES = ("keys", "shares", "word on the shares", "masked vector", "revealed shares")
 
 
 class GroupAggregation:
     """The sum of the vectors of one group of devices in one round.
 
     The server takes what devices send at each step, in any order, and ends the step by asking for
-    what comes next: `roster`, `sealed_for`, `to_reveal`, `total`. A device of which nothing valid
-    has come by then is out of the round. A message that raises `MessageError` has changed nothing
-    but that its sender is out; of two valid ones the first one counts.
+    what comes next: `roster`, `handed_to`, `without`, `to_reveal`, `total`. A device of which
+    nothing valid has come by then is out of the round. A message that raises `MessageError` has
+    changed nothing but that its sender is out; of two valid ones the first one counts.
 
     Parameters
     ----------
@@ -81,8 +83,12 @@ class GroupAggregation:
         self._ignored: dict[int, str] = {}
         self._keys: dict[int, PublicKeys] = {}
         self._shares: dict[int, Shares] = {}
+        self._complaints: dict[int, frozenset[int]] = {}
+        self._joined: set[int] = set()
         self._answered: set[int] = set()
-        self._unmasking = Unmasking(context, threshold, self._keys, self._shares, self._answered)
+        self._unmasking = Unmasking(
+            context, threshold, self._keys, self._shares, self._joined, self._answered
+        )
 
     @property
     def payload_bytes(self) -> int:
@@ -147,12 +153,46 @@ class GroupAggregation:
             raise self._leave_out(number, error) from None
         self._shares[number] = shares
 
-    def sealed_for(self, number: int) -> dict[int, bytes]:
+    def handed_to(self, number: int) -> dict[int, bytes]:
         """End the step of shares: return those for one device, by sender."""
         self._end(Stage.SHARES, self._shares)
         if number not in self._shares:
             raise ValueError(f"device {number} has not shared: it takes no further part")
-        return {n: s.sealed[number] for n, s in sorted(self._shares.items()) if n != number}
+        return {n: s.handed_to(number) for n, s in sorted(self._shares.items()) if n != number}
+
+    def take_complaints(self, number: int, record: Mapping[str, object]) -> None:
+        """Take a device's `Complaints` record: whose shares it cannot open."""
+        self._sender(number, Stage.OPENED, self._complaints)
+        try:
+            unopened = Complaints.from_record(record).numbers
+            if not unopened <= set(self._shares) - {number}:
+                raise MessageError("complains of others than its peers that shared")
+            if (opened := len(self._shares) - len(unopened)) < self._threshold:
+                raise MessageError(
+                    f"holds shares of {opened} devices, as it says; allowed are "
+                    f"{self._threshold} or more"
+                )
+        except MessageError as error:
+            raise self._leave_out(number, error) from None
+        self._complaints[number] = unopened
+
+    def complaints(self) -> dict[int, list[int]]:
+        """Return the devices whose shares others say that they do not hold, and these."""
+        return holders_against(self._complaints)
+
+    def without(self) -> list[int]:
+        """End the step of complaints: return who shared and takes no part in the masking.
+
+        That is who was silent, and who is out by complaints. None of their secrets is ever asked
+        for.
+        """
+        if self._stage is Stage.OPENED:
+            for owner, holders in out_by_complaints(self._complaints, self._threshold).items():
+                named = ", ".join(map(str, holders))
+                self._left_out[owner] = f"its shares do not open, as said by {named}"
+        self._end(Stage.OPENED, self._complaints)
+        self._joined.update(self._complaints.keys() - self._left_out.keys())
+        return sorted(self._shares.keys() - self._joined)
 
     def take_masked(self, number: int, payload: object) -> None:
         """Take a device's masked vector and add it to the sum."""

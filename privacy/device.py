@@ -1,4 +1,4 @@
-"""A device's side of a secure aggregation: four answers, no input and output of its own.
+"""A device's side of a secure aggregation: five answers, no input and output of its own.
 
 Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017,
 for a server that is honest but curious, and devices that may drop out after any step.
@@ -22,7 +22,15 @@ from privacy.keys import (
     seal,
 )
 from privacy.masks import Mask, add_masks, own_mask, pairwise_mask
-from privacy.messages import SEALED_BYTES, PublicKeys, Revealed, Shares, check_roster, roster_digest
+from privacy.messages import (
+    HANDED_BYTES,
+    SEALED_BYTES,
+    PublicKeys,
+    Revealed,
+    Shares,
+    check_roster,
+    roster_digest,
+)
 from privacy.words import pack, to_words
 
 Parts = Sequence[tuple[np.ndarray, int]]
@@ -47,8 +55,11 @@ class Device:
         for number, device in devices.items():
             server.take_shares(number, device.share(number, roster, 2).to_record())
         for number, device in devices.items():
-            device.receive(server.sealed_for(number))
-            server.take_masked(number, device.mask([(np.array([1, 2, 3, -4]), 9)]))
+            unopened = device.receive(server.handed_to(number))
+            server.take_complaints(number, Complaints(frozenset(unopened)).to_record())
+        without = server.without()
+        for number, device in devices.items():
+            server.take_masked(number, device.mask([(np.array([1, 2, 3, -4]), 9)], without))
         answered, dropped = server.to_reveal()
         for number in answered:
             revealed = devices[number].reveal(answered, dropped)
@@ -113,33 +124,31 @@ class Device:
         members = {peer: Member(roster[peer]) for peer in ordered}
         sealed, digests = {}, {}
         for holder, *both in zip(ordered, own, masking, strict=True):
-            digests[holder] = b"".join(
-                shamir.digest(share, kind, context, number, holder)
-                for share, kind in zip(both, shamir.KINDS, strict=True)
-            )
+            joined = b"".join(both)
+            digests[holder] = shamir.digests(joined, context, number, holder)
             if holder == number:
-                members[number] = Member(roster[number], shared=True, both_shares=b"".join(both))
+                members[number] = Member(roster[number], shared=True, both_shares=joined)
                 continue
             public = roster[holder].sealing
-            sealed[holder] = seal(b"".join(both), self._sealing, number, holder, public, bound_to)
+            sealed[holder] = seal(joined, self._sealing, number, holder, public, bound_to)
         state = self._state
         state.number, state.threshold, state.members = number, threshold, members
         state.step = Step.SHARED
         return Shares(sealed, digests)
 
-    def receive(self, sealed: Mapping[int, bytes]) -> dict[int, str]:
-        """Take the shares of the peers that shared; with these alone the device will mask.
+    def receive(self, handed: Mapping[int, bytes]) -> dict[int, str]:
+        """Take the shares of the peers that shared; with some of these alone the device will mask.
 
         Parameters
         ----------
-        sealed : mapping of int to bytes
-            By sender.
+        handed : mapping of int to bytes
+            By sender (`privacy.messages.Shares.handed_to`).
 
         Returns
         -------
         dict of int to str
-            The senders whose shares do not open, and the reason. They cost the device nothing, as
-            the shares of the others suffice: it reveals none of such a sender.
+            The senders whose shares do not open or are not those of their digests, and the reason:
+            what the device complains of. It has none of their shares to reveal.
 
         Raises
         ------
@@ -149,51 +158,69 @@ class Device:
         """
         self._expect(Step.SHARED)
         state = self._state
-        if strangers := [n for n in sealed if n not in state.members or n == state.number]:
+        if strangers := [n for n in handed if n not in state.members or n == state.number]:
             raise MessageError(f"shares of device {strangers[0]!r}, which is no peer in this group")
         roster = {number: member.keys for number, member in state.members.items()}
         bound_to = roster_digest(roster, state.threshold, state.context)
         opened, unopened = {}, {}
-        for sender, message in sealed.items():
-            public = roster[sender].sealing
-            if not isinstance(message, bytes) or len(message) != SEALED_BYTES:
-                unopened[sender] = (
-                    f"device {sender}: its sealed shares are not {SEALED_BYTES} bytes"
-                )
-                continue
+        for sender, message in handed.items():
             try:
-                both = open_sealed(message, self._sealing, sender, state.number, public, bound_to)
+                opened[sender] = self._open(sender, message, roster[sender].sealing, bound_to)
             except MessageError as error:
                 unopened[sender] = str(error)
-            else:
-                opened[sender] = both
         if len(opened) + 1 < state.threshold:
             some = f"; those of {sorted(unopened)} do not open" if unopened else ""
             allowed = f"allowed are {state.threshold} or more"
             raise MessageError(f"shares of {len(opened) + 1} devices{some}; {allowed}")
-        for sender in sealed:
+        for sender in handed:
             state.members[sender].shared = True
             state.members[sender].both_shares = opened.get(sender)
         state.step = Step.RECEIVED
         return unopened
 
-    def mask(self, vector: Parts) -> bytes:
+    def _open(self, sender: int, message: object, public: bytes, bound_to: bytes) -> bytes:
+        if not isinstance(message, bytes) or len(message) != HANDED_BYTES:
+            raise MessageError(f"device {sender}: its sealed shares are not {SEALED_BYTES} bytes")
+        sealed, announced = message[:SEALED_BYTES], message[SEALED_BYTES:]
+        number, context = self._state.number, self._state.context
+        both = open_sealed(sealed, self._sealing, sender, number, public, bound_to)
+        if shamir.digests(both, context, sender, number) != announced:
+            raise MessageError(f"device {sender}: its shares do not match the digests it sent")
+        return both
+
+    def mask(self, vector: Parts, without: Collection[int] = ()) -> bytes:
         """Return a vector under its masks, each part packed to its m bits.
 
         Parameters
         ----------
         vector : sequence of (ndarray, int)
             Arrays of signed integers, each with the m bits that hold the sum over the group.
+        without : collection of int
+            Devices that shared and send no vector, by complaints or as they were silent since: no
+            mask is shared with them, and nothing of theirs is revealed.
 
         Raises
         ------
+        MessageError
+            If the device is among them, one has not shared, or fewer than the threshold are left.
         ValueError
             If a value does not fit its m bits, or m is not 1 to 62.
         """
         self._expect(Step.RECEIVED)
+        members = self._state.members
+        left = {n for n, member in members.items() if member.shared} - set(without)
+        if self._state.number not in left or any(
+            n not in members or not members[n].shared for n in without
+        ):
+            raise MessageError("asked to mask without itself, or without one that has not shared")
+        if len(left) < self._state.threshold:
+            allowed = f"allowed are {self._state.threshold} or more"
+            raise MessageError(f"asked to mask in a group of {len(left)}; {allowed}")
         parts = [to_words(values, bits) for values, bits in vector]
         # From here on there is no second time: two vectors under one mask show their difference.
         self._state.step = Step.MASKED
+        for number in without:
+            members[number].shared = False
         add_masks(parts, self._masks())
         return b"".join(pack(words, bits) for words, (_, bits) in zip(parts, vector, strict=True))
 
@@ -213,7 +240,7 @@ class Device:
         Raises
         ------
         MessageError
-            If the lists overlap, are not together the devices that shared, hold fewer that
+            If the lists overlap, are not together the devices that mask, hold fewer that
             answered than the threshold, or differ from those of an earlier call.
         """
         if self._state.step is not Step.REVEALED:

@@ -14,10 +14,10 @@ from privacy.keys import (
     check_public_key,
     number_bytes,
 )
-from privacy.shares import DIGEST_BYTES, KINDS
+from privacy.shares import DIGESTS_BYTES, KINDS
 
 SEALED_BYTES = 2 * SEED_BYTES + SEALING_BYTES  # both shares of one sender for one receiver
-DIGESTS_BYTES = 2 * DIGEST_BYTES
+HANDED_BYTES = SEALED_BYTES + DIGESTS_BYTES  # and what they are compared with
 _NUMBER_BYTES = 8
 
 
@@ -100,6 +100,10 @@ class Shares:
     sealed: Mapping[int, bytes] = field(repr=False)
     digests: Mapping[int, bytes] = field(repr=False)
 
+    def handed_to(self, holder: int) -> bytes:
+        """Return what one peer is sent of it: its shares, and the digests that they should have."""
+        return self.sealed[holder] + self.digests[holder]
+
     def to_record(self) -> dict[str, bytes]:
         """Return flat bytes by name, as a Flower ConfigRecord takes them."""
         return {"sealed": pack_by_number(self.sealed), "digests": pack_by_number(self.digests)}
@@ -118,6 +122,34 @@ class Shares:
             unpack_by_number(fields["sealed"], SEALED_BYTES),
             unpack_by_number(fields["digests"], DIGESTS_BYTES),
         )
+
+
+@dataclass(frozen=True)
+class Complaints:
+    """Whose shares a device holds nothing of.
+
+    Attributes
+    ----------
+    numbers : frozenset of int
+        The devices whose sealed shares do not open, or are not those of the digests.
+    """
+
+    numbers: frozenset[int]
+
+    def to_record(self) -> dict[str, bytes]:
+        """Return flat bytes by name, as a Flower ConfigRecord takes them."""
+        return {"unopened": pack_by_number(dict.fromkeys(self.numbers, b""))}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, object]) -> "Complaints":
+        """Validate lengths and numbers.
+
+        Raises
+        ------
+        MessageError
+            If `to_record` cannot have written it.
+        """
+        return cls(frozenset(unpack_by_number(_bytes_fields(record, {"unopened"})["unopened"], 0)))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from privacy.accounting import distributed_noise_multiplier
 from privacy.clipping import clip_factor, norm_of, round_within, rounded_clip
 from privacy.noise import device_sigma, discrete_gaussian, with_gaussian_noise
-from quant import Update, UpdateSpec, is_statistic, start_of
+from quant import Update, UpdateSpec, is_statistic, moved_by
 
 # How many standard deviations of a sum's noise its bits have room for: beyond once in 10**22.
 _TAIL = 10.0
@@ -28,7 +28,7 @@ _TAIL = 10.0
 def movement_of(
     update: Update, received: Mapping[str, Tensor], dither: int = 0, stored_bits: int = 0
 ) -> dict[str, Tensor]:
-    """Return how far a device went from its start as it held it; statistics as not at all.
+    """Return how far a device went from its start (`quant.moved_by`); statistics as not at all.
 
     Parameters
     ----------
@@ -45,17 +45,8 @@ def movement_of(
     >>> movement_of(update, {"b": torch.tensor([1.0])})
     {'b': tensor([2.], dtype=torch.float64)}
     """
-    held = dict(received)
-    values = update.dequantize()
-    if update.content == "difference":
-        held = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
-    elif update.quantized:
-        held = start_of(update, received, dither, stored_bits).dequantize()
-    # In float64: float32 numbers of opposite signs can be further apart than float32 goes.
-    return {
-        name: tensor.double() * 0 if is_statistic(name) else tensor.double() - held[name]
-        for name, tensor in values.items()
-    }
+    moved = moved_by(update, received, dither, stored_bits)
+    return {name: tensor * 0 if is_statistic(name) else tensor for name, tensor in moved.items()}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from Crypto.Protocol.SecretSharing import Shamir
 from privacy.keys import SEED_BYTES, bind, number_bytes
 
 DIGEST_BYTES = 16
+DIGESTS_BYTES = 2 * DIGEST_BYTES
 KINDS = "own mask", "masking key"  # what the seeds that a device shares are for
 _BITS = 8 * SEED_BYTES
 _MODULUS = (1 << _BITS) | 0b10000111
@@ -54,6 +55,13 @@ def digest(share: bytes, kind: str, context: bytes, owner: int, holder: int) -> 
     """
     numbers = number_bytes(owner), number_bytes(holder)
     return sha256(bind(f"{kind} share", [context, *numbers, share])).digest()[:DIGEST_BYTES]
+
+
+def digests(shares: bytes, context: bytes, owner: int, holder: int) -> bytes:
+    """Return those of both shares that an owner has for a holder, joined as the shares are."""
+    parts = shares[:SEED_BYTES], shares[SEED_BYTES:]
+    kinds = zip(parts, KINDS, strict=True)
+    return b"".join(digest(share, kind, context, owner, holder) for share, kind in kinds)
 
 
 def reconstruct(points: Sequence[int], shares: Sequence[Sequence[bytes]]) -> list[bytes]:

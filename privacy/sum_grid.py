@@ -1,14 +1,15 @@
 """The integers that a group of devices sums: exact, as all of a bit-width share one grid.
 
-The weights that low-bit devices hold on a grid are codes already. All other tensors, and those of
-Float32 devices, travel as their difference from the start in fixed point, rounded without bias.
+The weights that low-bit devices hold on a grid are codes already. All other tensors, and all of a
+group that has no such grid, travel in fixed point, as how far they moved from the start, rounded
+without bias.
 Codes and differences are multiplied by the device's weight, a small integer, and the sums are taken
 modulo ``2**m`` with the smallest m that holds the largest one: nothing is clipped or rounded by
 the sum itself.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
@@ -16,7 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant import FLOAT_BITS, Update, UpdateSpec, is_statistic, largest_code, quantize_state
+from quant import (
+    FLOAT_BITS,
+    Update,
+    UpdateSpec,
+    is_statistic,
+    largest_code,
+    moved_by,
+    quantize_state,
+)
 
 # How far a tensor may move in a round in fixed point: so many times its largest value, or one, if
 # that is larger. Statistics of BatchNorm begin at 0 and 1 and may go far in the first round.
@@ -38,13 +47,17 @@ class SumGrid:
     spec : UpdateSpec
         The model's tensors.
     bits : int
-        Width of the codes, 2 to 16, or 32 where nothing is quantized.
+        Width of the codes, 2 to 16, or 32 where everything travels in fixed point.
     scales : mapping of str to Tensor
         Float32 scales ``[channels]`` of the tensors that are quantized.
     start : mapping of str to Tensor
         Float32 model as the devices received it.
     float_bits : int
         Width of the differences in fixed point, 16 to 24.
+    dither, stored_bits : int
+        On a device: as of `quant.moved_by`.
+    given_steps : mapping of str to float
+        Fixed-point steps of a group whose devices have several starts; else they follow from it.
 
     Examples
     --------
@@ -59,6 +72,9 @@ class SumGrid:
     scales: Mapping[str, Tensor]
     start: Mapping[str, Tensor]
     float_bits: int
+    dither: int = 0
+    stored_bits: int = 0
+    given_steps: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def _quantized(self) -> list[str]:
@@ -70,7 +86,9 @@ class SumGrid:
 
     @cached_property
     def steps(self) -> dict[str, float]:
-        """Fixed-point step of each tensor that is not quantized, from its start."""
+        """Fixed-point step of each tensor that is not quantized."""
+        if self.given_steps:
+            return dict(self.given_steps)
         most = _largest(self.float_bits)
         return {name: _reach(name, self.start[name]) / most for name in self._floats}
 
@@ -82,7 +100,8 @@ class SumGrid:
         Parameters
         ----------
         update : Update
-            What it would send in the clear: weights on these scales, or float32 ones.
+            What it would send in the clear: weights on these scales. Where there are none, weights
+            or a difference of any width, on whatever grid.
         weight : int
             What it counts for, from 1.
         generator : Generator
@@ -93,15 +112,19 @@ class SumGrid:
         GridError
             If the update lies on other scales.
         """
-        if list(update.quantized) != self._quantized:
-            raise GridError(f"an update of {update.bits} bits; the group's grid has {self.bits}")
         codes = []
+        if not self._quantized:
+            moved = moved_by(update, self.start, self.dither, self.stored_bits)
+        elif list(update.quantized) != self._quantized:
+            raise GridError(f"an update of {update.bits} bits; the group's grid has {self.bits}")
+        else:
+            moved = {n: update.floats[n].double() - self.start[n].double() for n in self._floats}
         for name in self._quantized:
             tensor = update.quantized[name]
             if not torch.equal(tensor.scale, self.scales[name]):
                 raise GridError(f"{name} was trained on other scales than the group's")
             codes.append(tensor.codes.reshape(-1).numpy().astype(np.int64))
-        floats = [self._fixed_point(name, update.floats[name], generator) for name in self._floats]
+        floats = [self._fixed_point(name, moved[name], generator) for name in self._floats]
         return _joined(codes) * weight, _joined(floats) * weight
 
     def mean(self, sums: Sequence[np.ndarray], weight: int) -> dict[str, Tensor]:
@@ -129,13 +152,13 @@ class SumGrid:
             return dict(self.start)
         return quantize_state(self.start, self.bits, self.scales).dequantize()
 
-    def _fixed_point(self, name: str, values: Tensor, generator: np.random.Generator) -> np.ndarray:
-        moved = (values.double() - self.start[name].double()).reshape(-1).numpy()
-        if not np.isfinite(moved).all():
+    def _fixed_point(self, name: str, moved: Tensor, generator: np.random.Generator) -> np.ndarray:
+        values = moved.reshape(-1).numpy()
+        if not np.isfinite(values).all():
             # NaN as an integer would be anything, and times an even weight nothing.
             raise GridError(f"{name} is not finite; training diverged")
         most = _largest(self.float_bits)
-        scaled = np.clip(moved / self.steps[name], -most, most)
+        scaled = np.clip(values / self.steps[name], -most, most)
         low = np.floor(scaled)
         up = generator.random(low.shape) < scaled - low
         return low.astype(np.int64) + up
@@ -189,7 +212,7 @@ def group_weights(examples: Mapping[int, int]) -> dict[int, int]:
     Examples
     --------
     >>> group_weights({0: 500, 1: 500}), group_weights({0: 100, 1: 51})
-    ({0: 1, 1: 1}, {0: 255, 1: 130})
+    ({0: 1, 1: 1}, {0: 51, 1: 26})
     """
     most = max(examples.values())
     weights = {d: max(1, round(LARGEST_WEIGHT * n / most)) for d, n in examples.items()}

@@ -24,6 +24,8 @@ class Unmasking:
         The roster.
     shares : mapping of int to Shares
         What each device that shared sent.
+    joined : collection of int
+        The devices that were to mask their vectors.
     answered : collection of int
         The devices whose masked vectors are in the sum.
     revealed : dict of int to Revealed
@@ -34,13 +36,14 @@ class Unmasking:
     threshold: int
     keys: Mapping[int, PublicKeys]
     shares: Mapping[int, Shares] = field(repr=False)
+    joined: Collection[int]
     answered: Collection[int]
     revealed: dict[int, Revealed] = field(default_factory=dict)
 
     @property
     def dropped(self) -> list[int]:
-        """The devices that shared and did not answer."""
-        return sorted(set(self.shares) - set(self.answered))
+        """The devices that were to mask and did not answer."""
+        return sorted(set(self.joined) - set(self.answered))
 
     def take(self, number: int, record: Mapping[str, object]) -> None:
         """Take what one device reveals.

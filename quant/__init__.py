@@ -88,7 +88,7 @@ from quant.update import (
     quantize_state,
     without_noise,
 )
-from quant.upload import start_of, stored_bits_of, ternary_scales, upload_bits
+from quant.upload import moved_by, start_of, stored_bits_of, ternary_scales, upload_bits
 
 __all__ = [
     "ALLOWED_WIDTHS",
@@ -160,6 +160,7 @@ __all__ = [
     "level_drift",
     "load_model",
     "load_state",
+    "moved_by",
     "mse_scale",
     "pack",
     "packed_size",

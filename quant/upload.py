@@ -108,3 +108,34 @@ def start_of(
     if stored_bits:
         held |= {name: stored(start[name], stored_bits) for name in update.quantized}
     return quantize_state(held, update.bits, update.scales, dither=dither)
+
+
+def moved_by(
+    update: Update, received: Mapping[str, Tensor], dither: int = 0, stored_bits: int = 0
+) -> dict[str, Tensor]:
+    """Return how far a client went from its start as it held it, float64.
+
+    Of weights on a grid that start is `start_of`: its rounding, which all do alike, is no movement.
+
+    Parameters
+    ----------
+    update : Update
+        What it sent, or would send in the clear.
+    received : mapping of str to Tensor
+        Float32 model that it was sent.
+    dither, stored_bits : int
+        As of `start_of`.
+
+    Examples
+    --------
+    >>> update = Update(32, "weights", {}, {"b": torch.tensor([3.0])})
+    >>> moved_by(update, {"b": torch.tensor([1.0])})
+    {'b': tensor([2.], dtype=torch.float64)}
+    """
+    values, held = update.dequantize(), dict(received)
+    if update.content == "difference":
+        return {name: tensor.double() for name, tensor in values.items()}
+    if update.quantized:
+        held = start_of(update, received, dither, stored_bits).dequantize()
+    # In float64: float32 numbers of opposite signs can be further apart than float32 goes.
+    return {name: tensor.double() - held[name] for name, tensor in values.items()}

@@ -195,6 +195,7 @@ def _context(settings: Settings, kind: type[MixedPrecisionStrategy]) -> Strategy
         secure_aggregation=settings.secure_aggregation,
         secure_threshold=settings.secure_threshold,
         secure_min_group=settings.secure_min_group,
+        secure_small_groups=settings.secure_small_groups,
         secure_float_bits=settings.secure_float_bits,
         dp_clip=settings.dp_clip if settings.is_private else 0.0,
         dp_noise_multiplier=noise_multiplier_of(settings),

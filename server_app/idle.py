@@ -26,7 +26,7 @@ _NEEDS = {
     "upload": ("low-bit-training", ("strict",)),
     "dp-delta": ("dp-clip", (0.0,)),
     **dict.fromkeys(
-        ("secure-threshold", "secure-min-group", "secure-float-bits"),
+        ("secure-threshold", "secure-min-group", "secure-small-groups", "secure-float-bits"),
         ("secure-aggregation", (False,)),
     ),
 }

@@ -153,6 +153,8 @@ def _run_round(
         entry |= {"dropped": trained.dropped, "asked": sorted(trained.sampled)}
     if trained.secure:
         entry["secure"] = trained.secure
+    if trained.complaints:
+        entry["complaints"] = trained.complaints
     if trained.unchanged:
         entry["unchanged"] = trained.unchanged
     if scores.by_clients:

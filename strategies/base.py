@@ -391,7 +391,7 @@ class MixedPrecisionStrategy(SumsByWidth, Strategy):
                     models[downlink_bits] = self._encode_model(plan.start, bits, downlink_bits)
                     model = models[downlink_bits][1]
                     if plan.secure is not None:
-                        scales = self.sum_scales(bits, plan.start, model)
+                        scales = partial(self.sum_scales, bits, plan.start, model)
                         plan.secure.prepare(bits, model, scales)
                     elif self.context.dp_clip:
                         plan.received[bits] = model.dequantize()

@@ -10,7 +10,7 @@ from core.arguments import check_names, check_number
 from core.constructors import Broadcast, checked
 from core.errors import SettingsError
 from core.options import shown
-from core.settings import LocalOptimizer, LowBitTraining, Upload
+from core.settings import LocalOptimizer, LowBitTraining, SmallGroups, Upload
 from quant import Update
 
 Predict = Callable[[Mapping[str, Tensor]], Tensor]
@@ -67,7 +67,9 @@ class StrategyContext:
     secure_threshold : float
         Share of these that must be left for their sum, above a half.
     secure_min_group : int
-        Clients of a width that are summed at least.
+        Clients that are summed at least.
+    secure_small_groups : {"leave-out", "merge"}
+        What becomes of a width with fewer: they are left out, or summed with the next wider ones.
     secure_float_bits : int
         Bits of what is summed in fixed point.
     dp_clip : float
@@ -143,6 +145,7 @@ class StrategyContext:
     secure_aggregation: bool = False
     secure_threshold: float = 0.66
     secure_min_group: int = 3
+    secure_small_groups: SmallGroups = "leave-out"
     secure_float_bits: int = 20
     dp_clip: float = 0.0
     dp_noise_multiplier: float = 0.0

@@ -50,23 +50,6 @@ class FedPAQ(MixedPrecisionStrategy):
     needs_means_only = True
 
     @classmethod
-    def why_not_secure(cls, options: Any, context: StrategyContext) -> str:
-        """Refuse differences whose grid each client fits to its own.
-
-        Those of strict clients are the difference of two codes: the sum of their codes tells it.
-        """
-        if reason := super().why_not_secure(options, context):
-            return reason
-        if options.bits:
-            return f"{cls.__name__} and bits {options.bits}; allowed: 0, each client's own width"
-        if context.low_bit_training != "strict":
-            return (
-                f"{cls.__name__} and low-bit-training {context.low_bit_training}, whose "
-                "differences have a grid of each client's own; allowed: strict"
-            )
-        return ""
-
-    @classmethod
     def preferred_upload(cls, low_bit_training: str) -> Upload:
         """Take the difference of the weights that clients hold."""
         return "stored"

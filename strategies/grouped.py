@@ -22,6 +22,7 @@ class GroupedAvg(MixedPrecisionStrategy):
 
     replaces_kept = True
     needs_means_only = True
+    keeps_widths_apart = True
 
     def __init__(
         self, options: Options | None = None, context: StrategyContext | None = None

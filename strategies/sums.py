@@ -12,7 +12,8 @@ from core.settings import Upload
 from exchange.protocol import Declaration, Instruction, Report
 from exchange.replies import ClientUpdate, Member, norms_of, scale_of, too_large
 from exchange.round_plan import RoundLog, RoundPlan, WidthPlan
-from exchange.secure_round import SecureRound, SecureSettings
+from exchange.secure_groups import SecureSettings
+from exchange.secure_round import SecureRound
 from exchange.states import State
 from privacy.noise import MOST_CLIPS
 from privacy.noisy_grid import NoisySum, movement_of
@@ -28,6 +29,8 @@ class SumsByWidth(ModelsByWidth):
     upload: Upload
     # Whether it needs no more than the mean over the clients of each width.
     needs_means_only = False
+    # Whether it has a model for each width, which the updates of another width cannot make.
+    keeps_widths_apart = False
 
     @classmethod
     def check(cls, options: Any, context: StrategyContext) -> None:
@@ -35,7 +38,7 @@ class SumsByWidth(ModelsByWidth):
 
     @classmethod
     def check_all(cls, options: Any, context: StrategyContext) -> None:
-        """Do `check`, and refuse secure aggregation where a client's own update is needed.
+        """Do `check`, and refuse secure aggregation, or merging, where it does not go together.
 
         Raises
         ------
@@ -45,6 +48,11 @@ class SumsByWidth(ModelsByWidth):
         cls.check(options, context)
         if not (context.secure_aggregation or context.dp_clip):
             return
+        if context.secure_small_groups == "merge" and cls.keeps_widths_apart:
+            raise SettingsError(
+                f"secure-small-groups: merge with {cls.__name__}, which has a model for each "
+                "width; allowed: leave-out"
+            )
         if reason := cls.why_not_secure(options, context):
             clip = f"dp-clip: {context.dp_clip:g}"
             named = "secure-aggregation: true" if context.secure_aggregation else clip
@@ -76,7 +84,9 @@ class SumsByWidth(ModelsByWidth):
             self.context.secure_threshold,
             self.context.secure_min_group,
             self.context.secure_float_bits,
+            self.context.secure_small_groups,
             self.context.round_timeout,
+            self.context.low_bit_training,
             self.context.dp_clip,
             self.context.dp_noise_multiplier,
         )
@@ -85,7 +95,7 @@ class SumsByWidth(ModelsByWidth):
         return secure
 
     def sum_scales(self, bits: int, start: State, model: Update) -> dict[str, Tensor]:
-        """Return the scales of the codes that the clients of a width sum; none with noise.
+        """Return the scales of the codes that the clients of a width sum.
 
         Parameters
         ----------
@@ -96,8 +106,6 @@ class SumsByWidth(ModelsByWidth):
         model : Update
             The same as these clients are sent it.
         """
-        if bits == FLOAT_BITS or self.context.dp_clip:
-            return {}
         if self.context.low_bit_training == "integer" and self.upload != "stored":
             return ternary_scales(start, self.on_grid(start))
         return (model if model.bits == bits else self.model_for(bits, start)).scales
@@ -188,7 +196,7 @@ class SumsByWidth(ModelsByWidth):
             # Of what devices report, nothing: it has no noise.
             report = Report(server_round, width.clients, loss=0.0, accuracy=0.0, seconds=0.0)
             update, of = Update(FLOAT_BITS, content, {}, moved), tuple(members[bits])
-            yield ClientUpdate(width.client, update, report, 0, of, from_received=True)
+            yield ClientUpdate(width.client, update, report, 0, of, True, width.clients)
 
     def _nobody_answered(self, bits: int, plan: RoundPlan, log: RoundLog) -> bool:
         """Whether all clients of a width were asked, and failed: who answers is no secret then."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from privacy import Device, GroupAggregation
+from privacy import Complaints, Device, GroupAggregation
 
 CONTEXT = b"run 7, round 3, width 4"
 
@@ -10,12 +10,13 @@ CONTEXT = b"run 7, round 3, width 4"
 class Group:
     """All devices of one secure aggregation; `gone` says after which step a device is silent.
 
-    0: it never sends anything; 1: only keys; 2: keys and shares; 3: also its masked vector.
+    0: it never sends anything; 1: only keys; 2: keys and shares; 3: also its word on the shares of
+    others; 4: also its masked vector.
     """
 
     def __init__(self, numbers=(3, 5, 8, 13), threshold=3, widths=((5, 9),), gone=None, seed=0):
         self.numbers, self.threshold, self.widths = list(numbers), threshold, list(widths)
-        self.gone = gone or {}
+        self.gone, self.without = gone or {}, []
         rng = np.random.default_rng(seed)
         self.vectors = {}
         for number in self.numbers:
@@ -46,14 +47,18 @@ class Group:
         return self
 
     def opened(self):
-        return [(n, self.devices[n].receive(self.server.sealed_for(n))) for n in self.at(2)]
+        return [(n, self.devices[n].receive(self.server.handed_to(n))) for n in self.at(2)]
 
     def receive(self):
-        self.opened()
+        for number, unopened in self.opened():
+            complaints = Complaints(frozenset(unopened))
+            self.server.take_complaints(number, complaints.to_record())
+        self.without = self.server.without()
         return self
 
     def make_masked(self):
-        return {number: self.devices[number].mask(self.vectors[number]) for number in self.at(2)}
+        masking = [number for number in self.at(3) if number not in self.without]
+        return {n: self.devices[n].mask(self.vectors[n], self.without) for n in masking}
 
     def masked(self):
         for number, payload in self.receive().make_masked().items():
@@ -62,7 +67,7 @@ class Group:
 
     def make_revealed(self):
         asked = self.server.to_reveal()
-        return {n: self.devices[n].reveal(*asked) for n in self.at(3) if n in asked[0]}
+        return {n: self.devices[n].reveal(*asked) for n in self.at(4) if n in asked[0]}
 
     def revealed(self):
         for number, revealed in self.make_revealed().items():
@@ -80,7 +85,8 @@ class Group:
 
     def assert_exact(self, without=()):
         total = self.server.total()
-        expected = self.sum_of([n for n in self.at(2) if n not in without])
+        out = {*without, *self.without}
+        expected = self.sum_of([n for n in self.at(3) if n not in out])
         assert len(total) == len(expected)
         for found, right in zip(total, expected, strict=True):
             assert found.dtype == np.int64

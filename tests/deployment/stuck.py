@@ -8,7 +8,8 @@ from flwr.clientapp import ClientApp
 from client_app.app import app as sound
 
 app = ClientApp()
-for register in (app.query(), app.evaluate(), *map(app.train, ("keys", "shares", "reveal"))):
+steps = map(app.train, ("keys", "shares", "open", "reveal"))
+for register in (app.query(), app.evaluate(), *steps):
     register(sound)
 
 

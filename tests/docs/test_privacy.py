@@ -12,7 +12,9 @@ from flwr.common.config import parse_config_args
 
 from core.errors import SettingsError
 from core.settings import Settings
+from exchange.secure_groups import SecureSettings
 from privacy.accounting import Mechanism, epsilon_after
+from privacy.complaints import out_by_complaints
 from privacy.sum_grid import sum_widths
 from quant import UpdateSpec
 from server_app.app import main
@@ -57,7 +59,7 @@ def test_the_record_is_the_one_that_is_shown(rounds):
 
 
 def test_settings_and_their_defaults_are_those_of_the_table():
-    rows = re.findall(r"^\| `(secure-[a-z-]+)` \| `?([\w.]+)`? \|", PAGE, re.M)
+    rows = re.findall(r"^\| `(secure-[a-z-]+)` \| `?([^ `]+)`? \|", PAGE, re.M)
     known = {k: v for k, v in Settings().to_settings().items() if k.startswith("secure-")}
     assert {key: json.loads(value) for key, value in rows} == known
 
@@ -70,7 +72,18 @@ def test_bits_of_twenty_devices():
     assert "weight takes 25 bits then, and 33 with weights by examples" in PAGE
 
 
-@pytest.mark.parametrize("name", ["fedpaq", "fedcom", "fedcomgate", "prowd-paper", "local"])
+@pytest.mark.parametrize(("devices", "liars"), [(20, 6), (5, 1), (4, 1), (3, 1)])
+def test_how_many_that_lie_put_an_honest_device_out(devices, liars):
+    assert "of 20 devices at 0.66, it takes six that lie" in PAGE
+    assert "of five or fewer one is enough" in PAGE
+    threshold = SecureSettings(0.66, 3, 20).least(devices)
+    for count in (liars - 1, liars):
+        said = {number: [devices - 1] if number < count else [] for number in range(devices)}
+        assert bool(out_by_complaints(said, threshold)) == (count == liars)
+    assert not out_by_complaints({0: [5], **{number: [] for number in range(1, 6)}}, 4)
+
+
+@pytest.mark.parametrize("name", ["fedcomgate", "prowd-paper", "local"])
 def test_what_is_refused_is_said_so(name):
     kind, context = STRATEGIES[name], StrategyContext(quantized=["w"], secure_aggregation=True)
     with pytest.raises(SettingsError, match=r"^secure-aggregation: true with ") as refused:

@@ -13,13 +13,18 @@ from matrix.test_tasks import SMALL, TASKS
 
 from core.errors import SettingsError
 from exchange.protocol import UPDATE
-from exchange.secure import KEYS, REVEAL, SECURE, SHARES
+from exchange.secure import KEYS, OPEN, REVEAL, SECURE, SHARES
 from privacy.sum_grid import SumGrid
 from privacy.words import unpack
 
 WIDTHS = (4, 4, 4, 32, 32, 32)
 SECURE_RUN = {"secure_aggregation": True, "batch_size": 12}
 PROWD, FEDAVG = Cell("prowd", "calibrated", "strict", WIDTHS), Cell("fedavg", widths=WIDTHS)
+DIFFERENCES = [
+    Cell("fedcom", "calibrated", "strict", WIDTHS),
+    Cell("fedpaq", "float32", "qat", WIDTHS),
+    Cell("fedpaq", "float32", "integer", WIDTHS),
+]
 CELLS = [
     PROWD,
     FEDAVG,
@@ -27,7 +32,8 @@ CELLS = [
     Cell("fedavg", "nearest", "strict", (2, 2, 8, 8, 16, 16)),
     Cell("fedavg", "float32", "qat", WIDTHS, "stored"),
     Cell("fedavg", "float32", "integer", WIDTHS, "stored"),
-    Cell("fedcom", "calibrated", "strict", WIDTHS),
+    *DIFFERENCES,
+    Cell("fedcom", "nearest", "qat", (2, 2, 8, 8, 16, 16), "dithered"),
     Cell("grouped-avg-asymmetric", "nearest", "strict", WIDTHS),
     Cell("flwr:FedAdam", "float32", "qat", WIDTHS),
 ]
@@ -36,23 +42,10 @@ REFUSED = {
     "fedcomgate": {},
     "prowd-paper": {},
     "prowd": {"prowd_dequantize": "client"},
-    "fedpaq": {"low_bit_training": "qat"},
-    "fedcom": {"fedcom_bits": 4, "low_bit_training": "strict"},
     "flwr:Krum": {"flwr_arguments": "num_malicious_nodes = 1"},
     "flwr:FedMedian": {"flwr_arguments": ""},
     "flwr:FedTrimmedAvg": {"flwr_arguments": "beta = 0.2"},
 }
-
-
-@pytest.fixture
-def without_masks(monkeypatch):
-    """Let devices send the bare integers of the same grid, and the server add these."""
-
-    def use():
-        for side in ("device", "aggregation"):
-            monkeypatch.setattr(f"privacy.{side}.add_masks", lambda parts, masks: None)
-
-    return use
 
 
 def model_of(trace):
@@ -73,6 +66,17 @@ def test_it_is_the_run_without_masks_bit_for_bit(cell, tmp_path, without_masks):
     is_the_run_without_masks(cell, tmp_path, without_masks)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "training", "bits"),
+    [("fedpaq", "qat", 2), ("fedcom", "strict", 5), ("fedcom", "integer", 16)],
+)
+def test_so_it_is_of_differences_at_a_width_of_their_own(
+    strategy, training, bits, tmp_path, without_masks
+):
+    cell = Cell(strategy, "float32", training, WIDTHS)
+    is_the_run_without_masks(cell, tmp_path, without_masks, **{f"{strategy}_bits": bits})
+
+
 @pytest.mark.parametrize("cell", [PROWD, CELLS[-1]], ids=str)
 def test_a_resumed_run_is_the_straight_one(cell, tmp_path):
     straight = run(cell, tmp_path / "straight", killed=tmp_path / "killed", **SECURE_RUN)
@@ -85,7 +89,7 @@ def test_so_it_is_of_any_task(task, tmp_path, without_masks):
     is_the_run_without_masks(PROWD, tmp_path, without_masks, **settings)
 
 
-@pytest.mark.parametrize("cell", [PROWD, Cell("fedcom", "calibrated", "strict", WIDTHS)], ids=str)
+@pytest.mark.parametrize("cell", [PROWD, *DIFFERENCES], ids=str)
 def test_it_is_near_the_run_in_the_clear(cell, tmp_path):
     """Same clients, same codes: what differs is the fixed point of all else."""
     settings = {"rounds": 1, "weighting": "uniform", "batch_size": 12}
@@ -125,7 +129,7 @@ def failing_at(step, node=51):
     return on_grid
 
 
-@pytest.mark.parametrize("step", [KEYS, SHARES, "train", REVEAL])
+@pytest.mark.parametrize("step", [KEYS, SHARES, OPEN, "train", REVEAL])
 def test_a_device_that_drops_out_at_a_step_is_left_out_alone(step, tmp_path, without_masks):
     settings = {**SECURE_RUN, "rounds": 1, "secure_min_group": 2, "on_grid": failing_at(step)}
     masked = run(PROWD, tmp_path / "masked", **settings)
@@ -152,11 +156,12 @@ def test_a_group_that_becomes_too_small_is_left_out_and_the_others_go_on(tmp_pat
 NONSENSE = [
     {"masking": b"\0" * 32, "sealing": 5, "commitment": [1]},
     {"sealed": b"\xff" * 100, "digests": b"", "own_masks": b"", "masking_keys": b"\0" * 40},
+    {"unopened": b"\xff" * 16},
 ]
 
 
 # What else is refused: tests/privacy.
-@pytest.mark.parametrize("step", [KEYS, SHARES, REVEAL])
+@pytest.mark.parametrize("step", [KEYS, SHARES, OPEN, REVEAL])
 def test_nonsense_costs_the_one_that_sent_it(step, tmp_path):
     for place, nonsense in enumerate(NONSENSE):
 

@@ -97,48 +97,48 @@ class TestShare:
 class TestReceive:
     def test_shares_that_do_not_open_cost_their_sender(self, group):
         group.keys().shares()
-        sealed = group.server.sealed_for(1)
+        sealed = group.server.handed_to(1)
         unopened = group.devices[1].receive({**sealed, 2: bytes(len(sealed[2]))})
         assert unopened == {2: "device 2: what it sealed for device 1 does not open"}
 
     @pytest.mark.parametrize("message", [b"", bytes(5), bytes(60), bytes(1000), None, "x", 3])
     def test_anything_may_come_instead_of_shares(self, group, message):
         group.keys().shares()
-        sealed = {**group.server.sealed_for(1), 3: message}
+        sealed = {**group.server.handed_to(1), 3: message}
         assert list(group.devices[1].receive(sealed)) == [3]
 
     def test_swapped_shares_do_not_open(self, group):
         group.keys().shares()
-        sealed = group.server.sealed_for(1)
+        sealed = group.server.handed_to(1)
         sealed[2], sealed[3] = sealed[3], sealed[2]
         with pytest.raises(MessageError, match=r"2 devices; those of \[2, 3\] do not open"):
             group.devices[1].receive(sealed)
         with pytest.raises(MessageError, match=r"those of \[1, 3, 4\] do not open"):
-            group.devices[2].receive({n: group.server.sealed_for(4).get(n, b"") for n in (1, 3, 4)})
+            group.devices[2].receive({n: group.server.handed_to(4).get(n, b"") for n in (1, 3, 4)})
 
     def test_shares_of_another_round_do_not_open(self, group):
         other = Group((1, 2, 3, 4), threshold=3).keys().shares()
         group.keys().shares()
         with pytest.raises(MessageError, match="shares of 1 devices"):
-            group.devices[1].receive(other.server.sealed_for(1))
+            group.devices[1].receive(other.server.handed_to(1))
 
     def test_shares_of_those_that_were_told_another_group_do_not_open(self, group):
         roster = group.keys().roster
         less = {number: roster[number] for number in (1, 2, 3)}
-        sealed = {2: group.devices[2].share(2, less, 3).sealed[1]}
-        sealed |= {n: group.devices[n].share(n, roster, 3).sealed[1] for n in (3, 4)}
+        handed = {2: group.devices[2].share(2, less, 3).handed_to(1)}
+        handed |= {n: group.devices[n].share(n, roster, 3).handed_to(1) for n in (3, 4)}
         group.devices[1].share(1, roster, 3)
-        assert list(group.devices[1].receive(sealed)) == [2]
+        assert list(group.devices[1].receive(handed)) == [2]
 
     @pytest.mark.parametrize("stranger", [1, 9, "2", None])
     def test_shares_of_no_peer_are_rejected(self, group, stranger):
         group.keys().shares()
         with pytest.raises(MessageError, match="no peer in this group"):
-            group.devices[1].receive({**group.server.sealed_for(1), stranger: bytes(60)})
+            group.devices[1].receive({**group.server.handed_to(1), stranger: bytes(60)})
 
     def test_too_few_that_shared(self, group):
         group.keys().shares()
-        sealed = group.server.sealed_for(1)
+        sealed = group.server.handed_to(1)
         with pytest.raises(MessageError, match="shares of 2 devices; allowed are 3 or more"):
             group.devices[1].receive({2: sealed[2]})
         group.devices[1].receive({2: sealed[2], 3: sealed[3]})

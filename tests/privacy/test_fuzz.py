@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 from secure_group import Group
 
-from privacy import Device, MessageError, Revealed, Shares, UnmaskingError, unpack_by_number
+from privacy import (
+    Complaints,
+    Device,
+    MessageError,
+    Revealed,
+    Shares,
+    UnmaskingError,
+    unpack_by_number,
+)
 from privacy.words import packed_size, to_signed, unpack
 
 NUMBERS = (1, 2, 3, 2**64 - 1, 5)
@@ -54,21 +62,22 @@ def mutated_record(record, rng):
         return {each: value for each, value in record.items() if each != name}
     if kind == 1:
         return {**record, name: rng.choice((None, 3, "x", [b""], 1.5))}
-    if kind == 2:
+    if kind == 2 and len(record) > 1:
         return {**record, name: record[rng.choice(sorted(set(record) - {name}))]}
     return {**record, name: mutated(record[name], rng)}
 
 
 class Target:
-    """A group of which device 2 is hostile, and 5 sends keys and shares only."""
+    """A group of which device 2 is hostile, and 5 sends no masked vector."""
 
     def __init__(self, seed):
         self.rng, self.found = random.Random(seed), Counter()
-        self.group = group = Group(NUMBERS, 3, WIDTHS, gone={5: 2}, seed=seed)
-        self.states = [self.snapshot()]
-        for step in (group.keys, group.shares, group.masked, group.revealed):
+        self.group = group = Group(NUMBERS, 3, WIDTHS, gone={5: 3}, seed=seed)
+        self.states = {0: self.snapshot()}
+        for place, step in enumerate((group.keys, group.shares, group.masked), start=1):
             step()
-            self.states.append(self.snapshot())
+            self.states[place] = self.snapshot()
+        group.revealed()
         group.assert_exact()
 
     def snapshot(self):
@@ -79,7 +88,7 @@ class Target:
         """Return the group as it was before a step, its server and devices new."""
         group = object.__new__(Group)
         group.__dict__.update(self.group.__dict__, server=pickle.loads(self.states[step][0]))
-        group.gone = {5: 2}
+        group.gone = {5: 3}
         states = self.states[step][1]
         group.devices = {number: Device.from_bytes(state) for number, state in states.items()}
         return group
@@ -112,7 +121,7 @@ class Target:
             group.roster = group.server.roster()
             with pytest.raises(MessageError):
                 group.devices[2].share(2, group.roster, 3)
-            group.gone = {5: 2, 2: 1}
+            group.gone = {5: 3, 2: 1}
             group.shares().masked().revealed().assert_exact()
 
     def shares(self):
@@ -124,9 +133,23 @@ class Target:
                 group.server.take_shares(number, taken)
             self.finish(group.masked())
 
+    def complaints(self):
+        record = mutated_record(self.made_complaints, self.rng)
+        if self.accepts("opening", "take_complaints", record):
+            group = self.restored(2)
+            for number, unopened in group.opened():
+                taken = Complaints(frozenset(unopened)).to_record()
+                group.server.take_complaints(number, record if number == 2 else taken)
+            group.without = group.server.without()
+            for number, payload in group.make_masked().items():
+                group.server.take_masked(number, payload)
+            # It may say what it likes of one or two: nobody is out for that.
+            assert group.without == []
+            group.revealed().assert_exact()
+
     def masked(self):
         payload = mutated(self.made_masked, self.rng)
-        if self.accepts(2, "take_masked", payload):
+        if self.accepts("masking", "take_masked", payload):
             group = self.restored(3)
             changes, start = [], 0
             for count, bits in WIDTHS:
@@ -140,7 +163,7 @@ class Target:
             ]
             group.revealed()
             # It may say what it likes of its own: the sum moves by that, and nothing else.
-            expected = group.sum_of(group.at(2))
+            expected = group.sum_of(group.at(3))
             for found, right, (change, bits) in zip(
                 group.server.total(), expected, changes, strict=True
             ):
@@ -149,7 +172,7 @@ class Target:
 
     def revealed(self):
         record = mutated_record(self.made_revealed, self.rng)
-        if self.accepts(4, "take_revealed", record):
+        if self.accepts("revealing", "take_revealed", record):
             group = self.restored(3)
             for number, revealed in group.make_revealed().items():
                 taken = record if number == 2 else revealed.to_record()
@@ -201,22 +224,25 @@ class Target:
         self.made_shares = shares.to_record()
         group = self.restored(2)
         self.made_state = group.devices[2].to_bytes()
-        self.made_sealed = group.server.sealed_for(2)
-        group.devices[2].receive(self.made_sealed)
+        self.made_sealed = group.server.handed_to(2)
+        self.made_complaints = Complaints(frozenset({1})).to_record()
+        self.states["opening"] = pickle.dumps(group.server), {}
+        group.receive()
         self.made_masked = group.devices[2].mask(group.vectors[2])
-        self.states[2] = pickle.dumps(group.server), {}
+        self.states["masking"] = pickle.dumps(group.server), {}
         group = self.restored(3)
         asked = group.server.to_reveal()
-        self.states[4] = pickle.dumps(group.server), {}
+        self.states["revealing"] = pickle.dumps(group.server), {}
         revealed = group.devices[2].reveal(*asked)
         self.made_revealed = revealed.to_record()
         self.made_records = [(Shares, self.made_shares), (Revealed, self.made_revealed)]
+        self.made_records.append((Complaints, self.made_complaints))
         return self
 
 
 # Out of 100: cheap ones more often.
-SHARE = {"keys": 4, "shares": 8, "masked": 10, "revealed": 8, "sealed": 0.5, "state": 35}
-SHARE["parsed"] = 34.5
+SHARE = {"keys": 4, "shares": 8, "complaints": 8, "masked": 10, "revealed": 8, "sealed": 0.5}
+SHARE |= {"state": 30, "parsed": 31.5}
 
 
 def fuzz(kind, count, seed):

@@ -119,7 +119,7 @@ def test_what_is_written_is_the_schema_of_the_record(tmp_path):
         assert written.keys() <= kind.model_fields.keys()
         kind.model_validate(written, strict=True)
     entries = [json.loads(line) for line in (folder / ROUNDS).open()]
-    sometimes = {"dropped", "unchanged", "asked", "metrics", "secure", "privacy"}
+    sometimes = {"dropped", "unchanged", "asked", "metrics", "secure", "complaints", "privacy"}
     expected = Round.model_fields.keys() - sometimes - {"own"} | {"prowd"}
     assert [entry.keys() for entry in entries] == [expected] * 2
     assert [Round.model_validate(entry).round for entry in entries] == [1, 2]

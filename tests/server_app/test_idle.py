@@ -90,6 +90,10 @@ def test_the_defaults_are_no_news():
             "secure-min-group: 5 has no effect with secure-aggregation=False",
         ),
         (
+            {"secure-small-groups": "merge"},
+            "secure-small-groups: 'merge' has no effect with secure-aggregation=False",
+        ),
+        (
             {"secure-float-bits": 24},
             "secure-float-bits: 24 has no effect with secure-aggregation=False",
         ),
@@ -135,6 +139,7 @@ def test_what_has_no_effect_is_named(changes, line):
         {"secure-aggregation": True, "secure-threshold": 0.8, "secure-float-bits": 24},
         {"secure-aggregation": True, "broadcast": "nearest", "lossless-coding": False},
         {"strategy": "package.module:Class", "secure-aggregation": True, "secure-min-group": 5},
+        {"secure-aggregation": True, "secure-small-groups": "merge"},
         {"strategy": "local", "broadcast": "calibrated", "server-device": "cpu"},
         {"strategy": "local", "broadcast": "nearest", "lossless-coding": False},
         {"strategy": "local", "server-device": "cpu", "resume": "/runs/a"},

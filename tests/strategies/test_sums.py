@@ -10,7 +10,7 @@ from exchange.nodes import sample_nodes
 from exchange.protocol import REPORT, UPDATE, Declaration
 from strategies import FedAvg, StrategyContext
 from strategies.asymmetric import GroupedAvgAsymmetric
-from strategies.differences import DifferenceOptions, FedCOMGATE, FedPAQ
+from strategies.differences import DifferenceOptions, FedCOMGATE
 
 STATE = {"w": torch.zeros(2, 3), "b": torch.zeros(4)}
 PRIVATE = {"dp_clip": 1.0, "dp_noise_multiplier": 1e-6, "weighting": "uniform", "quantized": ["w"]}
@@ -109,4 +109,3 @@ def test_what_is_refused_in_any_case_names_no_setting_that_would_not_help():
     context = StrategyContext(secure_aggregation=True, low_bit_training="qat")
     reason = FedCOMGATE.why_not_secure(DifferenceOptions(), context)
     assert reason == "FedCOMGATE, which needs each client's own update; allowed: false"
-    assert FedPAQ.why_not_secure(DifferenceOptions(), context).endswith("allowed: strict")
